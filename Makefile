@@ -1,0 +1,54 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Each makes .venv once; later calls reuse it.
+#   make demo PYTHON=python3.12     another interpreter (3.11 or newer)
+#   make test ARGS="-k loggers -x"  further arguments for pytest
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Two workers share the machine, so each computes with one thread. Without its JIT numba costs 16 s less per process
+# (pyts, which NeuroMANCER imports, compiles at import).
+TEST_ENV := OMP_NUM_THREADS=1 NUMBA_DISABLE_JIT=1 MPLBACKEND=agg
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal
+
+.PHONY: demo test test-long examples bench lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo       train the constrained Rosenbrock problem, write runs/demo/"
+	@echo "make test       run the test suite        make test-long  its slow part"
+	@echo "make examples   run all tutorials in full make bench      run the benchmarks"
+	@echo "make lint       ruff and the type checker make clean      remove .venv"
+
+demo: $(VENV)/ready-demo
+	$(BIN)/python -m weft.demo
+
+test: $(VENV)/ready-test
+	@$(PYTEST) -m "not long" $(ARGS)
+
+test-long: $(VENV)/ready-test
+	@$(PYTEST) -m long $(ARGS)
+
+examples: $(VENV)/ready-test
+	$(BIN)/python -m examples
+
+bench: $(VENV)/ready-bench
+	$(BIN)/python -m benchmarks
+
+lint: $(VENV)/ready-test
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+
+clean:
+	rm -rf $(VENV)
+
+# A stamp says which extras are installed; it is newer than the files that decide what they are.
+$(VENV)/ready-%: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "weft: installing into $(VENV) (the first time this downloads PyTorch and takes minutes)"
+	@$(PIP) -e ".[$*]"
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "weft needs Python 3.11 or newer; %s is %s. Try: make PYTHON=python3.12" % (sys.executable, sys.version.split()[0]))'
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "weft: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }

@@ -1,0 +1,347 @@
+"""Checkpoint files: written at one instant, verified byte by byte, loaded without running code.
+
+    path = checkpoint.save(folder, step, state)             # step-000000123.ckpt; `last` points to it
+    state, path = checkpoint.load(folder)                   # the newest that is whole
+    problem = checkpoint.load_weights(problem, run_folder)  # the best weights of a run
+
+A checkpoint is a dict of tensors and plain values in torch's own zip format: `torch.load(path, weights_only=True)` reads
+it, here and anywhere. `last` and `best` are text files that hold a file name; they move once the new file is verified.
+
+A file with a higher step than `last` belongs to a future that was given up (a run resumed from an older checkpoint):
+it comes after all others when one is looked for, and it is the first to be deleted.
+"""
+
+import os
+import random
+import re
+import socket
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from weft.archive import CheckpointError, local, plain, put, read, write
+from weft.weights import Snapshot, few, load_into, state_of
+
+WEIGHTS_FORMAT = "weft-weights-1"
+STEP_FILE = re.compile(r"step-(\d{9,})\.ckpt")
+TEMPORARY_FILE = re.compile(r"\..+\.(\d+)-\d+@(.+)\.tmp")
+
+__all__ = [
+    "BackgroundWriter", "CheckpointError", "Snapshot", "clean", "find", "latest", "load", "load_into", "load_weights",
+    "plain", "random_state", "read", "save", "save_weights", "set_random_state", "state_of", "step_path", "write",
+]  # fmt: skip
+
+
+# ---- a folder of checkpoints -----------------------------------------------------------------------------------------
+
+
+def save(
+    folder: str | os.PathLike[str], step: int, state: Mapping[str, Any], *, keep: int = 2, best: bool = False
+) -> Path:
+    """Write `step-<step>.ckpt` and return its path; then move `last` (and `best` if asked), then delete old ones.
+
+    Call on one rank. Kept are the `keep` newest (at least 2: the newest may be damaged after it was verified) and what
+    `best` points to. Raises like `write`; then nothing was moved or deleted.
+    If `best` points to a higher step, one that was given up, it moves here too: each checkpoint carries its best weights.
+    """
+    if keep < 2:
+        raise ValueError(f"keep={keep} checkpoints; expected at least 2, so that one is left if the newest is damaged.")
+    folder = local(folder)
+    path = step_path(folder, step)
+    write(path, state)
+    # `best` before `last`: a crash in between repeats these steps and moves both; the other way round `best` stays behind.
+    try:
+        best = best or _step_of(_pointed(folder, "best")) > step
+    except CheckpointError:  # the pointer is damaged
+        best = True
+    for name in ("best", "last") if best else ("last",):
+        put(folder / name, f"{path.name}\n".encode())
+    _prune(folder, keep)
+    return path
+
+
+def step_path(folder: str | os.PathLike[str], step: int) -> Path:
+    """The path of the checkpoint of a step."""
+    return local(folder) / f"step-{step:09d}.ckpt"
+
+
+def find(folder: str | os.PathLike[str], which: str = "last") -> Path:
+    """The path of the newest verified checkpoint (or of the best) in a run folder or its `checkpoints` folder.
+
+    One that is damaged is passed over, with one warning that names it: then the next older one is taken (of any, as each
+    carries the best weights up to then). Raises CheckpointError if none is whole, or there is no `best`.
+    """
+    return _first_whole(folder, which, "meta")[1]  # every byte is verified, but no numbers are loaded
+
+
+def latest(folder: str | os.PathLike[str]) -> Path:
+    """The path of the newest verified checkpoint: `find(folder, "last")`."""
+    return find(folder, "last")
+
+
+def load(place: str | os.PathLike[str], which: str = "last", map_location: Any = "cpu") -> tuple[dict[str, Any], Path]:
+    """The state and the path it came from: of the file `place`, or, in a folder, of what `find` finds.
+
+    A file that was named is never replaced by another: it loads or raises CheckpointError.
+    """
+    place = local(place)
+    return _first_whole(place, which, map_location) if place.is_dir() else (read(place, map_location), place)
+
+
+def clean(folder: str | os.PathLike[str]) -> list[str]:
+    """Delete the temporary files that killed processes left in the folder; returns their names. Call before a run.
+
+    Of another machine, or where that cannot be known (Windows), only files older than a day.
+    """
+    removed = []
+    for path in sorted(local(folder).glob(".*.tmp")):
+        made_by = TEMPORARY_FILE.fullmatch(path.name)
+        if made_by and not _may_be_writing(path, int(made_by.group(1)), made_by.group(2)):
+            path.unlink(missing_ok=True)
+            removed.append(path.name)
+    return removed
+
+
+def _may_be_writing(path: Path, process: int, host: str) -> bool:
+    try:
+        if time.time() - path.stat().st_mtime > 86400:
+            return False
+        if host == socket.gethostname() and sys.platform != "win32":
+            # Our own number and not one of our threads: a process before us had it (the first one of a container).
+            if process == os.getpid():
+                return any(f".{process}-{thread.ident}@" in path.name for thread in threading.enumerate())
+            os.kill(process, 0)  # no signal: asks whether it exists
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+    except PermissionError:  # it exists and is another user's
+        pass
+    return True
+
+
+def _step_of(name: str | None) -> int:
+    found = STEP_FILE.fullmatch(name or "")
+    return int(found.group(1)) if found else -1
+
+
+def _pointed(folder: Path, pointer: str) -> str | None:
+    """The file name in `last` or `best`; None if there is no such pointer."""
+    try:
+        name = (folder / pointer).read_text().strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder / pointer} cannot be read: {error}") from error
+    if _step_of(name) < 0:
+        raise CheckpointError(
+            f"{folder / pointer} is damaged: it holds {name[:50]!r}; expected a name like step-000000123.ckpt"
+        )
+    return name
+
+
+def _newest_first(folder: Path, last: str | None) -> list[str]:
+    """The names of all checkpoints: from the step of `last` down, then those above it."""
+    limit = _step_of(last) if last else sys.maxsize
+    names = [path.name for path in folder.glob("step-*.ckpt") if _step_of(path.name) >= 0]
+    return sorted(names, key=lambda name: (_step_of(name) <= limit, _step_of(name)), reverse=True)
+
+
+def _prune(folder: Path, keep: int) -> None:
+    try:
+        best, last = _pointed(folder, "best"), _pointed(folder, "last")
+        for name in _newest_first(folder, last)[keep:]:
+            if name != best:
+                (folder / name).unlink(missing_ok=True)
+    except (CheckpointError, OSError) as error:
+        warnings.warn(f"Old checkpoints in {folder} were not deleted: {error}", stacklevel=3)
+
+
+def _first_whole(folder: str | os.PathLike[str], which: str, map_location: Any) -> tuple[dict[str, Any], Path]:
+    if which not in ("last", "best"):
+        raise ValueError(f"which={which!r}; expected 'last' or 'best'.")
+    folder = local(folder)
+    folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    if which == "best" and not (folder / "best").exists():
+        raise CheckpointError(f"{folder} has no `best` checkpoint (no metric was monitored?); ask for 'last'.")
+    pointed: list[str | None] = []
+    damaged: list[str] = []
+    for pointer in (which, "last"):
+        try:
+            pointed.append(_pointed(folder, pointer))
+        except CheckpointError as error:
+            damaged.append(str(error))
+            pointed.append(None)
+    names = [name for name in pointed[:1] if name] + _newest_first(folder, pointed[1])
+    for name in dict.fromkeys(names):
+        try:
+            state = read(folder / name, map_location)
+        except CheckpointError as error:
+            damaged.append(str(error))
+            continue
+        if damaged:
+            warnings.warn(f"{' '.join(dict.fromkeys(damaged))} {name} is used instead.", stacklevel=3)
+        return state, folder / name
+    raise CheckpointError(f"{folder} has no checkpoint that can be loaded. {' '.join(damaged)}".rstrip())
+
+
+class BackgroundWriter:
+    """Saves checkpoints while the next steps run, with the same guarantees as `save`.
+
+        writer = BackgroundWriter()
+        writer.save(folder, step, state)     # copies the tensors, then returns
+        writer.wait()                        # at the end: the last file is there, or its error is raised
+
+    One save is in flight; the next one waits for it. An error of the writing thread is raised, once, by the next `save`
+    or `wait`. The interpreter does not exit before the thread is done.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(
+        self, folder: str | os.PathLike[str], step: int, state: Mapping[str, Any], *, keep: int = 2, best: bool = False
+    ) -> Path:
+        """The path that the checkpoint will have; see `save`. What cannot be loaded safely raises here and now."""
+        self.wait()
+        kept = plain(state, clone=True)  # on the CPU: waits for the device, once
+
+        def run() -> None:
+            try:
+                save(folder, step, kept, keep=keep, best=best)
+            except BaseException as error:  # noqa: BLE001, carried to the training thread
+                self._error = error
+
+        self._thread = threading.Thread(target=run, name="weft-checkpoint", daemon=False)
+        self._thread.start()
+        return step_path(folder, step)
+
+    def wait(self) -> None:
+        """Return when the save in flight is on the disk; raises its error."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+
+# ---- random state ----------------------------------------------------------------------------------------------------
+
+
+def random_state() -> dict[str, Any]:
+    """The global random state of python, numpy, torch on the CPU, and every GPU of this process, as plain values.
+
+    A GPU library that was not started yet has drawn nothing; it is not started for this and counts as no devices.
+    """
+    version, internal, gauss = random.getstate()
+    generator: dict[str, Any] = np.random.get_state(legacy=False)  # pyright: ignore[reportAssignmentType]
+    inner = generator["state"]
+    keys = {key: torch.from_numpy(np.array(value)) for key, value in inner.items() if isinstance(value, np.ndarray)}
+    return {
+        "python": [version, torch.tensor(internal), gauss],
+        "numpy": {**generator, "state": {**inner, **keys}},
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "mps": [torch.mps.get_rng_state()] if torch.backends.mps.is_available() else [],
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put back what `random_state` gave. Raises ValueError, before anything is set, if a part or a device is missing."""
+    parts = {"python", "numpy", "torch", "cuda", "mps"}
+    if set(state) != parts:
+        raise ValueError(f"The random state has the parts {sorted(state)}; expected {sorted(parts)}.")
+    here = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    for kind, count in here.items():
+        if len(state[kind]) > count:
+            raise ValueError(
+                f"The random state holds {len(state[kind])} {kind} devices, this process sees {count}; "
+                "resume on as many (see CUDA_VISIBLE_DEVICES)."
+            )
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal.tolist()), gauss))
+    inner = {k: v.numpy() if isinstance(v, Tensor) else v for k, v in state["numpy"]["state"].items()}
+    np.random.set_state({**state["numpy"], "state": inner})
+    torch.set_rng_state(state["torch"].cpu())
+    for device, device_state in enumerate(state["cuda"]):
+        torch.cuda.set_rng_state(device_state.cpu(), device)
+    for device_state in state["mps"]:
+        torch.mps.set_rng_state(device_state.cpu())
+
+
+# ---- weights in files ------------------------------------------------------------------------------------------------
+
+
+def save_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the module's parameters and buffers to a file that `load_weights` reads; raises like `write`."""
+    write(path, {"format": WEIGHTS_FORMAT, "state_dict": module.state_dict()})
+
+
+def load_weights(
+    problem: nn.Module, path: str | os.PathLike[str], strict: bool = True, match: Mapping[str, str] | None = None
+) -> nn.Module:
+    """The problem, holding the weights in `path`: of a weights file, a checkpoint (its current ones), a run folder (its
+    best, or its last if nothing was monitored), or a Lightning `.ckpt` (a leading "problem." is taken off its names).
+
+    `match={new prefix: old prefix}` loads only those parts, from parts of other names; several may come from one.
+    Raises CheckpointError for a file that is damaged or not safe, ValueError for names or shapes that do not fit (then
+    the problem is unchanged); `strict=False` warns of names that do not fit instead. All name the file.
+    """
+    path = local(path)
+    of_best = path.is_dir()
+    if of_best:
+        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        state, path = load(folder, "best" if (folder / "best").exists() else "last")
+    else:
+        state = read(path)
+    own = problem.state_dict()
+    weights = _weights_in(state, of_best, path)
+    if "state_dict" in state and not any(name.startswith("problem.") for name in own):
+        weights = {name.removeprefix("problem."): value for name, value in weights.items()}
+    if match is not None:
+        weights = {**own, **_matched(own, weights, match, strict, path)}
+    load_into(problem, weights, source=str(path), strict=strict)
+    return problem
+
+
+def _weights_in(state: dict[str, Any], of_best: bool, path: Path) -> dict[str, Any]:
+    best = (state.get("best") or {}).get("weights") if of_best and isinstance(state.get("best"), dict) else None
+    for weights in (best, state.get("state_dict"), state.get("problem"), state):
+        if isinstance(weights, dict) and any(isinstance(value, Tensor) for value in weights.values()):
+            return weights
+    raise CheckpointError(f"{path} holds no weights; its keys are {few(map(str, state))}.")
+
+
+def _matched(
+    own: Mapping[str, Any], weights: Mapping[str, Any], match: Mapping[str, str], strict: bool, path: Path
+) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for new, old in match.items():
+        here, there = _below(own, new), _below(weights, old)
+        if not here or not there:
+            side, prefix, names = ("this problem", new, own) if not here else (str(path), old, weights)
+            raise ValueError(f"match: {side} has nothing under {prefix!r}; it has {few(names)}.")
+        missing, unexpected = here.keys() - there.keys(), there.keys() - here.keys()
+        if (missing or unexpected) and strict:
+            raise ValueError(
+                f"{path}: {old!r} does not fit {new!r}: it lacks {few(sorted(missing))} and has {few(sorted(unexpected))}"
+                " besides; pass strict=False to load what both have."
+            )
+        result |= {here[rest]: weights[there[rest]] for rest in here.keys() & there.keys()}
+    return result
+
+
+def _below(names: Mapping[str, Any], prefix: str) -> dict[str, str]:
+    """The full names under a prefix, by the rest of the name."""
+    dotted = f"{prefix}." if prefix else ""
+    return {name[len(dotted) :]: name for name in names if name.startswith(dotted)} or (
+        {"": prefix} if prefix in names else {}
+    )

@@ -1,0 +1,445 @@
+"""Data: what trains, and in which batches. Tensors stay where they are used and are sliced; nothing is collated.
+
+    def data_setup(nsim=5000):
+        p = torch.rand(nsim, 2)
+        train, dev = weft.DictDataset({"p": p[100:]}), weft.DictDataset({"p": p[:100]})
+        return train, dev, None, 64                      # train, dev, test, batch size (None: one batch)
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from weft.types import suggest
+
+SPLITS = ("train", "dev", "test", "predict")
+
+
+class DictDataset(Dataset):
+    """Tensors by key with equal first dimensions: one row is one example.
+
+    `tensors` may hold tensors, numpy arrays or lists; dtypes are kept (a list of floats gets torch's default).
+    `name` need not be given: the slot a dataset is put in (train, dev, test) names it; only an explicit other name
+    is an error. Raises ValueError for unequal lengths or no rows, naming keys and lengths.
+    """
+
+    def __init__(self, tensors: Mapping[str, Any], name: str | None = None) -> None:
+        if not isinstance(tensors, Mapping) or not tensors:
+            raise TypeError(f"DictDataset needs a dict of tensors by key, got {_short(tensors)}.")
+        self.datadict: dict[str, Tensor] = {k: _as_tensor(k, v) for k, v in tensors.items()}
+        self.name = name
+        lengths = {k: t.shape[0] for k, t in self.datadict.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"DictDataset: the tensors have unequal lengths {lengths}; each row is one example.")
+        if not next(iter(lengths.values())):
+            raise ValueError(f"DictDataset is empty: its tensors {list(lengths)} have no rows.")
+
+    def __len__(self) -> int:
+        return next(iter(self.datadict.values())).shape[0]
+
+    def __getitem__(self, index: Any) -> dict[str, Tensor]:
+        return {k: t[index] for k, t in self.datadict.items()}
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{k}: {tuple(t.shape)}" for k, t in self.datadict.items())
+        return f"DictDataset({shapes})"
+
+
+def _as_tensor(key: str, value: Any) -> Tensor:
+    try:
+        tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"DictDataset: {key!r} cannot be made a tensor: {error}") from error
+    if tensor.dim() == 0:
+        raise ValueError(f"DictDataset: {key!r} is a single number; expected one row per example.")
+    return tensor
+
+
+def windows(series: Any, length: int, stride: int = 1, name: str | None = None) -> DictDataset:
+    """Time series cut into a DictDataset of (batch, time, features) with `length` time entries each.
+
+    `series`: a dict of tensors (time, features) of equal duration, or a list of such dicts (several experiments).
+    A window starts every `stride` entries; windows that would run over the end are left out.
+    Raises ValueError if a series is shorter than `length`.
+    """
+    if length < 1 or stride < 1:
+        raise ValueError(f"windows: length and stride must be at least 1, got length={length}, stride={stride}.")
+    cut: dict[str, list[Tensor]] = {}
+    for experiment in series if isinstance(series, Sequence) else [series]:
+        tensors = {k: _as_tensor(k, v) for k, v in experiment.items()}
+        durations = {k: t.shape[0] for k, t in tensors.items()}
+        if len(set(durations.values())) > 1 or min(durations.values()) < length:
+            raise ValueError(f"windows: the series last {durations} entries; expected equal, at least {length}.")
+        for key, tensor in tensors.items():
+            if tensor.dim() == 1:
+                tensor = tensor[:, None]
+            cut.setdefault(key, []).append(tensor.unfold(0, length, stride).movedim(-1, 1))  # (windows, time, ...)
+    return DictDataset({k: torch.cat(v).contiguous() for k, v in cut.items()}, name)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data of a run, by split, and how it is cut into batches.
+
+    Each split is a `DictDataset` (or NeuroMANCER's), a dict of tensors, a dict of datasets of different sizes
+    (`{"interior": ..., "boundary": ...}`: the batch is nested by these names, and the smaller ones start over until
+    the largest is through), any map-style dataset, a `DataLoader`, or an iterable of batches, which pass unchanged.
+    """
+
+    train: Any
+    dev: Any = None
+    test: Any = None
+    predict: Any = None
+    batch_size: Any = None
+    """Rows per batch and process (>= 1); None: all rows in one batch. A dict by split, by part of a split, or both."""
+    shuffle: bool = True
+    """Training rows in a new order each epoch, a function of (seed, epoch) alone."""
+    drop_last: bool = False
+    """Leave out a short last training batch."""
+    num_workers: int | str = 0
+    """Processes that read a dataset which is not made of tensors; "all": one per core."""
+    pre_batch: str | None = None
+    refresh_every: int | None = None
+    """Call the data setup function again every n epochs (resampled collocation points)."""
+    inputs_require_grad: tuple[str, ...] | list[str] = ()
+    """Keys that derivatives are taken with respect to; their batches require grad in every split."""
+
+    def __post_init__(self) -> None:
+        if self.train is None:
+            raise ValueError("Data: there is no training data (train=None).")
+        for size in _numbers(self.batch_size):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"Data: batch_size={self.batch_size!r}; expected a whole number of at least 1, or None.")
+        if self.refresh_every is not None and self.refresh_every < 1:
+            raise ValueError(f"Data: refresh_every={self.refresh_every}; expected at least 1 epoch, or None.")
+
+    def size_of_batch(self, split: str, part: str | None = None) -> int | None:
+        """The batch size of a split, or of one part of it."""
+        size = self.batch_size
+        for name in (split, part):
+            if isinstance(size, Mapping) and name is not None and name in size:
+                size = size[name]
+        if isinstance(size, Mapping):
+            if part is None and split in ("test", "predict"):
+                return None  # a dict that does not name these splits: they go through in one batch
+            raise ValueError(f"Data: batch_size={self.batch_size!r} has no entry for {part or split!r}.")
+        return size
+
+
+def _numbers(size: Any) -> list[Any]:
+    if isinstance(size, Mapping):
+        return [n for v in size.values() for n in _numbers(v)]
+    return [] if size is None else [size]
+
+
+def as_data(data: Any, dev: Any = None, setup_kwargs: Mapping[str, Any] | None = None) -> Data:
+    """`Data` made of whatever `fit` was given: a setup function, a Data, a 4-tuple, a dataset, a loader, batches."""
+    kwargs = dict(setup_kwargs or {})
+    if callable(data) and not isinstance(data, Dataset | DataLoader):
+        if dev is not None:
+            raise TypeError("fit: a data setup function returns its own dev set; `dev` cannot be given as well.")
+        return _from_setup(data(**kwargs), getattr(data, "__name__", "data_setup"))
+    if kwargs:
+        raise TypeError(f"fit: unknown arguments {sorted(kwargs)}; only a data setup function takes further arguments.")
+    if data is None:
+        raise TypeError("fit: no data given. Pass a data setup function, weft.Data, a dataset or a loader.")
+    if isinstance(data, Data):
+        return data if dev is None else replace(data, dev=dev)
+    if isinstance(data, tuple) and len(data) == 4 and (data[3] is None or isinstance(data[3], int | Mapping)):
+        if dev is not None:
+            raise TypeError("fit: the tuple (train, dev, test, batch_size) holds a dev set; `dev` was given as well.")
+        return Data(*data[:3], batch_size=data[3])
+    return Data(data, dev)
+
+
+def _from_setup(returned: Any, name: str) -> Data:
+    if isinstance(returned, Data):
+        return returned
+    if not isinstance(returned, tuple | list) or len(returned) != 4:
+        raise TypeError(
+            f"Data setup function {name!r} returned {_short(returned)}; "
+            "expected (train, dev, test, batch_size) or a weft.Data."
+        )
+    train, dev, test, batch_size = returned
+    return Data(train, dev, test, batch_size=batch_size)
+
+
+class Batches:
+    """The batches of one split: `len`, `rows`, and `epoch(number, start)` to go through them.
+
+    Resident tensors are gathered a chunk of batches at a time (one index_select per key) and sliced, so that a
+    small batch costs microseconds; what is yielded is a copy, and the dataset itself cannot be changed by a problem.
+    """
+
+    resident = True
+
+    def __init__(
+        self, parts: dict[str, dict[str, Tensor]], sizes: dict[str, int | None], *, split: str, nested: bool,
+        shuffle: bool, drop_last: bool, seed: int, require_grad: Iterable[str] = (), rank: int = 0, world: int = 1,
+    ) -> None:  # fmt: skip
+        self.parts, self.split, self.nested, self.shuffle, self.seed = parts, split, nested, shuffle, seed
+        self.require_grad, self.rank, self.world, self.drop_last = set(require_grad), rank, world, drop_last
+        self.lengths = {p: next(iter(t.values())).shape[0] for p, t in parts.items()}
+        self.sizes = {p: min((sizes[p] or n) * (world if sizes[p] else 1), n) for p, n in self.lengths.items()}
+        counts = [n // self.sizes[p] if drop_last else -(-n // self.sizes[p]) for p, n in self.lengths.items()]
+        self._num_batches = max(counts)
+
+    @property
+    def rows(self) -> int:
+        """Examples in an epoch: rows of the (largest part of the) split."""
+        return max(self.lengths.values())
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def epoch(self, number: int, start: int = 0) -> Iterable[dict[str, Any]]:
+        """The batches of epoch `number` from batch `start` on."""
+        streams = [self._stream(i, part, number, start) for i, part in enumerate(self.parts)]
+        if not self.nested:
+            yield from streams[0]
+            return
+        for batches in zip(*streams, strict=False):
+            batch = {part: b for part, b in zip(self.parts, batches, strict=True)}
+            yield {**batch, "name": self.split, "epoch": number}
+
+    def _stream(self, number_of_part: int, part: str, epoch: int, start: int) -> Iterable[dict[str, Any]]:
+        """`len(self)` batches of one part; a part that is smaller than the largest starts over in a new order."""
+        rows, size = self.lengths[part], self.sizes[part]
+        per_cycle = rows // size if self.drop_last else -(-rows // size)
+        done = start
+        while done < self._num_batches:
+            cycle, first = divmod(done, per_cycle)
+            order = self._order(rows, (epoch, number_of_part, cycle)) if self.shuffle else None
+            last = min(per_cycle, first + self._num_batches - done)
+            yield from self._slices(part, order, range(first, last), epoch)
+            done += last - first
+
+    def _order(self, rows: int, key: tuple[int, ...]) -> Tensor:
+        seed = np.random.SeedSequence([self.seed, *key]).generate_state(1, np.uint64)[0] >> np.uint64(1)
+        generator = torch.Generator().manual_seed(int(seed))
+        order = torch.randperm(rows, generator=generator)
+        return order.to(self._device())
+
+    def _device(self) -> torch.device:
+        return next(iter(next(iter(self.parts.values())).values())).device
+
+    def _slices(self, part: str, order: Tensor | None, batches: range, epoch: int) -> Iterable[dict[str, Any]]:
+        tensors, size, rows = self.parts[part], self.sizes[part], self.lengths[part]
+        keys = list(tensors)
+        row_bytes = sum(t.element_size() * t[0].numel() for t in tensors.values())
+        chunk = max(1, CHUNK_BYTES // max(1, row_bytes * size))  # batches gathered at a time
+        grad = [k in self.require_grad or tensors[k].requires_grad for k in keys]
+        any_grad, fixed = any(grad), {} if self.nested else {"name": self.split, "epoch": epoch}
+        for first in range(batches.start, batches.stop, chunk):
+            lo, hi = first * size, min(min(first + chunk, batches.stop) * size, rows)
+            index = order[lo:hi] if order is not None else torch.arange(lo, hi, device=self._device())
+            if self.world > 1:
+                index, local_sizes = self._share(index, size)
+            else:
+                local_sizes = size
+            if order is None and self.world == 1:
+                gathered = [tensors[k].detach()[lo:hi].clone() for k in keys]
+            else:
+                gathered = [tensors[k].detach().index_select(0, index) for k in keys]
+            split_rows = [t.split(local_sizes) for t in (*gathered, index)]
+            for *values, rows_index in zip(*split_rows, strict=True):
+                if any_grad:
+                    values = [v.detach().requires_grad_() if g else v for v, g in zip(values, grad, strict=True)]
+                yield {**dict(zip(keys, values, strict=True)), **fixed, "index": rows_index}
+
+    def _share(self, index: Tensor, size: int) -> tuple[Tensor, list[int]]:
+        """This process's rows of each global batch: as even as can be, no row twice."""
+        shares = []
+        for rows in index.split(size):
+            n = len(rows)
+            shares.append(rows[n * self.rank // self.world : n * (self.rank + 1) // self.world])
+        return torch.cat(shares), [len(s) for s in shares]
+
+
+CHUNK_BYTES = 4 << 20
+
+
+class LoaderBatches:
+    """The batches of a DataLoader or of any iterable, exactly as it yields them (its order, its random numbers).
+
+    A dict gets "name" (the split) and "epoch"; everything else passes unchanged.
+    """
+
+    resident = False
+
+    def __init__(self, loader: Any, *, split: str, to_device: Callable[[Any], Any], sampler: Any = None) -> None:
+        self.loader, self.split, self.to_device, self.sampler = loader, split, to_device, sampler
+        self.one_shot = iter(loader) is loader if not isinstance(loader, DataLoader) else False
+        self._used = False
+
+    @property
+    def rows(self) -> int | None:
+        """Examples in an epoch where the loader's dataset has a length, else None."""
+        dataset = getattr(self.loader, "dataset", None)
+        return len(dataset) if hasattr(dataset, "__len__") else None  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def epoch(self, number: int, start: int = 0) -> Iterable[Any]:
+        """The batches of epoch `number`; the first `start` are drawn and left out."""
+        if self.one_shot and self._used:
+            raise RuntimeError(
+                f"The {self.split} data is a one-shot iterable and was used up by the first epoch; "
+                "pass a list, a DataLoader, or an object whose __iter__ starts anew."
+            )
+        self._used = True
+        if self.sampler is not None:
+            self.sampler.epoch = number
+        for i, batch in enumerate(self.loader):
+            if i >= start:
+                yield self.to_device(self._named(batch, number))
+
+    def _named(self, batch: Any, number: int) -> Any:
+        if not isinstance(batch, dict):
+            return batch
+        name = batch.get("name", self.split)
+        if name != self.split:
+            raise ValueError(_wrong_name(name, self.split))
+        return {**batch, "name": self.split, "epoch": number}
+
+
+class SeededOrder(torch.utils.data.Sampler):
+    """Row numbers in an order that is a function of (seed, epoch) alone."""
+
+    def __init__(self, rows: int, seed: int, shuffle: bool) -> None:
+        self.rows, self.seed, self.shuffle, self.epoch = rows, seed, shuffle, 0
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Any:
+        if not self.shuffle:
+            return iter(range(self.rows))
+        seed = np.random.SeedSequence([self.seed, self.epoch, 0, 0]).generate_state(1, np.uint64)[0] >> np.uint64(1)
+        return iter(torch.randperm(self.rows, generator=torch.Generator().manual_seed(int(seed))).tolist())
+
+
+def batches_of(
+    data: Data, split: str, *, seed: int, device: Any = "cpu", dtype: torch.dtype | None = None,
+    to_device: Callable[[Any], Any] = lambda batch: batch, rank: int = 0, world: int = 1,
+) -> Batches | LoaderBatches | None:  # fmt: skip
+    """The batches of one split of `data`, None if there is no such split.
+
+    Tensors are moved to `device` once; floating ones are cast to `dtype` if one is given (64-true).
+    Raises ValueError for an empty split or a dataset that was explicitly named for another one.
+    """
+    source = getattr(data, split)
+    if source is None:
+        return None
+    training = split == "train"
+    if isinstance(source, Mapping) and not any(isinstance(v, Tensor | np.ndarray | list) for v in source.values()):
+        parts, nested = {name: _tensors(part, split, name) for name, part in source.items()}, True
+        if missing := [n for n, t in parts.items() if t is None]:
+            raise TypeError(f"The {split} data is a dict, and its parts {missing} are no tensor datasets.")
+    else:
+        parts, nested = {"": _tensors(source, split)}, False
+    if parts and all(t is not None for t in parts.values()):
+        moved = {
+            name: {
+                k: t.to(device, dtype if dtype and t.is_floating_point() else None).requires_grad_(t.requires_grad)
+                if (dtype and t.is_floating_point() and t.dtype != dtype) or t.device != torch.device(device)
+                else t
+                for k, t in tensors.items()
+            }
+            for name, tensors in parts.items()
+            if tensors is not None
+        }
+        sizes = {name: data.size_of_batch(split, name or None) for name in moved}
+        keys = {k for t in moved.values() for k in t}
+        if unknown := [k for k in data.inputs_require_grad if k not in keys]:
+            raise ValueError(f"Data: inputs_require_grad names {unknown}, the {split} data has {sorted(keys)}.")
+        if training and data.drop_last and all((sizes[n] or 1) > len(next(iter(t.values()))) for n, t in moved.items()):
+            raise ValueError("Data: drop_last=True leaves no training batch: the batch size is larger than the data.")
+        return Batches(
+            moved, sizes, split=split, nested=nested, shuffle=training and data.shuffle,
+            drop_last=training and data.drop_last, seed=seed, require_grad=data.inputs_require_grad, rank=rank, world=world,
+        )  # fmt: skip
+    return _loader_batches(data, source, split, seed, to_device)
+
+
+def _loader_batches(data: Data, source: Any, split: str, seed: int, to_device: Callable) -> LoaderBatches:
+    training, sampler = split == "train", None
+    if not isinstance(source, DataLoader) and hasattr(source, "__getitem__") and isinstance(source, Dataset):
+        size = data.size_of_batch(split)
+        rows = len(source)  # type: ignore[arg-type]
+        if rows == 0:
+            raise ValueError(f"The {split} data is empty: {_short(source)} has no rows.")
+        sampler = SeededOrder(rows, seed, training and data.shuffle)
+        source = DataLoader(
+            source, batch_size=size or rows, sampler=sampler, drop_last=training and data.drop_last,
+            num_workers=_workers(data.num_workers), collate_fn=getattr(source, "collate_fn", None),
+            generator=torch.Generator(),  # its own, so that iterating does not draw from the global random state
+        )  # fmt: skip
+    if not hasattr(source, "__iter__"):
+        raise TypeError(
+            f"The {split} data is {_short(source)}; expected a dataset, a DataLoader or an iterable of batches."
+        )
+    if hasattr(source, "__len__") and len(source) == 0:
+        raise ValueError(f"The {split} data is empty: {_short(source)} yields no batch.")
+    return LoaderBatches(source, split=split, to_device=to_device, sampler=sampler)
+
+
+def _workers(num_workers: int | str) -> int:
+    import os
+
+    if num_workers != "all":
+        return int(num_workers)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _tensors(source: Any, split: str, part: str | None = None) -> dict[str, Tensor] | None:
+    """The tensors of a dataset that is made of tensors by key (ours, NeuroMANCER's, a dict), else None."""
+    if isinstance(source, Mapping):
+        source = DictDataset(source)
+    tensors = getattr(source, "datadict", None)
+    if not isinstance(tensors, Mapping) or isinstance(source, DataLoader):
+        return None
+    name = getattr(source, "name", None)
+    if name is not None and name not in (split, part):
+        raise ValueError(_wrong_name(name, split))
+    if not isinstance(source, DictDataset):
+        tensors = DictDataset(tensors).datadict
+    return dict(tensors)
+
+
+def _wrong_name(name: str, split: str) -> str:
+    return (
+        f"A dataset named {name!r} was given as the {split} data{suggest(name, [s for s in SPLITS if s != split])}. "
+        f"Name it {split!r}, or leave the name out."
+    )
+
+
+def check_finite(data: Data, strict: bool) -> None:
+    """Warn, or with `strict` raise ValueError, about NaN and Inf in tensor datasets: which key, how many rows."""
+    for split in SPLITS:
+        source = getattr(data, split)
+        nested = isinstance(source, Mapping) and not any(isinstance(v, Tensor | np.ndarray | list) for v in source.values())
+        for part, dataset in source.items() if nested else [(None, source)]:
+            for key, tensor in (_tensors(dataset, split, part) or {}).items() if dataset is not None else ():
+                if tensor.is_floating_point() or tensor.is_complex():
+                    finite = torch.isfinite(tensor.detach()).flatten(1).all(1) if tensor.dim() > 1 else tensor.isfinite()
+                    if bad := int((~finite).sum()):
+                        where = f"{split} data" + (f", part {part!r}" if part else "")
+                        message = f"{where}: {key!r} has NaN or Inf in {bad} of {len(finite)} rows."
+                        if strict:
+                            raise ValueError(message)
+                        warnings.warn(message + " (strict_data=True makes this an error.)", stacklevel=3)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text[:60]}{'...' if len(text) > 60 else ''}"

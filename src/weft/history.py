@@ -1,0 +1,112 @@
+"""How far a run is, what it measured, and the best weights it saw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from torch import nn
+
+from weft.checkpoint import Snapshot
+
+
+@dataclass
+class Progress:
+    """How far a run is: plain numbers, all of them checkpointed."""
+
+    epoch: int = 0
+    """Epochs that are over; while one is open, its number."""
+    step: int = 0
+    """Optimizer updates done."""
+    batch: int = 0
+    """Batches of the open epoch that were used."""
+    phase: int = 0
+    phase_epoch: int = 0
+    """Epochs of this phase that are over."""
+    phase_ended: bool = False
+    refreshes: int = 0
+    """How often the data was made anew."""
+    last_epoch: int = 0
+    """The epoch at which this fit ends."""
+    last_step: int | None = None
+    """The step at which this fit ends, None: no limit."""
+    seconds: float = 0.0
+    """Time spent training, in earlier fits and before a resume included (s)."""
+    skipped: int = 0
+    """Steps skipped in a row because a number was not finite."""
+    skipped_total: int = 0
+    interrupted: bool = False
+    """The last fit was interrupted; the next one does what was left of it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        for field in fields(self):
+            setattr(self, field.name, state_dict[field.name])
+
+
+class History:
+    """One list of plain floats per name, one entry an epoch; nan where an epoch did not measure it."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[float]] = {}
+        self.num_epochs = 0
+
+    def append(self, metrics: Mapping[str, float]) -> None:
+        """Close one more epoch."""
+        for name in metrics:
+            if name not in self.values:
+                self.values[name] = [math.nan] * self.num_epochs
+        for name, column in self.values.items():
+            column.append(metrics.get(name, math.nan))
+        self.num_epochs += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": {k: list(v) for k, v in self.values.items()}, "num_epochs": self.num_epochs}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self.values = {k: list(v) for k, v in state_dict["values"].items()}
+        self.num_epochs = state_dict["num_epochs"]
+
+
+class Best:
+    """The best value of the monitored metric and the weights that had it."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self.value: float | None = None
+        self.epoch: int | None = None
+        self.weights: Snapshot | None = None
+
+    def update(self, name: str, value: float | None, epoch: int, mode: str, problem: nn.Module) -> bool:
+        """Keep this epoch's weights if `value` is better than every one before. NaN and infinities never are."""
+        if name != self.name:  # another metric is monitored from here on: its values do not compare with the old
+            self.name, self.value, self.epoch = name, None, None
+        if value is None or not is_better(value, self.value, mode):
+            return False
+        self.value, self.epoch = value, epoch
+        if self.weights is None:
+            self.weights = Snapshot()
+        self.weights.take(problem)
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        weights = None if self.weights is None else self.weights.state_dict()
+        return {"name": self.name, "value": self.value, "epoch": self.epoch, "weights": weights}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self.name, self.value, self.epoch = state_dict["name"], state_dict["value"], state_dict["epoch"]
+        self.weights = None
+        if state_dict["weights"] is not None:
+            self.weights = Snapshot()
+            self.weights.load_state_dict(state_dict["weights"])
+
+
+def is_better(value: float, than: float | None, mode: str, by: float = 0.0) -> bool:
+    """Whether `value` is finite and better than `than` by more than `by`; `than=None` is worse than anything."""
+    if not math.isfinite(value):
+        return False
+    return than is None or (value < than - by if mode == "min" else value > than + by)

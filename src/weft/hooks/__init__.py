@@ -1,0 +1,26 @@
+"""Hooks that come with weft, and which of them a trainer's options ask for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from weft.hooks.progress import ProgressLine
+from weft.hooks.stopping import EarlyStopping
+
+if TYPE_CHECKING:
+    from weft.run import Run
+    from weft.trainer import Trainer
+
+
+def hooks_from(trainer: Trainer, run: Run) -> list[Any]:
+    """The hooks that the options ask for, in the order in which they listen (after the user's own)."""
+    from weft.loggers import Logging, make_loggers
+
+    config, hooks = trainer.config, []
+    if config.patience is not None or any(phase.patience for phase in run.phases):
+        hooks.append(EarlyStopping(config.patience, config.min_delta, config.warmup, config.min_epochs))
+    if config.progress is not False:
+        hooks.append(ProgressLine())
+    if loggers := make_loggers(trainer.options["loggers"], run.run_dir):
+        hooks.append(Logging(loggers, log_every=config.log_every))
+    return hooks

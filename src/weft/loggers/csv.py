@@ -1,0 +1,161 @@
+"""`metrics.csv`: every logged number as one row, appended, and read back.
+
+    logger = CSVLogger("runs/a/metrics.csv")
+    logger.log_metrics({"train_loss": 0.5, "epoch": 0}, step=79)
+    logger.save()
+    read_rows("runs/a/metrics.csv")     # [Row(step=79, epoch=0, name='train_loss', value=0.5, time=1760000000.123)]
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+COLUMNS = ("step", "epoch", "name", "value", "time")
+CONTEXT = ("lr", "steps_per_second", "seconds")
+"""What `Logging` adds to an epoch's metrics; names `lr/...` too. The history of a result does not have it."""
+
+
+class Row(NamedTuple):
+    """One logged number: optimizer steps done, the epoch (from 0), its name, its value, and when (unix seconds)."""
+
+    step: int
+    epoch: int
+    name: str
+    value: float
+    time: float
+
+
+class CSVLogger:
+    """Writes rows `step,epoch,name,value,time` to `path`; a Lightning logger by its methods.
+
+    Rows are only ever appended, so a new name costs nothing and a killed run loses no more than its last row.
+    Values are written with all their digits. `clock` gives unix seconds.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, clock: Callable[[], float] = time.time) -> None:
+        self.path = Path(path)
+        self._clock = clock
+        self._waiting: list[tuple[Any, ...]] = []
+        self._is_checked = False  # header there, last line whole
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Add one row for each of `metrics` but `"epoch"`, which becomes the column (0 if it is missing)."""
+        now = round(self._clock(), 3)
+        epoch = int(metrics.get("epoch", 0))
+        self._waiting += [
+            (int(step), epoch, name.replace("\r", " "), repr(float(value)), now)  # csv leaves a bare \r unquoted
+            for name, value in metrics.items()
+            if name != "epoch"
+        ]
+
+    def log_hyperparams(self, params: Mapping[str, Any]) -> None:
+        """Nothing: hyperparameters stand in the run's `config.yaml`."""
+
+    def save(self) -> None:
+        """Append what waits to the file; creates it, with its folder and header, on the first call."""
+        if not self._is_checked:
+            self._prepare()
+        if self._waiting:
+            with self.path.open("a", encoding="utf-8", newline="") as file:
+                file.write(_as_text(self._waiting))
+            self._waiting = []
+
+    def rewind(self, step: int, epoch: int, in_epoch: bool = False) -> None:
+        """Drop what a run that goes on from a checkpoint at `step` with `epoch` will log again.
+
+        That is every row after `step`, and every mean over `epoch` or a later one, which may stand at `step` itself.
+        Step values (names that end in "_step") up to `step` stay. The file is replaced in one operation.
+        """
+        self._waiting = []
+        if not self.path.exists() or self.path.stat().st_size == 0:
+            return
+        rows = read_rows(self.path)
+        kept = [row for row in rows if row.step <= step and (row.epoch < epoch or row.name.endswith("_step"))]
+        if len(kept) == len(rows):
+            return
+        part = self.path.with_name(self.path.name + ".part")
+        with part.open("w", encoding="utf-8", newline="") as file:
+            file.write(_as_text([COLUMNS, *((*row[:3], repr(row.value), row.time) for row in kept)]))
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(self.path)
+
+    def finalize(self, status: str) -> None:
+        """Append what waits; `status` is not kept. The logger can be used again."""
+        self.save()
+
+    def _prepare(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.path.exists() or self.path.stat().st_size == 0:
+            self.path.write_text(_as_text([COLUMNS]), encoding="utf-8", newline="")
+        _check_header(self.path)
+        _cut_torn_line(self.path)
+        self._is_checked = True
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[Row]:
+    """The rows of a metrics.csv in the order they were written; a last line that was cut off is left out.
+
+    Raises FileNotFoundError, and ValueError naming file and line for a file of another kind.
+    """
+    path = Path(path)
+    _check_header(path)
+    text = path.read_bytes().decode("utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    reader = csv.reader(io.StringIO(whole, newline=""))
+    next(reader)
+    rows = []
+    for fields in reader:
+        try:
+            step, epoch, name, value, seconds = fields
+            rows.append(Row(int(step), int(epoch), name, float(value), float(seconds)))
+        except ValueError:
+            found = ",".join(fields)
+            raise ValueError(
+                f"{path}, line {reader.line_num}: found {found!r}, expected {','.join(COLUMNS)}."
+            ) from None
+    return rows
+
+
+def read_history(path: str | os.PathLike[str], num_epochs: int) -> dict[str, list[float]]:
+    """The history that a metrics.csv records: a list of `num_epochs` floats by name, nan where nothing was logged.
+
+    Without step values and without what logging adds (learning rates, speed, seconds). Raises like `read_rows`.
+    """
+    history: dict[str, list[float]] = {}
+    for row in read_rows(path):
+        if row.epoch < num_epochs and row.name.split("/")[0] not in CONTEXT and not row.name.endswith("_step"):
+            history.setdefault(row.name, [math.nan] * num_epochs)[row.epoch] = row.value
+    return history
+
+
+def _as_text(rows: list[tuple[Any, ...]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _check_header(path: Path) -> None:
+    with path.open(encoding="utf-8") as file:
+        header = file.readline().rstrip("\n")
+    if header != ",".join(COLUMNS):
+        raise ValueError(
+            f"{path} is not a metrics.csv of weft: its first line is {header[:80]!r}, expected {','.join(COLUMNS)!r}. "
+            "Choose another run_name or root_dir, or move the file away."
+        )
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Drop a last line without its end: the process that wrote it was killed."""
+    with path.open("rb+") as file:
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            file.truncate(whole)

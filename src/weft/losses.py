@@ -1,0 +1,317 @@
+"""How the terms of a problem add up to one loss: penalty, barrier, augmented Lagrangian.
+
+    problem = weft.Problem([net], objectives=[f], constraints=[inner], loss=weft.PenaltyLoss())
+
+A loss is a module called with the data and the terms; it returns scalars by name: each term's contribution,
+`<constraint>_violation`, `objective_loss`, `penalty_loss` and `loss`. None branches on the value of a tensor, so all
+can be traced.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial, reduce
+from operator import add
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.events import Hook
+from weft.terms import Constraint, MissingKeyError, Objective, equal, greater_equal, less_equal, objective
+from weft.types import Batch, suggest
+
+__all__ = ["AugmentedLagrangian", "BarrierLoss", "PenaltyLoss", "equal", "greater_equal", "less_equal", "objective"]
+
+
+class PenaltyLoss(nn.Module):
+    """The sum of all objectives and all weighted constraint penalties (Nocedal & Wright, 2nd ed., ch. 17.1-17.2)."""
+
+    def forward(
+        self, data: Batch, objectives: Iterable[Objective], constraints: Iterable[Constraint]
+    ) -> dict[str, Tensor]:
+        """Scalars by name: each term, `<constraint>_violation`, `objective_loss`, `penalty_loss` and `loss`."""
+        out: dict[str, Tensor] = {}
+        objective_terms = _add_objectives(out, data, objectives)
+        penalties = []
+        for c in constraints:
+            out[c.name], out[f"{c.name}_violation"] = penalty, _ = c(data)
+            penalties.append(penalty)
+        return _totals(out, objective_terms, penalties)
+
+
+class BarrierLoss(PenaltyLoss):
+    """Keeps away from the boundary of a constraint: a barrier where it holds, the penalty where it does not.
+
+    Where the value v = lhs - rhs of an inequality is negative, it contributes barrier(v), clamped to
+    [0, upper_bound]; elsewhere the penalty of PenaltyLoss. An equality has no inside and is penalised.
+
+    barrier: a function of v, or the name of one:
+        "log10"    -log10(-v)
+        "log"      -log(-v)
+        "inverse"  -1 / v
+        "softexp"  (exp(alpha v) - 1) / alpha + alpha
+        "softlog"  -log(1 + alpha (-v - alpha)) / alpha
+        "expshift" exp(v + shift)
+    upper_bound: the largest value of the barrier, > 0.
+    Relaxed barriers: Feller & Ebenbauer, arXiv:1602.01321. The formulas are those of NeuroMANCER's BarrierLoss.
+    """
+
+    def __init__(
+        self,
+        barrier: str | Callable[[Tensor], Tensor] = "log10",
+        upper_bound: float = 1.0,
+        shift: float = 1.0,
+        alpha: float = 0.5,
+    ) -> None:
+        super().__init__()
+        barriers: dict[str, Callable[[Tensor], Tensor]] = {
+            "log10": _log10_barrier,
+            "log": _log_barrier,
+            "inverse": _inverse_barrier,
+            "softexp": partial(_softexp_barrier, alpha=alpha),
+            "softlog": partial(_softlog_barrier, alpha=alpha),
+            "expshift": partial(_expshift_barrier, shift=shift),
+        }
+        if not callable(barrier) and barrier not in barriers:
+            raise ValueError(
+                f"BarrierLoss has no barrier {barrier!r}{suggest(str(barrier), barriers) or '.'} "
+                f"It is one of {list(barriers)}, or a function of the constraint's value."
+            )
+        if not upper_bound > 0:
+            raise ValueError(f"The upper_bound of BarrierLoss must be > 0; got {upper_bound!r}.")
+        if alpha == 0 and barrier in ("softexp", "softlog"):
+            raise ValueError(f"The barrier {barrier!r} divides by alpha, which must not be 0.")
+        self.barrier = barrier if callable(barrier) else barriers[barrier]
+        self.upper_bound = upper_bound
+
+    def forward(
+        self, data: Batch, objectives: Iterable[Objective], constraints: Iterable[Constraint]
+    ) -> dict[str, Tensor]:
+        """Scalars by name, as PenaltyLoss; a constraint's contribution is barrier and penalty together."""
+        out: dict[str, Tensor] = {}
+        objective_terms = _add_objectives(out, data, objectives)
+        penalties = []
+        for c in constraints:
+            value = c.value(data)
+            violation = c.violation(value)
+            cost = violation if c.norm == 1 else violation.square()
+            if c.sense != "==":
+                cost = torch.where(value < 0, self._clamped(value), cost)  # nan is not < 0, and stays nan
+            contribution = c.weight * cost.mean()
+            out[c.name], out[f"{c.name}_violation"] = contribution, violation.mean()
+            penalties.append(contribution)
+        return _totals(out, objective_terms, penalties)
+
+    def _clamped(self, value: Tensor) -> Tensor:
+        # Outside (value >= 0) the result is not used, but 0 * inf in its derivative would be nan; so stay just inside.
+        inside = value.clamp(max=-math.sqrt(torch.finfo(value.dtype).tiny))
+        barrier = torch.nan_to_num(self.barrier(inside), nan=0.0, posinf=0.0, neginf=0.0)
+        return barrier.clamp(min=0.0, max=self.upper_bound)
+
+
+class AugmentedLagrangian(PenaltyLoss, Hook):
+    """Multipliers and a quadratic penalty for each training row, so that constraints hold without huge weights.
+
+    With v the values of a row's constraints, lambda their multipliers and mu the row's penalty parameter, it adds
+        sum over entries of weight * (lambda t + mu/2 t^2),   t = v (equality) or max(v, -lambda/mu) (inequality),
+    averaged over the rows. Every `every` epochs, from the last values of each row,
+        lambda <- lambda + mu t    (so those of inequalities stay >= 0),
+        mu <- min(growth * mu, mu_max)    where norm(t) did not shrink below eta times what it was at the last update.
+    Source: Nocedal & Wright, Numerical Optimization, 2nd ed., ch. 17.3 and 17.4 (unconstrained formulation; their
+    multipliers have the other sign).
+
+    `weight * multipliers` estimates the Lagrange multipliers of each row, one column an entry in the order of the
+    constraints, for an objective averaged over rows. In evaluation the loss is that of PenaltyLoss, so that epochs
+    compare; `norm` matters only there. The forward reads `batch["index"]` in training and changes nothing but
+    `values` (the last values of the rows seen). `update()` does the rest; the trainer calls it through `on_epoch_end`.
+
+    rows: number of training rows. None: as many as the largest index seen; finding it waits for the GPU in every step
+        and cannot be compiled, so give it where that matters.
+    Raises KeyError for a batch without "index", ValueError for a constraint without one value a row.
+    """
+
+    multipliers: Tensor  # (rows, entries)
+    mu: Tensor  # (rows, 1)
+    values: Tensor  # (rows, entries); nan: not seen since the last update
+    violation: Tensor  # (rows, 1), norm of t at the last update
+    is_equality: Tensor  # (entries,)
+    num_epochs: Tensor  # epochs ended so far
+
+    def __init__(
+        self,
+        mu: float = 1.0,
+        growth: float = 2.0,
+        mu_max: float = 1000.0,
+        eta: float = 0.9,
+        every: int = 10,
+        rows: int | None = None,
+    ) -> None:
+        super().__init__()
+        legal = {"mu > 0": mu > 0, "mu_max >= mu": mu_max >= mu, "growth >= 1": growth >= 1}
+        legal |= {"0 < eta <= 1": 0 < eta <= 1, "every >= 1": every >= 1, "rows >= 1": rows is None or rows >= 1}
+        for rule, holds in legal.items():
+            if not holds:
+                raise ValueError(
+                    f"AugmentedLagrangian needs {rule}; got mu={mu}, growth={growth}, mu_max={mu_max}, eta={eta}, "
+                    f"every={every}, rows={rows}."
+                )
+        self.mu_start, self.growth, self.mu_max, self.eta, self.every, self.rows = mu, growth, mu_max, eta, every, rows
+        self.register_buffer("num_epochs", torch.tensor(0))
+        self._new_buffers(0, torch.empty(0, 0), torch.zeros(0, dtype=torch.bool))
+
+    def forward(
+        self, data: Batch, objectives: Iterable[Objective], constraints: Iterable[Constraint]
+    ) -> dict[str, Tensor]:
+        """Scalars by name, as PenaltyLoss. Call on whole rows: `data["index"]` says which ones these are."""
+        if not self.training:
+            return super().forward(data, objectives, constraints)
+        if not isinstance(data.get("index"), Tensor):
+            raise MissingKeyError(
+                "AugmentedLagrangian keeps multipliers for each training row, and reads their numbers from "
+                f"batch['index']; found {type(data.get('index')).__name__}. "
+                "Use a DictDataset, or yield 'index' with each batch."
+            )
+        out: dict[str, Tensor] = {}
+        objective_terms = _add_objectives(out, data, objectives)
+        constraints = list(constraints)
+        if not constraints:
+            return _totals(out, objective_terms, [])
+        index = data["index"].reshape(-1)
+        raw = [c.value(data) for c in constraints]
+        flat = [_by_row(c, v, len(index)) for c, v in zip(constraints, raw, strict=True)]
+        values = torch.cat(flat, dim=1)
+        self._fit_buffers(index, values, flat, constraints)
+
+        try:
+            multipliers, mu = self.multipliers[index], self.mu[index]
+        except IndexError as error:
+            raise ValueError(f"AugmentedLagrangian(rows={self.rows}): batch['index'] goes beyond.") from error
+        floor = multipliers / -mu
+        penalties, start = [], 0
+        for c, v in zip(constraints, flat, strict=True):
+            columns = slice(start, start := start + v.shape[1])
+            t = v if c.sense == "==" else torch.maximum(v, floor[:, columns])
+            row_costs = (t * (multipliers[:, columns] + 0.5 * mu * t)).sum(dim=1)
+            contribution = c.weight * row_costs.mean()
+            out[c.name], out[f"{c.name}_violation"] = contribution, c.violation(v).mean()
+            penalties.append(contribution)
+        self.values[index] = values.detach().to(self.values.dtype)
+        return _totals(out, objective_terms, penalties)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the multipliers and penalty parameters of all rows seen since the last update, in place."""
+        seen = ~self.values.isnan().any(dim=1, keepdim=True)
+        t = torch.where(self.is_equality, self.values, torch.maximum(self.values, self.multipliers / -self.mu))
+        violation = t.norm(dim=1, keepdim=True)
+        grow = seen & (violation > self.eta * self.violation)
+        self.multipliers.copy_(torch.where(seen, self.multipliers + self.mu * t, self.multipliers))
+        self.mu.copy_(torch.where(grow, (self.mu * self.growth).clamp(max=self.mu_max), self.mu))
+        self.violation.copy_(torch.where(seen, violation, self.violation))
+        self.values.fill_(torch.nan)
+
+    def on_fit_start(self, trainer: Any) -> None:
+        """Refuse several processes: each would know the rows of its own share alone."""
+        started = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if started and (size := torch.distributed.get_world_size()) > 1:
+            raise RuntimeError(
+                f"AugmentedLagrangian keeps the multipliers of all rows in one process, but {size} are training; "
+                "use devices=1, or PenaltyLoss."
+            )
+
+    def on_epoch_end(self, trainer: Any, metrics: Mapping[str, float]) -> None:
+        """Count the epoch, and update after every `every` of them."""
+        self.num_epochs += 1
+        if int(self.num_epochs) % self.every == 0:
+            self.update()
+
+    def _new_buffers(self, rows: int, like: Tensor, is_equality: Tensor) -> None:
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32  # half is too short for a sum
+        blank = torch.zeros(rows, like.shape[1], dtype=dtype, device=like.device)
+        self.register_buffer("multipliers", blank)
+        self.register_buffer("values", torch.full_like(blank, torch.nan))
+        self.register_buffer("mu", blank.new_full((rows, 1), self.mu_start))
+        self.register_buffer("violation", torch.full_like(self.mu, torch.inf))
+        self.register_buffer("is_equality", is_equality.to(like.device))
+
+    def _fit_buffers(self, index: Tensor, values: Tensor, flat: list[Tensor], constraints: list[Constraint]) -> None:
+        """Make room for the rows of `index`. Kept: what is known of earlier rows, if the entries are as many."""
+        rows, entries = self.multipliers.shape
+        if self.rows is None:
+            needed = max(rows, int(index.max()) + 1)  # waits for the GPU
+        else:
+            needed = self.rows
+        if (rows, entries) == (needed, values.shape[1]):
+            return
+        old = {k: getattr(self, k) for k in ("multipliers", "values", "mu", "violation")}
+        flags = [c.sense == "==" for c, v in zip(constraints, flat, strict=True) for _ in range(v.shape[1])]
+        self._new_buffers(needed, values.detach(), torch.tensor(flags))
+        if rows and entries != values.shape[1]:
+            warnings.warn(
+                f"AugmentedLagrangian: the constraints now have {values.shape[1]} entries a row, before {entries}; "
+                "its multipliers start anew at zero.",
+                stacklevel=2,
+            )
+        elif rows:
+            for key, tensor in old.items():
+                keep = min(rows, needed)
+                getattr(self, key)[:keep] = tensor[:keep]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Take the sizes of what is loaded: they are known only once a batch was seen."""
+        for key in ("multipliers", "values", "mu", "violation", "is_equality"):
+            loaded, own = state_dict.get(prefix + key), getattr(self, key)
+            if isinstance(loaded, Tensor) and loaded.shape != own.shape:
+                self.register_buffer(key, torch.empty(loaded.shape, dtype=own.dtype, device=own.device))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _add_objectives(out: dict[str, Tensor], data: Batch, objectives: Iterable[Objective]) -> list[Tensor]:
+    contributions = [term(data) for term in objectives]
+    out.update((term.name, c) for term, c in zip(objectives, contributions, strict=True))
+    return contributions
+
+
+def _totals(out: dict[str, Tensor], objectives: list[Tensor], penalties: list[Tensor]) -> dict[str, Tensor]:
+    """Add the two sums and their sum to `out`; a sum of no terms is zero."""
+    sums = [reduce(add, part) if part else None for part in (objectives, penalties)]
+    loss = reduce(add, [total for total in sums if total is not None])
+    out["objective_loss"], out["penalty_loss"] = (torch.zeros_like(loss) if s is None else s for s in sums)
+    out["loss"] = loss
+    return out
+
+
+def _by_row(constraint: Constraint, value: Tensor, num_rows: int) -> Tensor:
+    if value.ndim == 0 or value.shape[0] != num_rows:
+        raise ValueError(
+            f"AugmentedLagrangian keeps multipliers for each row, so {constraint} must have one value or more for each "
+            f"of the {num_rows} rows of batch['index']; its value has shape {tuple(value.shape)}."
+        )
+    return value.reshape(num_rows, -1)
+
+
+def _log10_barrier(value: Tensor) -> Tensor:
+    return -torch.log10(-value)
+
+
+def _log_barrier(value: Tensor) -> Tensor:
+    return -torch.log(-value)
+
+
+def _inverse_barrier(value: Tensor) -> Tensor:
+    return -1 / value
+
+
+def _softexp_barrier(value: Tensor, alpha: float) -> Tensor:
+    return (torch.exp(alpha * value) - 1) / alpha + alpha
+
+
+def _softlog_barrier(value: Tensor, alpha: float) -> Tensor:
+    return -torch.log(1 + alpha * (-value - alpha)) / alpha
+
+
+def _expshift_barrier(value: Tensor, shift: float) -> Tensor:
+    return torch.exp(value + shift)

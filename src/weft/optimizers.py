@@ -1,0 +1,201 @@
+"""Optimizers and schedulers: from what the user gave to one dict of optimizers by name, and when schedules step.
+
+    Trainer(optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3),
+            scheduler=weft.Schedule(lambda opt: OneCycleLR(opt, 1e-2, total_steps=500), interval="step"))
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from weft.types import suggest
+
+DEFAULT = "default"  # the name of an optimizer that was given without one
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A scheduler and when it steps.
+
+    `factory`: a function of the optimizer, or a scheduler instance. `interval`: "epoch" or "step" (optimizer steps).
+    `monitor`: the metric given to schedulers that want one (ReduceLROnPlateau); None: the run's monitored metric.
+    """
+
+    factory: Any
+    interval: Literal["epoch", "step"] = "epoch"
+    monitor: str | None = None
+    frequency: int = 1
+    """Step at every n-th interval (>= 1)."""
+
+    def __post_init__(self) -> None:
+        if self.interval not in ("epoch", "step"):
+            raise ValueError(f"Schedule: interval={self.interval!r}; expected 'epoch' or 'step'.")
+        if self.frequency < 1:
+            raise ValueError(f"Schedule: frequency={self.frequency}; expected at least 1.")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stage of a run. What is None stays as it was in the stage before.
+
+    `epochs`: how many this phase lasts (>= 1). `data`: a `Data`, dataset or setup function used from here on.
+    `freeze`: names of nodes or submodules (dotted) whose parameters do not train in this phase only.
+    `weights`: weights of loss terms by name. `patience`: validations without improvement that end this phase,
+    counted anew. `setup`: a function of the trainer, called when the phase begins (a longer rollout, say).
+    """
+
+    epochs: int
+    optimizer: Any = None
+    scheduler: Any = None
+    data: Any = None
+    freeze: Sequence[str] = ()
+    weights: Mapping[str, Any] | None = None
+    patience: int | None = None
+    setup: Callable[[Any], Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"Phase: epochs={self.epochs}; expected at least 1.")
+        if isinstance(self.freeze, str):
+            raise TypeError(f"Phase: freeze={self.freeze!r}; expected a list of names.")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"Phase: patience={self.patience}; expected at least 1, or None.")
+
+
+@dataclass
+class Scheduled:
+    """A scheduler in a run: the object, when it steps, and how often it was asked to."""
+
+    scheduler: Any
+    interval: str
+    monitor: str | None
+    frequency: int = 1
+    asked: int = field(default=0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"asked": self.asked, "scheduler": self.scheduler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.asked = state_dict["asked"]
+        self.scheduler.load_state_dict(state_dict["scheduler"])
+
+    def step(self, metrics: Mapping[str, float], default_monitor: str | None) -> None:
+        """Step if it is this schedule's turn. Raises KeyError if the metric it needs is not there."""
+        self.asked += 1
+        if self.asked % self.frequency:
+            return
+        if not isinstance(self.scheduler, ReduceLROnPlateau) and self.monitor is None:
+            self.scheduler.step()
+            return
+        name = self.monitor or default_monitor
+        if name not in metrics:
+            if name is not None and self.monitor is None and name.startswith("dev"):
+                return  # not validated in this epoch
+            raise KeyError(f"{type(self.scheduler).__name__} needs the metric {name!r}; there are {sorted(metrics)}.")
+        self.scheduler.step(metrics[name])
+
+
+def default_optimizer(params: Iterable[nn.Parameter]) -> Optimizer:
+    """Adam(lr=1e-3, betas=(0.0, 0.9)), fused where the device has it."""
+    params = list(params)
+    return torch.optim.Adam(params, lr=1e-3, betas=(0.0, 0.9), fused=can_fuse(params))
+
+
+def can_fuse(params: Sequence[torch.Tensor]) -> bool:
+    """Whether torch has fused optimizers for all of these parameters (floating, dense, on CPU, CUDA or MPS)."""
+    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda", "mps") and not p.is_sparse for p in params)
+
+
+def build_optimizers(given: Any, problem: nn.Module) -> dict[str, Optimizer]:
+    """The optimizers by name, made of an instance, a factory of the parameters, or a dict of these by name.
+
+    In a dict, a factory gets the parameters of the node or submodule that its name names, else all of them if it is
+    the only entry. Raises ValueError for an optimizer without any of the problem's parameters.
+    """
+    if given is None and not any(p.requires_grad for p in problem.parameters()):
+        raise ValueError(f"{type(problem).__name__} has no parameters that require grad: there is nothing to train.")
+    if isinstance(given, Mapping):
+        if not given:
+            raise ValueError("optimizer={}: expected at least one optimizer.")
+        return {name: _build(name, g, problem, named=len(given) > 1) for name, g in given.items()}
+    return {DEFAULT: _build(DEFAULT, given if given is not None else default_optimizer, problem, named=False)}
+
+
+def _build(name: str, given: Any, problem: nn.Module, named: bool) -> Optimizer:
+    if not isinstance(given, Optimizer):
+        if not callable(given):
+            raise TypeError(f"optimizer {name!r} is {given!r}; expected a torch optimizer or a function of parameters.")
+        owner = submodule(problem, name) if named or name != DEFAULT and _has(problem, name) else problem
+        made = given([p for p in owner.parameters() if p.requires_grad])
+        if not isinstance(made, Optimizer):
+            raise TypeError(f"The factory of optimizer {name!r} returned {type(made).__name__}; expected an optimizer.")
+        given = made
+    ours = {id(p) for p in problem.parameters()}
+    if not any(id(p) in ours for p in parameters_of(given)):
+        raise ValueError(
+            f"Optimizer {name!r} ({type(given).__name__}) has none of the parameters of {type(problem).__name__}: "
+            "it would train something else. Make it from problem.parameters(), or pass a function of the parameters."
+        )
+    return given
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Every parameter an optimizer updates, in order."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def submodule(problem: nn.Module, name: str) -> nn.Module:
+    """The submodule with this dotted name, or the node with this `.name`. ValueError with a suggestion if none."""
+    modules = dict(problem.named_modules())
+    if name in modules:
+        return modules[name]
+    named = {m.name: m for m in modules.values() if isinstance(getattr(m, "name", None), str)}
+    if name in named:
+        return named[name]
+    known = [*named, *(m for m in modules if m)]
+    raise ValueError(f"{type(problem).__name__} has no node or submodule {name!r}{suggest(name, known)}. It has {known}.")
+
+
+def _has(problem: nn.Module, name: str) -> bool:
+    return name in dict(problem.named_modules()) or any(getattr(m, "name", None) == name for m in problem.modules())
+
+
+def build_schedulers(given: Any, optimizers: Mapping[str, Optimizer]) -> dict[str, Scheduled]:
+    """The schedulers by name of their optimizer, made of factories, instances or `Schedule`s of either."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        if len(optimizers) > 1 and not isinstance(getattr(given, "factory", given), LRScheduler):
+            raise ValueError(f"With several optimizers {list(optimizers)}, give a dict of schedulers by the same names.")
+        given = {next(iter(optimizers)): given}
+    built = {}
+    for name, item in given.items():
+        if name not in optimizers:
+            raise ValueError(f"There is a scheduler for {name!r}, but no such optimizer{suggest(name, optimizers)}.")
+        schedule = item if isinstance(item, Schedule) else Schedule(item)
+        scheduler = schedule.factory
+        if not isinstance(scheduler, LRScheduler):
+            if not callable(scheduler):
+                raise TypeError(f"scheduler {name!r} is {scheduler!r}; expected a scheduler or a function of the optimizer.")
+            scheduler = scheduler(optimizers[name])
+        if not hasattr(scheduler, "step"):
+            raise TypeError(f"The factory of scheduler {name!r} returned {type(scheduler).__name__}, which has no step().")
+        owner = getattr(scheduler, "optimizer", None)
+        if owner is not None and all(owner is not o for o in optimizers.values()):
+            raise ValueError(f"Scheduler {type(scheduler).__name__} belongs to another optimizer than the one that trains.")
+        built[name] = Scheduled(scheduler, schedule.interval, schedule.monitor, schedule.frequency)
+    return built
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Whether `optimizer.step` cannot be called without a closure (LBFGS and other line searches)."""
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty

@@ -1,0 +1,164 @@
+"""Pictures of a run and of what it learned: matplotlib axes in, axes out.
+
+    weft.plot.curves(result)                                  # train and dev, the best epoch marked
+    weft.plot.save_summary(result, "runs/a/curves.png")
+    weft.plot.solution_map(lambda x, y: (1 - x) ** 2 + 100 * (y - x**2) ** 2, (-2, 2), (-1, 3))
+
+matplotlib is loaded by the first picture. Without `ax` pyplot makes a new figure, which a notebook shows by itself;
+`save_summary` leaves pyplot alone, so a script that calls it has nothing to close.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+STYLES = {"train": "-", "dev": "--", "test": ":"}
+
+
+def curves(result: Any, ax: Axes | None = None) -> Axes:
+    """The losses of `result` over its epochs, one line a split, with the best epoch marked. Logarithmic if positive."""
+    ax = ax if ax is not None else _new_axes()
+    _draw_group(ax, {split: name for split, name in _splits_of("loss", result.history).items()}, result.history)
+    _mark_best(ax, result)
+    _finish(ax, "loss")
+    return ax
+
+
+def terms(result: Any, axes: Sequence[Axes] | None = None) -> list[Axes]:
+    """One axes for each named term and constraint violation of `result`, train and dev in each.
+
+    `axes`: as many as there are terms, or None. Raises ValueError if there are fewer. No terms: an empty list.
+    """
+    names = _term_names(result.history)
+    if axes is None:
+        axes = _new_grid(len(names)) if names else []
+    axes = list(np.ravel(np.asarray(axes, dtype=object)))
+    if len(axes) < len(names):
+        raise ValueError(f"plots.terms got {len(axes)} axes for {len(names)} terms: {', '.join(names)}.")
+    for ax, name in zip(axes, names, strict=False):
+        _draw_group(ax, _splits_of(name, result.history), result.history)
+        _mark_best(ax, result, label=False)
+        _finish(ax, name.replace("_", " "))
+    return axes[: len(names)]
+
+
+def save_summary(result: Any, path: str | os.PathLike[str]) -> None:
+    """Write a picture of `curves` and below it all `terms` to `path` (its ending names the format)."""
+    from matplotlib.figure import Figure
+
+    names = _term_names(result.history)
+    num_columns = min(3, max(1, len(names)))
+    num_rows = math.ceil(len(names) / num_columns)
+    figure = Figure(figsize=(max(7.0, 3.6 * num_columns), 3.8 + 2.4 * num_rows), layout="constrained")
+    grid = figure.add_gridspec(num_rows + 1, num_columns, height_ratios=[1.5, *[1.0] * num_rows])
+    curves(result, figure.add_subplot(grid[0, :]))
+    terms(result, [figure.add_subplot(grid[1 + i // num_columns, i % num_columns]) for i in range(len(names))])
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def solution_map(
+    fn: Callable[[np.ndarray, np.ndarray], Any],
+    x_range: tuple[float, float],
+    y_range: tuple[float, float],
+    ax: Axes | None = None,
+    *,
+    num_points: int = 201,
+    levels: int | Sequence[float] = 30,
+    labels: tuple[str, str, str] = ("x", "y", "value"),
+    log: bool = False,
+) -> Axes:
+    """Filled contours of `fn(x, y)` over a rectangle, with a colour bar.
+
+    `fn` gets two arrays of shape (num_points, num_points) and returns one. `labels`: of both axes and of the bar, with
+    units. `log`: logarithmic levels; values that are not positive are drawn like the smallest positive one.
+    """
+    ax = ax if ax is not None else _new_axes()
+    x, y = np.meshgrid(np.linspace(*x_range, num_points), np.linspace(*y_range, num_points))
+    values = np.asarray(fn(x, y), dtype=float)
+    if values.shape != x.shape:
+        raise ValueError(f"solution_map: fn returned shape {values.shape}, expected {x.shape}, one value a point.")
+    options: dict[str, Any] = {"levels": levels, "cmap": "viridis"}
+    ticks = None
+    if log:
+        from matplotlib.colors import LogNorm
+        from matplotlib.ticker import LogLocator
+
+        smallest = values[values > 0].min()
+        values, ticks = np.maximum(values, smallest), LogLocator()
+        if isinstance(levels, int):
+            levels = [float(level) for level in np.geomspace(smallest, values.max(), levels)]
+        options |= {"levels": levels, "norm": LogNorm()}
+    contours = ax.contourf(x, y, values, **options)
+    figure = ax.get_figure()
+    assert figure is not None
+    figure.colorbar(contours, ax=ax, label=labels[2], ticks=ticks)
+    ax.set_xlabel(labels[0])
+    ax.set_ylabel(labels[1])
+    return ax
+
+
+def _splits_of(quantity: str, history: Mapping[str, Any]) -> dict[str, str]:
+    """The names in `history` of one quantity, by split: {"train": "train_loss", "dev": "dev_loss"}."""
+    return {split: f"{split}_{quantity}" for split in STYLES if f"{split}_{quantity}" in history}
+
+
+def _term_names(history: Mapping[str, Any]) -> list[str]:
+    """The quantities of the splits besides the loss, in the order of the history."""
+    quantities = [name.split("_", 1)[1] for name in history if name.split("_", 1)[0] in STYLES and "_" in name]
+    return [name for name in dict.fromkeys(quantities) if name != "loss"]
+
+
+def _draw_group(ax: Axes, names: Mapping[str, str], history: Mapping[str, Sequence[float]]) -> None:
+    positive = True
+    for i, (split, name) in enumerate(names.items()):
+        values = np.asarray(history[name], dtype=float)
+        there = np.flatnonzero(np.isfinite(values))  # nan: an epoch that was not validated
+        if there.size == 0:
+            continue
+        positive = positive and bool((values[there] > 0).all())
+        marker = "o" if there.size == 1 else None
+        ax.plot(there, values[there], STYLES[split], color=f"C{i}", label=split, marker=marker, linewidth=1.4)
+    if ax.lines and positive:
+        ax.set_yscale("log")
+
+
+def _mark_best(ax: Axes, result: Any, label: bool = True) -> None:
+    if result.best_epoch is None or not ax.lines:
+        return
+    text = f"best: {result.best_metric:.4g} (epoch {result.best_epoch})" if label else None
+    ax.axvline(result.best_epoch, color="0.55", linewidth=1.0, linestyle="-.", label=text, zorder=0)
+
+
+def _finish(ax: Axes, ylabel: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    ax.set_xlabel("epoch")
+    ax.set_ylabel(ylabel)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.grid(True, which="major", alpha=0.3)
+    if ax.lines:
+        ax.legend(fontsize="small", framealpha=0.9)
+
+
+def _new_axes() -> Axes:
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(figsize=(6.4, 4.0), layout="constrained")[1]
+
+
+def _new_grid(num_axes: int) -> list[Axes]:
+    import matplotlib.pyplot as plt
+
+    num_columns = min(3, num_axes)
+    num_rows = math.ceil(num_axes / num_columns)
+    figure = plt.figure(figsize=(3.6 * num_columns, 2.6 * num_rows), layout="constrained")
+    return [figure.add_subplot(num_rows, num_columns, i + 1) for i in range(num_axes)]

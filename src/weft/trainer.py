@@ -1,0 +1,302 @@
+"""Trainer: options in, the loop, a result out.
+
+    trainer = weft.Trainer(epochs=200, patience=20)
+    result = trainer.fit(problem, data_setup, nsim=5000)
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft import checkpoint
+from weft.config import TrainerConfig, build
+from weft.data import Data, as_data
+from weft.events import as_hooks
+from weft.hooks import hooks_from
+from weft.optimizers import Phase, default_optimizer
+from weft.problem import forward_nodes, needs_grad_in_eval
+from weft.result import FitResult
+from weft.run import Run
+from weft.types import suggest
+
+_STEPS = {"train": "training_step", "dev": "validation_step", "test": "test_step", "predict": "predict_step"}
+_OBJECTS: dict[str, Any] = dict.fromkeys(
+    ("optimizer", "scheduler", "phases", "metrics", *_STEPS.values(), "hooks", "loggers", "plugins", "strategy", "profiler")
+)
+
+
+class Trainer:
+    """Trains a problem: a module that returns a dict with a loss for a batch.
+
+    Plain options are the fields of `weft.TrainerConfig` (see there for values and defaults). Besides:
+
+    optimizer: an instance, a function of the parameters, or a dict of them by name; default Adam(1e-3, (0.0, 0.9)).
+    scheduler: a function of the optimizer, an instance, a `weft.Schedule`, or a dict of them by optimizer name.
+    phases: a list of `weft.Phase`, trained one after the other; `epochs` is then theirs.
+    metrics: further metrics by name, functions whose argument names are keys of the problem's output or of the batch.
+    training_step, validation_step, test_step, predict_step: `fn(trainer, batch)` -> loss or dict.
+    hooks: a `weft.Hook`, a dict of functions by event, or a list mixing both.
+    loggers: "tensorboard", "csv", any Lightning logger, or a list; a run folder has its metrics.csv in any case.
+    strategy, plugins, profiler: also objects (Fabric's strategies and plugins; anything with start, step, stop).
+
+    Subclasses may override `training_step(self, batch)`, `validation_step`, `test_step`, `predict_step`,
+    `configure_optimizers(self)` and `update(self, batch)`. Unknown options raise TypeError with a suggestion, wrong
+    values ValueError; nothing happens before `fit`. The trainer takes any attribute of yours, and `trainer.state`
+    is a dict for tensors and plain values that is checkpointed too.
+    """
+
+    monitors_by_default = True
+
+    def __init__(self, **options: Any) -> None:
+        known = {*TrainerConfig.__dataclass_fields__, *_OBJECTS}
+        if unknown := [name for name in options if name not in known]:
+            hint = suggest(unknown[0], known)
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(map(repr, unknown))}{hint or '.'}")
+        self.options = {**_OBJECTS, **{k: v for k, v in options.items() if k in _OBJECTS}}
+        plain = {k: v for k, v in options.items() if k not in _OBJECTS}
+        for name in ("strategy", "profiler"):  # a name is plain data, an object is not
+            if isinstance(self.options[name], str):
+                plain[name], self.options[name] = self.options[name], None
+        self.config: TrainerConfig = build(TrainerConfig, plain)
+        self.hooks: list[Any] = as_hooks(self.options["hooks"])
+        self.phases: list[Phase] = _phases(self.options["phases"], plain)
+        self.metric_functions = {name: _metric(name, fn) for name, fn in (self.options["metrics"] or {}).items()}
+        for name in _STEPS.values():
+            if (step := self.options[name]) is not None:
+                if not callable(step):
+                    raise TypeError(f"{name}={step!r}: expected a function (trainer, batch).")
+                setattr(self, name, partial(step, self))
+        self.state: dict[str, Any] = {}
+        self.run: Run | None = None
+
+    def __repr__(self) -> str:
+        default = TrainerConfig()
+        changed = {k: v for k, v in vars(self.config).items() if v != getattr(default, k)}
+        changed |= {k: v for k, v in self.options.items() if v is not None}
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in changed.items())})"
+
+    # ------------------------------------------------------------------ fit
+
+    def fit(
+        self, problem: nn.Module, data: Any = None, dev: Any = None, *, datamodule: Any = None,
+        train_dataloaders: Any = None, val_dataloaders: Any = None, resume: str | None = None, **setup_kwargs: Any,
+    ) -> FitResult:  # fmt: skip
+        """Train `problem` and return the result; the problem then holds the best weights.
+
+        `data`: a data setup function (called with `setup_kwargs`), a `weft.Data`, (train, dev, test, batch_size), a
+        dataset, a loader or any iterable of batches (`dev` is then the other one). A second fit of the same problem
+        trains on; another problem starts anew. `resume`: "auto", "last", "best" or a checkpoint's path.
+        """
+        given = {"datamodule": datamodule, "train_dataloaders": train_dataloaders, "val_dataloaders": val_dataloaders}
+        with self.start(problem, data, dev, resume=resume, **given, **setup_kwargs) as run:
+            for _ in run.epochs():
+                for batch in run.batches("train"):
+                    run.update(batch)
+                if run.validation_due:
+                    run.evaluate("dev")
+        assert run.result is not None
+        return run.result
+
+    def start(
+        self, problem: nn.Module, data: Any = None, dev: Any = None, *, datamodule: Any = None,
+        train_dataloaders: Any = None, val_dataloaders: Any = None, resume: str | None = None, **setup_kwargs: Any,
+    ) -> Run:  # fmt: skip
+        """A run for a loop of your own (`with trainer.start(...) as run:`); the arguments are those of `fit`."""
+        if not isinstance(problem, nn.Module):
+            raise TypeError(f"fit: the problem is {type(problem).__name__} {problem!r}; expected a torch.nn.Module.")
+        if datamodule is not None:
+            raise TypeError("fit: `datamodule` belongs to a LightningModule; pass `data` here.")
+        data = data if train_dataloaders is None else train_dataloaders
+        dev = dev if val_dataloaders is None else val_dataloaders
+        previous = self.run if self.run is not None and self.run.is_of(problem) else None
+        if previous is None:
+            self.run = None
+        run = Run(self, problem, previous)
+        run.prepare(partial(as_data, data, dev, setup_kwargs), resume if resume is not None else self.config.resume)
+        self.run = run
+        return run
+
+    def default_hooks(self, run: Run) -> list[Any]:
+        """The hooks that the options ask for: progress line, early stopping, logging, checkpoints."""
+        return hooks_from(self, run)
+
+    # ------------------------------------------------------------------ what subclasses override
+
+    def training_step(self, batch: Any) -> Any:
+        """The loss of a training batch, or a dict that holds it."""
+        return self.problem(batch)
+
+    def validation_step(self, batch: Any) -> Any:
+        """The loss of a dev batch, or a dict that holds it; every scalar in it is reported."""
+        return self.problem(batch)
+
+    def test_step(self, batch: Any) -> Any:
+        """The loss of a test batch, or a dict that holds it."""
+        return self.problem(batch)
+
+    def predict_step(self, batch: Any) -> Mapping[str, Tensor]:
+        """The predictions for a batch, by key."""
+        return forward_nodes(self.problem)(batch)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer(s): an instance, a function of the parameters, or a dict of them by name."""
+        return self.options["optimizer"] or default_optimizer
+
+    def update(self, batch: Any) -> Any:
+        """Update the parameters once from `batch` (a list of batches when accumulating).
+
+        An override uses `self.backward(loss)` and `self.step(optimizer)`, or `super().update(batch)`; what it
+        returns (a loss, a dict of scalars) is logged.
+        """
+        return self._running.default_update(batch)
+
+    def overrides(self, name: str) -> bool:
+        """Whether a method is not the one of `weft.Trainer`: overridden, or set on this object."""
+        return name in vars(self) or getattr(type(self), name) is not getattr(Trainer, name)
+
+    def step_function(self, split: str, problem: nn.Module) -> Callable[[Any], Any]:
+        """What is called with each batch of `split`: the user's step, or the problem itself."""
+        name = _STEPS[split]
+        return getattr(self, name) if self.overrides(name) or split == "predict" else problem
+
+    # ------------------------------------------------------------------ tools, while training
+
+    @property
+    def _running(self) -> Run:
+        if self.run is None:
+            raise RuntimeError("Nothing was trained yet: call fit (or start) first.")
+        return self.run
+
+    @property
+    def problem(self) -> nn.Module:
+        """The problem that is trained."""
+        return self._running.problem
+
+    @property
+    def current_epoch(self) -> int:
+        """The number of the epoch, from 0."""
+        return self.run.progress.epoch if self.run is not None else 0
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer updates done so far."""
+        return self.run.progress.step if self.run is not None else 0
+
+    @property
+    def train_metric(self) -> str:
+        """The key of the training loss."""
+        return self.config.train_metric
+
+    @property
+    def dev_metric(self) -> str:
+        """The key of the dev loss."""
+        return self.config.dev_metric
+
+    @property
+    def test_metric(self) -> str:
+        """The key of the test loss."""
+        return self.config.test_metric
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer, or the first of several."""
+        return next(iter(self._running.optimizers.values()))
+
+    @property
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """The optimizers by name ("default" where none was given)."""
+        return self._running.optimizers
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """Gradients of `loss`, added to those that are there."""
+        self._running.backward(loss, **kwargs)
+
+    def step(self, optimizer: Any = None) -> bool:
+        """Clip, check and step an optimizer (itself, its name, or None for all); then clear their gradients."""
+        return self._running.step(optimizer)
+
+    def log(self, values: Mapping[str, Any] | str, value: Any = None) -> None:
+        """Record scalars (a dict, or one name and its value): their epoch means go to history and loggers."""
+        self._running.log({values: value} if isinstance(values, str) else values)
+
+    def stop(self, reason: str = "stopped") -> None:
+        """End training after the current step."""
+        self._running.stop(reason)
+
+    # ------------------------------------------------------------------ after training
+
+    def validate(self, data: Any = None, *, problem: nn.Module | None = None, **setup_kwargs: Any) -> dict[str, float]:
+        """Means over the dev set (of the last fit, or `data`) as floats, with the history's keys."""
+        return self._evaluating(problem, "dev", data, setup_kwargs).evaluate_alone("dev")
+
+    def test(self, data: Any = None, *, problem: nn.Module | None = None, **setup_kwargs: Any) -> dict[str, float]:
+        """Means over the test set (of the last fit, or `data`) as floats, with the history's keys."""
+        return self._evaluating(problem, "test", data, setup_kwargs).evaluate_alone("test")
+
+    def predict(self, data: Any = None, *, problem: nn.Module | None = None, **setup_kwargs: Any) -> dict[str, Tensor]:
+        """What the nodes compute for each row of the predict set (or `data`), in order, on the CPU, by key.
+
+        Inputs and losses are left out, and targets may be missing from the data.
+        """
+        run = self._evaluating(problem, "predict", data, setup_kwargs)
+        return run.predict(self.step_function("predict", run.problem), needs_grad_in_eval(run.problem))
+
+    def _evaluating(self, problem: nn.Module | None, split: str, data: Any, setup_kwargs: Mapping[str, Any]) -> Run:
+        """The run to evaluate in: that of the last fit, or one without training for another problem or data."""
+        if problem is None or (self.run is not None and self.run.is_of(problem)):
+            problem = self._running.problem
+            if data is None:
+                return self._running
+        elif data is None:
+            raise TypeError(f"{split}: give the data for a problem that was not trained here.")
+        run, last = Run(self, problem), self.run
+
+        def make() -> Data:
+            if callable(data) or setup_kwargs or isinstance(data, Data):
+                return as_data(data, None, setup_kwargs)
+            size = last.data.batch_size if last is not None else None
+            return Data(**{"train": data, split: data, "batch_size": size if isinstance(size, int) else None})
+
+        run.prepare(make)
+        if self.run is None:
+            self.run = run
+        return run
+
+    def save_weights(self, path: Any) -> None:
+        """Write the problem's weights to `path`: plain tensors, readable with `weft.load_weights`."""
+        checkpoint.save_weights(self.problem, path)
+
+
+def _phases(phases: Any, plain: Mapping[str, Any]) -> list[Phase]:
+    if not phases:
+        return []
+    if wrong := [p for p in phases if not isinstance(p, Phase)]:
+        raise TypeError(f"phases: {wrong[0]!r} is no weft.Phase.")
+    if "epochs" in plain and plain["epochs"] != sum(p.epochs for p in phases):
+        raise ValueError(f"epochs={plain['epochs']} contradicts the phases, which last {[p.epochs for p in phases]}.")
+    return list(phases)
+
+
+def _metric(name: str, fn: Callable[..., Any]) -> Callable[[Mapping[str, Any], Any], Any]:
+    """A metric function of keys as a function of (output, batch)."""
+    if not callable(fn):
+        raise TypeError(f"metrics[{name!r}] is {fn!r}; expected a function of keys.")
+    keys = [p.name for p in inspect.signature(fn).parameters.values() if p.default is p.empty]
+
+    def measure(out: Mapping[str, Any], batch: Any) -> Any:
+        inputs = batch if isinstance(batch, Mapping) else {}
+        values, prefix = [], f"{inputs.get('name', '')}_"
+        for key in keys:
+            found = next((d[k] for d in (out, inputs) for k in (key, prefix + key) if k in d), None)
+            if found is None:
+                raise KeyError(f"Metric {name!r} reads {key!r}, which is neither in the output {list(out)} nor in the batch.")
+            values.append(found)
+        return fn(*values)
+
+    return measure

@@ -1,0 +1,28 @@
+"""The shared vocabulary: what a batch, a metric and a piece of saved state are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any, Protocol, runtime_checkable
+
+Batch = Mapping[str, Any]
+"""What a loader yields: tensors by key, plus "name" (the split), "epoch" (int) and "index" (row numbers)."""
+
+Metrics = dict[str, float]
+"""Plain floats by name, as they stand in the history."""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Anything that can be saved and resumed."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> object: ...
+
+
+def suggest(word: str, known: object) -> str:
+    """`"; did you mean 'x'?"` for the closest of `known` (an iterable of names), or an empty string."""
+    close = get_close_matches(word, [str(k) for k in known], n=1)  # type: ignore[attr-defined]
+    return f"; did you mean {close[0]!r}?" if close else ""
