@@ -28,7 +28,7 @@ FLOORS = (
     ("archive",),
     ("weights",),
     ("checkpoint",),
-    ("history", "seeding"),
+    ("history", "seeding", "runs"),
     ("loggers",),
     ("hooks",),
     ("result",),

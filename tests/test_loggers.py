@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.plugins.hparams import plugin_data_pb2
 
 from weft.loggers import CSVLogger, Logging, TensorBoardLogger, learning_rates, make_loggers, read_history, read_rows
 from weft.loggers.tensorboard import tag_of
@@ -226,9 +226,8 @@ def test_hyperparameters_come_with_their_metrics_and_status(tmp_path: Path, stat
     logger.finalize(status)
     events = events_in(tmp_path)
     assert points(tmp_path, "final/best_metric") == [(10, 0.75)]
-    content = {
-        tag: HParamsPluginData.FromString(data) for tag, data in events.PluginTagToContent("hparams").items()
-    }
+    read = plugin_data_pb2.HParamsPluginData.FromString  # pyright: ignore[reportAttributeAccessIssue]
+    content = {tag: read(data) for tag, data in events.PluginTagToContent("hparams").items()}
     experiment = content["_hparams_/experiment"].experiment
     assert {info.name.tag for info in experiment.metric_infos} == {"loss/train", "epoch", "final/best_metric"}
     assert {info.name for info in experiment.hparam_infos} == {"epochs", "lr", "compile", "optimizer", "clip"}
@@ -429,7 +428,7 @@ def test_lightning_loggers_are_accepted_as_they_are(tmp_path: Path) -> None:
 
 
 def test_fabrics_csv_logger_which_refuses_hyperparameters_is_accepted(tmp_path: Path) -> None:
-    from lightning.fabric.loggers import CSVLogger as FabricCSV
+    from lightning.fabric.loggers.csv_logs import CSVLogger as FabricCSV
 
     clock = Clock()
     theirs = FabricCSV(str(tmp_path), name="csv", version="a")

@@ -45,9 +45,11 @@ def test_curves_show_the_history_and_the_best_epoch() -> None:
     train, dev, best = ax.lines
     assert np.array_equal(train.get_xydata(), [[0, 4], [1, 2], [2, 1], [3, 0.5]])
     assert np.array_equal(dev.get_xydata(), [[1, 3], [3, 0.75]])  # epochs without validation leave no gap
-    assert list(best.get_xdata()) == [3, 3]
+    assert np.array_equal(best.get_xdata(), [3, 3])
     assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_yscale()) == ("epoch", "loss", "log")
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["train", "dev", "best: 0.75 (epoch 3)"]
+    legend = ax.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["train", "dev", "best: 0.75 (epoch 3)"]
 
 
 def test_axes_that_are_given_are_drawn_on_and_returned() -> None:

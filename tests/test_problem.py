@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from weft.losses import AugmentedLagrangian, PenaltyLoss, equal, greater_equal, less_equal, objective
+from weft.losses import AugmentedLagrangian, PenaltyLoss
 from weft.problem import (
     Node,
     Problem,
@@ -22,6 +22,7 @@ from weft.problem import (
     term_keys,
     term_weights,
 )
+from weft.terms import equal, greater_equal, less_equal, objective
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -63,7 +64,8 @@ def test_a_module_with_one_argument_gets_its_inputs_concatenated_and_a_function_
     assert torch.equal(out["x"], net(torch.cat([batch["a"], batch["p"]], -1)))
     assert not torch.equal(out["x"], net(torch.cat([batch["p"], batch["a"]], -1)))
     assert torch.equal(Node(lambda a, p: a * p, ["a", "p"], ["x"])(batch)["x"], batch["a"] * batch["p"])
-    assert torch.equal(Node(nn.Bilinear(2, 1, 3), ["a", "p"], ["x"])(batch)["x"].new_zeros(()), torch.zeros(()))
+    pair = nn.Bilinear(2, 1, 3)
+    assert torch.equal(Node(pair, ["a", "p"], ["x"])(batch)["x"], pair(batch["a"], batch["p"]))
 
 
 def test_several_outputs_are_a_tuple_or_a_list_in_the_order_of_the_keys():
@@ -350,7 +352,7 @@ def test_a_problem_is_copied_saved_and_cast_like_any_module():
 
 
 def neuromancer_problem(**kwargs: Any) -> Any:
-    x, p = variable("x"), variable("p")
+    x, p = (variable(key) for key in ("x", "p"))  # pyright: ignore[reportCallIssue]
     named = ((x - p) ** 2).minimize(weight=2.0, name="f")
     unnamed = (x**2).minimize()
     c, d = 5.0 * (x <= p), 0.5 * (x >= -1.0)
@@ -456,7 +458,7 @@ def test_a_rollout_state_that_stands_under_the_key_of_an_input_is_predicted():
     batch = {"x": torch.randn(2, 1, 2), "d": torch.randn(2, 3, 1), "name": "test"}
     f = objective(lambda x: x**2, name="f")
     assert set(forward_nodes(Problem([ours], [f]))(batch)) == {"x", "u"}
-    nm = nm_problem.Problem([theirs], nm_loss.PenaltyLoss([(variable("x") ** 2).minimize(name="f")], []))
+    nm = nm_problem.Problem([theirs], nm_loss.PenaltyLoss([(variable("x") ** 2).minimize(name="f")], []))  # pyright: ignore[reportCallIssue]
     predicted = forward_nodes(nm)(batch)
     assert set(predicted) == {"x", "u"} and predicted["x"].shape == (2, 4, 2)
 

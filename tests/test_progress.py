@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -86,7 +87,7 @@ def test_plain_lines_come_after_ten_seconds_of_a_long_epoch() -> None:
     drive(ProgressLine(file=file, clock=clock), clock, num_epochs=1, num_steps=41, step_seconds=1.0)
     lines = file.getvalue().splitlines()
     assert [line.split()[1] for line in lines] == ["0/1"] * 4 + ["1/1", "1/1"]
-    assert "1 steps/s  0:10" in lines[0] and "0:41 < 0:00" in lines[4]
+    assert "epoch 0/1  0:10  1 steps/s" in lines[0] and "0:41 < 0:00" in lines[4]
 
 
 def test_few_epochs_give_a_line_each() -> None:
@@ -122,10 +123,19 @@ def test_a_terminal_keeps_one_line_and_its_cursor() -> None:
     assert "epoch 50/50" in text.split("\x1b[2K")[-1]
 
 
+def test_a_narrow_terminal_keeps_the_epoch_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    file, clock = Terminal(), Clock()
+    drive(ProgressLine(file=file, clock=clock), clock, num_epochs=10, num_steps=10, step_seconds=0.1)
+    drawn = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", file.getvalue()).split("\r")
+    assert any(line == "epoch 5/10 ━━━━━─────  0:05 < 0:05  tra…" for line in drawn), drawn
+    assert max(len(line.rstrip("\n")) for line in drawn) == 40
+
+
 def test_the_last_line_names_why_training_stopped() -> None:
     file, clock = io.StringIO(), Clock()
     drive(ProgressLine(file=file, clock=clock), clock, 4, 1, 0.5, reason="patience")
-    assert file.getvalue().splitlines()[-1].endswith("0:02  stopped: patience")
+    assert file.getvalue().splitlines()[-1].endswith("2 steps/s  stopped: patience")
     file = io.StringIO()
     drive(ProgressLine(file=file, clock=clock), clock, 4, 1, 0.5)
     assert "stopped" not in file.getvalue()
@@ -141,7 +151,7 @@ def test_the_line_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
     drive(ProgressLine(clock=clock), clock, 5, 5, 1.0)
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("epoch 1/5  train_loss 1  ")
+    assert out == "" and err.startswith("epoch 1/5  0:05 < 0:20  train_loss 1  ")
 
 
 def test_a_second_fit_opens_a_new_line_and_counts_on() -> None:
@@ -157,6 +167,7 @@ def test_a_fit_that_never_began_its_first_epoch_closes_the_line() -> None:
     file, clock, trainer = Terminal(), Clock(), a_trainer(5)
     line = ProgressLine(file=file, clock=clock)
     line.on_fit_start(trainer)
+    clock.now += 1.0
     line.on_fit_end(trainer, None)
     assert "epoch 0/5" in file.getvalue()
     line.on_fit_end(trainer, None)  # twice is harmless
@@ -204,4 +215,4 @@ line.on_fit_end(trainer, NS(stop_reason="epochs"))
     nbclient.NotebookClient(notebook, timeout=60).execute()
     (output,) = notebook.cells[0].outputs
     assert output.output_type == "display_data"
-    assert output.data["text/plain"].startswith("epoch 20/20 " + "━" * 20 + " train_loss 0.5  3 steps/s  0:20")
+    assert output.data["text/plain"] == "epoch 20/20  0:20  train_loss 0.5  3 steps/s"

@@ -299,9 +299,10 @@ class LoaderBatches:
         self._used = True
         if self.sampler is not None:
             self.sampler.epoch = number
-        for i, batch in enumerate(self.loader):
-            if i >= start:
-                yield self.to_device(self._named(batch, number))
+        batches = iter(self.loader)
+        for _ in range(start):
+            next(batches)
+        return (self.to_device(self._named(batch, number)) for batch in batches)
 
     def _named(self, batch: Any, number: int) -> Any:
         if not isinstance(batch, dict):

@@ -20,10 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from weft.events import Hook
-from weft.terms import Constraint, MissingKeyError, Objective, equal, greater_equal, less_equal, objective
+from weft.terms import Constraint, MissingKeyError, Objective
 from weft.types import Batch, suggest
-
-__all__ = ["AugmentedLagrangian", "BarrierLoss", "PenaltyLoss", "equal", "greater_equal", "less_equal", "objective"]
 
 
 class PenaltyLoss(nn.Module):

@@ -437,7 +437,7 @@ def _node_list(nodes: Any, what: str) -> list[Any]:
         if not is_node:
             raise TypeError(f"{what}: {node!r} is no node; wrap it: weft.Node(fn, inputs=[...], outputs=[...]).")
         if getattr(node, "name", None) is None:
-            node.name = f"node_{i}"  # as NeuroMANCER does
+            cast(Any, node).name = f"node_{i}"  # as NeuroMANCER does
     return checked
 
 

@@ -18,19 +18,21 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from weft import checkpoint
+from weft import checkpoint, runs
+from weft.config import CheckpointConfig
 from weft.data import SPLITS, Data, as_data, batches_of, check_finite
-from weft.devices import float_dtype, in_precision, make_fabric, numerics, scaler_of
+from weft.devices import float_dtype, in_precision, make_fabric, numerics
+from weft.evaluation import evaluate
 from weft.events import AT_REST, EVENTS, Hook, bind, listeners
 from weft.history import Best, History, Progress
 from weft.metrics import Means, num_examples
 from weft.optimizers import Phase, Scheduled, build_optimizers, build_schedulers, submodule
-from weft.problem import needs_grad_in_eval, set_term_weights, term_weights
+from weft.problem import set_term_weights
 from weft.result import FitResult
+from weft.resume import restore_run, state_of_run
 from weft.seeding import data_randomness, order_seed, seed_everything
 from weft.signals import Interruption, interactive
 from weft.update import Update, built_in, explain, make_step, make_update, reader
@@ -72,7 +74,10 @@ class Run:
         self._batch: Any = None
         self._loss: Tensor | None = None
         self._warned: set[str] = set()
-        self._interruption, self._stack = Interruption(), ExitStack()
+        self.random_before_data: dict[str, Any] | None = None
+        self.random_before_epoch: dict[str, Any] | None = None
+        self.random_to_resume: dict[str, Any] | None = None
+        self.interruption, self._stack = Interruption(), ExitStack()
         self._clock = time.perf_counter()
 
     # ---------------------------------------------------------------------------------------------- begin and end
@@ -81,19 +86,41 @@ class Run:
         """Whether this run trained `problem`."""
         return self.problem is problem
 
+    def has(self, split: str) -> bool:
+        """Whether there is data for `split`."""
+        return self._splits[split] is not None
+
     def prepare(self, make_data: Callable[[], Data], resume: str | None = None) -> Run:
         """Devices first, then the data: all that evaluation alone needs. `make_data` is called again at a refresh."""
         options = self.trainer.options
         self.fabric = make_fabric(self.config, options["strategy"], options["plugins"])
         self.fabric.launch()
         self.problem = self.fabric._precision.convert_module(self.problem).to(self.fabric.device)
+        self._resumed = self._find(resume) if resume is not None else None
+        if self._resumed is not None:
+            self.seed = self._resumed["seed"]
+            self.progress.load_state_dict(self._resumed["progress"])
         self._make_data = make_data
-        self._refresh_data()
+        self._refresh_data(None if self._resumed is None else self._resumed["random_before_data"])
         return self
 
-    def _refresh_data(self) -> None:
+    def _refresh_data(self, random: dict[str, Any] | None = None) -> None:
+        """Make the data; on resume in the `random` state in which it was made before."""
+        if random is not None:
+            checkpoint.set_random_state(random)
+        self.random_before_data = checkpoint.random_state()
         with data_randomness(self.config.seed, self.fabric.world_size, index=self.progress.refreshes):
             self.use_data(self._make_data())
+
+    def _find(self, resume: str) -> dict[str, Any] | None:
+        """The state to go on from, and the folder of its run; None with "auto" where there is none yet."""
+        folder = runs.folder_to_resume(self.config, resume)
+        if folder is None and resume == "auto":
+            return None
+        place, which = (folder, resume if resume == "best" else "last") if folder else (Path(resume), "last")
+        state, path = checkpoint.load(place, which)
+        self.run_dir = path.parent.parent if path.parent.name == "checkpoints" else None
+        return state
 
     def use_data(self, data: Data) -> None:
         """Train, evaluate and predict with `data` from here on."""
@@ -110,15 +137,25 @@ class Run:
     def __enter__(self) -> Run:
         if self.config.seed is not None and self.is_new:
             seed_everything(self.config.seed)
+        self.run_dir = self.run_dir or runs.new_folder(self.config, self.trainer.options)
         self._stack.enter_context(numerics(self.fabric, self.config.deterministic))
-        self._stack.enter_context(self._interruption.caught())
+        self._stack.enter_context(self.interruption.caught())
         try:
-            self._set_budgets()
+            if self._resumed is None:
+                self._set_budgets()
+            self.continues = self._resumed is not None or self.progress.interrupted
+            self.progress.interrupted = False
+            self._clock, self._seconds_before = time.perf_counter(), self.progress.seconds
             of_problem = [m for m in self.problem.modules() if isinstance(m, Hook)]
             self.hooks = listeners([*of_problem, *self.trainer.hooks, *self.trainer.default_hooks(self)])
             self._bound = {event: bind(self.hooks, event) for event in (*EVENTS, AT_REST)}
-            self._begin_phase(self.progress.phase, make_optimizers=not self.optimizers)
+            last_phase = self.progress.phase
+            for number in range(last_phase + 1) if self._resumed else [last_phase]:
+                self._begin_phase(number, make_optimizers=self._resumed is not None or not self.optimizers)
             self._call("on_fit_start")
+            if self._resumed is not None:
+                restore_run(self, self._resumed)
+                self._resumed = None
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
@@ -132,8 +169,6 @@ class Run:
             epochs = 1 if self.config.fast_dev_run else sum(phase.epochs for phase in self.phases)
             progress.last_epoch = progress.epoch + epochs
             progress.last_step = None if self.config.max_steps is None else progress.step + self.config.max_steps
-        self.continues, progress.interrupted = progress.interrupted, False
-        self._clock, self._seconds_before = time.perf_counter(), progress.seconds
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
         try:
@@ -165,6 +200,8 @@ class Run:
         )  # fmt: skip
         if error is not None and not interrupted:
             self._call("on_exception", error)
+        if self.run_dir is not None and self.is_global_zero:
+            self.result.save(self.run_dir)
         self._call("on_fit_end", self.result)
 
     # ---------------------------------------------------------------------------------------------- phases
@@ -217,7 +254,7 @@ class Run:
 
     def _begin_epoch(self) -> bool:
         self._close_epoch()
-        self._interruption.check()
+        self.interruption.check()
         progress = self.progress
         if progress.last_step is not None and progress.step >= progress.last_step:
             self.stop("max_steps")
@@ -229,9 +266,12 @@ class Run:
             progress.phase_ended, progress.phase_epoch = False, 0
             self._begin_phase(progress.phase + 1)
         if progress.batch == 0:
+            self.random_before_epoch = None
             if self.data.refresh_every and progress.epoch >= (progress.refreshes + 1) * self.data.refresh_every:
                 progress.refreshes += 1
                 self._refresh_data()
+            if not self._splits["train"].resident:
+                self.random_before_epoch = checkpoint.random_state()
             self.means.clear()
             self.logged.clear()
         self._open, self._evaluated, self._epoch_clock = True, {}, time.perf_counter()
@@ -241,7 +281,7 @@ class Run:
 
     def batches(self, split: str = "train") -> Iterator[Any]:
         """The batches of this epoch; of "train": lists of them when accumulating. Ends early when told to stop."""
-        found = self._limited(split, self.progress.batch if split == "train" else 0)
+        found = self.batches_of(split, self.progress.batch if split == "train" else 0)
         if split != "train":
             yield from found
             return
@@ -259,19 +299,26 @@ class Run:
         if is_empty:
             raise ValueError("The training data yielded no batch: there is nothing to train on.")
 
-    def _limited(self, split: str, start: int = 0) -> Iterable[Any]:
+    def batches_of(self, split: str, start: int = 0) -> Iterable[Any]:
+        """The batches of a split, at most as many as `limit_batches` says, without any of the loop's bookkeeping."""
         source = self._splits.get(split)
         if source is None:
             raise ValueError(f"There is no {split} data; given were {[s for s, b in self._splits.items() if b]}.")
+        if start and self.random_before_epoch is not None:  # a loader starts over as it did then, and is skipped
+            checkpoint.set_random_state(self.random_before_epoch)
+        batches = source.epoch(self.progress.epoch, start)
+        if start and self.random_to_resume is not None:
+            checkpoint.set_random_state(self.random_to_resume)
+        self.random_to_resume = None
         limit = self.config.limit(split)
         if isinstance(limit, float):
             limit = max(1, int(limit * len(source)))
-        return islice(source.epoch(self.progress.epoch, start), None if limit is None else max(0, limit - start))
+        return islice(batches, None if limit is None else max(0, limit - start))
 
     def _rest(self) -> None:
         """The state is whole, between steps or epochs: it may be saved, and an interruption takes effect here."""
         self._call(AT_REST)
-        self._interruption.check()
+        self.interruption.check()
         if self.config.max_seconds is not None and self.seconds - self._seconds_before >= self.config.max_seconds:
             self.stop("max_time")
 
@@ -279,51 +326,16 @@ class Run:
         """Means over all examples of `split` as floats, which also become part of the open epoch's metrics.
 
         In eval mode, without gradients unless the problem asks for them (`grad_inference`). {} without a dev set;
-        ValueError for another split that is missing. The modes of all modules are put back.
+        ValueError for another split that is missing.
         """
         if split == "dev" and self._splits["dev"] is None:
             return {}
-        means, forward, found = Means(), self.forward(split), self._limited(split)
         self._call("on_validation_start")
-        training = [m for m in self.problem.modules() if m.training]
-        self.problem.eval()
-        try:
-            with torch.set_grad_enabled(needs_grad_in_eval(self.problem)):
-                for batch in found:
-                    means.add(forward(batch)[1], num_examples(batch))
-                    self._interruption.check()
-        finally:
-            for module in training:
-                module.training = True
-        metrics = means.compute(self.reduce)
-        if not metrics:
-            raise ValueError(f"The {split} data gave nothing to report: no batch, or no scalar in what the step returned.")
+        metrics = evaluate(self, split)
         if self._open:
             self._evaluated |= metrics
         self._call("on_validation_end", metrics)
         return metrics
-
-    def evaluate_alone(self, split: str) -> dict[str, float]:
-        """`evaluate` outside of training."""
-        if split == "dev" and self._splits["dev"] is None:
-            raise ValueError("There is no dev data to validate on; pass some.")
-        with numerics(self.fabric, self.config.deterministic):
-            return self.evaluate(split)
-
-    def predict(self, step: Callable[[Any], Mapping[str, Tensor]], with_grad: bool) -> dict[str, Tensor]:
-        """What `step` returns for the predict set, concatenated in order, by key."""
-        found: dict[str, list[Tensor]] = {}
-        step, training = in_precision(self.fabric, step), [m for m in self.problem.modules() if m.training]
-        self.problem.eval()
-        try:
-            with numerics(self.fabric, self.config.deterministic), torch.set_grad_enabled(with_grad):
-                for batch in self._limited("predict"):
-                    for key, value in step(batch).items():
-                        found.setdefault(key, []).append(value.detach().cpu())
-        finally:
-            for module in training:
-                module.training = True
-        return {key: torch.cat(values) for key, values in found.items()}
 
     @property
     def validation_due(self) -> bool:
@@ -498,33 +510,18 @@ class Run:
         self._recent.clear()
         return metrics
 
-    # ---------------------------------------------------------------------------------------------- save and load
-
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides how the run goes on: tensors and plain values only."""
-        return {
-            "format": 1,
-            "problem": checkpoint.state_of(self.problem),
-            "term_weights": {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in term_weights(self.problem).items()},
-            "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
-            "schedules": {name: s.state_dict() for name, s in self.schedules.items()},
-            "scaler": scaler.state_dict() if (scaler := scaler_of(self.fabric)) else None,
-            "progress": {**self.progress.state_dict(), "seconds": self.seconds},
-            "means": self.means.state_dict(),
-            "logged": self.logged.state_dict(),
-            "history": self.history.state_dict(),
-            "best": self.best.state_dict(),
-            "hooks": {name: hook.state_dict() for name, hook in self._stateful_hooks()},
-            "state": dict(self.trainer.state),
-            "seed": self.seed,
-            "random": checkpoint.random_state(),
-        }
+        return state_of_run(self)
 
-    def _stateful_hooks(self) -> Iterator[tuple[str, Any]]:
-        """Hooks with state, by class name and number; modules of the problem are saved with it."""
-        for number, hook in enumerate(h for h in self.hooks if not isinstance(h, nn.Module)):
-            if hasattr(hook, "state_dict") and hasattr(hook, "load_state_dict"):
-                yield f"{number}.{type(hook).__name__}", hook
+    def save(self) -> Path:
+        """Write a checkpoint into the run's folder and return its path. Call on every rank."""
+        if self.run_dir is None:
+            raise RuntimeError("save: this run has no folder; give the trainer root_dir or checkpoint=True.")
+        keep = (self.config.checkpointing or CheckpointConfig()).keep
+        return checkpoint.save(
+            self.run_dir / "checkpoints", self.progress.step, self.state_dict(), keep=keep, best=self.improved
+        )
 
 
 def _lists(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:

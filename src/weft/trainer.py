@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from weft import checkpoint
 from weft.config import TrainerConfig, build
 from weft.data import Data, as_data
+from weft.devices import numerics
+from weft.evaluation import predict
 from weft.events import as_hooks
 from weft.hooks import hooks_from
 from weft.optimizers import Phase, default_optimizer
-from weft.problem import forward_nodes, needs_grad_in_eval
+from weft.problem import forward_nodes
 from weft.result import FitResult
 from weft.run import Run
 from weft.types import suggest
@@ -233,11 +235,11 @@ class Trainer:
 
     def validate(self, data: Any = None, *, problem: nn.Module | None = None, **setup_kwargs: Any) -> dict[str, float]:
         """Means over the dev set (of the last fit, or `data`) as floats, with the history's keys."""
-        return self._evaluating(problem, "dev", data, setup_kwargs).evaluate_alone("dev")
+        return self._evaluate("dev", problem, data, setup_kwargs)
 
     def test(self, data: Any = None, *, problem: nn.Module | None = None, **setup_kwargs: Any) -> dict[str, float]:
         """Means over the test set (of the last fit, or `data`) as floats, with the history's keys."""
-        return self._evaluating(problem, "test", data, setup_kwargs).evaluate_alone("test")
+        return self._evaluate("test", problem, data, setup_kwargs)
 
     def predict(self, data: Any = None, *, problem: nn.Module | None = None, **setup_kwargs: Any) -> dict[str, Tensor]:
         """What the nodes compute for each row of the predict set (or `data`), in order, on the CPU, by key.
@@ -245,7 +247,14 @@ class Trainer:
         Inputs and losses are left out, and targets may be missing from the data.
         """
         run = self._evaluating(problem, "predict", data, setup_kwargs)
-        return run.predict(self.step_function("predict", run.problem), needs_grad_in_eval(run.problem))
+        return predict(run, self.step_function("predict", run.problem))
+
+    def _evaluate(self, split: str, problem: nn.Module | None, data: Any, setup_kwargs: Any) -> dict[str, float]:
+        run = self._evaluating(problem, split, data, setup_kwargs)
+        if not run.has(split):
+            raise ValueError(f"There is no {split} data; pass some.")
+        with numerics(run.fabric, self.config.deterministic):
+            return run.evaluate(split)
 
     def _evaluating(self, problem: nn.Module | None, split: str, data: Any, setup_kwargs: Mapping[str, Any]) -> Run:
         """The run to evaluate in: that of the last fit, or one without training for another problem or data."""

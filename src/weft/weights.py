@@ -61,6 +61,10 @@ class Snapshot:
         """Copies of the kept tensors by name."""
         return {name: _copied(value) for name, value in self._kept.items()}
 
+    def load_state_dict(self, weights: Mapping[str, Any]) -> None:
+        """Hold copies of `weights`, as `state_dict` gave them."""
+        self._kept, self._module = {name: _copied(value) for name, value in weights.items()}, None
+
     def restore(self, module: nn.Module) -> None:
         """Put the copy back into the same module, in place; buffers that changed size since get their old size."""
         if not self._kept:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from weft.hooks.checkpointing import Checkpointing
 from weft.hooks.progress import ProgressLine
 from weft.hooks.stopping import EarlyStopping
 
@@ -23,4 +24,6 @@ def hooks_from(trainer: Trainer, run: Run) -> list[Any]:
         hooks.append(ProgressLine())
     if loggers := make_loggers(trainer.options["loggers"], run.run_dir):
         hooks.append(Logging(loggers, log_every=config.log_every))
+    if config.checkpointing is not None and run.run_dir is not None:
+        hooks.append(Checkpointing(config.checkpointing))
     return hooks

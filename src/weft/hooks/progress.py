@@ -1,9 +1,9 @@
 """One line that says how far training is.
 
-    epoch 12/200 ━━━━━━──────────── train_loss 0.01234  dev_loss 0.01301  best 0.01288 (epoch 9)  812 steps/s  0:03 < 0:41
+    epoch 12/200 ━─────────  0:03 < 0:41  train_loss 0.0123  dev_loss 0.0130  best 0.0129 (epoch 9)  812 steps/s
 
-In a terminal and in a notebook the line is rewritten in place; elsewhere (a log file) plain lines are printed now and
-then. It shows only floats that are there anyway, so it never waits for the device.
+with the time passed and the time left. In a terminal and in a notebook the line is rewritten in place; elsewhere (a log
+file) plain lines are printed now and then. It shows only floats that are there anyway: it never waits for the device.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from weft.events import Hook
 
 Mode = Literal["terminal", "notebook", "plain"]
 MODES: tuple[Mode, ...] = ("terminal", "notebook", "plain")
-REFRESH_SECONDS = 0.2  # drawing costs about 1 ms
+REFRESH_SECONDS = 0.1  # drawing costs 0.1 ms
 PLAIN_SECONDS = 10.0
+BAR_WIDTH = 10
 PLAIN_LINES = 10  # a line at each tenth of the epochs
 
 
@@ -79,11 +80,11 @@ class ProgressLine(Hook):
         if self._screen is None:
             return
         screen, self._screen, self._due = self._screen, None, math.inf
-        reason = getattr(result, "stop_reason", None)
+        reason = getattr(result, "stop_reason", "epochs")
         seconds = self._clock() - self._started
         steps = trainer.run.progress.step - self._first_step
         speed = f"{steps / seconds:,.0f} steps/s" if seconds > 0 else ""
-        parts = [*self._values(trainer), speed, duration(seconds), f"stopped: {reason}" if reason not in (None, "epochs") else ""]
+        parts = [duration(seconds), *self._values(trainer), speed, f"stopped: {reason}" if reason != "epochs" else ""]
         screen.close(_head(trainer.run.progress.epoch, _num_epochs(trainer)), "  ".join(part for part in parts if part))
 
     def _draw(self, trainer: Any, num_done: int) -> None:
@@ -97,7 +98,7 @@ class ProgressLine(Hook):
         elapsed, total, done = now - self._started, _num_epochs(trainer), self._first_epoch + num_done
         left = f" < {duration(elapsed / num_done * max(0, total - done))}" if num_done else ""
         speed = [f"{self._speed:,.0f} steps/s"] if self._speed else []
-        text = "  ".join([*self._values(trainer), *speed, duration(elapsed) + left])
+        text = "  ".join([duration(elapsed) + left, *self._values(trainer), *speed])
         self._screen.show(_head(done, total), done / total if total else 0.0, text)
 
     def _values(self, trainer: Any) -> list[str]:
@@ -120,6 +121,11 @@ def _num_epochs(trainer: Any) -> int:
 
 def _head(done: int, total: int) -> str:
     return f"epoch {done}/{total}"
+
+
+def _bar(share: float) -> tuple[str, str]:
+    done = round(BAR_WIDTH * min(1.0, share))
+    return "━" * done, "─" * (BAR_WIDTH - done)
 
 
 def _find_mode(file: TextIO) -> Mode:
@@ -168,22 +174,17 @@ class _Terminal:
         console.show_cursor(True)  # a killed process leaves the terminal as it was
 
     def show(self, head: str, share: float, text: str) -> None:
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
         from rich.text import Text
 
-        line = Table.grid(padding=(0, 1))
-        line.add_column(no_wrap=True)
-        line.add_column(width=20)
-        line.add_column(no_wrap=True, overflow="ellipsis")
-        line.add_row(Text(head), ProgressBar(total=1.0, completed=share, width=20), Text(text))
-        self._live.update(line, refresh=True)
+        done, rest = _bar(share)
+        parts = [f"{head} ", (done, "green"), (rest, "bright_black"), f"  {text}"]
+        self._live.update(Text.assemble(*parts, no_wrap=True, overflow="ellipsis"), refresh=True)
 
     def close(self, head: str, text: str) -> None:
         from rich.text import Text
 
-        self._live.update(Text(f"{head}  {text}", no_wrap=True, overflow="ellipsis"), refresh=True)
-        self._live.stop()
+        self._live.update(Text(f"{head}  {text}", no_wrap=True, overflow="ellipsis"))
+        self._live.stop()  # draws once more
 
 
 class _Notebook:
@@ -196,14 +197,16 @@ class _Notebook:
         self._handle: Any = None
 
     def show(self, head: str, share: float, text: str) -> None:
+        self._display(f"{head} {''.join(_bar(share))}  {text}")
+
+    def close(self, head: str, text: str) -> None:
+        self._display(f"{head}  {text}")
+
+    def _display(self, line: str) -> None:
         from IPython.display import display  # pyright: ignore[reportMissingImports]: there in a notebook only
 
-        filled = round(20 * share)
-        bundle = {"text/plain": f"{head} {'━' * filled}{'─' * (20 - filled)} {text}"}
+        bundle = {"text/plain": line}
         if self._handle is None:
             self._handle = display(bundle, raw=True, display_id=True)
         else:
             self._handle.update(bundle, raw=True)
-
-    def close(self, head: str, text: str) -> None:
-        self.show(head, 1.0, text)

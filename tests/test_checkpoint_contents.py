@@ -1,0 +1,343 @@
+"""What a checkpoint may hold: only what loads as data; everything else is refused when it is saved."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import os
+import pickle
+import random
+import shutil
+import warnings
+import zipfile
+from collections import OrderedDict, defaultdict, namedtuple
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from enum import IntEnum
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bitwise import same
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from weft import checkpoint
+from weft.checkpoint import BackgroundWriter, CheckpointError
+
+# ---- safety ----------------------------------------------------------------------------------------------------------
+
+
+class Evil:
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def evil_files(folder: Path, marker: str) -> list[Path]:
+    """Files that make the folder `marker` when they are loaded without care."""
+    inner = io.BytesIO()
+    torch.save(Evil(os.mkdir, marker), inner, _use_new_zipfile_serialization=False)
+    weights = {"w": torch.ones(2)}
+    payloads = {
+        "reduce": Evil(os.mkdir, marker),
+        "eval": Evil(builtins.eval, f"__import__('os').mkdir({marker!r})"),
+        "nested": Evil(torch.storage._load_from_bytes, inner.getvalue()),  # pyright: ignore[reportPrivateUsage]
+    }
+    for name, payload in payloads.items():
+        torch.save({"problem": weights, "state_dict": weights, "x": payload}, folder / f"{name}.ckpt")
+    (folder / "pickle.ckpt").write_bytes(pickle.dumps({"x": Evil(os.mkdir, marker)}))
+    torch.save({"x": Evil(os.mkdir, marker)}, folder / "legacy.ckpt", _use_new_zipfile_serialization=False)
+    for name, prefix, extra in (("outside", "../archive/", ""), ("script", "archive/", "constants.pkl")):
+        with (
+            zipfile.ZipFile(folder / "reduce.ckpt") as source,
+            zipfile.ZipFile(folder / f"{name}.ckpt", "w") as archive,
+        ):
+            for entry in source.namelist():
+                archive.writestr(prefix + entry.split("/", 1)[1], source.read(entry))
+            if extra:
+                archive.writestr(prefix + extra, b"")
+    return sorted(folder.glob("*.ckpt"))
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_no_load_runs_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forced: bool) -> None:
+    if forced:
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    marker = tmp_path / "executed"
+    (tmp_path / "evil").mkdir()
+    files = evil_files(tmp_path / "evil", str(marker))
+    assert len(files) == 7
+    for path in files:
+        folder = tmp_path / path.stem
+        folder.mkdir()
+        shutil.copy(path, folder / "step-000000001.ckpt")
+        (folder / "last").write_text("step-000000001.ckpt")
+        (folder / "best").write_text("step-000000001.ckpt")
+        problem = nn.Linear(1, 1)
+        calls: list[Callable[[], object]] = [
+            partial(checkpoint.read, path),
+            partial(checkpoint.read, path, "meta"),
+            partial(checkpoint.load, path),
+            partial(checkpoint.load, folder),
+            partial(checkpoint.load, folder, "best"),
+            partial(checkpoint.find, folder),
+            partial(checkpoint.latest, folder),
+            partial(checkpoint.load_weights, problem, path),
+            partial(checkpoint.load_weights, problem, folder),
+        ]
+        for call in calls:
+            with pytest.raises(CheckpointError, match=r"\.ckpt"):
+                call()
+    assert not marker.exists()
+    good = {"problem": nn.Linear(2, 2).state_dict(), "hyper_parameters": {"_instantiator": "os.system", "x": [1.0]}}
+    checkpoint.write(tmp_path / "good.ckpt", good)
+    assert same(checkpoint.read(tmp_path / "good.ckpt"), good)
+
+
+@pytest.mark.parametrize("name", ["reduce", "eval", "nested", "legacy"])
+def test_the_payloads_do_run_when_loaded_without_care(tmp_path: Path, name: str) -> None:
+    """The positive control."""
+    evil_files(tmp_path, str(tmp_path / "executed"))
+    torch.load(tmp_path / f"{name}.ckpt", weights_only=False)
+    assert (tmp_path / "executed").is_dir()
+
+
+class Colour(IntEnum):
+    RED = 1
+
+
+Point = namedtuple("Point", "x y")
+
+UNSAFE = [
+    np.float64(1.0), np.int32(1), np.ones(2), Path("a"), datetime(2020, 1, 1), timedelta(1), frozenset({1}), Colour.RED,
+    defaultdict(int), partial(print), Point(1, 2), torch.__version__, torch.Generator(), b"", 1 << 2039, lambda: None,
+    torch.ones(2, device="meta"), torch.empty(2, dtype=torch.uint8).view(torch.uint4), nn.Linear(1, 1), bytearray(b"a"),
+]  # fmt: skip
+DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+]
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> Tensor:
+    shape = draw(st.lists(st.integers(0, 3), max_size=3))
+    tensor = torch.arange(-3.0, float(torch.Size(shape).numel()) - 3)[: torch.Size(shape).numel()].reshape(shape)
+    tensor = tensor.to(draw(st.sampled_from(DTYPES)))
+    forms: list[Callable[[Tensor], Tensor]] = [
+        lambda t: t,
+        lambda t: t.movedim(0, -1) if t.dim() else t,
+        lambda t: torch.stack([t, t])[1],
+        lambda t: t.expand(2, *t.shape),
+        lambda t: t.clone().requires_grad_() if t.is_floating_point() else t,
+    ]
+    return draw(st.sampled_from(forms))(tensor)
+
+
+plain_leaves = st.one_of(
+    st.none(), st.booleans(), st.integers(-(1 << 2038), 1 << 2038), st.floats(), st.complex_numbers(), st.text(),
+    st.binary(min_size=1), st.sampled_from([*DTYPES, torch.device("cuda:1"), torch.device("cpu"), torch.Size([2, 0])]),
+    st.sets(st.integers()), tensors(),
+)  # fmt: skip
+keys = st.one_of(st.text(), st.integers(), st.booleans(), st.none(), st.tuples(st.integers(), st.text()))
+
+
+def nested(leaves: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.recursive(
+        leaves,
+        lambda inner: st.one_of(
+            st.lists(inner, max_size=4),
+            st.lists(inner, max_size=3).map(tuple),
+            st.dictionaries(keys, inner, max_size=4),
+            st.dictionaries(st.text(), inner, max_size=3).map(OrderedDict),
+        ),
+        max_leaves=8,
+    )
+
+
+@given(st.dictionaries(st.text(), nested(plain_leaves), max_size=4))
+@settings(max_examples=150)
+def test_every_plain_state_reads_back_equal(state: dict[str, Any]) -> None:
+    checkpoint.write("a.ckpt", state)
+    for read_back in (checkpoint.read("a.ckpt"), torch.load("a.ckpt", weights_only=True)):
+        assert same(read_back, without_grad(state))
+
+
+def without_grad(value: Any) -> Any:
+    return checkpoint.plain(value)
+
+
+@given(st.dictionaries(st.text(), nested(st.one_of(plain_leaves, st.sampled_from(UNSAFE))), min_size=1, max_size=4))
+@settings(max_examples=150)
+def test_a_state_is_refused_by_key_or_reads_back_equal(state: dict[str, Any]) -> None:
+    try:
+        checkpoint.write("b.ckpt", state)
+    except TypeError as error:
+        assert str(error).startswith(("state[", "key ")) and ";" in str(error)
+        assert not Path("b.ckpt").exists()
+    else:
+        assert same(checkpoint.read("b.ckpt"), without_grad(state))
+        Path("b.ckpt").unlink()
+
+
+@pytest.mark.parametrize("value", UNSAFE, ids=lambda value: type(value).__name__)
+def test_what_could_not_be_loaded_is_refused_when_saving_and_its_key_named(value: object) -> None:
+    for state, key in (
+        ({"hooks": [{"a": 1}, {"seen": value}]}, "state['hooks'][1]['seen'] is a "),
+        ({"t": (1, value)}, "state['t'][1] is a "),
+    ):
+        with pytest.raises(TypeError, match="no checkpoint can hold") as caught:
+            checkpoint.write("a.ckpt", state)
+        assert str(caught.value).startswith(key)
+    assert not os.listdir()
+
+
+def test_refusals_say_what_to_use_instead_and_find_cycles_and_attributes() -> None:
+    for value, advice in (
+        (np.float64(1), ".item()"),
+        (Path("a"), "str("),
+        (Point(1, 2), "tuple("),
+        (Colour.RED, ".value"),
+    ):
+        with pytest.raises(TypeError, match="use") as caught:
+            checkpoint.plain({"a": value})
+        assert advice in str(caught.value)
+    loop: list[Any] = []
+    loop.append(loop)
+    with pytest.raises(TypeError, match="contains itself"):
+        checkpoint.plain({"a": loop})
+    marked = OrderedDict(a=1)
+    vars(marked)["extra"] = Path("x")
+    with pytest.raises(TypeError, match="__dict__"):
+        checkpoint.plain({"a": marked})
+    with pytest.raises(TypeError, match="a key of state"):
+        checkpoint.plain({torch.ones(1): 1})
+
+
+def test_every_dtype_and_sparse_layout_of_torch_is_written_and_read_or_refused() -> None:
+    for dtype in {value for value in vars(torch).values() if isinstance(value, torch.dtype)}:
+        checkpoint.write("d.ckpt", {"d": dtype})
+        assert checkpoint.read("d.ckpt")["d"] is dtype
+        tensor = torch.empty(2, dtype=dtype)
+        try:
+            checkpoint.write("d.ckpt", {"t": tensor})
+        except TypeError as error:
+            assert "state['t']" in str(error)
+        else:
+            assert checkpoint.read("d.ckpt")["t"].dtype is dtype
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch: sparse layouts are in beta
+        dense = torch.eye(4)
+        for t in (dense.to_sparse(), dense.to_sparse_csr(), dense.to_sparse_csc(), dense.to_sparse_bsr((2, 2))):
+            checkpoint.write("s.ckpt", {"t": t})
+            assert same(checkpoint.read("s.ckpt"), {"t": t})
+
+
+def test_a_slice_does_not_bring_the_whole_tensor_into_the_file() -> None:
+    checkpoint.write("a.ckpt", {"x": torch.zeros(1_000_000)[:10]})
+    assert os.path.getsize("a.ckpt") < 10_000
+
+
+def test_a_module_state_keeps_its_versions_and_loads_anywhere() -> None:
+    module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    checkpoint.write("a.ckpt", {"problem": module.state_dict()})
+    read_back = torch.load("a.ckpt", weights_only=True)["problem"]
+    assert same(read_back, module.state_dict()) and read_back._metadata == module.state_dict()._metadata  # pyright: ignore
+
+
+OPTIMIZERS: list[Callable[..., torch.optim.Optimizer]] = [
+    partial(torch.optim.Adam, amsgrad=True), torch.optim.AdamW, partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+    torch.optim.RMSprop, torch.optim.Adagrad, partial(torch.optim.Adam, fused=True), torch.optim.LBFGS,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("make", range(len(OPTIMIZERS)))
+def test_an_optimizer_goes_on_bit_for_bit_from_a_file(make: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, w0 = torch.randn(8, 3, generator=generator).to(dtype), torch.randn(3, 1, generator=generator).to(dtype)
+
+    def build() -> tuple[nn.Parameter, torch.optim.Optimizer, Callable[[], Tensor]]:
+        weight = nn.Parameter(w0.clone())
+        optimizer = OPTIMIZERS[make]([weight])
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = ((x @ weight).tanh() - 0.5).square().mean()
+            loss.backward()
+            return loss
+
+        return weight, optimizer, closure
+
+    weight, optimizer, closure = build()
+    for _ in range(3):
+        optimizer.step(closure)
+    checkpoint.write("o.ckpt", {"w": weight, "optimizer": optimizer.state_dict()})
+    read_back = checkpoint.read("o.ckpt")
+    assert same(read_back["optimizer"], optimizer.state_dict())
+    other, resumed, other_closure = build()
+    other.data.copy_(read_back["w"])
+    resumed.load_state_dict(read_back["optimizer"])
+    optimizer.step(closure)
+    resumed.step(other_closure)
+    assert same(other, weight) and same(resumed.state_dict(), optimizer.state_dict())
+
+
+# ---- random state ----------------------------------------------------------------------------------------------------
+
+
+def draws() -> list[Any]:
+    return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(3), torch.randn(2)]
+
+
+def test_random_numbers_go_on_where_the_file_left_them() -> None:
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    draws()  # leaves half a pair of normal numbers behind in python and numpy
+    checkpoint.write("r.ckpt", {"random": checkpoint.random_state()})
+    expected = draws()
+    assert not same(draws(), expected)
+    checkpoint.set_random_state(checkpoint.read("r.ckpt")["random"])
+    assert same(draws(), expected)
+
+
+def test_a_missing_part_of_the_random_state_is_an_error_before_anything_is_set() -> None:
+    state = checkpoint.random_state()
+    for part in state:
+        with pytest.raises(ValueError, match="has the parts"):
+            checkpoint.set_random_state({key: value for key, value in state.items() if key != part})
+    before = draws()
+    checkpoint.set_random_state(state)
+    too_many = [torch.zeros(16, dtype=torch.uint8)] * (torch.cuda.device_count() + 1)
+    random.random()
+    now = checkpoint.random_state()
+    with pytest.raises(ValueError, match="cuda devices, this process sees"):
+        checkpoint.set_random_state({**state, "cuda": too_many})
+    assert same(checkpoint.random_state(), now)
+    checkpoint.set_random_state(state)
+    assert same(draws(), before)
+
+
+@pytest.mark.gpu
+def test_cuda_states_and_tensors_survive_the_file() -> None:
+    x = torch.rand(1000, device="cuda")
+    writer = BackgroundWriter()
+    writer.save("c", 1, {"x": x, "random": checkpoint.random_state()})
+    expected, kept = torch.rand(1000, device="cuda"), x.cpu().clone()
+    x.zero_()
+    writer.wait()
+    state, _ = checkpoint.load("c")
+    checkpoint.set_random_state(state["random"])
+    assert same(state["x"], kept) and same(torch.rand(1000, device="cuda").cpu(), expected.cpu())
