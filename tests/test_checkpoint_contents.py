@@ -8,7 +8,6 @@ import os
 import pickle
 import random
 import shutil
-import warnings
 import zipfile
 from collections import OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable
@@ -21,11 +20,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bitwise import same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from bitwise import same
 from weft import checkpoint
 from weft.checkpoint import BackgroundWriter, CheckpointError
 
@@ -66,10 +65,14 @@ def evil_files(folder: Path, marker: str) -> list[Path]:
     return sorted(folder.glob("*.ckpt"))
 
 
-@pytest.mark.parametrize("forced", [False, True])
-def test_no_load_runs_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forced: bool) -> None:
-    if forced:
-        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+@pytest.mark.parametrize("forced", ["0", "1"])
+def test_no_load_runs_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forced: str) -> None:
+    with monkeypatch.context() as environment:
+        environment.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", forced)
+        _no_load_runs_code(tmp_path)
+
+
+def _no_load_runs_code(tmp_path: Path) -> None:
     marker = tmp_path / "executed"
     (tmp_path / "evil").mkdir()
     files = evil_files(tmp_path / "evil", str(marker))
@@ -118,7 +121,7 @@ Point = namedtuple("Point", "x y")
 UNSAFE = [
     np.float64(1.0), np.int32(1), np.ones(2), Path("a"), datetime(2020, 1, 1), timedelta(1), frozenset({1}), Colour.RED,
     defaultdict(int), partial(print), Point(1, 2), torch.__version__, torch.Generator(), b"", 1 << 2039, lambda: None,
-    torch.ones(2, device="meta"), torch.empty(2, dtype=torch.uint8).view(torch.uint4), nn.Linear(1, 1), bytearray(b"a"),
+    torch.ones(2, device="meta"), nn.Linear(1, 1), bytearray(b"a"),
 ]  # fmt: skip
 DTYPES = [
     torch.float32,
@@ -173,11 +176,7 @@ def nested(leaves: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 def test_every_plain_state_reads_back_equal(state: dict[str, Any]) -> None:
     checkpoint.write("a.ckpt", state)
     for read_back in (checkpoint.read("a.ckpt"), torch.load("a.ckpt", weights_only=True)):
-        assert same(read_back, without_grad(state))
-
-
-def without_grad(value: Any) -> Any:
-    return checkpoint.plain(value)
+        assert same(read_back, checkpoint.plain(state))
 
 
 @given(st.dictionaries(st.text(), nested(st.one_of(plain_leaves, st.sampled_from(UNSAFE))), min_size=1, max_size=4))
@@ -189,7 +188,7 @@ def test_a_state_is_refused_by_key_or_reads_back_equal(state: dict[str, Any]) ->
         assert str(error).startswith(("state[", "key ")) and ";" in str(error)
         assert not Path("b.ckpt").exists()
     else:
-        assert same(checkpoint.read("b.ckpt"), without_grad(state))
+        assert same(checkpoint.read("b.ckpt"), checkpoint.plain(state))
         Path("b.ckpt").unlink()
 
 
@@ -227,23 +226,24 @@ def test_refusals_say_what_to_use_instead_and_find_cycles_and_attributes() -> No
         checkpoint.plain({torch.ones(1): 1})
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize", "ignore:ComplexHalf", "ignore:Sparse")
 def test_every_dtype_and_sparse_layout_of_torch_is_written_and_read_or_refused() -> None:
+    refused = 0
     for dtype in {value for value in vars(torch).values() if isinstance(value, torch.dtype)}:
         checkpoint.write("d.ckpt", {"d": dtype})
         assert checkpoint.read("d.ckpt")["d"] is dtype
-        tensor = torch.empty(2, dtype=dtype)
         try:
-            checkpoint.write("d.ckpt", {"t": tensor})
+            checkpoint.write("d.ckpt", {"t": torch.empty(2, dtype=dtype)})
         except TypeError as error:
             assert "state['t']" in str(error)
+            refused += 1
         else:
             assert checkpoint.read("d.ckpt")["t"].dtype is dtype
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch: sparse layouts are in beta
-        dense = torch.eye(4)
-        for t in (dense.to_sparse(), dense.to_sparse_csr(), dense.to_sparse_csc(), dense.to_sparse_bsr((2, 2))):
-            checkpoint.write("s.ckpt", {"t": t})
-            assert same(checkpoint.read("s.ckpt"), {"t": t})
+    assert refused <= 19  # the quantized ones and those of less than a byte
+    dense = torch.eye(4)
+    for t in (dense.to_sparse(), dense.to_sparse_csr(), dense.to_sparse_csc(), dense.to_sparse_bsr((2, 2))):
+        checkpoint.write("s.ckpt", {"t": t})
+        assert same(checkpoint.read("s.ckpt"), {"t": t})
 
 
 def test_a_slice_does_not_bring_the_whole_tensor_into_the_file() -> None:

@@ -24,11 +24,11 @@ from typing import Any
 
 import pytest
 import torch
-from bitwise import same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from bitwise import same
 from weft import checkpoint
 from weft.checkpoint import BackgroundWriter, CheckpointError
 
@@ -187,9 +187,9 @@ def test_an_interrupt_at_any_moment_of_a_save_leaves_no_temporary_file(tmp_path:
 def test_kill_9_at_random_times_never_costs_the_last_checkpoint(tmp_path: Path, background: bool) -> None:
     checkpoint.save(tmp_path, 0, state_of_step(0, 50_000))
     chance = random.Random(1)
-    reached = 0
-    for _ in range(20):
-        first = checkpoint.load(tmp_path)[0]["step"] + 1
+    reached = kills = 0
+    while kills < 20 or reached < 5:
+        first = reached + 1
 
         def body(first: int = first) -> None:
             writer = BackgroundWriter()
@@ -201,15 +201,15 @@ def test_kill_9_at_random_times_never_costs_the_last_checkpoint(tmp_path: Path, 
         if child == 0:
             body()
             os._exit(1)
-        time.sleep(chance.uniform(0.0, 0.04))
+        time.sleep(chance.uniform(0.0, 0.04 + 0.001 * kills))  # longer on a machine so slow that no save comes through
         os.kill(child, signal.SIGKILL)
+        kills += 1
         os.waitpid(child, 0)
         checkpoint.clean(tmp_path)
         state, _ = checkpoint.load(tmp_path)
         assert same(state, state_of_step(state["step"], 50_000)) and state["step"] >= first - 1
         assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
         reached = state["step"]
-    assert reached > 5
 
 
 def test_clean_spares_the_files_of_living_processes_and_removes_those_of_dead_ones(tmp_path: Path) -> None:

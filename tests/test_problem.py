@@ -1,4 +1,4 @@
-"""Node, Rollout and Problem against raw PyTorch and NeuroMANCER's own classes; errors; what the trainer asks of any problem."""
+"""Node, Rollout and Problem against raw PyTorch and NeuroMANCER's own classes; what a trainer asks of any problem."""
 
 from __future__ import annotations
 

@@ -123,8 +123,11 @@ class AugmentedLagrangian(PenaltyLoss, Hook):
 
     `weight * multipliers` estimates the Lagrange multipliers of each row, one column an entry in the order of the
     constraints, for an objective averaged over rows. In evaluation the loss is that of PenaltyLoss, so that epochs
-    compare; `norm` matters only there. The forward reads `batch["index"]` in training and changes nothing but
-    `values` (the last values of the rows seen). `update()` does the rest; the trainer calls it through `on_epoch_end`.
+    compare; `norm` matters only there. The best epoch by that loss breaks a constraint whose weight is below its
+    multiplier (with norm 1; ch. 17.2), so choose weights above.
+
+    The forward reads `batch["index"]` in training and changes nothing but `values` (the last values of the rows seen).
+    `update()` does the rest; the trainer calls it through `on_epoch_end`.
 
     rows: number of training rows. None: as many as the largest index seen; finding it waits for the GPU in every step
         and cannot be compiled, so give it where that matters.

@@ -83,7 +83,7 @@ class ProgressLine(Hook):
         reason = getattr(result, "stop_reason", "epochs")
         seconds = self._clock() - self._started
         steps = trainer.run.progress.step - self._first_step
-        speed = f"{steps / seconds:,.0f} steps/s" if seconds > 0 else ""
+        speed = f"{steps / seconds:,.0f} steps/s" if steps and seconds > 0 else ""
         parts = [duration(seconds), *self._values(trainer), speed, f"stopped: {reason}" if reason != "epochs" else ""]
         screen.close(_head(trainer.run.progress.epoch, _num_epochs(trainer)), "  ".join(part for part in parts if part))
 

@@ -9,6 +9,7 @@ It may have `rewind(step, epoch, in_epoch)`, called when a run goes on from a ch
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 import warnings
@@ -27,6 +28,7 @@ __all__ = [
     "Logging",
     "Row",
     "TensorBoardLogger",
+    "hyperparameters",
     "learning_rates",
     "make_loggers",
     "read_history",
@@ -102,6 +104,37 @@ def learning_rates(optimizers: Mapping[str, Any]) -> dict[str, float]:
     return rates
 
 
+def hyperparameters(trainer: Any) -> dict[str, Any]:
+    """The settings of a run as plain values by dotted name: the options, and each optimizer's class and learning rate.
+
+    Functions and objects among the options stand there by their names.
+    """
+    settings = _flat(dataclasses.asdict(trainer.config))
+    settings |= {name: _name_of(value) for name, value in trainer.options.items() if value is not None}
+    optimizers = trainer.run.optimizers
+    for name, optimizer in optimizers.items():
+        settings["optimizer" if len(optimizers) == 1 else f"optimizer/{name}"] = type(optimizer).__name__
+    return settings | learning_rates(optimizers)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value if isinstance(value, bool | int | float | str | None) else str(value)
+    return flat
+
+
+def _name_of(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(map(str, value))
+    if isinstance(value, list | tuple):
+        return ", ".join(_name_of(item) for item in value)
+    return value if isinstance(value, str) else getattr(value, "__qualname__", type(value).__qualname__)
+
+
 class Logging(Hook):
     """Writes to `loggers`, in the first process only: each epoch's metrics, learning rates, speed and time.
 
@@ -128,7 +161,7 @@ class Logging(Hook):
         self._status = "success"
         self._started = self._last_time = self._clock()
         self._last_step = run.progress.step
-        settings = run.hyperparameters()
+        settings = hyperparameters(trainer)
         for logger in self._active:
             if run.progress.step > 0 and hasattr(logger, "rewind"):
                 logger.rewind(run.progress.step, run.progress.epoch, run.progress.batch > 0)
