@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pandas
@@ -17,8 +17,20 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from weft.loggers import CSVLogger, Logging, TensorBoardLogger, learning_rates, make_loggers, read_history, read_rows
+import weft
+from weft.loggers import (
+    CSVLogger,
+    Logging,
+    TensorBoardLogger,
+    hyperparameters,
+    learning_rates,
+    make_loggers,
+    read_history,
+    read_rows,
+)
 from weft.loggers.tensorboard import tag_of
+
+TIMES = ("seconds", "steps_per_second")
 
 
 def events_in(folder: Path) -> EventAccumulator:
@@ -301,39 +313,41 @@ class Clock:
         return self.now
 
 
-def a_trainer(**settings: Any) -> Any:
-    weights = torch.nn.Parameter(torch.zeros(2))
-    run = SimpleNamespace(
-        progress=SimpleNamespace(step=0, epoch=0, batch=0),
-        optimizers={"default": torch.optim.SGD([weights], lr=0.5)},
-        is_global_zero=settings.pop("is_global_zero", True),
-        hyperparameters=lambda: {"epochs": 2, "lr": 0.5},
-        step_metrics=lambda: {"train_loss_step": 0.25},
-    )
-    return SimpleNamespace(run=run, current_epoch=0, **settings)
+class Scripted(torch.nn.Module):
+    """A problem with constant losses: 1 for train, 2 for dev."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        name = batch["name"]
+        return {f"{name}_loss": self.weight.sum() * 0.0 + (1.0 if name == "train" else 2.0)}
 
 
-def drive(hook: Logging, trainer: Any, clock: Clock, num_epochs: int = 2, num_steps: int = 4) -> None:
-    """Call the hook at the events of a fit in which a step lasts half a second and lr falls after each epoch."""
-    progress = trainer.run.progress
-    hook.on_fit_start(trainer)
-    for _ in range(num_epochs):
-        trainer.current_epoch = progress.epoch
-        hook.on_epoch_start(trainer)
-        for _ in range(num_steps):
-            clock.now += 0.5
-            progress.step += 1
-            hook.on_step_end(trainer, None, None)
-        for group in trainer.run.optimizers["default"].param_groups:
-            group["lr"] *= 0.1
-        hook.on_epoch_end(trainer, {"train_loss": 1.0, "dev_loss": 2.0})
-        progress.epoch += 1
-    hook.on_fit_end(trainer, SimpleNamespace(stop_reason="epochs", best_metric=2.0))
+def drive(hook: Logging, clock: Clock, **options: Any) -> weft.Trainer:
+    """A fit of 2 epochs with 4 steps, in which a step lasts half a second and the learning rate falls after an epoch."""
+
+    def tick(trainer: weft.Trainer, batch: Any, loss: torch.Tensor) -> None:
+        clock.now += 0.5
+
+    options = {
+        "epochs": 2,
+        "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.5),
+        "scheduler": lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1),
+        "hooks": [{"on_step_end": tick}, hook],
+        "progress": False,
+        "log_every": hook.log_every,
+    } | options
+    trainer = weft.Trainer(**options)
+    rows = torch.zeros(4, 1)
+    trainer.fit(Scripted(), weft.Data(weft.DictDataset({"p": rows}), weft.DictDataset({"p": rows}), batch_size=1))
+    return trainer
 
 
 def test_each_epoch_is_logged_with_the_rate_it_was_trained_with_its_speed_and_time(tmp_path: Path) -> None:
     clock, logger = Clock(), CSVLogger(tmp_path / "metrics.csv")
-    drive(Logging([logger], clock=clock), a_trainer(), clock)
+    drive(Logging([logger], clock=clock), clock)
     rows = {(row.step, row.epoch, row.name): row.value for row in read_rows(logger.path)}
     expected = {}
     for step, epoch, lr, seconds in ((4, 0, 0.5, 2.0), (8, 1, 0.05, 4.0)):
@@ -344,45 +358,78 @@ def test_each_epoch_is_logged_with_the_rate_it_was_trained_with_its_speed_and_ti
 
 def test_the_history_is_read_back_without_what_logging_added(tmp_path: Path) -> None:
     clock, logger = Clock(), CSVLogger(tmp_path / "metrics.csv")
-    drive(Logging([logger], log_every=1, clock=clock), a_trainer(), clock)
+    trainer = drive(Logging([logger], log_every=1, clock=clock), clock)
+    assert trainer.run is not None and trainer.run.result is not None
+    assert read_history(logger.path, 2) == trainer.run.result.history == {"train_loss": [1.0] * 2, "dev_loss": [2.0] * 2}
     logger.log_metrics({"dev_extra": 0.1, "epoch": 1}, 8)
     logger.save()
-    history = read_history(logger.path, 2)
-    assert math.isnan(history["dev_extra"].pop(0))
-    assert history == {"train_loss": [1.0, 1.0], "dev_loss": [2.0, 2.0], "dev_extra": [0.1]}
+    extra = read_history(logger.path, 2)["dev_extra"]
+    assert math.isnan(extra[0]) and extra[1] == 0.1
 
 
 def test_a_metric_of_the_users_wins_over_what_logging_adds(tmp_path: Path) -> None:
-    logger, trainer = CSVLogger(tmp_path / "metrics.csv"), a_trainer()
-    hook = Logging([logger])
-    hook.on_fit_start(trainer)
-    hook.on_epoch_end(trainer, {"seconds": -1.0})
-    assert [row.value for row in read_rows(logger.path) if row.name == "seconds"] == [-1.0]
+    clock, logger = Clock(), CSVLogger(tmp_path / "metrics.csv")
+    own = {"on_epoch_start": lambda trainer: trainer.log("seconds", -1.0)}
+    drive(Logging([logger], clock=clock), clock, hooks=[own, Logging([logger], clock=clock)])
+    assert [row.value for row in read_rows(logger.path) if row.name == "seconds"] == [-1.0, -1.0]
 
 
 def test_step_values_are_logged_every_so_many_steps(tmp_path: Path) -> None:
     clock, logger = Clock(), CSVLogger(tmp_path / "metrics.csv")
-    drive(Logging([logger], log_every=3, clock=clock), a_trainer(), clock)
-    steps = [(row.step, row.epoch) for row in read_rows(logger.path) if row.name == "train_loss_step"]
-    assert steps == [(3, 0), (6, 1)]
+    drive(Logging([logger], log_every=3, clock=clock), clock)
+    steps = [(row.step, row.epoch, row.value) for row in read_rows(logger.path) if row.name == "train_loss_step"]
+    assert steps == [(3, 0, 1.0), (6, 1, 1.0)]
 
 
-def test_only_the_first_process_writes_but_all_take_part_in_the_means(tmp_path: Path) -> None:
-    clock, logger, trainer = Clock(), CSVLogger(tmp_path / "metrics.csv"), a_trainer(is_global_zero=False)
+def test_only_the_first_process_writes_but_all_take_part_in_the_means(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
-    trainer.run.step_metrics = lambda: calls.append(1) or {}
-    drive(Logging([logger], log_every=4, clock=clock), trainer, clock)
-    assert calls == [1, 1] and not logger.path.exists()
+    monkeypatch.setattr(weft.Run, "is_global_zero", property(lambda run: False))
+    monkeypatch.setattr(weft.Run, "step_metrics", lambda run: calls.append(run.progress.step) or {})
+    clock, logger = Clock(), CSVLogger(tmp_path / "metrics.csv")
+    drive(Logging([logger], log_every=4, clock=clock), clock)
+    assert calls == [4, 8] and not logger.path.exists()
 
 
-def test_a_run_that_goes_on_cuts_its_files_back(tmp_path: Path) -> None:
-    clock, logger, trainer = Clock(), CSVLogger(tmp_path / "metrics.csv"), a_trainer()
-    drive(Logging([logger], clock=clock), trainer, clock)
-    again = a_trainer()
-    again.run.progress = SimpleNamespace(step=4, epoch=1, batch=0)  # the checkpoint after the first epoch
-    drive(Logging([CSVLogger(logger.path)], clock=clock), again, clock, num_epochs=1)
-    losses = [(row.step, row.epoch) for row in read_rows(logger.path) if row.name == "train_loss"]
-    assert losses == [(4, 0), (8, 1)]
+def train_with_files(folder: Path, *, die_in_epoch: int | None = None, **options: Any) -> None:
+    """A fit of 5 epochs with 4 steps that writes into folder/run; it dies when the epoch `die_in_epoch` begins."""
+
+    def die(trainer: weft.Trainer) -> None:
+        if trainer.current_epoch == die_in_epoch:
+            raise OSError("killed")
+
+    torch.manual_seed(0)
+    net = torch.nn.Linear(1, 1)
+    problem = weft.Problem([weft.Node(net, ["p"], ["x"])], objectives=[weft.objective(lambda x, p: (x - p**2) ** 2)])
+    rows = torch.linspace(-1, 1, 8)[:, None]
+    data = weft.Data(weft.DictDataset({"p": rows}), weft.DictDataset({"p": rows}), batch_size=2)
+    trainer = weft.Trainer(
+        epochs=5, seed=1, root_dir=str(folder), run_name="run", loggers=["csv", "tensorboard"], log_every=1,
+        progress=False, hooks={"on_epoch_start": die}, **options,
+    )  # fmt: skip
+    trainer.fit(problem, data)
+
+
+@pytest.mark.parametrize(
+    "when",
+    [{"every_n_steps": 3}, {"every_n_steps": 4}, {"every_n_steps": 5}, {"every_n_epochs": 1}, {"every_n_epochs": 2}],
+    ids=lambda when: f"{next(iter(when))}={next(iter(when.values()))}",
+)
+def test_the_files_of_a_resumed_run_are_those_of_one_that_never_stopped(tmp_path: Path, when: dict[str, int]) -> None:
+    def numbers(folder: Path) -> list[tuple[int, int, str, float]]:
+        return [row[:4] for row in read_rows(folder / "run" / "metrics.csv") if row.name not in TIMES]
+
+    train_with_files(tmp_path / "whole", checkpoint=when)
+    with pytest.raises(OSError, match="killed"):
+        train_with_files(tmp_path / "parts", checkpoint=when, die_in_epoch=3)
+    died_with = numbers(tmp_path / "parts")
+    train_with_files(tmp_path / "parts", checkpoint=when, resume="last")
+    assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole") != died_with
+    for tag in ("loss/train", "loss/dev", "loss_step/train", "lr"):
+        whole, parts = (points(tmp_path / name / "run", tag) for name in ("whole", "parts"))
+        assert len(whole) == len(dict(whole)) and dict(parts) == dict(whole), tag
+        assert len(parts) == len(whole) or (tag == "loss_step/train" and len(parts) == len(whole) - 1), tag
 
 
 def test_learning_rates_are_named_by_optimizer_and_group() -> None:
@@ -395,21 +442,34 @@ def test_learning_rates_are_named_by_optimizer_and_group() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "reason", "status"),
-    [(None, "epochs", "success"), (ValueError(), "error", "failed"), (None, "interrupted", "aborted")],
+    ("error", "status"), [(None, "success"), (OSError(), "failed"), (KeyboardInterrupt(), "aborted")]
 )
-def test_loggers_are_told_how_the_run_ended(error: Any, reason: str, status: str) -> None:
+def test_loggers_are_told_how_the_run_ended(tmp_path: Path, error: BaseException | None, status: str) -> None:
     class Told(CSVLogger):
         def finalize(self, status: str) -> None:
             told.append(status)
 
+    def fail(trainer: weft.Trainer) -> None:
+        if error is not None:
+            raise error
+
     told: list[str] = []
-    hook, trainer = Logging([Told("unused.csv")]), a_trainer()
-    hook.on_fit_start(trainer)
-    if error is not None:
-        hook.on_exception(trainer, error)
-    hook.on_fit_end(trainer, SimpleNamespace(stop_reason=reason, best_metric=None))
+    clock = Clock()
+    hook = Logging([Told(tmp_path / "metrics.csv")], clock=clock)
+    with pytest.raises(type(error)) if error is not None else nullcontext():
+        drive(hook, clock, hooks=[{"on_epoch_start": fail}, hook])
     assert told == [status]
+
+
+def test_hyperparameters_are_plain_values_by_dotted_name() -> None:
+    clock = Clock()
+    trainer = drive(Logging([], clock=clock), clock, checkpoint={"keep": 3}, fast_dev_run=True)
+    settings = hyperparameters(trainer)
+    assert all(isinstance(value, bool | int | float | str | None) for value in settings.values())
+    assert (settings["epochs"], settings["checkpoint.keep"], settings["patience"]) == (2, 3, None)
+    assert (settings["optimizer"], settings["scheduler"]) == ("SGD", "drive.<locals>.<lambda>")
+    assert settings["lr"] == pytest.approx(0.05)
+    assert settings["hooks"] == "on_step_end, Logging"
 
 
 def test_lightning_loggers_are_accepted_as_they_are(tmp_path: Path) -> None:
@@ -419,7 +479,7 @@ def test_lightning_loggers_are_accepted_as_they_are(tmp_path: Path) -> None:
     clock = Clock()
     theirs = LightningCSV(str(tmp_path), name="csv", version="a")
     board = LightningTensorBoard(str(tmp_path), name="tb", version="a")
-    drive(Logging(make_loggers([theirs, board], None), clock=clock), a_trainer(), clock)
+    drive(Logging(make_loggers([theirs, board], None), clock=clock), clock)
     frame = pandas.read_csv(tmp_path / "csv" / "a" / "metrics.csv")
     assert frame["train_loss"].tolist() == [1.0, 1.0] and frame["step"].tolist() == [4, 8]
     assert frame["epoch"].tolist() == [0, 1]
@@ -433,13 +493,13 @@ def test_fabrics_csv_logger_which_refuses_hyperparameters_is_accepted(tmp_path: 
     clock = Clock()
     theirs = FabricCSV(str(tmp_path), name="csv", version="a")
     with pytest.warns(UserWarning, match="does not record hyperparameters"):
-        drive(Logging([theirs], clock=clock), a_trainer(), clock)
+        drive(Logging([theirs], clock=clock), clock)
     assert pandas.read_csv(tmp_path / "csv" / "a" / "metrics.csv")["dev_loss"].tolist() == [2.0, 2.0]
 
 
 def test_tensorboard_and_csv_hold_the_same_numbers(tmp_path: Path) -> None:
     clock = Clock()
-    drive(Logging(make_loggers(["csv", "tensorboard"], tmp_path), clock=clock), a_trainer(), clock)
+    drive(Logging(make_loggers(["csv", "tensorboard"], tmp_path), clock=clock), clock)
     rows = read_rows(tmp_path / "metrics.csv")
     assert abs(rows[0].time - time.time()) < 600
     for name in ("train_loss", "lr", "steps_per_second", "seconds"):

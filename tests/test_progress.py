@@ -6,11 +6,12 @@ import io
 import math
 import re
 import sys
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+import weft
 from weft.hooks.progress import PLAIN_SECONDS, REFRESH_SECONDS, ProgressLine, duration
 
 
@@ -40,43 +41,49 @@ class NeverRead:
     item = __format__ = __repr__ = __float__  # type: ignore[assignment]
 
 
-def a_trainer(num_epochs: int, is_global_zero: bool = True) -> Any:
-    run = SimpleNamespace(
-        progress=SimpleNamespace(step=0, epoch=0, last_epoch=num_epochs),
-        best=SimpleNamespace(name="dev_loss", value=None, epoch=None),
-        config=SimpleNamespace(train_metric="train_loss", dev_metric="dev_loss"),
-        is_global_zero=is_global_zero,
-    )
-    return SimpleNamespace(run=run, current_epoch=0)
+class Scripted(torch.nn.Module):
+    """A problem whose train loss is 1 / (epoch + 1) and whose dev loss is 2 + epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        value = 1 / (batch["epoch"] + 1) if batch["name"] == "train" else 2.0 + batch["epoch"]
+        return {f"{batch['name']}_loss": value + 0.0 * self.weight.sum()}
 
 
-def drive(line: ProgressLine, clock: Clock, num_epochs: int, num_steps: int, step_seconds: float, **kwargs: Any) -> Any:
-    """Call the events of a fit; the dev loss is best in epoch 1 and measured in every second epoch only."""
-    trainer = kwargs.pop("trainer", None) or a_trainer(num_epochs)
-    progress = trainer.run.progress
-    line.on_fit_start(trainer)
-    for epoch in range(num_epochs):
-        trainer.current_epoch = progress.epoch
-        for _ in range(num_steps):
-            clock.now += step_seconds
-            progress.step += 1
-            line.on_step_end(trainer, None, NeverRead())
-        metrics = {"train_loss": 1.0 / (epoch + 1), "train_f": 7.0}
-        if epoch % 2:
-            metrics["dev_loss"] = 2.0 + epoch
-        if epoch == 1:
-            trainer.run.best = SimpleNamespace(name="dev_loss", value=3.0, epoch=1)
-        line.on_epoch_end(trainer, metrics)
-        progress.epoch += 1
-    line.on_fit_end(trainer, SimpleNamespace(stop_reason=kwargs.pop("reason", "epochs")))
+def a_trainer(line: ProgressLine, clock: Clock, num_epochs: int, step_seconds: float, **options: Any) -> weft.Trainer:
+    """A trainer whose steps take `step_seconds`; the line gets a loss that must not be read."""
+
+    def on_step_end(trainer: weft.Trainer, batch: Any, loss: torch.Tensor) -> None:
+        clock.now += step_seconds
+        line.on_step_end(trainer, batch, NeverRead())
+
+    names = ("on_fit_start", "on_epoch_end", "on_fit_end")
+    hooks = {"on_step_end": on_step_end, **{name: getattr(line, name) for name in names}}
+    return weft.Trainer(epochs=num_epochs, hooks=hooks, progress=False, validate_every=2, **options)
+
+
+def drive(
+    line: ProgressLine, clock: Clock, num_epochs: int, num_steps: int, step_seconds: float, **options: Any
+) -> weft.Trainer:
+    """A fit with `num_steps` steps an epoch. The dev loss is best in epoch 1, the first that is validated."""
+    trainer = a_trainer(line, clock, num_epochs, step_seconds, **options)
+    trainer.fit(Scripted(), data(num_steps))
     return trainer
+
+
+def data(num_steps: int) -> weft.Data:
+    rows = torch.zeros(num_steps, 1)
+    return weft.Data(weft.DictDataset({"p": rows}), weft.DictDataset({"p": rows}), batch_size=1)
 
 
 def test_plain_lines_come_at_each_tenth_of_the_epochs() -> None:
     file, clock = io.StringIO(), Clock()
     drive(ProgressLine(file=file, clock=clock), clock, num_epochs=200, num_steps=5, step_seconds=0.001)
     lines = file.getvalue().splitlines()
-    assert [line.split()[1] for line in lines] == [f"{20 * i}/200" for i in range(1, 11)] + ["200/200"]
+    assert [line.split()[1] for line in lines] == [f"{20 * i}/200" for i in range(1, 11)]
     assert "train_loss 0.05  dev_loss 21  best 3 (epoch 1)" in lines[0]
     assert "1,000 steps/s" in lines[0]
     assert "\x1b" not in file.getvalue() and "\r" not in file.getvalue()
@@ -86,14 +93,14 @@ def test_plain_lines_come_after_ten_seconds_of_a_long_epoch() -> None:
     file, clock = io.StringIO(), Clock()
     drive(ProgressLine(file=file, clock=clock), clock, num_epochs=1, num_steps=41, step_seconds=1.0)
     lines = file.getvalue().splitlines()
-    assert [line.split()[1] for line in lines] == ["0/1"] * 4 + ["1/1", "1/1"]
-    assert "epoch 0/1  0:10  1 steps/s" in lines[0] and "0:41 < 0:00" in lines[4]
+    assert [line.split()[1] for line in lines] == ["0/1"] * 4 + ["1/1"]
+    assert lines[0] == "epoch 0/1  0:10  1 steps/s" and lines[4].startswith("epoch 1/1  0:41  train_loss 1  dev_loss 2")
 
 
 def test_few_epochs_give_a_line_each() -> None:
     file, clock = io.StringIO(), Clock()
     drive(ProgressLine(file=file, clock=clock), clock, num_epochs=3, num_steps=1, step_seconds=0.001)
-    assert [line.split()[1] for line in file.getvalue().splitlines()] == ["1/3", "2/3", "3/3", "3/3"]
+    assert [line.split()[1] for line in file.getvalue().splitlines()] == ["1/3", "2/3", "3/3"]
 
 
 def test_time_left_is_what_the_epochs_so_far_took() -> None:
@@ -134,17 +141,26 @@ def test_a_narrow_terminal_keeps_the_epoch_and_the_time_left(monkeypatch: pytest
 
 def test_the_last_line_names_why_training_stopped() -> None:
     file, clock = io.StringIO(), Clock()
-    drive(ProgressLine(file=file, clock=clock), clock, 4, 1, 0.5, reason="patience")
-    assert file.getvalue().splitlines()[-1].endswith("2 steps/s  stopped: patience")
+    drive(ProgressLine(file=file, clock=clock), clock, 4, 1, 0.5, max_steps=2)
+    assert file.getvalue().splitlines()[-1].endswith("2 steps/s  stopped: max_steps")
     file = io.StringIO()
     drive(ProgressLine(file=file, clock=clock), clock, 4, 1, 0.5)
     assert "stopped" not in file.getvalue()
 
 
-def test_other_processes_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_processes_are_silent(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weft.Run, "is_global_zero", property(lambda run: False))
     clock = Clock()
-    drive(ProgressLine(clock=clock), clock, 5, 5, 1.0, trainer=a_trainer(5, is_global_zero=False))
+    drive(ProgressLine(clock=clock), clock, 5, 5, 1.0)
     assert capsys.readouterr() == ("", "")
+
+
+def test_progress_false_is_silent_and_the_default_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    weft.Trainer(epochs=2, progress=False).fit(Scripted(), data(1))
+    assert capsys.readouterr() == ("", "")
+    weft.Trainer(epochs=2).fit(Scripted(), data(1))
+    out, err = capsys.readouterr()
+    assert out == "" and "epoch 2/2" in err
 
 
 def test_the_line_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,22 +171,23 @@ def test_the_line_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_second_fit_opens_a_new_line_and_counts_on() -> None:
-    file, clock = io.StringIO(), Clock()
-    line = ProgressLine(file=file, clock=clock)
-    trainer = drive(line, clock, 2, 1, 0.1)
-    trainer.current_epoch, trainer.run.progress.last_epoch = 2, 4
-    drive(line, clock, 2, 1, 0.1, trainer=trainer)
-    assert [text.split()[1] for text in file.getvalue().splitlines()] == ["1/2", "2/2", "2/2", "3/4", "4/4", "4/4"]
+    file, clock, problem = io.StringIO(), Clock(), Scripted()
+    trainer = a_trainer(ProgressLine(file=file, clock=clock), clock, 2, 0.1)
+    trainer.fit(problem, data(1))
+    trainer.fit(problem, data(1))
+    assert [text.split()[1] for text in file.getvalue().splitlines()] == ["1/2", "2/2", "3/4", "4/4"]
 
 
-def test_a_fit_that_never_began_its_first_epoch_closes_the_line() -> None:
-    file, clock, trainer = Terminal(), Clock(), a_trainer(5)
-    line = ProgressLine(file=file, clock=clock)
-    line.on_fit_start(trainer)
-    clock.now += 1.0
-    line.on_fit_end(trainer, None)
-    assert "epoch 0/5" in file.getvalue()
-    line.on_fit_end(trainer, None)  # twice is harmless
+def test_a_fit_that_fails_closes_the_line() -> None:
+    def fail(trainer: Any, batch: Any) -> None:
+        raise OSError("planted")
+
+    file, clock = Terminal(), Clock()
+    before = (sys.stdout, sys.stderr)
+    with pytest.raises(OSError, match="planted"):
+        drive(ProgressLine(file=file, clock=clock), clock, 5, 1, 0.1, training_step=fail)
+    assert (sys.stdout, sys.stderr) == before
+    assert "epoch 0/5  0:00  stopped: error" in file.getvalue()
 
 
 def test_an_unknown_mode_is_an_error() -> None:
@@ -184,35 +201,23 @@ def test_durations_read_like_a_clock(seconds: float, text: str) -> None:
 
 
 def test_nan_is_shown_as_nan() -> None:
-    file, clock, trainer = io.StringIO(), Clock(), a_trainer(1)
-    line = ProgressLine(file=file, clock=clock)
-    line.on_fit_start(trainer)
-    line.on_epoch_end(trainer, {"train_loss": math.nan})
-    assert "train_loss nan" in file.getvalue()
+    file, clock = io.StringIO(), Clock()
+    step = {"validation_step": lambda trainer, batch: torch.tensor(math.nan)}
+    drive(ProgressLine(file=file, clock=clock), clock, 1, 1, 1.0, **step)
+    assert file.getvalue() == "epoch 1/1  0:01  train_loss 1  dev_loss nan  1 steps/s\n"
 
 
 def test_a_notebook_shows_one_output_that_is_updated() -> None:
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     code = """
-from types import SimpleNamespace as NS
-from weft.hooks.progress import ProgressLine
-now = [0.0]
-line = ProgressLine(clock=lambda: now[0])
-run = NS(progress=NS(step=0, epoch=0, last_epoch=20), best=NS(name=None, value=None, epoch=None),
-         config=NS(train_metric="train_loss", dev_metric="dev_loss"), is_global_zero=True)
-trainer = NS(run=run, current_epoch=0)
-line.on_fit_start(trainer)
-for epoch in range(20):
-    trainer.current_epoch = epoch
-    now[0] += 1.0
-    run.progress.step += 3
-    line.on_epoch_end(trainer, {"train_loss": 0.5})
-    run.progress.epoch += 1
-line.on_fit_end(trainer, NS(stop_reason="epochs"))
+import torch, weft
+p = torch.linspace(-1, 1, 8)[:, None]
+problem = weft.Problem([weft.Node(torch.nn.Linear(1, 1), ["p"], ["x"])], objectives=[weft.objective(lambda x: x**2)])
+result = weft.Trainer(epochs=20).fit(problem, weft.DictDataset({"p": p}))
 """
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
     nbclient.NotebookClient(notebook, timeout=60).execute()
     (output,) = notebook.cells[0].outputs
     assert output.output_type == "display_data"
-    assert output.data["text/plain"] == "epoch 20/20  0:20  train_loss 0.5  3 steps/s"
+    assert re.match(r"epoch 20/20  0:0\d  train_loss \S+  best \S+ \(epoch 19\)", output.data["text/plain"])

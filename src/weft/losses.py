@@ -129,8 +129,8 @@ class AugmentedLagrangian(PenaltyLoss, Hook):
     The forward reads `batch["index"]` in training and changes nothing but `values` (the last values of the rows seen).
     `update()` does the rest; the trainer calls it through `on_epoch_end`.
 
-    rows: number of training rows. None: as many as the largest index seen; finding it waits for the GPU in every step
-        and cannot be compiled, so give it where that matters.
+    rows: number of training rows. None: what the trainer says; outside of a trainer, as many as the largest index seen
+        (finding it waits for the GPU in every step and cannot be compiled).
     Raises KeyError for a batch without "index", ValueError for a constraint without one value a row.
     """
 
@@ -160,6 +160,7 @@ class AugmentedLagrangian(PenaltyLoss, Hook):
                     f"every={every}, rows={rows}."
                 )
         self.mu_start, self.growth, self.mu_max, self.eta, self.every, self.rows = mu, growth, mu_max, eta, every, rows
+        self._rows_to_come = 0  # training rows, as the trainer tells them
         self.register_buffer("num_epochs", torch.tensor(0))
         self._new_buffers(0, torch.empty(0, 0), torch.zeros(0, dtype=torch.bool))
 
@@ -215,7 +216,8 @@ class AugmentedLagrangian(PenaltyLoss, Hook):
         self.values.fill_(torch.nan)
 
     def on_fit_start(self, trainer: Any) -> None:
-        """Refuse several processes: each would know the rows of its own share alone."""
+        """Learn the number of training rows. Refuses several processes: each would know those of its own share alone."""
+        self._rows_to_come = trainer.run.rows("train") or 0
         started = torch.distributed.is_available() and torch.distributed.is_initialized()
         if started and (size := torch.distributed.get_world_size()) > 1:
             raise RuntimeError(
@@ -241,10 +243,9 @@ class AugmentedLagrangian(PenaltyLoss, Hook):
     def _fit_buffers(self, index: Tensor, values: Tensor, flat: list[Tensor], constraints: list[Constraint]) -> None:
         """Make room for the rows of `index`. Kept: what is known of earlier rows, if the entries are as many."""
         rows, entries = self.multipliers.shape
-        if self.rows is None:
+        needed = self.rows or self._rows_to_come
+        if not needed:
             needed = max(rows, int(index.max()) + 1)  # waits for the GPU
-        else:
-            needed = self.rows
         if (rows, entries) == (needed, values.shape[1]):
             return
         old = {k: getattr(self, k) for k in ("multipliers", "values", "mu", "violation")}

@@ -90,6 +90,11 @@ class Run:
         """Whether there is data for `split`."""
         return self._splits[split] is not None
 
+    def rows(self, split: str) -> int | None:
+        """Examples in an epoch of `split`; None if there are none, or they cannot be counted beforehand."""
+        source = self._splits[split]
+        return None if source is None else source.rows
+
     def prepare(self, make_data: Callable[[], Data], resume: str | None = None) -> Run:
         """Devices first, then the data: all that evaluation alone needs. `make_data` is called again at a refresh."""
         options = self.trainer.options

@@ -70,8 +70,10 @@ class ProgressLine(Hook):
         if self._screen is None:
             return
         done = trainer.current_epoch - self._first_epoch + 1
-        share = PLAIN_LINES * done // max(1, _num_epochs(trainer) - self._first_epoch)
-        if self._clock() >= self._due or (self._screen.by_share and share > self._shares):
+        planned = _num_epochs(trainer) - self._first_epoch
+        share = PLAIN_LINES * done // max(1, planned)
+        is_due = self._clock() >= self._due or (self._screen.by_share and share > self._shares)
+        if is_due and done < planned:  # the last one is drawn when the fit ends
             self._draw(trainer, done)
         self._shares = share
 
