@@ -37,8 +37,7 @@ bench: $(VENV)/ready-bench
 	$(BIN)/python -m benchmarks
 
 lint: $(VENV)/ready-test
-	$(BIN)/ruff check .
-	$(BIN)/basedpyright
+	@status=0; $(BIN)/ruff check --output-format concise . || status=1; $(BIN)/basedpyright || status=1; exit $$status
 
 clean:
 	rm -rf $(VENV)

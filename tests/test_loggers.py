@@ -392,11 +392,11 @@ def test_only_the_first_process_writes_but_all_take_part_in_the_means(
     assert calls == [4, 8] and not logger.path.exists()
 
 
-def train_with_files(folder: Path, *, die_in_epoch: int | None = None, **options: Any) -> None:
-    """A fit of 5 epochs with 4 steps that writes into folder/run; it dies when the epoch `die_in_epoch` begins."""
+def train_with_files(folder: Path, *, die_at_step: int | None = None, **options: Any) -> None:
+    """A fit of 5 epochs with 4 steps that writes into folder/run; it dies when step `die_at_step` begins."""
 
-    def die(trainer: weft.Trainer) -> None:
-        if trainer.current_epoch == die_in_epoch:
+    def die(trainer: weft.Trainer, batch: Any) -> None:
+        if trainer.global_step == die_at_step:
             raise OSError("killed")
 
     torch.manual_seed(0)
@@ -406,7 +406,7 @@ def train_with_files(folder: Path, *, die_in_epoch: int | None = None, **options
     data = weft.Data(weft.DictDataset({"p": rows}), weft.DictDataset({"p": rows}), batch_size=2)
     trainer = weft.Trainer(
         epochs=5, seed=1, root_dir=str(folder), run_name="run", loggers=["csv", "tensorboard"], log_every=1,
-        progress=False, hooks={"on_epoch_start": die}, **options,
+        progress=False, hooks={"on_step_start": die}, **options,
     )  # fmt: skip
     trainer.fit(problem, data)
 
@@ -416,20 +416,24 @@ def train_with_files(folder: Path, *, die_in_epoch: int | None = None, **options
     [{"every_n_steps": 3}, {"every_n_steps": 4}, {"every_n_steps": 5}, {"every_n_epochs": 1}, {"every_n_epochs": 2}],
     ids=lambda when: f"{next(iter(when))}={next(iter(when.values()))}",
 )
-def test_the_files_of_a_resumed_run_are_those_of_one_that_never_stopped(tmp_path: Path, when: dict[str, int]) -> None:
+def test_the_files_of_a_resumed_run_are_those_of_one_that_never_stopped(tmp_path: Path, when: dict[str, Any]) -> None:
     def numbers(folder: Path) -> list[tuple[int, int, str, float]]:
         return [row[:4] for row in read_rows(folder / "run" / "metrics.csv") if row.name not in TIMES]
 
+    when["best"] = False
     train_with_files(tmp_path / "whole", checkpoint=when)
     with pytest.raises(OSError, match="killed"):
-        train_with_files(tmp_path / "parts", checkpoint=when, die_in_epoch=3)
+        train_with_files(tmp_path / "parts", checkpoint=when, die_at_step=14)
     died_with = numbers(tmp_path / "parts")
     train_with_files(tmp_path / "parts", checkpoint=when, resume="last")
     assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole") != died_with
     for tag in ("loss/train", "loss/dev", "loss_step/train", "lr"):
         whole, parts = (points(tmp_path / name / "run", tag) for name in ("whole", "parts"))
-        assert len(whole) == len(dict(whole)) and dict(parts) == dict(whole), tag
-        assert len(parts) == len(whole) or (tag == "loss_step/train" and len(parts) == len(whole) - 1), tag
+        if tag == "loss_step/train":  # the value at a checkpoint in the middle of an epoch is forgotten
+            missing = sorted(set(whole) - set(parts))
+            assert len(missing) <= 1 and parts == [point for point in whole if point not in missing]
+        else:
+            assert parts == whole, tag
 
 
 def test_learning_rates_are_named_by_optimizer_and_group() -> None:

@@ -246,7 +246,7 @@ def random_state() -> dict[str, Any]:
     inner = generator["state"]
     keys = {key: torch.from_numpy(np.array(value)) for key, value in inner.items() if isinstance(value, np.ndarray)}
     return {
-        "python": [version, torch.tensor(internal), gauss],
+        "python": [version, torch.tensor(internal, device="cpu"), gauss],
         "numpy": {**generator, "state": {**inner, **keys}},
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
