@@ -28,6 +28,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)
 
 if TYPE_CHECKING:
+    from weft import plots as plot
     from weft.archive import CheckpointError
     from weft.checkpoint import load_weights, save_weights
     from weft.config import CheckpointConfig, TrainerConfig
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "plot":  # weft.plot.curves(result)
+        return import_module("weft.plots")
     if name in _MODULE_OF:
         value = getattr(import_module(_MODULE_OF[name]), name)
         globals()[name] = value
@@ -51,4 +54,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*__all__, "plot", "__version__"]

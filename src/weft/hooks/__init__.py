@@ -22,7 +22,11 @@ def hooks_from(trainer: Trainer, run: Run) -> list[Any]:
         hooks.append(EarlyStopping(config.patience, config.min_delta, config.warmup, config.min_epochs))
     if config.progress is not False:
         hooks.append(ProgressLine())
-    if loggers := make_loggers(trainer.options["loggers"], run.run_dir):
+    given = trainer.options["loggers"]
+    if run.run_dir is not None and given is not False:  # a run folder always has its metrics.csv
+        others = given if isinstance(given, list | tuple) else [given] if given not in (None, True) else []
+        given = [*(["csv"] if "csv" not in others else []), *others]
+    if loggers := make_loggers(given, run.run_dir):
         hooks.append(Logging(loggers, log_every=config.log_every))
     if config.checkpointing is not None and run.run_dir is not None:
         hooks.append(Checkpointing(config.checkpointing))
