@@ -51,9 +51,10 @@ FOREIGN_THREADS = ("execnet", "tqdm", "pydevd", "IPythonHistory", "asyncio", "Th
 
 
 @pytest.fixture(autouse=True)
-def leave_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def leave_no_trace(tmp_path: Path) -> Iterator[None]:
     """The machine as it was, checked and put back after each test."""
-    monkeypatch.chdir(tmp_path)
+    folder = os.getcwd()  # no `monkeypatch` here: what a test patches is put back before this looks
+    os.chdir(tmp_path)
     environment = dict(os.environ)
     threads = set(threading.enumerate())
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -61,6 +62,7 @@ def leave_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
     yield
 
+    os.chdir(folder)
     left = []
     left += _changed_variables(environment)
     left += [f"{name} is {now}, was {flags[name]}" for name, now in _torch_flags().items() if now != flags[name]]

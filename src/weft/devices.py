@@ -32,6 +32,12 @@ def make_fabric(config: TrainerConfig, strategy: Any = None, plugins: Any = None
     one_process = config.devices in (1, "1") and config.num_nodes == 1 and config.strategy == "auto" and strategy is None
     if one_process and not any(hasattr(p, "creates_processes_externally") for p in plugins):
         plugins.append(LightningEnvironment())  # Fabric 2.6 asks SLURM even for one device, and refuses --ntasks=2
+    on_cpu = config.accelerator == "cpu" or (config.accelerator == "auto" and not _has_gpu())
+    if config.precision in ("16-mixed", "16", 16) and on_cpu:  # Fabric would take bf16-mixed unasked
+        raise ValueError(
+            f"precision={config.precision!r} needs a GPU, and this run is on a CPU (this machine has {_machine()}); "
+            "use 'bf16-mixed' or '32-true'."
+        )
     devices = list(config.devices) if isinstance(config.devices, tuple) else config.devices
     with _without_overrides():
         try:
@@ -45,6 +51,10 @@ def make_fabric(config: TrainerConfig, strategy: Any = None, plugins: Any = None
                 f"{error} (asked for accelerator={config.accelerator!r}, devices={config.devices!r}, "
                 f"strategy={config.strategy!r}, precision={config.precision!r}; this machine has {_machine()})"
             ) from error
+
+
+def _has_gpu() -> bool:
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
 def _machine() -> str:

@@ -253,8 +253,8 @@ def finite_check(params: Sequence[Tensor], scaled: Any) -> Callable[[Tensor | No
                 if not all(bool(g.isfinite().all()) for g in grads):
                     return False
                 continue
-            found = torch.zeros((), device=device)
-            torch._amp_foreach_non_finite_check_and_unscale_(grads, found, torch.ones((), device=device))
+            found = torch.zeros((), dtype=torch.float32, device=device)
+            torch._amp_foreach_non_finite_check_and_unscale_(grads, found, torch.ones_like(found))
             if found.item():
                 return False
         return True
