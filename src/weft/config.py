@@ -210,7 +210,7 @@ def _complaint(name: str, value: Any, hint: Any) -> str:
         unknown = [k for k in limits if k not in ("", "train", "dev", "test", "predict")]
         if unknown:
             return f"no split is named {unknown}; expected train, dev, test, predict"
-        if not all(v >= 1 if isinstance(v, int) else 0 < v <= 1 for v in limits.values()):
+        if not all(v >= 1 if isinstance(v, int) else 0 < v <= 1 for v in limits.values()):  # pyright: ignore[reportOperatorIssue]
             return "expected a number of batches (int >= 1) or a share (0 < float <= 1)"
     return ""
 

@@ -94,7 +94,7 @@ class Data:
     the largest is through), any map-style dataset, a `DataLoader`, or an iterable of batches, which pass unchanged.
     """
 
-    train: Any
+    train: Any = None
     dev: Any = None
     test: Any = None
     predict: Any = None
@@ -113,8 +113,6 @@ class Data:
     """Keys that derivatives are taken with respect to; their batches require grad in every split."""
 
     def __post_init__(self) -> None:
-        if self.train is None:
-            raise ValueError("Data: there is no training data (train=None).")
         for size in _numbers(self.batch_size):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"Data: batch_size={self.batch_size!r}; expected a whole number of at least 1, or None.")
@@ -158,6 +156,19 @@ def as_data(data: Any, dev: Any = None, setup_kwargs: Mapping[str, Any] | None =
             raise TypeError("fit: the tuple (train, dev, test, batch_size) holds a dev set; `dev` was given as well.")
         return Data(*data[:3], batch_size=data[3])
     return Data(data, dev)
+
+
+def evaluation_data(split: str, data: Any, setup_kwargs: Mapping[str, Any], batch_size: Any = None) -> Data:
+    """`Data` to evaluate one split with: of a setup function or a Data that split; anything else is that split itself.
+
+    `batch_size` (that of the last fit) cuts a dataset; None: all rows in one batch.
+    """
+    if isinstance(data, Data) or setup_kwargs or (callable(data) and not isinstance(data, Dataset | DataLoader)):
+        data = as_data(data, None, setup_kwargs)
+        return Data(**{split: getattr(data, split), "batch_size": data.batch_size, "inputs_require_grad": data.inputs_require_grad})
+    if isinstance(batch_size, Mapping) and split not in batch_size:
+        batch_size = None
+    return Data(**{split: data, "batch_size": batch_size})
 
 
 def _from_setup(returned: Any, name: str) -> Data:
@@ -217,7 +228,8 @@ class Batches:
         done = start
         while done < self._num_batches:
             cycle, first = divmod(done, per_cycle)
-            order = self._order(rows, (epoch, number_of_part, cycle)) if self.shuffle else None
+            shuffle = self.shuffle and size < rows  # in one batch of all rows the order is of no consequence
+            order = self._order(rows, (epoch, number_of_part, cycle)) if shuffle else None
             last = min(per_cycle, first + self._num_batches - done)
             yield from self._slices(part, order, range(first, last), epoch)
             done += last - first

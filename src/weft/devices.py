@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ _OVERRIDES = ("LT_ACCELERATOR", "LT_STRATEGY", "LT_DEVICES", "LT_NUM_NODES", "LT
 def make_fabric(config: TrainerConfig, strategy: Any = None, plugins: Any = None) -> Fabric:
     """The Fabric that these options ask for. Errors name the option and what this machine has."""
     from lightning.fabric import Fabric
-    from lightning.fabric.plugins.environments import LightningEnvironment
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
     plugins = [] if plugins is None else list(plugins) if isinstance(plugins, list | tuple) else [plugins]
     one_process = config.devices in (1, "1") and config.num_nodes == 1 and config.strategy == "auto" and strategy is None
@@ -38,13 +38,14 @@ def make_fabric(config: TrainerConfig, strategy: Any = None, plugins: Any = None
             f"precision={config.precision!r} needs a GPU, and this run is on a CPU (this machine has {_machine()}); "
             "use 'bf16-mixed' or '32-true'."
         )
-    devices = list(config.devices) if isinstance(config.devices, tuple) else config.devices
+    devices: Any = list(config.devices) if isinstance(config.devices, tuple) else config.devices
+    precision: Any = config.precision
     with _without_overrides():
         try:
             return Fabric(
                 accelerator=config.accelerator, devices=devices, num_nodes=config.num_nodes,
                 strategy=strategy if strategy is not None else config.strategy,
-                precision=config.precision, plugins=plugins or None,
+                precision=precision, plugins=plugins or None,
             )  # fmt: skip
         except (ValueError, RuntimeError, TypeError) as error:
             raise type(error)(
@@ -109,20 +110,25 @@ def in_precision(fabric: Fabric, step: Callable[[Any], Any]) -> Callable[[Any], 
     return in_autocast
 
 
-def stepping(fabric: Fabric, optimizer: Optimizer) -> tuple[Callable[[], Any], Callable[[Optimizer], Any] | None]:
-    """What steps `optimizer`, and what takes the gradient scaling of 16-mixed back before (None elsewhere).
+def stepping(fabric: Fabric, optimizers: Sequence[Optimizer]) -> tuple[Callable[[], Any], Callable[[Any], Any] | None]:
+    """What steps `optimizers`, and what takes the gradient scaling of 16-mixed back before (None elsewhere).
 
     Under a scaler an overflow skips the step and lowers the scale, as it is meant to.
     """
     scaler = scaler_of(fabric)
-    if scaler is None:
-        return optimizer.step, None
 
-    def scaled_step() -> None:
-        scaler.step(optimizer)
+    def step_all() -> None:
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def scaled_steps() -> None:
+        for optimizer in optimizers:
+            scaler.step(optimizer)
         scaler.update()
 
-    return scaled_step, scaler.unscale_
+    if scaler is not None:
+        return scaled_steps, scaler.unscale_
+    return optimizers[0].step if len(optimizers) == 1 else step_all, None
 
 
 def scaler_of(fabric: Fabric) -> Any:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from weft.devices import in_precision, numerics
 from weft.metrics import Means, num_examples
 from weft.problem import needs_grad_in_eval
+from weft.steps import forward_of
+from weft.types import suggest
 
 if TYPE_CHECKING:
     from weft.run import Run
@@ -32,7 +34,7 @@ def evaluating(problem: nn.Module) -> Iterator[None]:
 
 def evaluate(run: Run, split: str) -> dict[str, float]:
     """Means over all examples of `split` as floats. Raises ValueError if nothing was measured."""
-    means, forward = Means(), run.forward(split)
+    means, forward = Means(), forward_of(run, split)
     with evaluating(run.problem):
         for batch in run.batches_of(split):
             means.add(forward(batch)[1], num_examples(batch))
@@ -41,6 +43,25 @@ def evaluate(run: Run, split: str) -> dict[str, float]:
     if not metrics:
         raise ValueError(f"The {split} data gave nothing to report: no batch, or no scalar in what the step returned.")
     return metrics
+
+
+def monitored_metric(run: Run, metrics: Mapping[str, float]) -> str | None:
+    """The metric that decides about best weights and patience, None if nothing does.
+
+    Raises ValueError if one that was asked for never appears, listing those that do.
+    """
+    config, has_dev = run.config, run.has("dev")
+    asked = config.monitor_metric is not None or any((config.patience, *(phase.patience for phase in run.phases)))
+    name = config.monitor_metric or (config.dev_metric if has_dev else config.train_metric)
+    if not asked and not run.trainer.monitors_by_default:
+        return None
+    if name in metrics or name in run.history.values or (has_dev and not run.evaluated):
+        return name
+    found = f"the metrics are {sorted(metrics)}"
+    if asked:
+        raise ValueError(f"The monitored metric {name!r} never appears; {found}{suggest(name, metrics)}.")
+    run.warn_once(f"{name!r} does not appear ({found}), so no best weights are kept; name one as monitor_metric.")
+    return None
 
 
 def predict(run: Run, step: Callable[[Any], Mapping[str, Tensor]]) -> dict[str, Tensor]:

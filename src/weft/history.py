@@ -40,6 +40,15 @@ class Progress:
     interrupted: bool = False
     """The last fit was interrupted; the next one does what was left of it."""
 
+    def begin_fit(self, epochs: int, steps: int | None) -> None:
+        """So many epochs and steps more (None: no limit); after an interruption, those that were left."""
+        if self.interrupted and self.epoch < self.last_epoch:
+            return
+        self.interrupted = self.phase_ended = False
+        self.phase = self.phase_epoch = 0
+        self.last_epoch = self.epoch + epochs
+        self.last_step = None if steps is None else self.step + steps
+
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -63,6 +72,11 @@ class History:
         for name, column in self.values.items():
             column.append(metrics.get(name, math.nan))
         self.num_epochs += 1
+
+    def amend(self, metrics: Mapping[str, float]) -> None:
+        """Add to the epoch that was closed last."""
+        for name, value in metrics.items():
+            self.values.setdefault(name, [math.nan] * self.num_epochs)[-1] = value
 
     def state_dict(self) -> dict[str, Any]:
         return {"values": {k: list(v) for k, v in self.values.items()}, "num_epochs": self.num_epochs}

@@ -94,6 +94,14 @@ class Means:
         self._num_waiting = sum(len(v) for v in self._waiting.values())
 
 
+def check_scalars(values: Mapping[str, Any]) -> None:
+    """Raise ValueError that names the first of `values` that is no number and no tensor of one entry."""
+    for name, value in values.items():
+        if not isinstance(value, int | float | Tensor) or (isinstance(value, Tensor) and value.numel() != 1):
+            found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"log: {name!r} is {found}; expected a number or a scalar tensor.")
+
+
 def _widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 

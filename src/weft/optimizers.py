@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 from weft.types import suggest
 
@@ -80,6 +80,12 @@ class Scheduled:
     frequency: int = 1
     asked: int = field(default=0)
 
+    @property
+    def wants_metric(self) -> bool:
+        """Whether `scheduler.step` must be given a metric, as ReduceLROnPlateau's."""
+        arguments = list(inspect.signature(self.scheduler.step).parameters.values())
+        return bool(arguments) and arguments[0].default is inspect.Parameter.empty
+
     def state_dict(self) -> dict[str, Any]:
         return {"asked": self.asked, "scheduler": self.scheduler.state_dict()}
 
@@ -87,20 +93,23 @@ class Scheduled:
         self.asked = state_dict["asked"]
         self.scheduler.load_state_dict(state_dict["scheduler"])
 
-    def step(self, metrics: Mapping[str, float], default_monitor: str | None) -> None:
-        """Step if it is this schedule's turn. Raises KeyError if the metric it needs is not there."""
+    def step(self, metrics: Mapping[str, float], default_monitor: str | None, complete: bool = True) -> None:
+        """Step if it is this schedule's turn; one with a metric only after epochs that measured it.
+
+        `complete`: the epoch was validated, or there is no dev set. Then a metric that is missing raises ValueError.
+        """
         self.asked += 1
         if self.asked % self.frequency:
             return
-        if not isinstance(self.scheduler, ReduceLROnPlateau) and self.monitor is None:
+        if not self.wants_metric:
             self.scheduler.step()
-            return
-        name = self.monitor or default_monitor
-        if name not in metrics:
-            if name is not None and self.monitor is None and name.startswith("dev"):
-                return  # not validated in this epoch
-            raise KeyError(f"{type(self.scheduler).__name__} needs the metric {name!r}; there are {sorted(metrics)}.")
-        self.scheduler.step(metrics[name])
+        elif (name := self.monitor or default_monitor or "") in metrics:
+            self.scheduler.step(metrics[name])
+        elif complete:
+            raise ValueError(
+                f"{type(self.scheduler).__name__} needs the metric {name!r}, which this epoch did not measure; "
+                f"there are {sorted(metrics)}{suggest(name, metrics)}."
+            )
 
 
 def default_optimizer(params: Iterable[nn.Parameter]) -> Optimizer:
@@ -157,7 +166,7 @@ def submodule(problem: nn.Module, name: str) -> nn.Module:
     modules = dict(problem.named_modules())
     if name in modules:
         return modules[name]
-    named = {m.name: m for m in modules.values() if isinstance(getattr(m, "name", None), str)}
+    named = {str(m.name): m for m in modules.values() if isinstance(getattr(m, "name", None), str)}
     if name in named:
         return named[name]
     known = [*named, *(m for m in modules if m)]
@@ -192,6 +201,11 @@ def build_schedulers(given: Any, optimizers: Mapping[str, Optimizer]) -> dict[st
         if owner is not None and all(owner is not o for o in optimizers.values()):
             raise ValueError(f"Scheduler {type(scheduler).__name__} belongs to another optimizer than the one that trains.")
         built[name] = Scheduled(scheduler, schedule.interval, schedule.monitor, schedule.frequency)
+        kind, wants_metric = type(scheduler).__name__, built[name].wants_metric
+        if wants_metric and schedule.interval == "step":
+            raise ValueError(f"Scheduler {kind} follows a metric, which is known once an epoch: use interval='epoch'.")
+        if schedule.monitor is not None and not wants_metric:
+            raise ValueError(f"Scheduler {kind} takes no metric: monitor={schedule.monitor!r} would have no effect.")
     return built
 
 

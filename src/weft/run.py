@@ -14,9 +14,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -24,18 +26,18 @@ from torch.optim import Optimizer
 from weft import checkpoint, runs
 from weft.config import CheckpointConfig
 from weft.data import SPLITS, Data, as_data, batches_of, check_finite
-from weft.devices import float_dtype, in_precision, make_fabric, numerics
-from weft.evaluation import evaluate
+from weft.devices import float_dtype, make_fabric, numerics
+from weft.evaluation import evaluate, monitored_metric
 from weft.events import AT_REST, EVENTS, Hook, bind, listeners
 from weft.history import Best, History, Progress
-from weft.metrics import Means, num_examples
-from weft.optimizers import Phase, Scheduled, build_optimizers, build_schedulers, submodule
-from weft.problem import set_term_weights
+from weft.metrics import Means, check_scalars, num_examples
+from weft.optimizers import Phase, Scheduled
+from weft.phases import Frozen, begin_phase, unfreeze
 from weft.result import FitResult
 from weft.resume import restore_run, state_of_run
 from weft.seeding import data_randomness, order_seed, seed_everything
 from weft.signals import Interruption, interactive
-from weft.update import Update, built_in, explain, make_step, make_update, reader
+from weft.update import Step, Update, built_in, own_backward, own_step
 
 if TYPE_CHECKING:
     from weft.trainer import Trainer
@@ -59,26 +61,31 @@ class Run:
         self.optimizers: dict[str, Optimizer] = previous.optimizers if previous else {}
         self.schedules: dict[str, Scheduled] = previous.schedules if previous else {}
         self.seed = previous.seed if previous else order_seed(self.config.seed)
+        self.run_dir: Path | None = previous.run_dir if previous else None
         self.phases = trainer.phases or [Phase(epochs=self.config.epochs)]
         self.means, self.logged, self._recent = Means(), Means(), Means()
         self.is_new, self.improved, self.epoch_seconds = previous is None, False, 0.0
         self.stop_reason: str | None = None
         self.result: FitResult | None = None
-        self.run_dir: Path | None = None
-        self.built_in_loss: Tensor | None = None
+        self.frozen: Frozen = []
         self.hooks: list[Any] = []
         self._bound: dict[str, list[Callable[..., Any]]] = {event: [] for event in (*EVENTS, AT_REST)}
-        self._evaluated: dict[str, float] = {}
-        self._frozen: list[tuple[nn.Parameter, bool]] = []
-        self._open = self._in_update = False
-        self._batch: Any = None
-        self._loss: Tensor | None = None
+        # of the epoch: whether it is open, what was evaluated, and while it closes its metrics
+        self._open, self.evaluated = False, dict[str, float]()
+        self._closing: dict[str, float] | None = None
+        self.monitor: str | None = None
         self._warned: set[str] = set()
+        # of the step: the batch, the last loss, what a custom update got from the built-in one
+        self.batch: Any = None
+        self.last_loss: Tensor | None = None
+        self.built_in_loss: Tensor | None = None
+        self.in_update, self.own_steps = False, dict[tuple[str, ...], Step]()
+        self.plain_update: Update | None = None
         self.random_before_data: dict[str, Any] | None = None
         self.random_before_epoch: dict[str, Any] | None = None
         self.random_to_resume: dict[str, Any] | None = None
         self.interruption, self._stack = Interruption(), ExitStack()
-        self._clock = time.perf_counter()
+        self._clock, self._seconds_before = time.perf_counter(), self.progress.seconds
 
     # ---------------------------------------------------------------------------------------------- begin and end
 
@@ -105,17 +112,22 @@ class Run:
         if self._resumed is not None:
             self.seed = self._resumed["seed"]
             self.progress.load_state_dict(self._resumed["progress"])
-        self._make_data = make_data
+        else:
+            epochs = 1 if self.config.fast_dev_run else sum(phase.epochs for phase in self.phases)
+            self.progress.begin_fit(epochs, self.config.max_steps)
+        self._given_data = make_data
         self._refresh_data(None if self._resumed is None else self._resumed["random_before_data"])
         return self
 
     def _refresh_data(self, random: dict[str, Any] | None = None) -> None:
-        """Make the data; on resume in the `random` state in which it was made before."""
+        """Make the data of this phase; on resume in the `random` state in which it was made before."""
         if random is not None:
             checkpoint.set_random_state(random)
         self.random_before_data = checkpoint.random_state()
+        of_phases = [phase.data for phase in self.phases[: self.progress.phase + 1] if phase.data is not None]
+        make = partial(as_data, of_phases[-1]) if of_phases else self._given_data
         with data_randomness(self.config.seed, self.fabric.world_size, index=self.progress.refreshes):
-            self.use_data(self._make_data())
+            self.use_data(make())
 
     def _find(self, resume: str) -> dict[str, Any] | None:
         """The state to go on from, and the folder of its run; None with "auto" where there is none yet."""
@@ -139,24 +151,22 @@ class Run:
             for split in SPLITS
         }  # fmt: skip
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> Self:
+        if not self.has("train"):
+            raise ValueError("fit: there is no training data (train=None).")
         if self.config.seed is not None and self.is_new:
             seed_everything(self.config.seed)
         self.run_dir = self.run_dir or runs.new_folder(self.config, self.trainer.options)
         self._stack.enter_context(numerics(self.fabric, self.config.deterministic))
         self._stack.enter_context(self.interruption.caught())
+        self.continues, self.progress.interrupted = self._resumed is not None or self.progress.interrupted, False
+        self._clock, self._seconds_before = time.perf_counter(), self.progress.seconds
         try:
-            if self._resumed is None:
-                self._set_budgets()
-            self.continues = self._resumed is not None or self.progress.interrupted
-            self.progress.interrupted = False
-            self._clock, self._seconds_before = time.perf_counter(), self.progress.seconds
             of_problem = [m for m in self.problem.modules() if isinstance(m, Hook)]
             self.hooks = listeners([*of_problem, *self.trainer.hooks, *self.trainer.default_hooks(self)])
             self._bound = {event: bind(self.hooks, event) for event in (*EVENTS, AT_REST)}
-            last_phase = self.progress.phase
-            for number in range(last_phase + 1) if self._resumed else [last_phase]:
-                self._begin_phase(number, make_optimizers=self._resumed is not None or not self.optimizers)
+            self.problem.train()
+            self._begin_phases()
             self._call("on_fit_start")
             if self._resumed is not None:
                 restore_run(self, self._resumed)
@@ -166,22 +176,26 @@ class Run:
             raise
         return self
 
-    def _set_budgets(self) -> None:
-        """So many epochs and steps more; after an interruption, those that were left."""
-        progress = self.progress
-        if not (progress.interrupted and progress.epoch < progress.last_epoch):
-            progress.phase, progress.phase_epoch, progress.phase_ended = 0, 0, False
-            epochs = 1 if self.config.fast_dev_run else sum(phase.epochs for phase in self.phases)
-            progress.last_epoch = progress.epoch + epochs
-            progress.last_step = None if self.config.max_steps is None else progress.step + self.config.max_steps
+    def _begin_phases(self) -> None:
+        """Begin the phase that this run starts in; a resumed one goes through those before it, up to its own."""
+        if self._resumed is not None:
+            for number in range(self.progress.phase + 1):
+                self.progress.phase = number
+                begin_phase(self)
+        else:  # without phases a second fit goes on with the optimizer it has; with them it begins at the first anew
+            anew = not self.optimizers or (bool(self.trainer.phases) and not self.continues)
+            begin_phase(self, anew)
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
         try:
-            if error is None or isinstance(error, GeneratorExit):
+            if error is None:
                 self._close_epoch()
         except BaseException as late:
             error = late
-            raise
+            if not (isinstance(late, KeyboardInterrupt) and interactive()):
+                raise
         finally:
             with self._stack:
                 self._finish(error)
@@ -196,48 +210,21 @@ class Run:
         last_weights = checkpoint.state_of(self.problem)
         if self.best.weights is not None and (error is None or interrupted):
             self.best.weights.restore(self.problem)
-        for parameter, required in self._frozen:
-            parameter.requires_grad_(required)
+        unfreeze(self.frozen)
         self.result = FitResult(
             epochs=progress.epoch, steps=progress.step, best_metric=self.best.value, best_epoch=self.best.epoch,
-            stop_reason=self.stop_reason, history=self.history.values, last_weights=last_weights,
-            seconds=progress.seconds, seed=self.seed, run_dir=self.run_dir, monitor=self.best.name,
+            stop_reason=self.stop_reason, history={name: list(column) for name, column in self.history.values.items()},
+            last_weights=last_weights, seconds=progress.seconds, seed=self.seed, run_dir=self.run_dir,
+            monitor=self.best.name,
         )  # fmt: skip
-        if error is not None and not interrupted:
-            self._call("on_exception", error)
-        if self.run_dir is not None and self.is_global_zero:
-            self.result.save(self.run_dir)
-        self._call("on_fit_end", self.result)
-
-    # ---------------------------------------------------------------------------------------------- phases
-
-    def _begin_phase(self, number: int, make_optimizers: bool = True) -> None:
-        """Data, term weights, frozen parts, optimizers and schedulers of phase `number`."""
-        phase, first = self.phases[number], number == 0
-        self.progress.phase = number
-        if phase.data is not None:
-            with data_randomness(self.config.seed, self.fabric.world_size, index=self.progress.refreshes):
-                self.use_data(as_data(phase.data))
-        if phase.weights:
-            set_term_weights(self.problem, dict(phase.weights))
-        if phase.setup is not None:
-            phase.setup(self.trainer)
-        for parameter, required in self._frozen:
-            parameter.requires_grad_(required)
-        frozen = [p for name in phase.freeze for p in submodule(self.problem, name).parameters()]
-        self._frozen = [(p, p.requires_grad) for p in frozen]
-        for p in frozen:
-            p.requires_grad_(False)
-        if make_optimizers and (first or phase.optimizer is not None or not self.optimizers):
-            given = phase.optimizer if phase.optimizer is not None else self.trainer.configure_optimizers()
-            self.optimizers, self.schedules = build_optimizers(given, self.problem), {}
-            scheduler = phase.scheduler if phase.scheduler is not None else self.trainer.options["scheduler"]
-            self.schedules = build_schedulers(scheduler if first or phase.scheduler else None, self.optimizers)
-        elif make_optimizers and phase.scheduler is not None:
-            self.schedules = build_schedulers(phase.scheduler, self.optimizers)
-        self._loop_steps: dict[str, Callable[..., bool]] = {}
-        self._built_in: Update | None = None
-        self.update = make_update(self)
+        bound, self._bound = self._bound, {event: [] for event in self._bound}
+        with ExitStack() as last:  # each is called, even if one before it raises
+            for call in reversed(bound["on_fit_end"]):
+                last.callback(call, self.trainer, self.result)
+            if self.run_dir is not None and self.is_global_zero:
+                last.callback(self.result.save, self.run_dir)
+            for call in reversed(bound["on_exception"] if error is not None and not interrupted else []):
+                last.callback(call, self.trainer, error)
 
     @property
     def phase(self) -> Phase:
@@ -268,24 +255,26 @@ class Run:
         if progress.phase_ended or (progress.phase_epoch >= self.phase.epochs and len(self.phases) > 1):
             if progress.phase + 1 == len(self.phases):
                 return False
-            progress.phase_ended, progress.phase_epoch = False, 0
-            self._begin_phase(progress.phase + 1)
+            progress.phase, progress.phase_epoch, progress.phase_ended = progress.phase + 1, 0, False
+            if self.phase.data is not None:
+                self._refresh_data()
+            begin_phase(self)
         if progress.batch == 0:
             self.random_before_epoch = None
             if self.data.refresh_every and progress.epoch >= (progress.refreshes + 1) * self.data.refresh_every:
                 progress.refreshes += 1
                 self._refresh_data()
-            if not self._splits["train"].resident:
+            if not self._splits["train"].resident:  # pyright: ignore[reportOptionalMemberAccess]: checked at the start
                 self.random_before_epoch = checkpoint.random_state()
-            self.means.clear()
-            self.logged.clear()
-        self._open, self._evaluated, self._epoch_clock = True, {}, time.perf_counter()
-        self.problem.train()
+        self._open, self.evaluated, self._epoch_clock = True, {}, time.perf_counter()
         self._call("on_epoch_start")
         return True
 
     def batches(self, split: str = "train") -> Iterator[Any]:
-        """The batches of this epoch; of "train": lists of them when accumulating. Ends early when told to stop."""
+        """The batches of this epoch; of "train": lists of them when accumulating. Ends early when told to stop.
+
+        Asked for once more in the same epoch, those of "train" go on where they ended.
+        """
         found = self.batches_of(split, self.progress.batch if split == "train" else 0)
         if split != "train":
             yield from found
@@ -297,7 +286,7 @@ class Run:
             progress.batch += 1 if size == 1 else len(batch)
             self._announce(batch)
             yield batch
-            self._batch = None
+            self.batch = None
             self._rest()
             if self.stop_reason:
                 return
@@ -322,9 +311,10 @@ class Run:
 
     def _rest(self) -> None:
         """The state is whole, between steps or epochs: it may be saved, and an interruption takes effect here."""
-        self._call(AT_REST)
+        for call in self._bound[AT_REST]:
+            call(self.trainer)
         self.interruption.check()
-        if self.config.max_seconds is not None and self.seconds - self._seconds_before >= self.config.max_seconds:
+        if self.config.max_time is not None and self.seconds - self._seconds_before >= (self.config.max_seconds or 0.0):
             self.stop("max_time")
 
     def evaluate(self, split: str = "dev") -> dict[str, float]:
@@ -338,7 +328,7 @@ class Run:
         self._call("on_validation_start")
         metrics = evaluate(self, split)
         if self._open:
-            self._evaluated |= metrics
+            self.evaluated |= metrics
         self._call("on_validation_end", metrics)
         return metrics
 
@@ -354,46 +344,31 @@ class Run:
         if not self._open:
             return
         self._open, progress = False, self.progress
-        metrics = {**self.means.compute(self.reduce), **self.logged.compute(self.reduce), **self._evaluated}
-        monitor = self.monitored(metrics)
+        metrics = {**self.means.compute(self.reduce), **self.logged.compute(self.reduce), **self.evaluated}
+        self.means.clear()
+        self.logged.clear()
         self.history.append(metrics)
-        value = metrics.get(monitor) if monitor else None
-        mode = self.config.monitor_mode
-        self.improved = bool(monitor) and self.best.update(monitor, value, progress.epoch, mode, self.problem)
         self.epoch_seconds = time.perf_counter() - self._epoch_clock
-        self._call("on_epoch_end", metrics)
-        for schedule in self.schedules.values():
-            if schedule.interval == "epoch":
-                schedule.step(metrics, monitor)
-        progress.epoch, progress.phase_epoch, progress.batch = progress.epoch + 1, progress.phase_epoch + 1, 0
+        try:
+            monitor = self.monitor = monitored_metric(self, metrics)
+            value, mode = metrics.get(monitor or ""), self.config.monitor_mode
+            self.improved = bool(monitor) and self.best.update(monitor or "", value, progress.epoch, mode, self.problem)
+            self._closing = metrics
+            self._call("on_epoch_end", metrics)
+            complete = bool(self.evaluated) or not self.has("dev")
+            for schedule in self.schedules.values():
+                if schedule.interval == "epoch":
+                    schedule.step(metrics, monitor, complete)
+        finally:  # its training is through, whatever a hook raised
+            self._closing = None
+            progress.epoch, progress.phase_epoch, progress.batch = progress.epoch + 1, progress.phase_epoch + 1, 0
         self._rest()
-
-    def monitored(self, metrics: Mapping[str, float]) -> str | None:
-        """The metric that decides about best weights and patience, None if nothing does.
-
-        Raises ValueError if one that was asked for never appears, listing those that do.
-        """
-        config, has_dev = self.config, self._splits["dev"] is not None
-        asked = config.monitor_metric is not None or config.patience is not None
-        name = config.monitor_metric or (config.dev_metric if has_dev else config.train_metric)
-        if not asked and not self.trainer.monitors_by_default:
-            return None
-        if name in metrics or name in self.history.values or (has_dev and not self._evaluated):
-            return name
-        found = f"the metrics are {sorted(metrics)}"
-        if asked:
-            raise ValueError(f"The monitored metric {name!r} never appears; {found}.")
-        self.warn_once(f"{name!r} does not appear ({found}), so no best weights are kept; name one as monitor_metric.")
-        return None
 
     # ---------------------------------------------------------------------------------------------- a step's tools
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """Gradients of `loss`, added to those that are there. In a loop of your own, the loss is also logged."""
-        self._loss = loss.detach()
-        if not self._in_update and len(self.optimizers) == 1:
-            self.means.add({self.config.train_metric: loss}, num_examples(self._batch))
-        self.fabric.backward(loss, **kwargs)
+        own_backward(self, loss, **kwargs)
 
     def step(self, optimizer: Optimizer | str | None = None) -> bool:
         """Clip, check and step one optimizer (itself or its name), or all of them; then clear their gradients.
@@ -401,41 +376,26 @@ class Run:
         Returns whether they stepped: gradients that are not finite are handled as `on_nonfinite` says. In a loop of
         your own this counts as a step of the run (with several optimizers, when the first one steps).
         """
-        names = list(self.optimizers) if optimizer is None else [self._name_of(optimizer)]
-        for name in names:
-            if name not in self._loop_steps:
-                self._loop_steps[name] = make_step(self, self.optimizers[name])
-        done = all([self._loop_steps[name](self._loss, ()) for name in names])
-        if not self._in_update and names[0] == next(iter(self.optimizers)):
-            self.end_step(self._batch, self._loss)
-        return done
-
-    def _name_of(self, optimizer: Any) -> str:
-        for name, known in self.optimizers.items():
-            if optimizer is known or optimizer == name:
-                return name
-        raise ValueError(f"{optimizer!r} is none of this run's optimizers: {list(self.optimizers)}.")
+        return own_step(self, optimizer)
 
     def _announce(self, batch: Any) -> None:
-        self._batch = batch
+        self.batch = batch
         for call in self._bound["on_step_start"]:
             call(self.trainer, batch)
 
     def begin_step(self, batch: Any) -> None:
         """What every update does first."""
-        self._in_update = True
-        if batch is not self._batch:  # it did not come from `batches`, which has announced its own
+        if batch is not self.batch:  # it did not come from `batches`, which has announced its own
             self._announce(batch)
 
     def end_step(self, batch: Any, loss: Tensor | None) -> None:
         """What every update does last: count the step, step the schedules, call the hooks."""
-        self._in_update = False
         progress = self.progress
         progress.step += 1
         for schedule in self.schedules.values():
             if schedule.interval == "step":
                 schedule.step({}, None)
-        if self.config.log_every:
+        if self.config.log_every and loss is not None:
             self._recent.add({f"{self.config.train_metric}_step": loss}, num_examples(batch))
         for call in self._bound["on_step_end"]:
             call(self.trainer, batch, loss)
@@ -443,36 +403,31 @@ class Run:
             self.stop("max_steps")
 
     def default_update(self, batch: Any) -> Tensor:
-        """The built-in update without its frame, for a `Trainer.update` that calls `super().update(batch)`."""
-        if self._built_in is None:
-            self._built_in = built_in(self, lambda batch: None, lambda batch, loss: None)
-        self.built_in_loss = self._built_in(batch)
+        """The built-in update; inside a `Trainer.update` that calls `super().update(batch)`, without its frame."""
+        if not self.in_update:
+            return self.update(batch)
+        if self.plain_update is None:
+            self.plain_update = built_in(self, lambda batch: None, lambda batch, loss: None)
+        self.built_in_loss = self.plain_update(batch)
         return self.built_in_loss
-
-    def forward(self, split: str) -> Callable[[Any], tuple[Any, dict[str, Any]]]:
-        """A function of a batch: the step of `split`, read into its loss and its scalars by name."""
-        config, problem, training = self.config, self.problem, split == "train"
-        metric = {"train": config.train_metric, "dev": config.dev_metric}.get(split, config.test_metric)
-        step = in_precision(self.fabric, self.trainer.step_function(split, problem))
-        read = reader(problem, split, metric, self.trainer.metric_functions, list(self.optimizers))
-
-        def forward(batch: Any) -> tuple[Any, dict[str, Any]]:
-            try:
-                out = step(batch)
-            except RuntimeError as error:
-                raise explain(error, batch, problem) from error
-            return read(out, batch, required=training)
-
-        return forward
 
     # ---------------------------------------------------------------------------------------------- for hooks
 
     def log(self, values: Mapping[str, Any]) -> None:
-        """Record scalars. Their means over the epoch go into the history and to the loggers."""
-        for name, value in values.items():
-            if isinstance(value, Tensor) and value.numel() != 1:
-                raise ValueError(f"log: {name!r} has shape {tuple(value.shape)}; expected a scalar.")
-        self.logged.add(values, 1)
+        """Record scalars. Their means over the epoch go into the history and to the loggers.
+
+        In `on_epoch_end` they become part of the epoch that ends. Raises ValueError for what is no scalar, and
+        RuntimeError after the end.
+        """
+        check_scalars(values)
+        if self.result is not None:
+            raise RuntimeError(f"log: {list(values)} came after the end of the run; log in on_epoch_end at the latest.")
+        if self._closing is not None:
+            floats = {name: float(value) for name, value in values.items()}
+            self._closing.update(floats)
+            self.history.amend(floats)
+        else:
+            self.logged.add(values, 1)
 
     def stop(self, reason: str = "stopped") -> None:
         """End training after the current step. The first reason given is the one reported."""

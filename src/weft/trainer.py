@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from weft import checkpoint
 from weft.config import TrainerConfig, build
-from weft.data import Data, as_data
+from weft.data import as_data, evaluation_data
 from weft.devices import numerics
 from weft.evaluation import predict
 from weft.events import as_hooks
@@ -25,12 +27,14 @@ from weft.optimizers import Phase, default_optimizer
 from weft.problem import forward_nodes
 from weft.result import FitResult
 from weft.run import Run
+from weft.terms import argument_keys
 from weft.types import suggest
 
 _STEPS = {"train": "training_step", "dev": "validation_step", "test": "test_step", "predict": "predict_step"}
 _OBJECTS: dict[str, Any] = dict.fromkeys(
     ("optimizer", "scheduler", "phases", "metrics", *_STEPS.values(), "hooks", "loggers", "plugins", "strategy", "profiler")
 )
+"""Options that may be objects; all others are fields of TrainerConfig."""
 
 
 class Trainer:
@@ -68,7 +72,7 @@ class Trainer:
         self.config: TrainerConfig = build(TrainerConfig, plain)
         self.hooks: list[Any] = as_hooks(self.options["hooks"])
         self.phases: list[Phase] = _phases(self.options["phases"], plain)
-        self.metric_functions = {name: _metric(name, fn) for name, fn in (self.options["metrics"] or {}).items()}
+        self.metric_functions = _metrics(self.options["metrics"])
         for name in _STEPS.values():
             if (step := self.options[name]) is not None:
                 if not callable(step):
@@ -148,7 +152,8 @@ class Trainer:
 
     def configure_optimizers(self) -> Any:
         """The optimizer(s): an instance, a function of the parameters, or a dict of them by name."""
-        return self.options["optimizer"] or default_optimizer
+        given = self.options["optimizer"]
+        return default_optimizer if given is None else given
 
     def update(self, batch: Any) -> Any:
         """Update the parameters once from `batch` (a list of batches when accumulating).
@@ -246,40 +251,53 @@ class Trainer:
 
         Inputs and losses are left out, and targets may be missing from the data.
         """
-        run = self._evaluating(problem, "predict", data, setup_kwargs)
-        return predict(run, self.step_function("predict", run.problem))
+        with self._evaluating(problem, "predict", data, setup_kwargs) as run:
+            return predict(run, self.step_function("predict", run.problem))
 
     def _evaluate(self, split: str, problem: nn.Module | None, data: Any, setup_kwargs: Any) -> dict[str, float]:
-        run = self._evaluating(problem, split, data, setup_kwargs)
-        if not run.has(split):
-            raise ValueError(f"There is no {split} data; pass some.")
-        with numerics(run.fabric, self.config.deterministic):
+        with self._evaluating(problem, split, data, setup_kwargs) as run:
+            if not run.has(split):
+                raise ValueError(f"{split}: there is no {split} data; pass some.")
             return run.evaluate(split)
 
-    def _evaluating(self, problem: nn.Module | None, split: str, data: Any, setup_kwargs: Mapping[str, Any]) -> Run:
-        """The run to evaluate in: that of the last fit, or one without training for another problem or data."""
-        if problem is None or (self.run is not None and self.run.is_of(problem)):
+    @contextmanager
+    def _evaluating(
+        self, problem: nn.Module | None, split: str, data: Any, setup_kwargs: Mapping[str, Any]
+    ) -> Iterator[Run]:
+        """The run to evaluate in: that of the last fit, or one for this problem or data, which is gone afterwards."""
+        run, last = self.run, self.run
+        if problem is None:
             problem = self._running.problem
-            if data is None:
-                return self._running
-        elif data is None:
-            raise TypeError(f"{split}: give the data for a problem that was not trained here.")
-        run, last = Run(self, problem), self.run
-
-        def make() -> Data:
-            if callable(data) or setup_kwargs or isinstance(data, Data):
-                return as_data(data, None, setup_kwargs)
+        if data is not None or setup_kwargs:
             size = last.data.batch_size if last is not None else None
-            return Data(**{"train": data, split: data, "batch_size": size if isinstance(size, int) else None})
-
-        run.prepare(make)
-        if self.run is None:
-            self.run = run
-        return run
+            run = Run(self, problem).prepare(partial(evaluation_data, split, data, setup_kwargs, size))
+        elif last is None or not last.is_of(problem):
+            raise TypeError(f"{split}: give the data for a problem that was not trained here.")
+        assert run is not None
+        self.run = run
+        try:
+            with numerics(run.fabric, self.config.deterministic):
+                yield run
+        finally:
+            self.run = last
 
     def save_weights(self, path: Any) -> None:
         """Write the problem's weights to `path`: plain tensors, readable with `weft.load_weights`."""
         checkpoint.save_weights(self.problem, path)
+
+
+def _signature() -> inspect.Signature:
+    """All options by name, with type and default, for `help` and for notebooks."""
+    fields = {f.name: (f.default, f.type) for f in dataclasses.fields(TrainerConfig)}
+    options = {**dict.fromkeys(_OBJECTS, (None, "Any")), **fields}
+    named = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, (default, annotation) in options.items()
+    ]
+    return inspect.Signature([inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD), *named])
+
+
+Trainer.__init__.__signature__ = _signature()  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _phases(phases: Any, plain: Mapping[str, Any]) -> list[Phase]:
@@ -292,11 +310,17 @@ def _phases(phases: Any, plain: Mapping[str, Any]) -> list[Phase]:
     return list(phases)
 
 
+def _metrics(given: Any) -> dict[str, Callable[[Mapping[str, Any], Any], Any]]:
+    if given is not None and not isinstance(given, Mapping):
+        raise TypeError(f"metrics={given!r}: expected a dict of functions by name.")
+    return {name: _metric(name, fn) for name, fn in (given or {}).items()}
+
+
 def _metric(name: str, fn: Callable[..., Any]) -> Callable[[Mapping[str, Any], Any], Any]:
     """A metric function of keys as a function of (output, batch)."""
     if not callable(fn):
         raise TypeError(f"metrics[{name!r}] is {fn!r}; expected a function of keys.")
-    keys = [p.name for p in inspect.signature(fn).parameters.values() if p.default is p.empty]
+    keys = argument_keys(fn, f"metrics[{name!r}]")
 
     def measure(out: Mapping[str, Any], batch: Any) -> Any:
         inputs = batch if isinstance(batch, Mapping) else {}

@@ -26,7 +26,8 @@ def hooks_from(trainer: Trainer, run: Run) -> list[Any]:
     if run.run_dir is not None and given is not False:  # a run folder always has its metrics.csv
         others = given if isinstance(given, list | tuple) else [given] if given not in (None, True) else []
         given = [*(["csv"] if "csv" not in others else []), *others]
-    if loggers := make_loggers(given, run.run_dir):
+    loggers = [] if config.fast_dev_run else make_loggers(given, run.run_dir)
+    if loggers:
         hooks.append(Logging(loggers, log_every=config.log_every))
     if config.checkpointing is not None and run.run_dir is not None:
         hooks.append(Checkpointing(config.checkpointing))

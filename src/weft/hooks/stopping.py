@@ -30,8 +30,8 @@ class EarlyStopping(Hook):
         run = trainer.run
         patience = run.phase.patience or self.patience
         if run.progress.phase != self.phase:
-            self.phase, self.bad_validations = run.progress.phase, 0
-        monitor = run.monitored(metrics)
+            self.phase, self.bad_validations, self.best = run.progress.phase, 0, None
+        monitor = run.monitor
         if monitor not in metrics:
             return  # not validated in this epoch
         if is_better(metrics[monitor], self.best, trainer.config.monitor_mode, by=self.min_delta):

@@ -1,0 +1,55 @@
+"""The stages of a run: which optimizers, schedules, term weights and frozen parts are in force."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from weft.optimizers import build_optimizers, build_schedulers, submodule
+from weft.problem import set_term_weights
+from weft.update import make_update
+
+if TYPE_CHECKING:
+    from weft.run import Run
+
+Frozen = list[tuple[nn.Parameter, bool]]
+"""Parameters that do not train in a phase, and whether they did before."""
+
+
+def begin_phase(run: Run, anew: bool = True) -> None:
+    """Put the phase of `run.progress` in force. Without `anew` a run goes on in it: optimizers and weights are there."""
+    phase, options = run.phase, run.trainer.options
+    unfreeze(run.frozen)
+    if anew:
+        if phase.weights:
+            set_term_weights(run.problem, dict(phase.weights))
+        if phase.setup is not None:
+            phase.setup(run.trainer)
+        is_first = run.progress.phase == 0
+        scheduler = options["scheduler"] if phase.scheduler is None and is_first else phase.scheduler
+        if is_first or phase.optimizer is not None or not run.optimizers:
+            given = phase.optimizer if phase.optimizer is not None else run.trainer.configure_optimizers()
+            # before anything is frozen: what trains in a later phase must be in the optimizer
+            run.optimizers, run.schedules = build_optimizers(given, run.problem), {}
+        if scheduler is not None:
+            run.schedules = build_schedulers(scheduler, run.optimizers)
+    run.frozen = freeze(run.problem, phase.freeze)
+    run.own_steps, run.plain_update = {}, None
+    run.update = make_update(run)
+
+
+def freeze(problem: nn.Module, names: Iterable[str]) -> Frozen:
+    """Stop the training of the named nodes or submodules; `unfreeze` puts it back."""
+    parameters = [p for name in names for p in submodule(problem, name).parameters()]
+    frozen = [(p, p.requires_grad) for p in dict.fromkeys(parameters)]
+    for p, _ in frozen:
+        p.requires_grad_(False)
+    return frozen
+
+
+def unfreeze(frozen: Frozen) -> None:
+    """Let the parameters train again that did before."""
+    for parameter, required in frozen:
+        parameter.requires_grad_(required)
