@@ -94,7 +94,7 @@ class Data:
     the largest is through), any map-style dataset, a `DataLoader`, or an iterable of batches, which pass unchanged.
     """
 
-    train: Any = None
+    train: Any
     dev: Any = None
     test: Any = None
     predict: Any = None
@@ -113,6 +113,8 @@ class Data:
     """Keys that derivatives are taken with respect to; their batches require grad in every split."""
 
     def __post_init__(self) -> None:
+        if all(getattr(self, split) is None for split in SPLITS):
+            raise ValueError("Data: there is no training data (train=None), and nothing to evaluate.")
         for size in _numbers(self.batch_size):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"Data: batch_size={self.batch_size!r}; expected a whole number of at least 1, or None.")
@@ -165,10 +167,12 @@ def evaluation_data(split: str, data: Any, setup_kwargs: Mapping[str, Any], batc
     """
     if isinstance(data, Data) or setup_kwargs or (callable(data) and not isinstance(data, Dataset | DataLoader)):
         data = as_data(data, None, setup_kwargs)
-        return Data(**{split: getattr(data, split), "batch_size": data.batch_size, "inputs_require_grad": data.inputs_require_grad})
+        if getattr(data, split) is None:
+            raise ValueError(f"{split}: these data have no {split} split.")
+        return replace(data, **{other: None for other in SPLITS if other != split})
     if isinstance(batch_size, Mapping) and split not in batch_size:
         batch_size = None
-    return Data(**{split: data, "batch_size": batch_size})
+    return Data(**{"train": None, split: data, "batch_size": batch_size})
 
 
 def _from_setup(returned: Any, name: str) -> Data:
