@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from weft.types import suggest
 
 SPLITS = ("train", "dev", "test", "predict")
 
@@ -324,7 +323,7 @@ class LoaderBatches:
         if not isinstance(batch, dict):
             return batch
         name = batch.get("name", self.split)
-        if name != self.split:
+        if name != self.split and self.split != "predict":
             raise ValueError(_wrong_name(name, self.split))
         return {**batch, "name": self.split, "epoch": number}
 
@@ -426,7 +425,7 @@ def _tensors(source: Any, split: str, part: str | None = None) -> dict[str, Tens
     if not isinstance(tensors, Mapping) or isinstance(source, DataLoader):
         return None
     name = getattr(source, "name", None)
-    if name is not None and name not in (split, part):
+    if name is not None and name not in (split, part) and not (split == "predict" and name in SPLITS):
         raise ValueError(_wrong_name(name, split))
     if not isinstance(source, DictDataset):
         tensors = DictDataset(tensors).datadict
@@ -435,7 +434,7 @@ def _tensors(source: Any, split: str, part: str | None = None) -> dict[str, Tens
 
 def _wrong_name(name: str, split: str) -> str:
     return (
-        f"A dataset named {name!r} was given as the {split} data{suggest(name, [s for s in SPLITS if s != split])}. "
+        f"A dataset named {name!r} was given as the {split} data. "
         f"Name it {split!r}, or leave the name out."
     )
 

@@ -59,7 +59,7 @@ def monitored_metric(run: Run, metrics: Mapping[str, float]) -> str | None:
         return name
     found = f"the metrics are {sorted(metrics)}"
     if asked:
-        raise ValueError(f"The monitored metric {name!r} never appears; {found}{suggest(name, metrics)}.")
+        raise ValueError(f"The monitored metric {name!r} never appears; {found}{suggest(name, metrics) or '.'}")
     run.warn_once(f"{name!r} does not appear ({found}), so no best weights are kept; name one as monitor_metric.")
     return None
 

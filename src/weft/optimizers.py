@@ -108,7 +108,7 @@ class Scheduled:
         elif complete:
             raise ValueError(
                 f"{type(self.scheduler).__name__} needs the metric {name!r}, which this epoch did not measure; "
-                f"there are {sorted(metrics)}{suggest(name, metrics)}."
+                f"there are {sorted(metrics)}{suggest(name, metrics) or '.'}"
             )
 
 
@@ -163,18 +163,18 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
 
 def submodule(problem: nn.Module, name: str) -> nn.Module:
     """The submodule with this dotted name, or the node with this `.name`. ValueError with a suggestion if none."""
-    modules = dict(problem.named_modules())
+    modules = dict(problem.named_modules(remove_duplicate=False))
     if name in modules:
         return modules[name]
     named = {str(m.name): m for m in modules.values() if isinstance(getattr(m, "name", None), str)}
     if name in named:
         return named[name]
     known = [*named, *(m for m in modules if m)]
-    raise ValueError(f"{type(problem).__name__} has no node or submodule {name!r}{suggest(name, known)}. It has {known}.")
+    raise ValueError(f"{type(problem).__name__} has no node or submodule {name!r}{suggest(name, known) or '.'} It has {known}.")
 
 
 def _has(problem: nn.Module, name: str) -> bool:
-    return name in dict(problem.named_modules()) or any(getattr(m, "name", None) == name for m in problem.modules())
+    return name in dict(problem.named_modules(remove_duplicate=False)) or any(getattr(m, "name", None) == name for m in problem.modules())
 
 
 def build_schedulers(given: Any, optimizers: Mapping[str, Optimizer]) -> dict[str, Scheduled]:
@@ -188,7 +188,7 @@ def build_schedulers(given: Any, optimizers: Mapping[str, Optimizer]) -> dict[st
     built = {}
     for name, item in given.items():
         if name not in optimizers:
-            raise ValueError(f"There is a scheduler for {name!r}, but no such optimizer{suggest(name, optimizers)}.")
+            raise ValueError(f"There is a scheduler for {name!r}, but no such optimizer{suggest(name, optimizers) or '.'}")
         schedule = item if isinstance(item, Schedule) else Schedule(item)
         scheduler = schedule.factory
         if not isinstance(scheduler, LRScheduler):

@@ -62,7 +62,7 @@ class Run:
         self.schedules: dict[str, Scheduled] = previous.schedules if previous else {}
         self.seed = previous.seed if previous else order_seed(self.config.seed)
         self.run_dir: Path | None = previous.run_dir if previous else None
-        self.phases = trainer.phases or [Phase(epochs=self.config.epochs)]
+        self.phases = trainer.phases or [Phase(epochs=max(1, self.config.epochs))]
         self.means, self.logged, self._recent = Means(), Means(), Means()
         self.is_new, self.improved, self.epoch_seconds = previous is None, False, 0.0
         self.stop_reason: str | None = None
@@ -113,7 +113,8 @@ class Run:
             self.seed = self._resumed["seed"]
             self.progress.load_state_dict(self._resumed["progress"])
         else:
-            epochs = 1 if self.config.fast_dev_run else sum(phase.epochs for phase in self.phases)
+            planned = sum(phase.epochs for phase in self.trainer.phases) or self.config.epochs
+            epochs = 1 if self.config.fast_dev_run else planned
             self.progress.begin_fit(epochs, self.config.max_steps)
         self._given_data = make_data
         self._refresh_data(None if self._resumed is None else self._resumed["random_before_data"])
@@ -334,9 +335,10 @@ class Run:
 
     @property
     def validation_due(self) -> bool:
-        """Whether this is an epoch after which `fit` evaluates the dev set: every n-th, the last, and at a stop."""
+        """Whether `fit` evaluates the dev set after this epoch: every n-th, the last (of a phase too), and at a stop."""
         done = self.progress.epoch + 1
-        last = done >= self.progress.last_epoch or self.stop_reason is not None
+        ends_phase = len(self.phases) > 1 and self.progress.phase_epoch + 1 >= self.phase.epochs
+        last = done >= self.progress.last_epoch or ends_phase or self.stop_reason is not None
         return self._splits["dev"] is not None and (last or done % self.config.validate_every == 0)
 
     def _close_epoch(self) -> None:

@@ -98,7 +98,7 @@ def checked(loss: Any, key: str, problem: nn.Module, out: Any, split: str) -> Te
         found = f"got keys {sorted(known)}" if isinstance(out, Mapping) else f"got {type(out).__name__}"
         raise ValueError(
             f"{who} returned no {key!r}. The {split} step needs a scalar tensor under that key "
-            f"(or 'loss', or the scalar itself); {found}{suggest(key, known)}."
+            f"(or 'loss', or the scalar itself); {found}{suggest(key, known) or '.'}"
         )
     if not isinstance(loss, Tensor):
         raise TypeError(f"{who}: {key!r} is {type(loss).__name__} {loss!r}; expected a scalar tensor.")
