@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from weft.types import check_count
+
 
 SPLITS = ("train", "dev", "test", "predict")
 
@@ -115,10 +117,15 @@ class Data:
         if all(getattr(self, split) is None for split in SPLITS):
             raise ValueError("Data: there is no training data (train=None), and nothing to evaluate.")
         for size in _numbers(self.batch_size):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"Data: batch_size={self.batch_size!r}; expected a whole number of at least 1, or None.")
-        if self.refresh_every is not None and self.refresh_every < 1:
-            raise ValueError(f"Data: refresh_every={self.refresh_every}; expected at least 1 epoch, or None.")
+            check_count("Data", "batch_size", size, optional=True)
+        check_count("Data", "refresh_every", self.refresh_every, optional=True)
+        if self.num_workers != "all":
+            check_count("Data", "num_workers", self.num_workers, least=0)
+        for name in ("shuffle", "drop_last"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"Data: {name}={getattr(self, name)!r}; expected True or False.")
+        if isinstance(self.inputs_require_grad, str):
+            raise TypeError(f"Data: inputs_require_grad={self.inputs_require_grad!r}; expected a list of keys.")
 
     def size_of_batch(self, split: str, part: str | None = None) -> int | None:
         """The batch size of a split, or of one part of it."""
@@ -302,7 +309,13 @@ class LoaderBatches:
         return len(dataset) if hasattr(dataset, "__len__") else None  # type: ignore[arg-type]
 
     def __len__(self) -> int:
-        return len(self.loader)
+        try:
+            return len(self.loader)
+        except TypeError:
+            raise TypeError(
+                f"The {self.split} data ({type(self.loader).__name__}) has no length, so no share of it can be taken; "
+                "give limit_batches as a number of batches."
+            ) from None
 
     def epoch(self, number: int, start: int = 0) -> Iterable[Any]:
         """The batches of epoch `number`; the first `start` are drawn and left out."""

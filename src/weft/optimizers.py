@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from weft.types import suggest
+from weft.types import check_count, suggest
 
 DEFAULT = "default"  # the name of an optimizer that was given without one
 
@@ -38,8 +38,7 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.interval not in ("epoch", "step"):
             raise ValueError(f"Schedule: interval={self.interval!r}; expected 'epoch' or 'step'.")
-        if self.frequency < 1:
-            raise ValueError(f"Schedule: frequency={self.frequency}; expected at least 1.")
+        check_count("Schedule", "frequency", self.frequency)
 
 
 @dataclass(frozen=True)
@@ -62,12 +61,10 @@ class Phase:
     setup: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ValueError(f"Phase: epochs={self.epochs}; expected at least 1.")
+        check_count("Phase", "epochs", self.epochs)
+        check_count("Phase", "patience", self.patience, optional=True)
         if isinstance(self.freeze, str):
             raise TypeError(f"Phase: freeze={self.freeze!r}; expected a list of names.")
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(f"Phase: patience={self.patience}; expected at least 1, or None.")
 
 
 @dataclass
@@ -127,10 +124,9 @@ def build_optimizers(given: Any, problem: nn.Module) -> dict[str, Optimizer]:
     """The optimizers by name, made of an instance, a factory of the parameters, or a dict of these by name.
 
     In a dict, a factory gets the parameters of the node or submodule that its name names, else all of them if it is
-    the only entry. Raises ValueError for an optimizer without any of the problem's parameters.
+    the only entry. Raises ValueError for an optimizer without any of the problem's parameters, and where nothing can be
+    trained.
     """
-    if given is None and not any(p.requires_grad for p in problem.parameters()):
-        raise ValueError(f"{type(problem).__name__} has no parameters that require grad: there is nothing to train.")
     if isinstance(given, Mapping):
         if not given:
             raise ValueError("optimizer={}: expected at least one optimizer.")
@@ -143,7 +139,10 @@ def _build(name: str, given: Any, problem: nn.Module, named: bool) -> Optimizer:
         if not callable(given):
             raise TypeError(f"optimizer {name!r} is {given!r}; expected a torch optimizer or a function of parameters.")
         owner = submodule(problem, name) if named or name != DEFAULT and _has(problem, name) else problem
-        made = given([p for p in owner.parameters() if p.requires_grad])
+        params = [p for p in owner.parameters() if p.requires_grad]
+        if not params:
+            raise ValueError(f"{type(owner).__name__} has no parameters that require grad: there is nothing to train.")
+        made = given(params)
         if not isinstance(made, Optimizer):
             raise TypeError(f"The factory of optimizer {name!r} returned {type(made).__name__}; expected an optimizer.")
         given = made

@@ -118,8 +118,8 @@ class Trainer:
             raise TypeError(f"fit: the problem is {type(problem).__name__} {problem!r}; expected a torch.nn.Module.")
         if datamodule is not None:
             raise TypeError("fit: `datamodule` belongs to a LightningModule; pass `data` here.")
-        data = data if train_dataloaders is None else train_dataloaders
-        dev = dev if val_dataloaders is None else val_dataloaders
+        data = _either("data", data, "train_dataloaders", train_dataloaders)
+        dev = _either("dev", dev, "val_dataloaders", val_dataloaders)
         previous = self.run if self.run is not None and self.run.is_of(problem) else None
         if previous is None:
             self.run = None
@@ -300,9 +300,17 @@ def _signature() -> inspect.Signature:
 Trainer.__init__.__signature__ = _signature()  # pyright: ignore[reportFunctionMemberAccess]
 
 
+def _either(name: str, value: Any, other: str, alias: Any) -> Any:
+    if value is not None and alias is not None:
+        raise TypeError(f"fit: {name} and {other} are the same; give one of them.")
+    return value if alias is None else alias
+
+
 def _phases(phases: Any, plain: Mapping[str, Any]) -> list[Phase]:
     if not phases:
         return []
+    if not isinstance(phases, list | tuple):
+        raise TypeError(f"phases={phases!r}: expected a list of weft.Phase.")
     if wrong := [p for p in phases if not isinstance(p, Phase)]:
         raise TypeError(f"phases: {wrong[0]!r} is no weft.Phase.")
     if "epochs" in plain and plain["epochs"] != sum(p.epochs for p in phases):
