@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from weft.types import check_count
 
-
 SPLITS = ("train", "dev", "test", "predict")
 
 

@@ -114,7 +114,7 @@ class Run:
             self.progress.load_state_dict(self._resumed["progress"])
         else:
             planned = sum(phase.epochs for phase in self.trainer.phases) or self.config.epochs
-            epochs = 1 if self.config.fast_dev_run else planned
+            epochs = min(1, planned) if self.config.fast_dev_run else planned
             self.progress.begin_fit(epochs, self.config.max_steps)
         self._given_data = make_data
         self._refresh_data(None if self._resumed is None else self._resumed["random_before_data"])

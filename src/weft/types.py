@@ -31,7 +31,7 @@ def check_count(owner: str, name: str, value: Any, least: int = 1, optional: boo
         raise ValueError(f"{owner}: {name}={value!r}; expected a whole number of at least {least}{none}.")
 
 
-def suggest(word: str, known: object) -> str:
+def suggest(word: object, known: object) -> str:
     """`"; did you mean 'x'?"` for the closest of `known` (an iterable of names), or an empty string."""
-    close = get_close_matches(word, [str(k) for k in known], n=1)  # type: ignore[attr-defined]
+    close = get_close_matches(str(word), [str(k) for k in known], n=1)  # type: ignore[attr-defined]
     return f"; did you mean {close[0]!r}?" if close else ""
