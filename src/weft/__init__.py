@@ -25,9 +25,11 @@ _HOME = {
     "weft.trainer": ("Trainer",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+_MODULES = {"hooks": "weft.hooks", "plot": "weft.plots"}  # weft.hooks.EMA(0.999), weft.plot.curves(result)
 __all__ = sorted(_MODULE_OF)
 
 if TYPE_CHECKING:
+    from weft import hooks
     from weft import plots as plot
     from weft.archive import CheckpointError
     from weft.checkpoint import load_weights, save_weights
@@ -44,8 +46,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "plot":  # weft.plot.curves(result)
-        return import_module("weft.plots")
+    if name in _MODULES:
+        return import_module(_MODULES[name])
     if name in _MODULE_OF:
         value = getattr(import_module(_MODULE_OF[name]), name)
         globals()[name] = value
@@ -54,4 +56,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "plot", "__version__"]
+    return [*__all__, *_MODULES, "__version__"]

@@ -28,6 +28,8 @@ class Progress:
     phase_ended: bool = False
     refreshes: int = 0
     """How often the data was made anew."""
+    data_epoch: int = 0
+    """The epoch in which the data was made."""
     last_epoch: int = 0
     """The epoch at which this fit ends."""
     last_step: int | None = None
@@ -37,6 +39,10 @@ class Progress:
     skipped: int = 0
     """Steps skipped in a row because a number was not finite."""
     skipped_total: int = 0
+    evaluations: int = 0
+    """How often closure optimizers evaluated the loss."""
+    search_stop: str | None = None
+    """Why the last step of LBFGS ended."""
     interrupted: bool = False
     """The last fit was interrupted; the next one does what was left of it."""
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -48,7 +49,11 @@ class Phase:
     `epochs`: how many this phase lasts (>= 1). `data`: a `Data`, dataset or setup function used from here on.
     `freeze`: names of nodes or submodules (dotted) whose parameters do not train in this phase only.
     `weights`: weights of loss terms by name. `patience`: validations without improvement that end this phase,
-    counted anew. `setup`: a function of the trainer, called when the phase begins (a longer rollout, say).
+    counted anew. `setup`: a function of the trainer, called when the phase begins (a longer rollout, say); a resumed
+    run calls those of all phases up to its own again.
+
+    A phase goes on from the weights as they are. There is one best over all phases: where weights, data or the rollout
+    change what the loss measures, name a `monitor_metric` that means the same throughout.
     """
 
     epochs: int
@@ -208,7 +213,68 @@ def build_schedulers(given: Any, optimizers: Mapping[str, Optimizer]) -> dict[st
     return built
 
 
+def shared_parameters(problem: nn.Module, optimizers: Mapping[str, Optimizer]) -> list[str]:
+    """The names of the problem's parameters that are in more than one of the optimizers."""
+    names = {id(p): name for name, p in problem.named_parameters()}
+    counts = Counter(id(p) for o in optimizers.values() for p in parameters_of(o))
+    return [names.get(p, "a parameter outside the problem") for p, count in counts.items() if count > 1]
+
+
 def needs_closure(optimizer: Optimizer) -> bool:
-    """Whether `optimizer.step` cannot be called without a closure (LBFGS and other line searches)."""
+    """Whether `optimizer.step` cannot be called without a closure (LBFGS and other line searches).
+
+    An optimizer whose signature hides it (`closure=None`) says so by an attribute `needs_closure = True`.
+    """
+    if hasattr(optimizer, "needs_closure"):
+        return bool(optimizer.needs_closure)  # pyright: ignore[reportAttributeAccessIssue]
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
+
+
+class SearchReport:
+    """What one step of a closure optimizer did: how often it evaluated the loss, and why torch's LBFGS ended."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer, self.evaluations = optimizer, 0
+        self._params = parameters_of(optimizer)
+        self._iterations_before = optimizer.state.get(self._params[0], {}).get("n_iter", 0)
+        self._first: torch.Tensor | None = None
+        self._gradients: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def add(self, loss: torch.Tensor) -> None:
+        """Count one evaluation of the closure, whose gradients are there."""
+        self.evaluations += 1
+        self._first = loss if self._first is None else self._first
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            grads = [p.grad.abs().max() for p in self._params if p.grad is not None and p.grad.numel()]
+            self._gradients.append((loss, torch.stack(grads).max()))
+
+    def reason(self, loss: float) -> str | None:
+        """Which option of LBFGS ended the step, given the loss it accepted; None for another optimizer.
+
+        In the order in which torch.optim.LBFGS.step looks at them (torch 2.13).
+        """
+        if not isinstance(self.optimizer, torch.optim.LBFGS):
+            return None
+        group, state = self.optimizer.param_groups[0], self.optimizer.state[self._params[0]]
+        iterations, change = state["n_iter"] - self._iterations_before, group["tolerance_change"]
+        if iterations == 0:
+            return "tolerance_grad"
+        if float(state["prev_flat_grad"].dot(state["d"])) > -change:
+            return "tolerance_change (slope)"
+        if iterations >= group["max_iter"]:
+            return "max_iter"
+        if self.evaluations >= group["max_eval"]:
+            return "max_eval"
+        if any(float(g) <= group["tolerance_grad"] for value, g in self._gradients if float(value) == loss):
+            return "tolerance_grad"
+        moved = float(state["d"].mul(state["t"]).abs().max())
+        return "tolerance_change (step)" if moved <= change else "tolerance_change (loss)"
+
+    def is_at_the_end_of_float32(self, loss: float) -> bool:
+        """Whether the search ended without a lower loss where float32 has no digits for one."""
+        reason = self.reason(loss) or ""
+        if not reason.startswith("tolerance_change") or self._first is None or self._params[0].dtype == torch.float64:
+            return False
+        first = float(self._first)
+        return abs(first - loss) <= 10 * torch.finfo(torch.float32).eps * abs(first)

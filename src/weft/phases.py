@@ -20,24 +20,35 @@ Frozen = list[tuple[nn.Parameter, bool]]
 
 def begin_phase(run: Run, anew: bool = True) -> None:
     """Put the phase of `run.progress` in force. Without `anew` a run goes on in it: optimizers and weights are there."""
-    phase, options = run.phase, run.trainer.options
+    phase = run.phase
     unfreeze(run.frozen)
     if anew:
         if phase.weights:
             set_term_weights(run.problem, dict(phase.weights))
         if phase.setup is not None:
             phase.setup(run.trainer)
-        is_first = run.progress.phase == 0
-        scheduler = options["scheduler"] if phase.scheduler is None and is_first else phase.scheduler
-        if is_first or phase.optimizer is not None or not run.optimizers:
-            given = phase.optimizer if phase.optimizer is not None else run.trainer.configure_optimizers()
-            # before anything is frozen: what trains in a later phase must be in the optimizer
-            run.optimizers, run.schedules = build_optimizers(given, run.problem), {}
-        if scheduler is not None:
-            run.schedules = build_schedulers(scheduler, run.optimizers)
+        _make_optimizers(run)
     run.frozen = freeze(run.problem, phase.freeze)
     run.own_steps, run.plain_update = {}, None
     run.update = make_update(run)
+
+
+def _make_optimizers(run: Run) -> None:
+    """The optimizers and schedules of the phase. Those of the one before go on where it names none.
+
+    A second fit goes on with the optimizers it has, unless a later phase has replaced those of the first.
+    """
+    phase, options, is_first = run.phase, run.trainer.options, run.progress.phase == 0
+    replaced = any(p.optimizer is not None or p.scheduler is not None for p in run.phases[1:])
+    if is_first and run.optimizers and not replaced:
+        return
+    scheduler = options["scheduler"] if phase.scheduler is None and is_first else phase.scheduler
+    if is_first or phase.optimizer is not None:
+        given = phase.optimizer if phase.optimizer is not None else run.trainer.configure_optimizers()
+        # before anything is frozen: what trains in a later phase must be in the optimizer
+        run.optimizers, run.schedules = build_optimizers(given, run.problem), {}
+    if scheduler is not None:
+        run.schedules = build_schedulers(scheduler, run.optimizers)
 
 
 def freeze(problem: nn.Module, names: Iterable[str]) -> Frozen:

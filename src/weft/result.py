@@ -35,6 +35,10 @@ class FitResult:
     run_dir: Path | None = None
     monitor: str | None = None
     """The name of the metric that decided about best weights, None: nothing did."""
+    evaluations: int = 0
+    """How often a closure optimizer (LBFGS) evaluated the loss, in all its steps."""
+    search_stop: str | None = None
+    """Which option of LBFGS ended its last step ("max_iter", "tolerance_grad", ...)."""
 
     def __repr__(self) -> str:
         best = f"best {self.monitor}={self.best_metric:.6g} at epoch {self.best_epoch}, " if self.monitor else ""

@@ -79,8 +79,9 @@ class Run:
         self.batch: Any = None
         self.last_loss: Tensor | None = None
         self.built_in_loss: Tensor | None = None
-        self.in_update, self.own_steps = False, dict[tuple[str, ...], Step]()
+        self.in_update, self.has_stepped, self.own_steps = False, False, dict[tuple[str, ...], Step]()
         self.plain_update: Update | None = None
+        self.measured: list[tuple[dict[str, Tensor], int]] | None = None  # of the last step, if a hook sets it to []
         self.random_before_data: dict[str, Any] | None = None
         self.random_before_epoch: dict[str, Any] | None = None
         self.random_to_resume: dict[str, Any] | None = None
@@ -124,7 +125,7 @@ class Run:
         """Make the data of this phase; on resume in the `random` state in which it was made before."""
         if random is not None:
             checkpoint.set_random_state(random)
-        self.random_before_data = checkpoint.random_state()
+        self.random_before_data, self.progress.data_epoch = checkpoint.random_state(), self.progress.epoch
         of_phases = [phase.data for phase in self.phases[: self.progress.phase + 1] if phase.data is not None]
         make = partial(as_data, of_phases[-1]) if of_phases else self._given_data
         with data_randomness(self.config.seed, self.fabric.world_size, index=self.progress.refreshes):
@@ -183,9 +184,8 @@ class Run:
             for number in range(self.progress.phase + 1):
                 self.progress.phase = number
                 begin_phase(self)
-        else:  # without phases a second fit goes on with the optimizer it has; with them it begins at the first anew
-            anew = not self.optimizers or (bool(self.trainer.phases) and not self.continues)
-            begin_phase(self, anew)
+        else:
+            begin_phase(self, anew=not self.continues or not self.optimizers)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -216,7 +216,7 @@ class Run:
             epochs=progress.epoch, steps=progress.step, best_metric=self.best.value, best_epoch=self.best.epoch,
             stop_reason=self.stop_reason, history={name: list(column) for name, column in self.history.values.items()},
             last_weights=last_weights, seconds=progress.seconds, seed=self.seed, run_dir=self.run_dir,
-            monitor=self.best.name,
+            monitor=self.best.name, evaluations=progress.evaluations, search_stop=progress.search_stop,
         )  # fmt: skip
         bound, self._bound = self._bound, {event: [] for event in self._bound}
         with ExitStack() as last:  # each is called, even if one before it raises
@@ -258,11 +258,12 @@ class Run:
                 return False
             progress.phase, progress.phase_epoch, progress.phase_ended = progress.phase + 1, 0, False
             if self.phase.data is not None:
+                progress.refreshes += 1
                 self._refresh_data()
             begin_phase(self)
         if progress.batch == 0:
             self.random_before_epoch = None
-            if self.data.refresh_every and progress.epoch >= (progress.refreshes + 1) * self.data.refresh_every:
+            if self.data.refresh_every and progress.epoch - progress.data_epoch >= self.data.refresh_every:
                 progress.refreshes += 1
                 self._refresh_data()
             if not self._splits["train"].resident:  # pyright: ignore[reportOptionalMemberAccess]: checked at the start

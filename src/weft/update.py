@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from weft.devices import stepping
+from weft.devices import scaler_of, stepping
 from weft.metrics import num_examples
-from weft.optimizers import needs_closure, parameters_of
+from weft.optimizers import SearchReport, needs_closure, parameters_of, shared_parameters
 from weft.steps import forward_of, metric_of, reader
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def built_in(run: Run, begin: Callable[[Any], None], end: Callable[[Any, Tensor]
 
 
 def _single(run: Run, begin: Callable, end: Callable) -> Update:
-    forward, backward, add = forward_of(run, "train"), run.fabric.backward, run.means.add
+    forward, backward = forward_of(run, "train"), run.fabric.backward
     parts_of, step = _parts(run), make_step(run, list(run.optimizers.values()))
 
     def update(batch: Any) -> Tensor:
@@ -63,8 +63,7 @@ def _single(run: Run, begin: Callable, end: Callable) -> Update:
             read.append((scalars, examples))
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
         if step(loss, read):
-            for scalars, examples in read:
-                add(scalars, examples)
+            record(run, read)
         end(batch, loss)
         return loss
 
@@ -75,8 +74,14 @@ def _several(run: Run, begin: Callable, end: Callable) -> Update:
     """All gradients first, each loss with respect to its own optimizer's parameters; then every optimizer steps.
 
     Stepping one before the other's backward would change the tensors that backward still needs.
+    A step that returns one loss gives every optimizer its gradients of that.
     """
-    forward, backward, add = forward_of(run, "train"), run.fabric.backward, run.means.add
+    if shared := shared_parameters(run.problem, run.optimizers):
+        raise ValueError(
+            f"Parameters {shared[:5]} belong to several optimizers, and would get the gradients of all their losses. "
+            "Give each optimizer its own, or write the steps out in `update` (with self.backward and self.step)."
+        )
+    forward, backward = forward_of(run, "train"), run.fabric.backward
     parts_of, step = _parts(run), make_step(run, list(run.optimizers.values()))
     parameters = {name: [p for p in parameters_of(o) if p.requires_grad] for name, o in run.optimizers.items()}
 
@@ -93,8 +98,7 @@ def _several(run: Run, begin: Callable, end: Callable) -> Update:
                 losses.append(loss.detach() * share)
         loss = torch.stack(losses).sum()
         if step(loss, read):
-            for scalars, examples in read:
-                add(scalars, examples)
+            record(run, read)
         end(batch, loss)
         return loss
 
@@ -121,20 +125,15 @@ def _with_closure(run: Run, begin: Callable, end: Callable) -> Update:
     Nothing is clipped inside the search (values and gradients must agree), and nothing is evaluated in addition:
     the logged loss is that of the evaluation at the point the search accepted, or of the last one.
     """
-    if len(run.optimizers) > 1:
-        raise ValueError(f"Optimizers {list(run.optimizers)}: one that needs a closure must be the only one.")
-    (optimizer,) = run.optimizers.values()
-    if run.config.clip is not None:
-        name = type(optimizer).__name__
-        run.warn_once(f"clip={run.config.clip} has no effect with {name}: its line search needs unclipped gradients.")
-    forward, backward, add = forward_of(run, "train"), run.fabric.backward, run.means.add
+    optimizer = _only_closure_optimizer(run)
+    forward, backward = forward_of(run, "train"), run.fabric.backward
     parts_of, params, before_step = _parts(run), parameters_of(optimizer), run.listeners("on_before_optimizer_step")
 
     def update(batch: Any) -> Tensor:
         begin(batch)
         parts = parts_of(batch)
         evaluated: list[tuple[list[Tensor], Tensor, list]] = []  # parameters, loss, scalars
-        before, saved = _copies(params), _copy_state(optimizer)
+        before, saved, report = _copies(params), _copy_state(optimizer), SearchReport(optimizer)
 
         def closure() -> Tensor:
             optimizer.zero_grad()
@@ -144,12 +143,13 @@ def _with_closure(run: Run, begin: Callable, end: Callable) -> Update:
                 backward(loss * share if share != 1.0 else loss)
                 losses.append(loss.detach() * share)
                 read.append(({k: _detached(v) for k, v in scalars.items()}, examples))
-            if not evaluated:
+            if not report.evaluations:
                 for call in before_step:
                     call(run.trainer, optimizer)
             total = torch.stack(losses).sum()
             if run.reduce is not None:  # all ranks must see one number, or their searches part ways
                 total = run.reduce(total) / run.fabric.world_size
+            report.add(total)
             evaluated.append((_copies(params), total, read))
             del evaluated[:-MAX_KEPT]
             return total
@@ -158,9 +158,9 @@ def _with_closure(run: Run, begin: Callable, end: Callable) -> Update:
         accepted = [e for e in evaluated if all(map(torch.equal, e[0], params))]
         _, loss, read = accepted[-1] if accepted else evaluated[-1]
         if math.isfinite(loss.item()) and all(bool(p.isfinite().all()) for p in params):
-            for scalars, examples in read:
-                add(scalars, examples)
+            record(run, read)
             run.progress.skipped = 0
+            _tell(run, report, loss.item())
         else:
             _put_back(optimizer, params, before, saved)
             not_finite(run, evaluated[-1][1], read)
@@ -169,6 +169,32 @@ def _with_closure(run: Run, begin: Callable, end: Callable) -> Update:
         return loss
 
     return update
+
+
+def _only_closure_optimizer(run: Run) -> Optimizer:
+    """The run's optimizer. Raises ValueError for what cannot go with a line search, warns of what has no effect."""
+    optimizer = next(o for o in run.optimizers.values() if needs_closure(o))
+    name = type(optimizer).__name__
+    if len(run.optimizers) > 1:
+        raise ValueError(f"Optimizers {list(run.optimizers)}: {name}, which needs a closure, must be the only one.")
+    if scaler_of(run.fabric) is not None:
+        raise ValueError(f"{name} cannot run with precision='16-mixed': its line search needs unscaled gradients.")
+    if run.config.clip is not None:
+        run.warn_once(f"clip={run.config.clip} has no effect with {name}: its line search needs unclipped gradients.")
+    return optimizer
+
+
+def _tell(run: Run, report: SearchReport, loss: float) -> None:
+    """Log how many evaluations a search used, keep why it ended, and say so if float32 was what ended it."""
+    progress, name = run.progress, type(report.optimizer).__name__
+    progress.evaluations += report.evaluations
+    progress.search_stop = report.reason(loss)
+    run.log({f"{name.lower()}_evaluations": report.evaluations})
+    if report.is_at_the_end_of_float32(loss):
+        run.warn_once(
+            f"{name} no longer finds a lower loss where the digits of float32 end (`result.search_stop` says what ended "
+            "its steps); precision='64-true' lets it go on."
+        )
 
 
 def _copies(params: Sequence[Tensor]) -> list[Tensor]:
@@ -195,7 +221,7 @@ def _put_back(optimizer: Optimizer, params: Sequence[Tensor], before: Sequence[T
 def _custom(run: Run) -> Update:
     """The user's `update`, framed by the same hooks and counting. What it returns (a loss, a dict) is logged."""
     read = reader(run.problem, "train", metric_of(run, "train"), {}, ())
-    begin, end, add, trainer = run.begin_step, run.end_step, run.means.add, run.trainer
+    begin, end, trainer = run.begin_step, run.end_step, run.trainer
 
     def update(batch: Any) -> Tensor:
         begin(batch)
@@ -206,7 +232,7 @@ def _custom(run: Run) -> Update:
             run.in_update = False
         loss, scalars = read(returned, batch)
         if returned is None or returned is not run.built_in_loss:  # super().update() has counted its own
-            add(scalars, sum(map(num_examples, batch)) if isinstance(batch, list) else num_examples(batch))
+            record(run, [(scalars, sum(map(num_examples, batch)) if isinstance(batch, list) else num_examples(batch))])
         loss = loss.detach() if isinstance(loss, Tensor) else run.last_loss
         loss = torch.zeros(()) if loss is None else loss
         end(batch, loss)
@@ -219,8 +245,15 @@ def _custom(run: Run) -> Update:
 
 
 def own_backward(run: Run, loss: Tensor, **kwargs: Any) -> None:
-    """Gradients of `loss`, added to those that are there; outside an update it is also logged as the training loss."""
-    run.last_loss = loss.detach()
+    """Gradients of `loss`, added to those that are there; outside an update it is also logged as the training loss.
+
+    With several optimizers the first call after a step starts from no gradients: what the loss before it left in the
+    parameters of the others (a generator's loss in the discriminator) is not added to this one's.
+    """
+    if run.has_stepped and len(run.optimizers) > 1:
+        for optimizer in run.optimizers.values():
+            optimizer.zero_grad()
+    run.last_loss, run.has_stepped = loss.detach(), False
     if not run.in_update and len(run.optimizers) == 1:
         run.means.add({metric_of(run, "train"): loss}, num_examples(run.batch))
     run.fabric.backward(loss, **kwargs)
@@ -236,13 +269,21 @@ def own_step(run: Run, optimizer: Optimizer | str | None) -> bool:
         raise ValueError(f"{optimizer!r} is none of this run's optimizers: {list(run.optimizers)}.")
     if (key := tuple(names)) not in run.own_steps:
         run.own_steps[key] = make_step(run, [run.optimizers[name] for name in names])
-    done = run.own_steps[key](run.last_loss, ())
+    done, run.has_stepped = run.own_steps[key](run.last_loss, ()), True
     if not run.in_update and names[0] == next(iter(run.optimizers)):
         run.end_step(run.batch, run.last_loss)
     return done
 
 
 # ---------------------------------------------------------------- the optimizer step
+
+
+def record(run: Run, read: Sequence[tuple[Mapping[str, Any], int]]) -> None:
+    """Count what a step measured: for each of its batches, the scalars by name and the number of examples."""
+    if run.measured is not None:
+        run.measured = [({name: torch.as_tensor(v).detach() for name, v in s.items()}, n) for s, n in read]
+    for scalars, examples in read:
+        run.means.add(scalars, examples)
 
 
 def make_step(run: Run, optimizers: Sequence[Optimizer]) -> Step:

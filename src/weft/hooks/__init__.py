@@ -1,14 +1,43 @@
-"""Hooks that come with weft, and which of them a trainer's options ask for."""
+"""Hooks that come with weft, and which of them a trainer's options ask for.
+
+    weft.Trainer(hooks=[weft.hooks.EMA(0.999), weft.hooks.ReLoBRaLo()])
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from weft.hooks.checkpointing import Checkpointing
 from weft.hooks.progress import ProgressLine
 from weft.hooks.stopping import EarlyStopping
+from weft.types import suggest
+
+# hooks that are asked for by name, and the module each lives in, imported when first used
+_HOME = {
+    "weft.hooks.averaging": ("EMA", "SWA"),
+    "weft.hooks.balancing": ("GradNorm", "LearningRateAnnealing", "NTKWeights", "ReLoBRaLo", "SelfAdaptive", "SoftAdapt"),
+    "weft.hooks.gradients": ("GradientNorms",),
+    "weft.hooks.parts": ("freeze", "load_node", "unfreeze"),
+    "weft.hooks.sampling": ("Resample",),
+    "weft.hooks.schedules": ("Curriculum",),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 if TYPE_CHECKING:
+    from weft.hooks.averaging import EMA, SWA  # noqa: F401
+    from weft.hooks.balancing import (  # noqa: F401
+        GradNorm,
+        LearningRateAnnealing,
+        NTKWeights,
+        ReLoBRaLo,
+        SelfAdaptive,
+        SoftAdapt,
+    )
+    from weft.hooks.gradients import GradientNorms  # noqa: F401
+    from weft.hooks.parts import freeze, load_node, unfreeze  # noqa: F401
+    from weft.hooks.sampling import Resample  # noqa: F401
+    from weft.hooks.schedules import Curriculum  # noqa: F401
     from weft.run import Run
     from weft.trainer import Trainer
 
@@ -32,3 +61,9 @@ def hooks_from(trainer: Trainer, run: Run) -> list[Any]:
     if config.checkpointing is not None and run.run_dir is not None:
         hooks.append(Checkpointing(config.checkpointing))
     return hooks
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        return getattr(import_module(_MODULE_OF[name]), name)
+    raise AttributeError(f"module 'weft.hooks' has no attribute {name!r}{suggest(name, _MODULE_OF)}")

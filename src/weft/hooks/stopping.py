@@ -12,7 +12,8 @@ class EarlyStopping(Hook):
     """Stops after `patience` validations in a row that did not improve the monitored metric by more than `min_delta`.
 
     The first `warmup` epochs do not count, and training goes on until `min_epochs`. A NaN is no improvement.
-    Patience starts anew with each phase (whose own `patience` goes first) and with each fit.
+    Patience starts anew with each phase (whose own `patience` goes first), measured by what that phase itself reached,
+    and with each fit.
     """
 
     def __init__(self, patience: int | None, min_delta: float = 0.0, warmup: int = 0, min_epochs: int = 0) -> None:

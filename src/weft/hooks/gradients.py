@@ -1,0 +1,42 @@
+"""Norms of gradients in the log: of each optimizer before clipping, and of each term of the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from weft.events import Hook
+from weft.hooks.terms import term_gradients, trained_parameters
+from weft.optimizers import parameters_of
+from weft.problem import term_weights
+
+
+class GradientNorms(Hook):
+    """Logs `grad_norm` (with several optimizers `grad_norm_<name>`), and with `terms=True` `grad_norm_<term>`.
+
+    The 2-norm of all gradients before clipping. That of a term includes its weight, so that it tells what the term
+    contributes; it costs a forward pass and one pass back per term, every `every` steps. Nothing waits for the device.
+    """
+
+    def __init__(self, terms: bool = False, every: int = 1, of: str | None = None) -> None:
+        self.terms, self.every, self.of = terms, every, of
+
+    def on_before_optimizer_step(self, trainer: Any, optimizer: torch.optim.Optimizer) -> None:
+        if trainer.global_step % self.every == 0:
+            names = {id(o): name for name, o in trainer.optimizers.items()}
+            key = "grad_norm" if len(names) == 1 else f"grad_norm_{names[id(optimizer)]}"
+            grads = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
+            trainer.log({key: torch.nn.utils.get_total_norm(grads)})
+
+    def on_fit_start(self, trainer: Any) -> None:
+        self.names = list(term_weights(trainer.problem)) if self.terms else []
+        if self.terms and not self.names:
+            raise ValueError(f"GradientNorms(terms=True): {type(trainer.problem).__name__} has no named terms.")
+
+    def on_step_start(self, trainer: Any, batch: Any) -> None:
+        if self.names and trainer.global_step % self.every == 0:
+            run = trainer.run
+            _, gradients = term_gradients(run, batch, self.names, trained_parameters(run, self.of), weighted=True)
+            norms = gradients.norm(dim=1).unbind()
+            trainer.log({f"grad_norm_{name}": norm for name, norm in zip(self.names, norms, strict=True)})
