@@ -20,6 +20,7 @@ with warnings.catch_warnings():
     from neuromancer.constraint import variable
     from neuromancer.dataset import DictDataset
     from neuromancer.dynamics import integrators, ode
+    from neuromancer.loggers import BasicLogger, LossLogger
     from neuromancer.loss import AugmentedLagrangeLoss, BarrierLoss, PenaltyLoss
     from neuromancer.modules import blocks
     from neuromancer.modules.solvers import GradientProjection
@@ -31,8 +32,10 @@ with warnings.catch_warnings():
 
 __all__ = [
     "FORMULATIONS",
+    "BasicLogger",
     "Callback",
     "Formulation",
+    "LossLogger",
     "NeuromancerLitTrainer",
     "NeuromancerTrainer",
     "augmented_rosenbrock",
@@ -40,7 +43,9 @@ __all__ = [
     "loader",
     "rosenbrock",
     "rosenbrock_rows",
+    "sine_rows",
     "splits",
+    "stacked",
 ]
 
 Tensors = dict[str, Tensor]
@@ -366,6 +371,20 @@ FORMULATIONS = {
         Formulation("neural Lyapunov", lyapunov, lambda: splits(lyapunov_rows)),
     )
 }
+
+
+def stacked() -> Any:
+    """A regression with NeuroMANCER's multi-fidelity network, whose nodes have alpha losses."""
+    net = blocks.StackedMLP(
+        1, 1, nonlin=nn.Tanh, h_sf_size=[4], n_stacked_mf_layers=2, h_linear_sizes=[4], h_nonlinear_sizes=[4]
+    )
+    fit = named((variable("y") == variable("target")) ^ 2, "fit")
+    return Problem([Node(net, ["x"], ["y"], name="stacked")], PenaltyLoss([], [fit]))
+
+
+def sine_rows(rows: int) -> Tensors:
+    x = torch.rand(rows, 1)
+    return {"x": x, "target": torch.sin(6 * x)}
 
 
 def augmented_rosenbrock(train: DataLoader) -> Any:
