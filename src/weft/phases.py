@@ -28,11 +28,12 @@ def begin_phase(run: Run, anew: bool = True) -> None:
         if phase.setup is not None:
             phase.setup(run.trainer)
         is_first = run.progress.phase == 0
-        scheduler = options["scheduler"] if phase.scheduler is None and is_first else phase.scheduler
         if is_first or phase.optimizer is not None or not run.optimizers:
             given = phase.optimizer if phase.optimizer is not None else run.trainer.configure_optimizers()
             # before anything is frozen: what trains in a later phase must be in the optimizer
             run.optimizers, run.schedules = build_optimizers(given, run.problem), {}
+        # read after configure_optimizers, which may have set it
+        scheduler = options["scheduler"] if phase.scheduler is None and is_first else phase.scheduler
         if scheduler is not None:
             run.schedules = build_schedulers(scheduler, run.optimizers)
     run.frozen = freeze(run.problem, phase.freeze)
