@@ -233,14 +233,13 @@ class LitModel:
 
     def lr_schedulers(self) -> Any:
         """The scheduler, a list of several, or None."""
-        found = [schedule.scheduler for schedule in self.trainer.schedulers.values()]
+        found = list(self.trainer.schedulers.values())
         return None if not found else found[0] if len(found) == 1 else found
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Gradients of `loss`, added to those that are there."""
         hooks = self.trainer.lit_hooks
         hooks.call("on_before_backward", self, loss)
-        self.trainer.last_loss = loss.detach()
         if "backward" in hooks:
             hooks.call("backward", self, loss)
         else:

@@ -80,7 +80,6 @@ class LitTrainer(Trainer):
             raise ValueError("custom_optimizer and the hook configure_optimizers both give the optimizer; give one.")
         self.automatic_optimization, self.shuffle = automatic_optimization, shuffle
         self.lit_problem: LitModel | None = None
-        self.last_loss: Tensor | None = None
         self.stage, self.num_evaluated = "fit", 0
         self._batch_size, rate = _entry(hparam_config, "batch_size"), _entry(hparam_config, "learning_rate")
         if rate is not None and custom_optimizer is not None:
@@ -184,12 +183,11 @@ class LitTrainer(Trainer):
         return out.get(self.train_metric, out.get("loss")) if isinstance(out, Mapping) else out
 
     def _update(self, batch: Any) -> Any:
-        self.last_loss = None
         out = self.training_step(batch)
         if self.automatic_optimization:  # with a `backward` of the user's
             self._call("backward", self._loss_in(out))
             self.step()
-        return self.last_loss if out is None else out
+        return self._running.last_loss if out is None else out
 
     def step_function(self, split: str, problem: nn.Module) -> Callable[[Any], Any]:
         """What is called with each batch of `split`."""

@@ -104,6 +104,7 @@ class Trainer:
         """The best state dict, which the problem then also holds. Trains for `epochs` epochs, or until patience ends."""
         run, self._output, self.badcount = self._start(), {}, 0
         run.progress.epoch = self.current_epoch
+        run.progress.begin_fit(self.epochs, None)
         self.optimizer.zero_grad()
         if self.current_epoch and run.has("dev"):
             self._set_value_to_beat(run)
