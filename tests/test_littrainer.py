@@ -216,6 +216,37 @@ def test_patience_counts_after_the_warmup() -> None:
         weft.LitTrainer(patience=0)
 
 
+def test_a_stop_asked_for_during_the_warmup_holds() -> None:
+    hook = {"on_epoch_end": lambda trainer, metrics: trainer.stop("mine") if trainer.current_epoch == 1 else None}
+    _, _, result = fitted(epochs=6, patience=2, warmup=5, hooks=hook)
+    assert (result.epochs, result.stop_reason) == (2, "mine")
+
+
+def test_without_dev_data_the_training_loss_decides_and_the_weights_are_saved() -> None:
+    formulation = Formulation("", PNLP.problem, lambda: {"train": rosenbrock_rows(20)})
+    trainer, _, result = fitted(formulation, save_weights=True, patience=5)
+    assert result.monitor == "train_loss" and result.best_metric == min(result.history["train_loss"])
+    assert trainer.weights_file is not None and trainer.weights_file.is_file()
+
+
+def test_other_losses_are_trained_on_and_reported_under_their_own_names() -> None:
+    problem = PNLP.make()
+    trainer = weft.LitTrainer(
+        epochs=2, train_metric="train_f", dev_metric="dev_f", clip=None, shuffle=False, save_weights=False,
+        progress=False, custom_optimizer=lambda params: torch.optim.SGD(params, 1e-3),
+    )  # fmt: skip
+    result = trainer.fit(problem, setup_of(PNLP))
+    raw = PNLP.make()
+    optimizer = torch.optim.SGD(raw.parameters(), 1e-3)
+    key = f"train_{raw.loss.objectives[0].output_keys[0]}"
+    for _ in range(2):
+        for batch in PNLP.loaders()[0]:
+            optimizer.zero_grad()
+            raw(batch)[key].backward()
+            optimizer.step()
+    assert same(dict(result.last_weights), dict(raw.state_dict())) and result.monitor == "dev_f"
+
+
 def test_a_dataset_of_another_name_is_an_error_and_no_exit() -> None:
     train, dev, _ = PNLP.datasets()
     with pytest.raises(ValueError, match="A dataset named 'dev' was given as the train data"):
@@ -237,6 +268,7 @@ def test_keyword_arguments_go_to_the_data_setup_function_which_runs_once() -> No
 
     trainer = weft.LitTrainer(epochs=2, save_weights=False, progress=False)
     result = trainer.fit(PNLP.make(), data_setup_function, nsim=20)
+    trainer.validate()
     assert calls == [20] and result.steps == 2 * 2
     with pytest.raises(TypeError):
         trainer.fit(PNLP.make(), data_setup_function, nsims=20)
@@ -414,6 +446,38 @@ def test_a_step_may_take_care_of_gradients_itself() -> None:
             optimizer.step()
     assert same(dict(result.last_weights), dict(raw.state_dict()))
     assert len(result.history["train_loss"]) == 2 and result.steps == 6
+
+
+def test_two_optimizers_alternate_as_in_raw_pytorch() -> None:
+    formulation = FORMULATIONS["deep Koopman"]
+    rates = {"encoder": 1e-2, "decoder": 2e-2}
+
+    def custom_training_step(model: Any, batch: Any) -> Any:
+        for optimizer in model.optimizers():
+            optimizer.zero_grad()
+            loss = model.problem(batch)[model.train_metric]
+            model.manual_backward(loss)
+            optimizer.step()
+        return loss
+
+    def step_of(rate: float) -> Any:
+        return lambda params: torch.optim.SGD(params, rate)
+
+    problem, raw = formulation.make(), formulation.make()
+    trainer = weft.LitTrainer(
+        epochs=2, shuffle=False, save_weights=False, progress=False, custom_training_step=custom_training_step,
+        automatic_optimization=False, custom_optimizer={name: step_of(rate) for name, rate in rates.items()},
+    )  # fmt: skip
+    result = trainer.fit(problem, setup_of(formulation))
+    parts = {"encoder": raw.nodes[0], "decoder": raw.nodes[2]}
+    optimizers = [torch.optim.SGD(parts[name].parameters(), rate) for name, rate in rates.items()]
+    for _ in range(2):
+        for batch in formulation.loaders()[0]:
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+                raw(batch)["train_loss"].backward()
+                optimizer.step()
+    assert same(dict(result.last_weights), dict(raw.state_dict())) and result.steps == 6
 
 
 def test_a_step_that_returns_nothing_or_takes_the_wrong_arguments_is_told_how() -> None:

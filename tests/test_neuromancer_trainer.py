@@ -236,6 +236,19 @@ def test_a_loader_named_otherwise_keeps_its_name(capsys: pytest.CaptureFixture) 
     assert printed[0] == printed[1] and "mine_loss" in printed[1]
 
 
+def test_a_callback_can_change_the_data_for_the_next_epoch(capsys: pytest.CaptureFixture) -> None:
+    class Resampled(Callback):
+        def end_epoch(self, trainer: Any, output: Any) -> None:
+            torch.manual_seed(trainer.current_epoch)
+            trainer.train_data = loader(rosenbrock_rows(12), "train", 5, shuffle=True)
+
+    printed = []
+    for cls in (NeuromancerTrainer, Trainer):
+        trained(cls, FORMULATIONS["pNLP"], epochs=4, callback=Resampled())
+        printed.append(capsys.readouterr().out)
+    assert alike(printed[1], printed[0])
+
+
 class Weighed(Callback):
     """An evaluation of one's own, made before the decision about best weights."""
 

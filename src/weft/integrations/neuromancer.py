@@ -68,7 +68,8 @@ class Trainer:
       (a longer rollout) reaches on the dev data as they now are, not with a number from before the change. Without dev
       data, best starts anew.
 
-    All arguments are attributes that may be changed between two calls of `train`. `result` is the last `FitResult`.
+    All arguments are attributes that may be changed between two calls of `train`; the data, `clip` and `patience` also by
+    a callback, for the next epoch. `result` is the last `FitResult`.
     """
 
     def __init__(
@@ -154,9 +155,8 @@ class Trainer:
             },
             progress=False,
         )
-        train, dev, test = (
-            None if loader is None else _Loader(loader) for loader in (self.train_data, self.dev_data, self.test_data)
-        )
+        names = ("train_data", "dev_data", "test_data")
+        train, dev, test = (None if getattr(self, name) is None else _Loader(self, name) for name in names)
         return trainer.start(self.model, Data(train, dev, test))
 
     @property
@@ -302,15 +302,17 @@ class Trainer:
 
 
 class _Loader:
-    """A loader as it is. The name that a batch has (its dataset's, which prefixes the metrics) is put aside."""
+    """The loader that an attribute of the trainer holds when an epoch begins, as it is.
 
-    def __init__(self, loader: Iterable[Any]) -> None:
-        self.loader = loader
+    The name that a batch has (its dataset's, which prefixes the metrics) is put aside.
+    """
+
+    def __init__(self, trainer: Trainer, attribute: str) -> None:
+        self.trainer, self.attribute = trainer, attribute
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in self.loader:
-            named = isinstance(batch, dict) and "name" in batch
-            yield {**{k: v for k, v in batch.items() if k != "name"}, _OWN_NAME: batch["name"]} if named else batch
+        for batch in getattr(self.trainer, self.attribute):
+            yield {_OWN_NAME if k == "name" else k: v for k, v in batch.items()} if isinstance(batch, dict) else batch
 
 
 _OWN_NAME = "name given by its loader"
