@@ -23,6 +23,7 @@ _HOME = {
     "weft.result": ("FitResult", "load_result"),
     "weft.run": ("Run",),
     "weft.trainer": ("Trainer",),
+    "weft.integrations.litneuromancer": ("LitTrainer",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 _MODULES = {"hooks": "weft.hooks", "plot": "weft.plots"}  # weft.hooks.EMA(0.999), weft.plot.curves(result)
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from weft.config import CheckpointConfig, TrainerConfig
     from weft.data import Data, DictDataset, windows
     from weft.events import Hook
+    from weft.integrations.litneuromancer import LitTrainer
     from weft.losses import AugmentedLagrangian, BarrierLoss, PenaltyLoss
     from weft.optimizers import Phase, Schedule
     from weft.problem import Node, Problem, Rollout
@@ -52,6 +54,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(_MODULE_OF[name]), name)
         globals()[name] = value
         return value
+    if name == "integrations":
+        return import_module("weft.integrations")
     raise AttributeError(f"module 'weft' has no attribute {name!r}")
 
 

@@ -42,11 +42,12 @@ def _make_optimizers(run: Run) -> None:
     replaced = any(p.optimizer is not None or p.scheduler is not None for p in run.phases[1:])
     if is_first and run.optimizers and not replaced:
         return
-    scheduler = options["scheduler"] if phase.scheduler is None and is_first else phase.scheduler
     if is_first or phase.optimizer is not None:
         given = phase.optimizer if phase.optimizer is not None else run.trainer.configure_optimizers()
         # before anything is frozen: what trains in a later phase must be in the optimizer
         run.optimizers, run.schedules = build_optimizers(given, run.problem), {}
+    # read after configure_optimizers, which may have set it
+    scheduler = options["scheduler"] if phase.scheduler is None and is_first else phase.scheduler
     if scheduler is not None:
         run.schedules = build_schedulers(scheduler, run.optimizers)
 

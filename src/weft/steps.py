@@ -59,12 +59,13 @@ def reader(
 ) -> Callable[[Any, Any], tuple[Any, dict[str, Any]]]:
     """A function (what a step returned, batch) -> (loss or None, scalars by their name in the history).
 
-    The loss is under `metric` (or "loss", where `metric` is the usual name), or is what was returned; a dict keyed by
+    The loss is under `metric` (or "loss", where `metric` is the usual name; a term's name in the history will do), or is
+    what was returned; a dict keyed by
     the names of several optimizers gives one loss each. Terms of a weft or NeuroMANCER problem are picked by name; of
     any other dict, every scalar is reported. `metrics` are further functions of (output, batch).
     """
     keys, usual, names = term_keys(problem, split), f"{split}_loss", set(optimizers)
-    loss_keys = (metric, "loss") if metric == usual else (metric,)
+    loss_keys = (metric, "loss") if metric == usual else (metric, (keys or {}).get(metric, metric))
 
     def read(out: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
         if isinstance(out, Tensor):
