@@ -363,6 +363,11 @@ def test_candidates_and_residuals_that_do_not_fit_are_errors_that_say_why() -> N
     fails("not finite at 4000 candidates", residual=lambda u: u / 0 * 0)
     fails(r"reads \['v'\]", residual="v")
     fails("no part 'interior'", part="interior")
+    rows = weft.Problem(
+        [weft.Node(Known(), ["x"], ["u"])], [], [weft.equal(derivative_residual, 0.0)], weft.AugmentedLagrangian(), grad_inference=True
+    )
+    with pytest.raises(ValueError, match="multipliers for each row"):
+        weft.Trainer(epochs=2, progress=False, hooks=weft.hooks.Resample("u", candidates)).fit(rows, collocation())
     with pytest.raises(ValueError, match="method='radd'; expected 'rad', 'rar-d' or 'rar'"):
         weft.hooks.Resample("u", candidates, method="radd")  # type: ignore[arg-type]
 

@@ -322,6 +322,7 @@ def test_lbfgs_says_which_of_its_options_ended_it(options: dict[str, Any], reaso
     data = plain(regression(dtype=torch.float64))
     result, _ = fit(problem, data, epochs=1, precision="64-true", optimizer=lambda p: lbfgs(p, **options))
     assert result.search_stop == reason
+    assert f"the last ended by {reason}" in result._repr_html_()
 
 
 def test_lbfgs_at_the_end_of_float32_says_so_once_and_in_float64_goes_on(no_warnings: list[Any]) -> None:
@@ -374,6 +375,19 @@ def test_a_number_that_is_not_finite_in_a_search_gives_weights_and_search_back()
     assert all(value.isfinite().all() for value in broken.values())
     whole, _ = run(breaks_in=None)
     assert not same(broken, whole)
+
+
+def test_an_error_in_the_middle_of_a_search_leaves_the_weights_from_before_it() -> None:
+    class Failing(CountedRegression):
+        def forward(self, batch: Any) -> dict[str, Tensor]:
+            if self.evaluations == 3:
+                raise ArithmeticError("the plant blew up")
+            return super().forward(batch)
+
+    problem, before = Failing(torch.float64), weights(Failing(torch.float64))
+    with pytest.raises(ArithmeticError, match="the plant blew up"):
+        fit(problem, plain(regression(dtype=torch.float64)), epochs=1, precision="64-true", optimizer=lbfgs)
+    assert same(weights(problem), before)
 
 
 def state_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

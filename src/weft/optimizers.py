@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -246,8 +247,8 @@ class SearchReport:
         self.evaluations += 1
         self._first = loss if self._first is None else self._first
         if isinstance(self.optimizer, torch.optim.LBFGS):
-            grads = [p.grad.abs().max() for p in self._params if p.grad is not None and p.grad.numel()]
-            self._gradients.append((loss, torch.stack(grads).max()))
+            grads = [p.grad for p in self._params if p.grad is not None]
+            self._gradients.append((loss, nn.utils.get_total_norm(grads, norm_type=math.inf)))
 
     def reason(self, loss: float) -> str | None:
         """Which option of LBFGS ended the step, given the loss it accepted; None for another optimizer.

@@ -66,6 +66,8 @@ class FitResult:
         rows += [("seconds", f"{self.seconds:.2f}"), ("seed", self.seed), ("run folder", self.run_dir or "-")]
         if self.best_metric is not None:
             rows.insert(2, (f"best {self.monitor}", f"{self.best_metric:.6g} (epoch {self.best_epoch})"))
+        if self.search_stop is not None:
+            rows.append(("line searches", f"{self.evaluations} evaluations, the last ended by {self.search_stop}"))
         cells = "".join(f"<tr><th>{html.escape(str(k))}</th><td>{html.escape(str(v))}</td></tr>" for k, v in rows)
         last = "".join(
             f"<tr><td>{html.escape(name)}</td><td>{values[-1]:.6g}</td></tr>"

@@ -154,7 +154,11 @@ def _with_closure(run: Run, begin: Callable, end: Callable) -> Update:
             del evaluated[:-MAX_KEPT]
             return total
 
-        optimizer.step(cast(Any, closure))  # annotated for floats; LBFGS takes tensors
+        try:
+            optimizer.step(cast(Any, closure))  # annotated for floats; LBFGS takes tensors
+        except BaseException:  # in the middle of a search the weights are those of a trial
+            _put_back(optimizer, params, before, saved)
+            raise
         accepted = [e for e in evaluated if all(map(torch.equal, e[0], params))]
         _, loss, read = accepted[-1] if accepted else evaluated[-1]
         if math.isfinite(loss.item()) and all(bool(p.isfinite().all()) for p in params):

@@ -19,6 +19,7 @@ from torch import Tensor
 from weft.data import DictDataset
 from weft.events import Hook
 from weft.hooks.terms import KeyFunction, key_function
+from weft.losses import AugmentedLagrangian
 
 if TYPE_CHECKING:
     from weft.run import Run
@@ -60,6 +61,8 @@ class Resample(Hook):
         self._points: dict[str, Tensor] = {}
 
     def on_fit_start(self, trainer: Any) -> None:
+        if any(isinstance(module, AugmentedLagrangian) for module in trainer.problem.modules()):
+            raise ValueError("Resample: an AugmentedLagrangian has multipliers for each row; new points would get old ones.")
         if trainer.run.is_new:
             self.version, self._points, self._to_put_back = 0, {}, None
 
