@@ -321,7 +321,7 @@ def collocation(rows: int = 100) -> weft.Data:
     generator = torch.Generator().manual_seed(1)
     x, t, start, ends = torch.rand(4, rows, 1, generator=generator)
     data = {"x": 2 * x - 1, "t": t, "start": 2 * start - 1, "ends": torch.sign(2 * ends - 1)}
-    return weft.Data(data, inputs_require_grad=("x", "t"))
+    return weft.Data(data, shuffle=False, inputs_require_grad=("x", "t"))
 
 
 def test_adam_then_lbfgs_ends_ten_times_lower_than_adam_after_as_many_evaluations() -> None:
