@@ -148,6 +148,22 @@ def test_a_pinn_is_evaluated_with_gradients_only_because_it_asks_for_them() -> N
         Trainer(epochs=1, progress=False).fit(problem, weft.Data(train, dev, batch_size=16))
 
 
+def test_what_a_validation_step_logs_is_a_mean_over_the_examples_of_that_evaluation() -> None:
+    formulation = FORMULATIONS["pNLP"]
+    sizes = [12, 4]  # of 16 dev rows in batches of 12
+
+    def validation_step(trainer: Any, batch: Any) -> Any:
+        trainer.log("rows", float(len(batch["p"])))
+        return trainer.problem(batch)
+
+    trainer = Trainer(epochs=2, validation_step=validation_step, progress=False)
+    train, dev, _ = formulation.datasets()
+    result = trainer.fit(formulation.make(), weft.Data(train, dev, batch_size=12))
+    expected = sum(n * n for n in sizes) / 16
+    assert result.history["rows"] == [expected, expected]
+    assert trainer.validate()["rows"] == expected  # also after the fit
+
+
 def test_a_rollout_made_longer_between_two_fits_trains_on() -> None:
     formulation = FORMULATIONS["linear system"]
     problem = formulation.make()

@@ -33,14 +33,18 @@ def evaluating(problem: nn.Module) -> Iterator[None]:
 
 
 def evaluate(run: Run, split: str) -> dict[str, float]:
-    """Means over all examples of `split` as floats. Raises ValueError if nothing was measured."""
+    """Means over all examples of `split` as floats, of what the steps return and log. ValueError if that is nothing."""
     means, forward = Means(), forward_of(run, split)
     with evaluating(run.problem):
-        for batch in run.batches_of(split):
-            means.add(forward(batch)[1], num_examples(batch))
-            run.interruption.check()
+        try:
+            for batch in run.batches_of(split):
+                run.evaluating = (means, num_examples(batch))  # where `log` adds to until the step is over
+                means.add(forward(batch)[1], num_examples(batch))
+                run.interruption.check()
+        finally:
+            run.evaluating = None
     metrics = means.compute(run.reduce)
-    if not metrics and not run.logged:  # a step of the user's may log instead of returning something
+    if not metrics:
         raise ValueError(f"The {split} data gave nothing to report: no batch, or no scalar in what the step returned.")
     return metrics
 

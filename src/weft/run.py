@@ -74,6 +74,7 @@ class Run:
         self._open, self.evaluated = False, dict[str, float]()
         self._closing: dict[str, float] | None = None
         self.monitor: str | None = None
+        self.evaluating: tuple[Means, int] | None = None  # the means of an evaluation and the examples of its batch
         self._warned: set[str] = set()
         # of the step: the batch, the last loss, what a custom update got from the built-in one
         self.batch: Any = None
@@ -419,10 +420,14 @@ class Run:
     def log(self, values: Mapping[str, Any]) -> None:
         """Record scalars. Their means over the epoch go into the history and to the loggers.
 
-        In `on_epoch_end` they become part of the epoch that ends. Raises ValueError for what is no scalar, and
-        RuntimeError after the end.
+        In `on_epoch_end` they become part of the epoch that ends; in a step of an evaluation they are averaged over its
+        examples and part of its metrics. Raises ValueError for what is no scalar, and RuntimeError after the end.
         """
         check_scalars(values)
+        if self.evaluating is not None:
+            means, examples = self.evaluating
+            means.add(values, examples)
+            return
         if self.result is not None:
             raise RuntimeError(f"log: {list(values)} came after the end of the run; log in on_epoch_end at the latest.")
         if self._closing is not None:
