@@ -338,6 +338,16 @@ def test_a_file_of_an_earlier_fit_is_never_replaced() -> None:
         fitted(save_weights=True, weight_name="{epoc}")
 
 
+def test_a_fit_that_finds_nothing_better_still_leaves_the_best_in_a_file() -> None:
+    trainer, problem, _ = fitted(save_weights=True, weight_name="first")
+    best = trainer.get_weights()
+    trainer.optimizer.param_groups[0]["lr"] = 10.0
+    Path("first.ckpt").unlink()
+    trainer.fit(problem, setup_of(PNLP))
+    state = torch.load("first.ckpt", weights_only=True)
+    assert state["epoch"] == 2 and same({k.removeprefix("problem."): v for k, v in state["state_dict"].items()}, best)
+
+
 def test_the_original_reads_our_weights() -> None:
     from lightning.pytorch import LightningModule
     from neuromancer.problem import LitProblem
@@ -651,6 +661,7 @@ def test_a_validation_step_and_a_backward_of_ones_own() -> None:
         optimizer.param_groups[0]["lr"] *= 0.5
     assert same(dict(result.last_weights), dict(raw.state_dict()))
     assert result.history["mine"] == [1.0, 1.0] and result.monitor == "dev_loss"
+    assert trainer.validate() == {"dev_loss": pytest.approx(result.best_metric, rel=1e-6), "mine": 1.0}
     with torch.no_grad():
         (batch,) = PNLP.loaders()[1]
         expected = 3.0 * float(raw.eval()({**batch})["dev_loss"])

@@ -1,12 +1,10 @@
 """NeuroMANCER's `LitTrainer` as its README describes it, on weft.
 
-def data_setup_function(nsim=5000):
-    ...
-    return train_data, dev_data, test_data, batch_size
+    trainer = weft.LitTrainer(epochs=200, patience=20, custom_optimizer=optimizer, weight_name="best")
+    trainer.fit(problem, data_setup_function, nsim=1000)
+    problem.load_state_dict(trainer.get_weights())
 
-trainer = weft.LitTrainer(epochs=200, patience=20, custom_optimizer=optimizer, weight_name="best")
-trainer.fit(problem, data_setup_function, nsim=1000)
-problem.load_state_dict(trainer.get_weights())
+The data setup function returns (train, dev, test, batch_size).
 """
 
 from __future__ import annotations
@@ -287,11 +285,16 @@ class WeightsFile(Hook):
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
+        self._begin()
+
+    def _begin(self) -> None:
         self.written: Path | None = None
+        self.values: dict[str, Any] = {}  # of the epoch whose weights are to be written, for the name
+        self.is_current = True
+        self.started, self.spent = time.perf_counter(), 0.0
 
     def on_fit_start(self, trainer: Any) -> None:
-        self.written, self.values, self.is_current = None, {"epoch": 0, "step": 0}, True
-        self.started, self.spent = time.perf_counter(), 0.0
+        self._begin()
 
     def on_epoch_end(self, trainer: Any, metrics: Mapping[str, float]) -> None:
         run = trainer.run
@@ -301,6 +304,8 @@ class WeightsFile(Hook):
             self.write(trainer)
 
     def on_fit_end(self, trainer: Any, result: Any) -> None:
+        if not self.values and result.best_epoch is not None:  # the best are from before this fit
+            self.values, self.is_current = {"epoch": result.best_epoch, "step": result.steps}, False
         if not self.is_current:
             self.write(trainer)
 
