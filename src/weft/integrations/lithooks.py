@@ -103,6 +103,7 @@ class LightningHooks:
 
     def __init__(self, functions: Mapping[str, Callable[..., Any]]) -> None:
         self.functions = dict(functions)
+        self._want_loader: set[str] = set()
         for name, function in self.functions.items():
             if name not in HOOKS:
                 instead = f"; use {INSTEAD[name]} instead" if name in INSTEAD else suggest(name, HOOKS)
@@ -110,9 +111,12 @@ class LightningHooks:
                 raise TypeError(f"custom_hooks: {name!r} is never called{instead}. {' '.join(right)}".rstrip())
             if not callable(function):
                 raise TypeError(f"custom_hooks: {name!r} is {function!r}; expected a function {signature_of(name)}.")
-            if not takes(function, 1 + len(_required(name))) and not takes(function, 1 + len(HOOKS[name])):
+            takes_all = takes(function, 1 + len(HOOKS[name]))
+            if not takes_all and not takes(function, 1 + len(_required(name))):
                 found = inspect.signature(function)
                 raise TypeError(f"custom_hooks: {name}{found} has the wrong signature; expected {signature_of(name)}.")
+            if takes_all and "dataloader_idx=0" in HOOKS[name]:
+                self._want_loader.add(name)
 
     def __contains__(self, name: str) -> bool:
         return name in self.functions
@@ -125,9 +129,7 @@ class LightningHooks:
         function = self.functions.get(name)
         if function is None:
             return None
-        if len(HOOKS[name]) > len(args) and takes(function, 1 + len(HOOKS[name])):
-            args = (*args, 0)  # dataloader_idx: there is one loader
-        return function(model, *args)
+        return function(model, *args, 0) if name in self._want_loader else function(model, *args)  # there is one loader
 
 
 def _required(name: str) -> list[str]:
