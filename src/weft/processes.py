@@ -84,6 +84,15 @@ class Processes:
             raise error
         return value
 
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over all processes. Every process must call."""
+        if self.world == 1 or not self.together:
+            return value
+        total = value.detach().clone()
+        with self._contact():
+            dist.all_reduce(_real(total))
+        return total / self.world
+
     # ---- weights
 
     @torch.no_grad()

@@ -86,7 +86,7 @@ def restore_run(run: Run, state: dict[str, Any]) -> None:
 
 def restore_carried(run: Run, state: dict[str, Any]) -> None:
     """Go on, in a second fit, with the optimizers and random numbers of a first one that was in other processes."""
-    if not run.trainer.phases or run.continues:
+    if run.continues or not any(p.optimizer is not None or p.scheduler is not None for p in run.phases[1:]):
         _restore_optimizers(run, state)
     checkpoint.set_random_state(state_of_process(state, run.processes.rank)["random"])
 
