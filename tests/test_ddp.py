@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRando
 
 import weft
 from weft.checkpoint import load as load_checkpoint
+from weft.checkpoint import write as write_checkpoint
 from weft.sharding import share
 
 F64 = "64-true"
@@ -448,7 +449,7 @@ def test_two_processes_resume_to_the_same_bits_in_the_middle_of_an_epoch(tmp_pat
 
     state, _ = load_checkpoint(path)
     state["other_processes"][0]["random"] = state["random"]  # the control: the second process draws as the first
-    weft.checkpoint.write(path, state)
+    write_checkpoint(path, state)
     third = run("wrong", copy.deepcopy(start), resume=str(path))
     assert first.history["train_loss"] != third.history["train_loss"]
 

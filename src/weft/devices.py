@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
     from weft.config import TrainerConfig
 
+WATCH = "weft-watch-parent"
+STARTING_SECONDS = 300.0  # python and torch take their time, most of all where many start at once
 _OVERRIDES = ("LT_ACCELERATOR", "LT_STRATEGY", "LT_DEVICES", "LT_NUM_NODES", "LT_PRECISION")
 
 
@@ -59,18 +63,23 @@ def make_fabric(config: TrainerConfig, strategy: Any = None, plugins: Any = None
             f"{error} (Asked for accelerator={config.accelerator!r}, devices={config.devices!r}, strategy={asked!r}, "
             f"num_nodes={config.num_nodes}, precision={config.precision!r}. This machine has {_machine()}.)"
         ) from error
-    if config.timeout is not None and hasattr(fabric._strategy, "_timeout"):
-        fabric._strategy._timeout = timedelta(seconds=config.timeout)  # type: ignore[attr-defined]
+    if config.timeout is not None and hasattr(fabric._strategy, "_timeout"):  # until all processes are there
+        fabric._strategy._timeout = timedelta(seconds=max(config.timeout, STARTING_SECONDS))  # type: ignore[attr-defined]
     return fabric
 
 
-def start_processes(fabric: Fabric) -> None:
-    """Start or join the processes of `fabric`, where a script runs in each of them. Does nothing the second time.
+def start_processes(fabric: Fabric, timeout: float | None) -> None:
+    """Start or join the processes of `fabric`, where a script runs in each of them, unless it has them.
+
+    From here on a process waits for another one for at most `timeout` seconds (None: torch's default, 30 minutes).
 
     Raises TypeError for strategies that run one function in other processes: only `fit` and its like can do that.
     """
     if fabric._launched:
+        _limit_waiting(timeout)
         return
+    from lightning.fabric.plugins.environments import LightningEnvironment
+
     if starts_function(fabric):
         raise TypeError(
             f"strategy={start_method(fabric)!r} runs one function in new processes, so it works with trainer.fit, "
@@ -82,6 +91,35 @@ def start_processes(fabric: Fabric) -> None:
             fabric.launch()
     except ValueError as error:
         raise ValueError(f"{error} (This machine has {_machine()}.)") from error
+    _limit_waiting(timeout)
+    if fabric.local_rank and os.environ.get("LOCAL_RANK") and isinstance(_environment(fabric), LightningEnvironment):
+        _end_after_parent(timeout)
+
+
+def _environment(fabric: Fabric) -> Any:
+    return getattr(fabric._strategy, "cluster_environment", None)
+
+
+def _end_after_parent(timeout: float | None) -> None:
+    """End this process, which the script's first one started, some time after that one ended without it.
+
+    Fabric's first process ends the others when one of them fails; nobody would end a hanging one when the first fails.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        time.sleep(timeout if timeout is not None else 1800.0)
+        os._exit(1)
+
+    if not any(thread.name == WATCH for thread in threading.enumerate()):
+        threading.Thread(target=watch, name=WATCH, daemon=True).start()
+
+
+def _limit_waiting(timeout: float | None) -> None:
+    if timeout is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout))
 
 
 @contextmanager

@@ -110,7 +110,7 @@ class Run:
         """Devices first, then the data: all that evaluation alone needs. `make_data` is called again at a refresh."""
         options = self.trainer.options
         self.fabric = self.trainer.launched or make_fabric(self.config, options["strategy"], options["plugins"])
-        start_processes(self.fabric)
+        start_processes(self.fabric, self.config.timeout)
         self.processes = Processes(self.fabric, lambda: bool(self.interruption.asked))
         self.problem = self.fabric._precision.convert_module(self.problem).to(self.fabric.device)
         self.processes.share_weights(self.problem)
