@@ -21,10 +21,10 @@ FLOORS = (
     ("events",),
     ("terms",),
     ("losses",),
-    ("problem",),
+    ("problem", "sharding"),
     ("data",),
     ("config",),
-    ("metrics", "optimizers", "signals", "devices"),
+    ("metrics", "optimizers", "signals", "devices", "processes"),
     ("steps",),
     ("archive",),
     ("weights",),
@@ -37,6 +37,7 @@ FLOORS = (
     ("compiled",),
     ("phases",),
     ("run",),
+    ("launch",),
     ("trainer",),
     ("integrations",),
     ("plots", "report", "sweeps", "demo"),
@@ -187,7 +188,7 @@ def test_the_core_is_about_4000_lines_of_code() -> None:
     core = {name: path for name, path in known.items() if name not in OPTIONAL_HOOKS}
     imported = {other for name, (at_load, _) in imports_by_module().items() if name in core for other in at_load}
     assert not imported & OPTIONAL_HOOKS
-    assert sum(code_lines(path) for path in [*core.values(), SOURCE / "__init__.py"]) < 4400
+    assert sum(code_lines(path) for path in [*core.values(), SOURCE / "__init__.py"]) < 4800
 
 
 def test_lines_of_code_are_counted_without_comments_and_docstrings(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from weft.sharding import SharedBatches, share, share_of_part, shared_loader, without_empty
 from weft.types import check_count
 
 SPLITS = ("train", "dev", "test", "predict")
@@ -240,7 +241,7 @@ class Batches:
             shuffle = self.shuffle and size < rows  # in one batch of all rows the order is of no consequence
             order = self._order(rows, (epoch, number_of_part, cycle)) if shuffle else None
             last = min(per_cycle, first + self._num_batches - done)
-            yield from self._slices(part, order, range(first, last), epoch)
+            yield from self._slices(part, order, range(first, last), epoch, done)
             done += last - first
 
     def _order(self, rows: int, key: tuple[int, ...]) -> Tensor:
@@ -252,7 +253,9 @@ class Batches:
     def _device(self) -> torch.device:
         return next(iter(next(iter(self.parts.values())).values())).device
 
-    def _slices(self, part: str, order: Tensor | None, batches: range, epoch: int) -> Iterable[dict[str, Any]]:
+    def _slices(
+        self, part: str, order: Tensor | None, batches: range, epoch: int, done: int
+    ) -> Iterable[dict[str, Any]]:
         tensors, size, rows = self.parts[part], self.sizes[part], self.lengths[part]
         keys = list(tensors)
         row_bytes = sum(t.element_size() * t[0].numel() for t in tensors.values())
@@ -263,7 +266,7 @@ class Batches:
             lo, hi = first * size, min(min(first + chunk, batches.stop) * size, rows)
             index = order[lo:hi] if order is not None else torch.arange(lo, hi, device=self._device())
             if self.world > 1:
-                index, local_sizes = self._share(index, size)
+                index, local_sizes = self._share(part, index, size, done + first - batches.start)
             else:
                 local_sizes = size
             if order is None and self.world == 1:
@@ -276,13 +279,22 @@ class Batches:
                     values = [v.detach().requires_grad_() if g else v for v, g in zip(values, grad, strict=True)]
                 yield {**dict(zip(keys, values, strict=True)), **fixed, "index": rows_index}
 
-    def _share(self, index: Tensor, size: int) -> tuple[Tensor, list[int]]:
-        """This process's rows of each global batch: as even as can be, no row twice."""
-        shares = []
-        for rows in index.split(size):
-            n = len(rows)
-            shares.append(rows[n * self.rank // self.world : n * (self.rank + 1) // self.world])
+    def _share(self, part: str, index: Tensor, size: int, number: int) -> tuple[Tensor, list[int]]:
+        """This process's rows of each global batch of a part; the first one of `index` is batch `number` of the epoch."""
+        main, shares = next(iter(self.parts)), []
+        for i, rows in enumerate(index.split(size)):
+            if part == main:
+                mine = share(len(rows), self.rank, self.world)
+            else:
+                mine = share_of_part(len(rows), self._rows_of(main, number + i), self.rank, self.world)
+            shares.append(rows[mine])
         return torch.cat(shares), [len(s) for s in shares]
+
+    def _rows_of(self, part: str, number: int) -> int:
+        """Rows that a part has in (global) batch `number` of an epoch."""
+        rows, size = self.lengths[part], self.sizes[part]
+        in_cycle = number % (rows // size if self.drop_last else -(-rows // size))
+        return min(size, rows - in_cycle * size)
 
 
 CHUNK_BYTES = 4 << 20
@@ -329,6 +341,8 @@ class LoaderBatches:
         batches = iter(self.loader)
         for _ in range(start):
             next(batches)
+        if isinstance(sampler := getattr(self.loader, "batch_sampler", None), SharedBatches):
+            batches = without_empty(batches, sampler, start)
         return (self.to_device(self._named(batch, number)) for batch in batches)
 
     def _named(self, batch: Any, number: int) -> Any:
@@ -396,10 +410,12 @@ def batches_of(
             moved, sizes, split=split, nested=nested, shuffle=training and data.shuffle,
             drop_last=training and data.drop_last, seed=seed, require_grad=data.inputs_require_grad, rank=rank, world=world,
         )  # fmt: skip
-    return _loader_batches(data, source, split, seed, to_device)
+    return _loader_batches(data, source, split, seed, to_device, rank, world)
 
 
-def _loader_batches(data: Data, source: Any, split: str, seed: int, to_device: Callable) -> LoaderBatches:
+def _loader_batches(
+    data: Data, source: Any, split: str, seed: int, to_device: Callable, rank: int, world: int
+) -> LoaderBatches:
     training, sampler = split == "train", None
     if not isinstance(source, DataLoader) and hasattr(source, "__getitem__") and isinstance(source, Dataset):
         size = data.size_of_batch(split)
@@ -416,8 +432,13 @@ def _loader_batches(data: Data, source: Any, split: str, seed: int, to_device: C
         raise TypeError(
             f"The {split} data is {_short(source)}; expected a dataset, a DataLoader or an iterable of batches."
         )
-    if hasattr(source, "__len__") and len(source) == 0:
+    streams = isinstance(source, DataLoader) and isinstance(source.dataset, IterableDataset)  # len() would raise
+    if not streams and hasattr(source, "__len__") and len(source) == 0:
         raise ValueError(f"The {split} data is empty: {_short(source)} yields no batch.")
+    if world > 1:
+        source, sampler = shared_loader(
+            source, split, lambda rows, shuffle: SeededOrder(rows, seed, shuffle), rank, world
+        )
     return LoaderBatches(source, split=split, to_device=to_device, sampler=sampler)
 
 

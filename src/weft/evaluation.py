@@ -34,16 +34,19 @@ def evaluating(problem: nn.Module) -> Iterator[None]:
 
 def evaluate(run: Run, split: str) -> dict[str, float]:
     """Means over all examples of `split` as floats, of what the steps return and log. ValueError if that is nothing."""
-    means, forward = Means(), forward_of(run, split)
+    means, forward, alone = Means(), forward_of(run, split), run.processes.world == 1
+    run.processes.average_buffers(run.problem)
     with evaluating(run.problem):
         try:
             for batch in run.batches_of(split):
-                run.evaluating = (means, num_examples(batch))  # where `log` adds to until the step is over
-                means.add(forward(batch)[1], num_examples(batch))
-                run.interruption.check()
+                if (examples := num_examples(batch)) or alone:  # of several processes one may have no row of a short batch
+                    run.evaluating = (means, examples)  # where `log` adds to until the step is over
+                    means.add(forward(batch)[1], examples)
+                if alone:
+                    run.interruption.check()
         finally:
             run.evaluating = None
-    metrics = means.compute(run.reduce)
+    metrics = means.compute(run.processes.gather)
     if not metrics:
         raise ValueError(f"The {split} data gave nothing to report: no batch, or no scalar in what the step returned.")
     return metrics
@@ -70,10 +73,12 @@ def monitored_metric(run: Run, metrics: Mapping[str, float]) -> str | None:
 
 def predict(run: Run, step: Callable[[Any], Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """What `step` returns for each batch of the predict set, concatenated in order on the CPU, by key."""
-    found: dict[str, list[Tensor]] = {}
-    step = in_precision(run.fabric, step)
+    found: list[dict[str, Tensor]] = []
+    step, alone = in_precision(run.fabric, step), run.processes.world == 1
     with numerics(run.fabric, run.config.deterministic), evaluating(run.problem):
         for batch in run.batches_of("predict"):
-            for key, value in step(batch).items():
-                found.setdefault(key, []).append(value.detach().cpu())
-    return {key: torch.cat(values) for key, values in found.items()}
+            rows = step(batch) if num_examples(batch) or alone else {}
+            found.append({key: value.detach().cpu() for key, value in rows.items() if value.dim()})
+    # of each batch first the rows of process 0, then those of process 1, ...: their order in the data
+    parts = [part for batch in zip(*run.processes.gather(found), strict=True) for part in batch if part]
+    return {key: torch.cat([part[key] for part in parts]) for key in (parts[0] if parts else {})}

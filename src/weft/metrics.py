@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Sums = dict[str, tuple[float, int]]  # by name: the sum over examples, and their number
 FLUSH_AFTER = 256  # scalars that wait on the device before they are added up in one operation
 
 
@@ -35,6 +36,8 @@ class Means:
 
     def add(self, values: Mapping[str, Any], examples: int) -> None:
         """Add one batch of `examples` rows. Tensors are detached here, so no graph outlives its step."""
+        if not examples:  # an empty share of a batch: its means are nan
+            return
         for name, value in values.items():
             if not isinstance(value, Tensor):
                 value = torch.tensor(float(value), dtype=torch.float64)
@@ -52,26 +55,22 @@ class Means:
     def _flush(self) -> None:
         for name, values in self._waiting.items():
             stacked = torch.stack([v.to(values[-1].device) for v in values]).to(_widest(values[-1].device))
-            weights = torch.tensor(self._weights[name], dtype=stacked.dtype, device=stacked.device)
-            # a weight of zero must not turn inf into nan, and a plain sum keeps nan visible
+            weights = torch.tensor(self._weights[name], dtype=stacked.dtype).to(stacked.device, non_blocking=True)
+            # a plain sum keeps nan visible
             total = (stacked * weights).sum()
             self._sums[name] = self._sums[name].to(total.device) + total if name in self._sums else total
             self._counts[name] = self._counts.get(name, 0) + sum(self._weights[name])
         self._waiting, self._weights, self._num_waiting = {}, {}, 0
 
-    def compute(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
-        """The means as floats, by name. `reduce` sums a float64 vector over all processes (every rank must call)."""
+    def compute(self, gather: Callable[[Sums], list[Sums]] = lambda own: [own]) -> dict[str, float]:
+        """The means as floats, by name. `gather` collects the sums of all processes, each of which must call."""
         self._flush()
-        names = sorted(self._sums) if reduce else list(self._sums)
-        if not names:
-            return {}
-        device = self._sums[names[0]].device
-        dtype = _widest(device)
-        sums = torch.stack([self._sums[n].to(device) for n in names])
-        counts = torch.tensor([self._counts[n] for n in names], dtype=dtype, device=device)
-        if reduce:
-            sums, counts = reduce(torch.cat([sums, counts])).split(len(names))
-        return dict(zip(names, (sums / counts).tolist(), strict=True))  # .tolist() is the one sync
+        names = list(self._sums)
+        sums = torch.stack([self._sums[n].to(self._sums[names[0]].device) for n in names]) if names else torch.empty(0)
+        own = {n: (s, self._counts[n]) for n, s in zip(names, sums.tolist(), strict=True)}  # .tolist() is the one sync
+        told = gather(own)
+        parts = {name: [t[name] for t in told if name in t] for name in dict.fromkeys(n for t in told for n in t)}
+        return {name: sum(s for s, _ in part) / sum(n for _, n in part) for name, part in parts.items()}
 
     def clear(self) -> None:
         """Start anew."""

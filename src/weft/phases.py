@@ -18,6 +18,16 @@ Frozen = list[tuple[nn.Parameter, bool]]
 """Parameters that do not train in a phase, and whether they did before."""
 
 
+def begin_phases(run: Run, resumed: bool) -> None:
+    """Begin the phase that this run starts in; a resumed one goes through those before it, up to its own."""
+    if resumed:
+        for number in range(run.progress.phase + 1):
+            run.progress.phase = number
+            begin_phase(run)
+    else:
+        begin_phase(run, anew=not run.continues or not run.optimizers)
+
+
 def begin_phase(run: Run, anew: bool = True) -> None:
     """Put the phase of `run.progress` in force. Without `anew` a run goes on in it: optimizers and weights are there."""
     phase = run.phase

@@ -26,18 +26,19 @@ from torch.optim import Optimizer
 from weft import checkpoint, runs
 from weft.config import CheckpointConfig
 from weft.data import SPLITS, Data, as_data, batches_of, check_finite
-from weft.devices import float_dtype, make_fabric, numerics
+from weft.devices import float_dtype, make_fabric, numerics, start_processes
 from weft.evaluation import evaluate, monitored_metric
 from weft.events import AT_REST, EVENTS, Hook, bind, listeners
 from weft.history import Best, History, Progress
 from weft.metrics import Means, check_scalars, num_examples
 from weft.optimizers import Phase, Scheduled
-from weft.phases import Frozen, begin_phase, unfreeze
+from weft.phases import Frozen, begin_phase, begin_phases, unfreeze
+from weft.processes import Processes
 from weft.result import FitResult
-from weft.resume import restore_run, state_of_run
-from weft.seeding import data_randomness, order_seed, seed_everything
+from weft.resume import restore_carried, restore_run, state_of_run
+from weft.seeding import data_randomness, order_seed, seed_everything, separate
 from weft.signals import Interruption, interactive
-from weft.update import Step, Update, built_in, own_backward, own_step
+from weft.update import Combine, Step, Update, built_in, own_backward, own_step
 
 if TYPE_CHECKING:
     from weft.trainer import Trainer
@@ -62,6 +63,7 @@ class Run:
         self.schedules: dict[str, Scheduled] = previous.schedules if previous else {}
         self.seed = previous.seed if previous else order_seed(self.config.seed)
         self.run_dir: Path | None = previous.run_dir if previous else None
+        self.carried = previous.carried if previous else None  # the state of a run that was in other processes
         self.phases = trainer.phases or [Phase(epochs=max(1, self.config.epochs))]
         self.means, self.logged, self._recent = Means(), Means(), Means()
         self.is_new, self.improved, self.epoch_seconds = previous is None, False, 0.0
@@ -80,13 +82,14 @@ class Run:
         self.batch: Any = None
         self.last_loss: Tensor | None = None
         self.built_in_loss: Tensor | None = None
-        self.in_update, self.has_stepped, self.own_steps = False, False, dict[tuple[str, ...], Step]()
+        self.own_steps = dict[tuple[str, ...], tuple[Step, Combine | None]]()
+        self.in_update = self.has_stepped = False
         self.plain_update: Update | None = None
         self.measured: list[tuple[dict[str, Tensor], int]] | None = None  # of the last step, if a hook sets it to []
         self.random_before_data: dict[str, Any] | None = None
         self.random_before_epoch: dict[str, Any] | None = None
         self.random_to_resume: dict[str, Any] | None = None
-        self.interruption, self._stack = Interruption(), ExitStack()
+        self.interruption, self._stack, self.processes = Interruption(), ExitStack(), Processes()
         self._clock, self._seconds_before = time.perf_counter(), self.progress.seconds
 
     # ---------------------------------------------------------------------------------------------- begin and end
@@ -107,18 +110,24 @@ class Run:
     def prepare(self, make_data: Callable[[], Data], resume: str | None = None) -> Run:
         """Devices first, then the data: all that evaluation alone needs. `make_data` is called again at a refresh."""
         options = self.trainer.options
-        self.fabric = make_fabric(self.config, options["strategy"], options["plugins"])
-        self.fabric.launch()
+        self.fabric = self.trainer.launched or make_fabric(self.config, options["strategy"], options["plugins"])
+        start_processes(self.fabric, self.config.timeout)
+        self.processes = Processes(self.fabric, lambda: bool(self.interruption.asked))
         self.problem = self.fabric._precision.convert_module(self.problem).to(self.fabric.device)
-        self._resumed = self._find(resume) if resume is not None else None
+        self.processes.share_weights(self.problem)
+        self.seed = self.processes.first(lambda: self.seed)
+        self._resumed, found_in = None, None
+        if resume is not None:
+            self._resumed, found_in = self.processes.first(partial(runs.state_to_resume, self.config, resume))
         if self._resumed is not None:
+            self.run_dir = found_in or self.run_dir
             self.seed = self._resumed["seed"]
             self.progress.load_state_dict(self._resumed["progress"])
         else:
             planned = sum(phase.epochs for phase in self.trainer.phases) or self.config.epochs
             epochs = min(1, planned) if self.config.fast_dev_run else planned
             self.progress.begin_fit(epochs, self.config.max_steps)
-        self._given_data = make_data
+        self.given_data = make_data
         self._refresh_data(None if self._resumed is None else self._resumed["random_before_data"])
         return self
 
@@ -128,19 +137,10 @@ class Run:
             checkpoint.set_random_state(random)
         self.random_before_data, self.progress.data_epoch = checkpoint.random_state(), self.progress.epoch
         of_phases = [phase.data for phase in self.phases[: self.progress.phase + 1] if phase.data is not None]
-        make = partial(as_data, of_phases[-1]) if of_phases else self._given_data
-        with data_randomness(self.config.seed, self.fabric.world_size, index=self.progress.refreshes):
+        make = partial(as_data, of_phases[-1]) if of_phases else self.given_data
+        seed = self.config.seed if self.processes.world == 1 else self.seed
+        with data_randomness(seed, index=self.progress.refreshes):
             self.use_data(make())
-
-    def _find(self, resume: str) -> dict[str, Any] | None:
-        """The state to go on from, and the folder of its run; None with "auto" where there is none yet."""
-        folder = runs.folder_to_resume(self.config, resume)
-        if folder is None and resume == "auto":
-            return None
-        place, which = (folder, resume if resume == "best" else "last") if folder else (Path(resume), "last")
-        state, path = checkpoint.load(place, which)
-        self.run_dir = path.parent.parent if path.parent.name == "checkpoints" else None
-        return state
 
     def use_data(self, data: Data) -> None:
         """Train, evaluate and predict with `data` from here on."""
@@ -159,7 +159,10 @@ class Run:
             raise ValueError("fit: there is no training data (train=None).")
         if self.config.seed is not None and self.is_new:
             seed_everything(self.config.seed)
-        self.run_dir = self.run_dir or runs.new_folder(self.config, self.trainer.options)
+        if self.is_new:
+            separate(self.seed, self.processes.rank)
+        new_folder = partial(runs.new_folder, self.config, self.trainer.options)
+        self.run_dir = self.run_dir or self.processes.first(new_folder)
         self._stack.enter_context(numerics(self.fabric, self.config.deterministic))
         self._stack.enter_context(self.interruption.caught())
         self.continues, self.progress.interrupted = self._resumed is not None or self.progress.interrupted, False
@@ -169,24 +172,17 @@ class Run:
             self.hooks = listeners([*of_problem, *self.trainer.hooks, *self.trainer.default_hooks(self)])
             self._bound = {event: bind(self.hooks, event) for event in (*EVENTS, AT_REST)}
             self.problem.train()
-            self._begin_phases()
+            begin_phases(self, resumed=self._resumed is not None)
             self._call("on_fit_start")
             if self._resumed is not None:
                 restore_run(self, self._resumed)
-                self._resumed = None
+            elif self.carried is not None:
+                restore_carried(self, self.carried)
+            self._resumed = self.carried = None
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
         return self
-
-    def _begin_phases(self) -> None:
-        """Begin the phase that this run starts in; a resumed one goes through those before it, up to its own."""
-        if self._resumed is not None:
-            for number in range(self.progress.phase + 1):
-                self.progress.phase = number
-                begin_phase(self)
-        else:
-            begin_phase(self, anew=not self.continues or not self.optimizers)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -205,6 +201,7 @@ class Run:
 
     def _finish(self, error: BaseException | None) -> None:
         """Put the best weights back, make the result, call the last hooks. Called always, exactly once."""
+        self.processes.together = error is None
         progress, interrupted = self.progress, isinstance(error, KeyboardInterrupt)
         progress.interrupted, progress.batch, self._open = interrupted, 0, False
         progress.seconds = self.seconds
@@ -237,7 +234,7 @@ class Run:
         """End this phase after the epoch: the next one begins, or training stops if it was the last."""
         self.progress.phase_ended = True
         if self.progress.phase + 1 == len(self.phases):
-            self.stop(reason)
+            self.decide_to_stop(reason)
 
     # ---------------------------------------------------------------------------------------------- the loop's pieces
 
@@ -248,10 +245,11 @@ class Run:
 
     def _begin_epoch(self) -> bool:
         self._close_epoch()
-        self.interruption.check()
+        if self.processes.world == 1:
+            self.interruption.check()
         progress = self.progress
         if progress.last_step is not None and progress.step >= progress.last_step:
-            self.stop("max_steps")
+            self.decide_to_stop("max_steps")
         if self.stop_reason or progress.epoch >= progress.last_epoch:
             return False
         if progress.phase_ended or (progress.phase_epoch >= self.phase.epochs and len(self.phases) > 1):
@@ -312,13 +310,19 @@ class Run:
             limit = max(1, int(limit * len(source)))
         return islice(batches, None if limit is None else max(0, limit - start))
 
-    def _rest(self) -> None:
+    def _rest(self, epoch_over: bool = False) -> None:
         """The state is whole, between steps or epochs: it may be saved, and an interruption takes effect here."""
+        processes = self.processes
+        agreed = processes.world == 1 or ((processes.called() or epoch_over) and processes.agree(self.interruption))
+        self.stop_reason = self.stop_reason or processes.granted.pop("stop", None)
         for call in self._bound[AT_REST]:
             call(self.trainer)
-        self.interruption.check()
-        if self.config.max_time is not None and self.seconds - self._seconds_before >= (self.config.max_seconds or 0.0):
-            self.stop("max_time")
+        if agreed:
+            self.interruption.check()
+        if self.config.max_time is not None:
+            seconds = self.seconds - self._seconds_before
+            if processes.due("max_time", seconds >= (self.config.max_seconds or 0.0)):
+                self.decide_to_stop("max_time")
 
     def evaluate(self, split: str = "dev") -> dict[str, float]:
         """Means over all examples of `split` as floats, which also become part of the open epoch's metrics.
@@ -348,7 +352,7 @@ class Run:
         if not self._open:
             return
         self._open, progress = False, self.progress
-        metrics = {**self.means.compute(self.reduce), **self.logged.compute(self.reduce), **self.evaluated}
+        metrics = {**self.means.compute(self.processes.gather), **self.logged.compute(self.processes.gather), **self.evaluated}
         self.means.clear()
         self.logged.clear()
         self.history.append(metrics)
@@ -366,7 +370,7 @@ class Run:
         finally:  # its training is through, whatever a hook raised
             self._closing = None
             progress.epoch, progress.phase_epoch, progress.batch = progress.epoch + 1, progress.phase_epoch + 1, 0
-        self._rest()
+        self._rest(epoch_over=True)
 
     # ---------------------------------------------------------------------------------------------- a step's tools
 
@@ -404,7 +408,7 @@ class Run:
         for call in self._bound["on_step_end"]:
             call(self.trainer, batch, loss)
         if progress.step == progress.last_step:
-            self.stop("max_steps")
+            self.decide_to_stop("max_steps")
 
     def default_update(self, batch: Any) -> Tensor:
         """The built-in update; inside a `Trainer.update` that calls `super().update(batch)`, without its frame."""
@@ -438,7 +442,17 @@ class Run:
             self.logged.add(values, 1)
 
     def stop(self, reason: str = "stopped") -> None:
-        """End training after the current step. The first reason given is the one reported."""
+        """End training after the current step (of several processes after the next, where all stop together).
+
+        The first reason given is the one reported.
+        """
+        if self.processes.world > 1:
+            self.processes.wishes.setdefault("stop", reason)
+        else:
+            self.decide_to_stop(reason)
+
+    def decide_to_stop(self, reason: str) -> None:
+        """End training after the current step; every process must come to this decision by itself."""
         self.stop_reason = self.stop_reason or reason
 
     def listeners(self, event: str) -> list[Callable[..., Any]]:
@@ -450,8 +464,8 @@ class Run:
             call(self.trainer, *args)
 
     def warn_once(self, message: str) -> None:
-        """Warn; the same message only once per run."""
-        if message not in self._warned:
+        """Warn; the same message only once per run, and in the first process only."""
+        if message not in self._warned and self.is_global_zero:
             self._warned.add(message)
             warnings.warn(message, stacklevel=3)
 
@@ -463,18 +477,11 @@ class Run:
     @property
     def is_global_zero(self) -> bool:
         """Whether this process writes files and lines: the first of all."""
-        return self.fabric.is_global_zero
-
-    @property
-    def reduce(self) -> Callable[[Tensor], Tensor] | None:
-        """What sums a tensor over all processes; None in a single one."""
-        if self.fabric.world_size == 1:
-            return None
-        return lambda tensor: self.fabric.all_reduce(tensor, reduce_op="sum")  # type: ignore[return-value]
+        return self.processes.rank == 0
 
     def step_metrics(self) -> dict[str, float]:
         """Means of the step values since the last call, as floats (with `log_every`; this reads the device)."""
-        metrics = self._recent.compute()
+        metrics = self._recent.compute(self.processes.gather)
         self._recent.clear()
         return metrics
 
@@ -487,9 +494,8 @@ class Run:
         if self.run_dir is None:
             raise RuntimeError("save: this run has no folder; give the trainer root_dir or checkpoint=True.")
         keep = (self.config.checkpointing or CheckpointConfig()).keep
-        return checkpoint.save(
-            self.run_dir / "checkpoints", self.progress.step, self.state_dict(), keep=keep, best=self.improved
-        )
+        write = partial(checkpoint.save, self.run_dir / "checkpoints", self.progress.step, self.state_dict())
+        return self.processes.first(partial(write, keep=keep, best=self.improved))
 
 
 def _lists(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:

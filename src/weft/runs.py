@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from weft import checkpoint
 from weft.config import TrainerConfig
 
 
@@ -24,6 +25,19 @@ def new_folder(config: TrainerConfig, options: dict[str, Any]) -> Path | None:
         folder = folder.with_name(f"{folder.name.split('-run')[0]}-run{number}")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def state_to_resume(config: TrainerConfig, resume: str) -> tuple[dict[str, Any] | None, Path | None]:
+    """The state to go on from, and the folder of its run; twice None with "auto" where there is none yet.
+
+    `resume`: "auto", "last", "best" or the path of a checkpoint. Raises CheckpointError if it cannot be loaded.
+    """
+    folder = folder_to_resume(config, resume)
+    if folder is None and resume == "auto":
+        return None, None
+    place, which = (folder, resume if resume == "best" else "last") if folder else (Path(resume), "last")
+    state, path = checkpoint.load(place, which)
+    return state, path.parent.parent if path.parent.name == "checkpoints" else None
 
 
 def folder_to_resume(config: TrainerConfig, resume: str) -> Path | None:

@@ -24,18 +24,24 @@ def order_seed(seed: int | None) -> int:
     return (torch.initial_seed() if seed is None else seed) % 2**63
 
 
+def separate(seed: int, rank: int) -> None:
+    """Give every process but the first random numbers of its own, so that each draws other points, masks and noise."""
+    if rank:
+        seed_everything(int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+
 @contextmanager
-def data_randomness(seed: int | None, world_size: int, index: int) -> Iterator[None]:
+def data_randomness(seed: int | None, index: int) -> Iterator[None]:
     """The random state in which a data setup function runs.
 
-    In one process without a seed: the user's own, as it is. Otherwise that of `seed + index` (the number of the
+    Without a seed (in one process only): the user's own, as it is. Otherwise that of `seed + index` (the number of the
     refresh), alike in every process, and the state before is restored.
     """
-    if seed is None and world_size == 1:
+    if seed is None:
         yield
         return
     before = random_state()
-    seed_everything(order_seed(seed) + index)
+    seed_everything(seed + index)
     try:
         yield
     finally:

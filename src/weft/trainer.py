@@ -23,6 +23,7 @@ from weft.devices import numerics
 from weft.evaluation import predict
 from weft.events import as_hooks
 from weft.hooks import hooks_from
+from weft.launch import call, fabric_for_calls
 from weft.optimizers import Phase, default_optimizer
 from weft.problem import forward_nodes
 from weft.result import FitResult
@@ -80,6 +81,7 @@ class Trainer:
                 setattr(self, name, partial(step, self))
         self.state: dict[str, Any] = {}
         self.run: Run | None = None
+        self.launched: Any = None  # the Fabric of a process that was started for this fit alone
 
     def __repr__(self) -> str:
         default = TrainerConfig()
@@ -100,6 +102,10 @@ class Trainer:
         trains on; another problem starts anew. `resume`: "auto", "last", "best" or a checkpoint's path.
         """
         given = {"datamodule": datamodule, "train_dataloaders": train_dataloaders, "val_dataloaders": val_dataloaders}
+        if (fabric := fabric_for_calls(self)) is not None:  # ddp_spawn, ddp_fork, ddp_notebook
+            result = call(self, fabric, "fit", problem, problem, data, dev, resume=resume, **given, **setup_kwargs)
+            self._running.given_data = _make_data(data, dev, **given, setup_kwargs=setup_kwargs)
+            return result
         with self.start(problem, data, dev, resume=resume, **given, **setup_kwargs) as run:
             for _ in run.epochs():
                 for batch in run.batches("train"):
@@ -116,15 +122,13 @@ class Trainer:
         """A run for a loop of your own (`with trainer.start(...) as run:`); the arguments are those of `fit`."""
         if not isinstance(problem, nn.Module):
             raise TypeError(f"fit: the problem is {type(problem).__name__} {problem!r}; expected a torch.nn.Module.")
-        if datamodule is not None:
-            raise TypeError("fit: `datamodule` belongs to a LightningModule; pass `data` here.")
-        data = _either("data", data, "train_dataloaders", train_dataloaders)
-        dev = _either("dev", dev, "val_dataloaders", val_dataloaders)
+        given = {"datamodule": datamodule, "train_dataloaders": train_dataloaders, "val_dataloaders": val_dataloaders}
+        make_data = _make_data(data, dev, **given, setup_kwargs=setup_kwargs)
         previous = self.run if self.run is not None and self.run.is_of(problem) else None
         if previous is None:
             self.run = None
         run = Run(self, problem, previous)
-        run.prepare(partial(as_data, data, dev, setup_kwargs), resume if resume is not None else self.config.resume)
+        run.prepare(make_data, resume if resume is not None else self.config.resume)
         self.run = run
         return run
 
@@ -251,13 +255,16 @@ class Trainer:
 
         Inputs and losses are left out, and targets may be missing from the data.
         """
-        with self._evaluating(problem, "predict", data, setup_kwargs) as run:
-            return predict(run, self.step_function("predict", run.problem))
+        return self._evaluate("predict", problem, data, setup_kwargs)
 
-    def _evaluate(self, split: str, problem: nn.Module | None, data: Any, setup_kwargs: Any) -> dict[str, float]:
+    def _evaluate(self, split: str, problem: nn.Module | None, data: Any, setup_kwargs: Any) -> dict[str, Any]:
+        if (fabric := fabric_for_calls(self)) is not None:
+            return call(self, fabric, "_evaluate", problem or self.problem, split, problem, data, setup_kwargs)
         with self._evaluating(problem, split, data, setup_kwargs) as run:
             if not run.has(split):
                 raise ValueError(f"{split}: there is no {split} data; pass some.")
+            if split == "predict":
+                return predict(run, self.step_function("predict", run.problem))
             return run.evaluate(split)
 
     @contextmanager
@@ -266,6 +273,8 @@ class Trainer:
     ) -> Iterator[Run]:
         """The run to evaluate in: that of the last fit, or one for this problem or data, which is gone afterwards."""
         run, last = self.run, self.run
+        if last is not None and last.carried is not None:  # the fit was in other processes: its data is made again
+            run = last = Run(self, last.problem, last).prepare(last.given_data)
         if problem is None:
             problem = self._running.problem
         if data is not None or setup_kwargs:
@@ -304,6 +313,16 @@ def _either(name: str, value: Any, other: str, alias: Any) -> Any:
     if value is not None and alias is not None:
         raise TypeError(f"fit: {name} and {other} are the same; give one of them.")
     return value if alias is None else alias
+
+
+def _make_data(
+    data: Any, dev: Any, *, datamodule: Any, train_dataloaders: Any, val_dataloaders: Any, setup_kwargs: dict[str, Any]
+) -> Callable[[], Data]:
+    """A function that makes the `Data` of the arguments of `fit`."""
+    if datamodule is not None:
+        raise TypeError("fit: `datamodule` belongs to a LightningModule; pass `data` here.")
+    data = _either("data", data, "train_dataloaders", train_dataloaders)
+    return partial(as_data, data, _either("dev", dev, "val_dataloaders", val_dataloaders), setup_kwargs)
 
 
 def _phases(phases: Any, plain: Mapping[str, Any]) -> list[Phase]:

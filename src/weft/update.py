@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from weft.run import Run
 
 Update = Callable[[Any], Tensor]
+Combine = Callable[[Tensor | None, int], Tensor | None]
 Step = Callable[[Tensor | None, Sequence[tuple[Mapping[str, Any], int]]], bool]
 """(Loss, scalars read with their examples) -> whether the optimizers stepped."""
 
@@ -49,7 +50,7 @@ def built_in(run: Run, begin: Callable[[Any], None], end: Callable[[Any, Tensor]
 
 def _single(run: Run, begin: Callable, end: Callable) -> Update:
     forward, backward = forward_of(run, "train"), run.fabric.backward
-    parts_of, step = _parts(run), make_step(run, list(run.optimizers.values()))
+    parts_of, step, combine = _parts(run), make_step(run, list(run.optimizers.values())), combiner(run)
 
     def update(batch: Any) -> Tensor:
         begin(batch)
@@ -61,7 +62,9 @@ def _single(run: Run, begin: Callable, end: Callable) -> Update:
             backward(loss)
             losses.append(loss.detach())
             read.append((scalars, examples))
-        loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        loss = losses[0] if len(losses) == 1 else _sum(run, losses)
+        if combine is not None:
+            loss = combine(loss, _num_read(read))
         if step(loss, read):
             record(run, read)
         end(batch, loss)
@@ -82,7 +85,7 @@ def _several(run: Run, begin: Callable, end: Callable) -> Update:
             "Give each optimizer its own, or write the steps out in `update` (with self.backward and self.step)."
         )
     forward, backward = forward_of(run, "train"), run.fabric.backward
-    parts_of, step = _parts(run), make_step(run, list(run.optimizers.values()))
+    parts_of, step, combine = _parts(run), make_step(run, list(run.optimizers.values())), combiner(run)
     parameters = {name: [p for p in parameters_of(o) if p.requires_grad] for name, o in run.optimizers.items()}
 
     def update(batch: Any) -> Tensor:
@@ -96,7 +99,9 @@ def _several(run: Run, begin: Callable, end: Callable) -> Update:
                 inputs = parameters[name] if name is not None else None
                 backward(loss * share if share != 1.0 else loss, inputs=inputs, retain_graph=number < len(named))
                 losses.append(loss.detach() * share)
-        loss = torch.stack(losses).sum()
+        loss = _sum(run, losses)
+        if combine is not None:
+            loss = combine(loss, _num_read(read))
         if step(loss, read):
             record(run, read)
         end(batch, loss)
@@ -106,17 +111,35 @@ def _several(run: Run, begin: Callable, end: Callable) -> Update:
 
 
 def _parts(run: Run) -> Callable[[Any], list[tuple[Any, int, float]]]:
-    """A function of what `run.batches` yields: its batches, each with its number of examples and its share of all."""
+    """A function of what `run.batches` yields: its batches, each with its number of examples and its share of all.
+
+    Of several processes one may have no row of a short batch; such a batch is left out.
+    """
+    least = 1 if run.processes.world > 1 else 0
 
     def one(batch: Any) -> list[tuple[Any, int, float]]:
-        return [(batch, num_examples(batch), 1.0)]
+        return [(batch, n, 1.0)] if (n := num_examples(batch)) >= least else []
 
     def several(batches: Any) -> list[tuple[Any, int, float]]:
         examples = [num_examples(batch) for batch in batches]
         total = max(1, sum(examples))
-        return [(batch, n, n / total) for batch, n in zip(batches, examples, strict=True)]
+        return [(batch, n, n / total) for batch, n in zip(batches, examples, strict=True) if n >= least]
 
     return several if run.config.accumulate > 1 else one
+
+
+def _sum(run: Run, losses: Sequence[Tensor]) -> Tensor:
+    return torch.stack(losses).sum() if losses else torch.zeros((), device=run.fabric.device)
+
+
+def _num_read(read: Sequence[tuple[Any, int]]) -> int:
+    return sum(examples for _, examples in read)
+
+
+def combiner(run: Run, names: Sequence[str] | None = None) -> Combine | None:
+    """What makes the gradients of the named optimizers (or all) those of the global batch; None in a single process."""
+    params = [p for name in names or run.optimizers for p in parameters_of(run.optimizers[name])]
+    return run.processes.combiner(list(dict.fromkeys(params)))
 
 
 def _with_closure(run: Run, begin: Callable, end: Callable) -> Update:
@@ -128,6 +151,7 @@ def _with_closure(run: Run, begin: Callable, end: Callable) -> Update:
     optimizer = _only_closure_optimizer(run)
     forward, backward = forward_of(run, "train"), run.fabric.backward
     parts_of, params, before_step = _parts(run), parameters_of(optimizer), run.listeners("on_before_optimizer_step")
+    combine = combiner(run)
 
     def update(batch: Any) -> Tensor:
         begin(batch)
@@ -143,12 +167,12 @@ def _with_closure(run: Run, begin: Callable, end: Callable) -> Update:
                 backward(loss * share if share != 1.0 else loss)
                 losses.append(loss.detach() * share)
                 read.append(({k: _detached(v) for k, v in scalars.items()}, examples))
+            total = _sum(run, losses)
+            if combine is not None:  # all processes must see one number, or their searches part ways
+                total = combine(total, _num_read(read))
             if not report.evaluations:
                 for call in before_step:
                     call(run.trainer, optimizer)
-            total = torch.stack(losses).sum()
-            if run.reduce is not None:  # all ranks must see one number, or their searches part ways
-                total = run.reduce(total) / run.fabric.world_size
             report.add(total)
             evaluated.append((_copies(params), total, read))
             del evaluated[:-MAX_KEPT]
@@ -272,8 +296,12 @@ def own_step(run: Run, optimizer: Optimizer | str | None) -> bool:
     if not names:
         raise ValueError(f"{optimizer!r} is none of this run's optimizers: {list(run.optimizers)}.")
     if (key := tuple(names)) not in run.own_steps:
-        run.own_steps[key] = make_step(run, [run.optimizers[name] for name in names])
-    done, run.has_stepped = run.own_steps[key](run.last_loss, ()), True
+        run.own_steps[key] = make_step(run, [run.optimizers[name] for name in names]), combiner(run, names)
+    step, combine = run.own_steps[key]
+    if combine is not None:
+        examples = sum(map(num_examples, run.batch)) if isinstance(run.batch, list) else num_examples(run.batch)
+        run.last_loss = combine(run.last_loss, examples)
+    done, run.has_stepped = step(run.last_loss, ()), True
     if not run.in_update and names[0] == next(iter(run.optimizers)):
         run.end_step(run.batch, run.last_loss)
     return done
@@ -377,13 +405,16 @@ def not_finite(run: Run, loss: Tensor | None, read: Sequence) -> None:
     progress, policy = run.progress, run.config.on_nonfinite
     values = [(name, _as_float(value)) for scalars, _ in read for name, value in scalars.items()]
     values.append(("the loss", 0.0 if loss is None else loss.item()))
-    what = next((f"{name} is {value}" for name, value in values if not math.isfinite(value)), "a gradient is not finite")
-    message = f"{what} in step {progress.step} (epoch {progress.epoch}, rank {run.fabric.global_rank})"
+    here = next((f"{name} is {value}" for name, value in values[:-1] if not math.isfinite(value)), None)
+    told = run.processes.gather(here)  # all processes are here: they check the same sums
+    rank, what = next(((rank, what) for rank, what in enumerate(told) if what), (0, None))
+    what = what or ("a gradient is not finite" if math.isfinite(values[-1][1]) else f"the loss is {values[-1][1]}")
+    message = f"{what} in step {progress.step} (epoch {progress.epoch}, rank {rank})"
     if policy == "raise":
         raise FloatingPointError(f"{message}; the weights are as they were. on_nonfinite='skip' or 'stop' goes on.")
     if policy == "stop":
         run.warn_once(f"{message}; training stops (on_nonfinite='stop').")
-        run.stop("nonfinite")
+        run.decide_to_stop("nonfinite")
         return
     progress.skipped += 1
     progress.skipped_total += 1

@@ -27,7 +27,7 @@ class Checkpointing(Hook):
         due = (
             (config.every_n_steps and step != self.step and step % config.every_n_steps == 0)
             or (config.epochs and closed and epoch % config.epochs == 0)
-            or (config.every_n_seconds and time.monotonic() - self.saved_at >= config.every_n_seconds)
+            or run.processes.due("save", bool(config.every_n_seconds and time.monotonic() - self.saved_at >= config.every_n_seconds))
             or (config.best and closed and run.improved)
         )
         self.step, self.epoch = step, epoch

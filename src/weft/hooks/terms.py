@@ -124,4 +124,4 @@ def _contributions(scalars: Mapping[str, Any], names: Sequence[str]) -> list[Ten
 
 def over_processes(run: Run, value: Tensor) -> Tensor:
     """The mean of a tensor over all processes, so that each of them sets the same weights."""
-    return value if run.reduce is None else run.reduce(value) / run.fabric.world_size
+    return run.processes.mean(value)
