@@ -174,6 +174,7 @@ def test_get_weights_before_a_fit_says_so() -> None:
 @pytest.mark.parametrize("logger", [None, False])
 def test_without_weights_and_logger_nothing_is_written(logger: Any) -> None:
     fitted(logger=logger)
+    fitted(logger=True, save_weights=True, fast_dev_run=True)
     assert list(Path().iterdir()) == []
 
 
@@ -346,6 +347,21 @@ def test_a_fit_that_finds_nothing_better_still_leaves_the_best_in_a_file() -> No
     trainer.fit(problem, setup_of(PNLP))
     state = torch.load("first.ckpt", weights_only=True)
     assert state["epoch"] == 2 and same({k.removeprefix("problem."): v for k, v in state["state_dict"].items()}, best)
+
+
+def test_a_resumed_run_writes_its_best() -> None:
+    options = {"epochs": 4, "checkpoint": True, "root_dir": "runs", "run_name": "one", "save_weights": True, "seed": 0}
+
+    def stop(self: Any) -> None:
+        if self.current_epoch == 1:
+            self.trainer.should_stop = True
+
+    first, *_ = fitted(**options, custom_hooks={"on_train_epoch_end": stop})
+    assert first.weights_file == Path("epoch=1-step=6.ckpt")
+    trainer = weft.LitTrainer(**options, progress=False)
+    result = trainer.fit(PNLP.make(), setup_of(PNLP), resume="last")
+    assert (result.epochs, result.best_epoch) == (4, 3) and trainer.weights_file == Path("epoch=3-step=12.ckpt")
+    assert same(dict(weft.load_weights(PNLP.make(), "epoch=3-step=12.ckpt").state_dict()), trainer.get_weights())
 
 
 def test_the_original_reads_our_weights() -> None:

@@ -101,6 +101,7 @@ class LitTrainer(Trainer):
                 raise ValueError("accumulate > 1 needs the trainer's own backward; accumulate in your step instead.")
             self.update = self._update
         self._weights = WeightsFile(Path(weight_path), weight_name or "{epoch}-{step}") if save_weights else None
+        self.hooks += [*([self._weights] if self._weights is not None else []), Bridge(self)]
 
     # ------------------------------------------------------------------------------------------------------------ fit
 
@@ -135,19 +136,16 @@ class LitTrainer(Trainer):
         self._call("setup", "fit")
         self._call("configure_model")
         named = {k: options.pop(k) for k in ("datamodule", "resume") if k in options}
-        data = options.pop("train_dataloaders", data)
-        dev = options.pop("val_dataloaders", dev)
-        return super().start(problem, lambda: self._adjusted(as_data(data, dev, options)), **named)
+        given = {"data": data, "dev": dev}
+        for ours, theirs in (("data", "train_dataloaders"), ("dev", "val_dataloaders")):
+            if (loader := options.pop(theirs, None)) is not None:
+                given[ours] = loader
+        return super().start(problem, lambda: self._adjusted(as_data(**given, setup_kwargs=options)), **named)
 
     def _adjusted(self, data: Data) -> Data:
         if self._batch_size is not None:
             data = replace(data, batch_size=self._batch_size)
         return data if self.shuffle is None else replace(data, shuffle=self.shuffle)
-
-    def default_hooks(self, run: Run) -> list[Any]:
-        """Those of `weft.Trainer`, Lightning's names, and the weights file."""
-        weights = [self._weights] if self._weights is not None and not self.config.fast_dev_run else []
-        return [*weights, Bridge(self), *super().default_hooks(run)]
 
     def configure_optimizers(self) -> Any:
         """What the hook `configure_optimizers` returns, or the optimizer that was given."""
@@ -303,6 +301,14 @@ class WeightsFile(Hook):
         if run.improved and self.spent <= 0.1 * (time.perf_counter() - self.started):
             self.write(trainer)
 
+    def state_dict(self) -> dict[str, Any]:
+        written = None if self.written is None else str(self.written)
+        return {"written": written, "values": dict(self.values), "is_current": self.is_current}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self.written = None if state_dict["written"] is None else Path(state_dict["written"])
+        self.values, self.is_current = dict(state_dict["values"]), state_dict["is_current"]
+
     def on_fit_end(self, trainer: Any, result: Any) -> None:
         if not self.values and result.best_epoch is not None:  # the best are from before this fit
             self.values, self.is_current = {"epoch": result.best_epoch, "step": result.steps}, False
@@ -312,7 +318,7 @@ class WeightsFile(Hook):
     def write(self, trainer: Any) -> None:
         """Write the weights that the name tells of, and remove the file before."""
         run, began = trainer.run, time.perf_counter()
-        if not run.is_global_zero:
+        if not run.is_global_zero or run.config.fast_dev_run:
             return
         weights = run.best.weights.state_dict() if run.best.weights is not None else state_of(run.problem)
         state = {
