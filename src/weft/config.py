@@ -190,6 +190,7 @@ _AT_LEAST = {
     "epochs": 0, "min_epochs": 0, "max_steps": 0, "patience": 1, "min_delta": 0, "warmup": 0, "accumulate": 1,
     "validate_every": 1, "num_nodes": 1, "seed": 0, "log_every": 1, "fast_dev_run": 0,
     "every_n_steps": 1, "every_n_epochs": 1, "keep": 2, "batch_size": 1, "num_workers": 0, "refresh_every": 1,
+    "trials": 1, "workers": 1, "max_failures": 0,
 }  # fmt: skip
 _POSITIVE = {"max_time", "clip", "timeout", "every_n_seconds"}
 _WORDS = {

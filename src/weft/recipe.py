@@ -107,7 +107,7 @@ def _import(checked: Checked, thing: Named, wrong: list[str]) -> None:
         at = f" ({where})" if (where := users_line(error)) else ""
         wrong.append(f"{thing.key}={name!r}: {error}{at}")
         return
-    except Exception as error:  # noqa: BLE001: whatever the user's module raises
+    except Exception as error:  # noqa: BLE001 - whatever the user's module raises
         line = f"{Path(error.filename or '?').name}, line {error.lineno}" if isinstance(error, SyntaxError) else users_line(error)
         text = error.msg if isinstance(error, SyntaxError) else error
         wrong.append(f"{thing.key}={name!r}: importing it raised {type(error).__name__}: {text}{f' ({line})' if line else ''}")

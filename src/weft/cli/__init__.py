@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BrokenPipeError:  # `weft runs | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return OK
-        except Exception as error:  # noqa: BLE001: whatever it is, it is told in one line
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is told in one line
             return _failed(error, "--debug" in words)
 
 

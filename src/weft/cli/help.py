@@ -86,7 +86,7 @@ def _named_groups(call: Call) -> list[tuple[str, list[tuple[str, str]]]]:
         try:
             target = references.load(thing.spec["class_path"], thing.section)
             found = parameters(target, recipe.PARTIAL.get(thing.section, 0)) if callable(target) else []
-        except Exception as error:  # noqa: BLE001: importing runs the user's code
+        except Exception as error:  # noqa: BLE001 - importing runs the user's code
             groups.append((f"{thing.key} {thing.spec['class_path']}", [(f"--{thing.key}", f"cannot be imported: {error}")]))
             continue
         groups.append((f"{thing.key} {thing.spec['class_path']}", [_option(thing.key, p) for p in found]))
@@ -105,7 +105,7 @@ def completions(line: str, point: str | None = None) -> list[str]:
     try:
         call = parse(typed[0], COMMANDS[typed[0]], typed[1:])
         names = [name for _, options in option_groups(call) for name, _ in options]
-    except Exception:  # noqa: BLE001: half a command line may be anything
+    except Exception:  # noqa: BLE001 - half a command line may be anything
         names = []
     command = COMMANDS[typed[0]]
     names += [f"--{name}" for name in (*command.own, *FLAGS, *(("config", *SHORT) if command.takes_config else ()))]

@@ -51,7 +51,7 @@ class RunFolder(Hook):
 
         try:
             report.write(run.run_dir)
-        except Exception as error:  # noqa: BLE001: the result matters more than its picture
+        except Exception as error:  # noqa: BLE001 - the result matters more than its picture
             warnings.warn(f"No report.html was written to {run.run_dir}: {error!r}", stacklevel=2)
 
 
