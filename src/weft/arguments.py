@@ -98,7 +98,8 @@ def converted(
         parameter = by_name.get(argument)
         if parameter is None and not takes_more:
             hint = suggest(str(argument), by_name) or (f"; it has {', '.join(by_name)}" if by_name else "; it has none")
-            wrong.append(f"{key}.{argument}={str(value) if isinstance(value, Text) else value!r}: {name} has no such parameter{hint}")
+            shown = _parsed(value) if isinstance(value, Text) else value
+            wrong.append(f"{key}.{argument}={shown!r}: {name} has no such parameter{hint}")
             continue
         hint = parameter.hint if parameter is not None else Any
         plain[argument] = _plain(value, hint)

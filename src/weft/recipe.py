@@ -1,6 +1,6 @@
 """From a config to what it describes: a trainer, a problem and its data, ready to fit.
 
-    recipe = make(check(read("run.yaml")))
+    recipe = make(check(read("run.yaml")))       # or check({"problem": ..., "data": ..., "trainer": {...}})
     result = recipe.fit()
 
 `check` raises one ConfigError with everything that is wrong. Options and files are looked at first; only if these are
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from weft import arguments, references, schema
-from weft.integrations.configs import translate
+from weft.integrations.configs import translated
 from weft.schema import STEPS, ConfigError, Named, named
 from weft.yamlfile import load_file
 
@@ -32,11 +32,22 @@ TOTALS = ("num_steps", "num_epochs")
 _FILE = re.compile(r"^(?!/)(.+\.py):[A-Za-z_][\w.]*$")
 
 
-def read(path: str | Path) -> tuple[dict[str, Any], list[str]]:
-    """The config that a YAML file describes, in weft's own words, and notes about keys that mean nothing here.
+@dataclass
+class Source:
+    """A config as a file says it, put into weft's own words."""
 
-    Lightning's and physicsml's keys are understood. Relative paths of .py files and of weights are taken from the
-    file's folder. Raises ConfigError.
+    config: dict[str, Any]
+    wrong: list[str]
+    """Keys of another dialect that ask for something weft does not do."""
+    notes: list[str]
+    """Keys of another dialect that change nothing."""
+
+
+def read(path: str | Path) -> Source:
+    """The config that a YAML file describes. Lightning's and physicsml's keys are understood.
+
+    Relative paths of .py files and of weights are taken from the file's folder. Raises ConfigError for a file that
+    cannot be read as a config at all; what else is wrong is in the result, to be told with the rest.
     """
     try:
         raw = load_file(path)
@@ -48,9 +59,9 @@ def read(path: str | Path) -> tuple[dict[str, Any], list[str]]:
         raise ConfigError([str(error)]) from None
     if not isinstance(raw, dict):
         raise ConfigError([f"{path}: found {type(raw).__name__}, expected sections ({', '.join(schema.SECTIONS)})"])
-    config = translate(raw)
+    config, wrong = translated(raw)
     notes = config.pop("notes", [])
-    return rooted(config, Path(path).resolve().parent), notes
+    return Source(rooted(config, Path(path).resolve().parent), wrong, notes)
 
 
 def rooted(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -82,13 +93,16 @@ class Checked:
     """The arguments of each, as it takes them."""
 
 
-def check(config: Mapping[str, Any], needed: Sequence[str] = ("problem",)) -> Checked:
+def check(config: Mapping[str, Any] | Source, needed: Sequence[str] = ("problem",)) -> Checked:
     """The config, with everything it names imported. Raises ConfigError with all that is wrong.
 
     `needed`: sections that must be there.
     """
-    config, wrong = schema.normal(rooted(config, Path.cwd()))
-    wrong += [f"{name}: missing; give {schema.SECTIONS[name]}" for name in needed if not config.get(name) and not any(w.startswith(name) for w in wrong)]
+    known_wrong, config = (config.wrong, config.config) if isinstance(config, Source) else ([], config)
+    config, found = schema.normal(rooted(config, Path.cwd()))
+    wrong = [*known_wrong, *found]
+    told = [problem.split("=")[0].split(":")[0].split(".")[0] for problem in wrong]
+    wrong += [f"{n}: missing; give {schema.SECTIONS[n]}" for n in needed if not config.get(n) and n not in told]
     if wrong:
         raise ConfigError(wrong)
     checked = Checked(config)
@@ -177,7 +191,7 @@ def make(checked: Checked, hooks: Sequence[Any] = ()) -> Recipe:
     if options.get("seed") is not None:
         seed_everything(options["seed"])
     problem = _made(checked, "problem") if "problem" in checked.targets else None
-    if "weights" in config:
+    if "weights" in config and problem is not None:
         weft.load_weights(problem, **config["weights"])
     data = _data(checked, "data", config.get("batches", {}))
     for section in ("optimizer", "scheduler"):

@@ -98,7 +98,7 @@ def _names_at_top(tree: ast.Module) -> set[str] | None:
             names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
         names |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         nodes += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
-        nodes += [s for h in ast.iter_child_nodes(node) if isinstance(h, ast.excepthandler) for s in h.body]
+        nodes += [s for h in ast.iter_child_nodes(node) if isinstance(h, ast.ExceptHandler) for s in h.body]
     return None if names & {"*", "__getattr__"} else names
 
 

@@ -263,9 +263,10 @@ def _normal_reference(key: str, section: str, value: Any, wrong: list[str]) -> d
     return found
 
 
-def _schedule_value(key: str, name: str, value: Any, wrong: list[str]) -> Any:
-    if isinstance(value, Text):
-        value = parse_yaml(value) if name == "frequency" else str(value)
+def _schedule_value(key: str, name: str, given: Any, wrong: list[str]) -> Any:
+    value: Any = given
+    if isinstance(given, Text):
+        value = parse_yaml(given) if name == "frequency" else str(given)
     right = {
         "interval": value in ("epoch", "step"),
         "frequency": matches(value, int) and value >= 1,
@@ -292,7 +293,7 @@ def _normal_phase(number: int, phase: Any, wrong: list[str]) -> dict[str, Any]:
             out[name] = _normal_reference(f"{key}.{name}", name, value, wrong)
         elif name == "batches" and value is not None:
             out[name] = _normal_options(DataConfig, f"{key}.batches", value, wrong)
-        elif name in ("epochs", "patience") and value is not None and not (matches(value, int) and value >= 1):
+        elif name in ("epochs", "patience") and value is not None and not (matches(value, int) and int(value) >= 1):
             wrong.append(f"{key}.{name}={value!r}: expected a whole number of at least 1")
         elif name == "freeze" and not matches(value, list[str] | None):
             wrong.append(f"{key}.freeze={value!r}: expected a list of names")

@@ -151,11 +151,12 @@ def space_complaints(space: Any, sampler: str) -> list[str]:
             continue
         known = ("low", "high", "log", "step")
         wrong += [f"space.{name}.{k}={spec[k]!r}: there is no such key{suggest(str(k), known)}" for k in spec if k not in known]
-        ends = [spec.get("low"), spec.get("high")]
-        if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in ends) or ends[0] > ends[1]:
+        low: Any = spec.get("low")
+        high: Any = spec.get("high")
+        if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in (low, high)) or low > high:
             wrong.append(f"space.{name}={dict(spec)!r}: expected numbers with low <= high")
-        elif spec.get("log") and ends[0] <= 0:
-            wrong.append(f"space.{name}.low={ends[0]!r}: must be greater than 0 with log: true")
+        elif spec.get("log") and low <= 0:
+            wrong.append(f"space.{name}.low={low!r}: must be greater than 0 with log: true")
         elif spec.get("log") and spec.get("step"):
             wrong.append(f"space.{name}: expected log or step, not both")
         elif sampler == "grid" and not spec.get("step"):
@@ -204,8 +205,10 @@ class _Coordinator:
         self.me = f"{platform.node()}:{os.getpid()}"
         seed = None if config.seed is None else config.seed + len(self.study.get_trials(deepcopy=False))
         samplers = optuna.samplers  # a resumed sweep must not propose its first settings again: the seed moves on
-        several = {"constant_liar": True} if config.workers > 1 else {}
-        self.study.sampler = samplers.TPESampler(seed=seed, **several) if config.sampler == "tpe" else samplers.RandomSampler(seed)
+        if config.sampler == "tpe":
+            self.study.sampler = samplers.TPESampler(seed=seed, constant_liar=config.workers > 1)
+        else:
+            self.study.sampler = samplers.RandomSampler(seed)
         self._take_up_lost_trials()
         self.num_trials = config.trials or 20
         if config.sampler == "grid":
@@ -341,7 +344,7 @@ class _Coordinator:
         finished = [t for t in self.study.get_trials(deepcopy=False) if t.state.is_finished()]
         complete = [t for t in finished if t.state == self.State.COMPLETE]
         sign = 1 if self.config.mode == "min" else -1
-        best = min(complete, key=lambda t: sign * t.value, default=None)
+        best = min(complete, key=lambda t: sign * (t.value or 0.0), default=None)
         hidden = ("coordinator", "retries")
         trials = [
             {

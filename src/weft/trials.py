@@ -79,10 +79,11 @@ def work_of(run: Any, space: Mapping[str, Any], folder: Path, metric: str | None
     from weft import recipe
     from weft.schema import normal
 
-    config: Any = recipe.rooted(run, Path.cwd()) if isinstance(run, Mapping) else recipe.read(run)[0]
+    source = recipe.Source(dict(run), [], []) if isinstance(run, Mapping) else recipe.read(run)
+    config: Any = recipe.rooted(source.config, Path.cwd())
     for name, spec in space.items():
         config = with_option(config, name, _as_text(spec[0] if isinstance(spec, list | tuple) else spec["low"]))
-    checked = recipe.check(config, needed=("problem", "data"))
+    checked = recipe.check(recipe.Source(config, source.wrong, []), needed=("problem", "data"))
     trainer = checked.config.get("trainer", {})
     for name in ("devices", "num_nodes"):
         if trainer.get(name, 1) not in (1, "1", "auto"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -26,16 +26,17 @@ _PATTERNS = {
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: ClassVar[dict] = {}
+    """Reads."""
 
 
 class _Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers: ClassVar[dict] = {}
+    """Writes."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True  # what is used twice is written twice
 
 
+_Loader.yaml_implicit_resolvers, _Dumper.yaml_implicit_resolvers = {}, {}  # none of YAML 1.1's
 for _tag, (_pattern, _first) in _PATTERNS.items():
     for _class in (_Loader, _Dumper):  # a dumper quotes what its patterns would read as something else
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), list(_first))
@@ -53,8 +54,9 @@ def _mapping(loader: yaml.SafeLoader, node: Any) -> dict[Any, Any]:
     keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
     if wrong := [key for key in keys if isinstance(key, list | dict)]:
         raise yaml.constructor.ConstructorError(None, None, f"{wrong[0]} cannot be a key", node.start_mark)
-    if twice := [key for i, key in enumerate(keys) if key in keys[:i]]:
-        raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
+    if twice := [i for i, key in enumerate(keys) if key in keys[:i]]:
+        mark = node.value[twice[0]][0].start_mark
+        raise yaml.constructor.ConstructorError(None, None, f"the key {keys[twice[0]]!r} stands twice", mark)
     return {k: loader.construct_object(v, deep=True) for k, (_, v) in zip(keys, node.value, strict=True)}
 
 

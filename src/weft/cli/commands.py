@@ -9,7 +9,7 @@ from typing import Any
 
 from weft import yamlfile
 from weft.cli.words import Call, Command
-from weft.schema import ConfigError, merge, normal
+from weft.schema import ConfigError, merge
 from weft.types import suggest
 
 OK, NOT_FINITE = 0, 3
@@ -20,15 +20,7 @@ def _checked(call: Call, needed: Sequence[str]) -> Any:
     """The config of a call, checked together with what was wrong on the command line itself."""
     from weft import recipe
 
-    if call.wrong:
-        raise ConfigError(call.wrong + _further(call, needed))
-    return recipe.check(call.config, needed)
-
-
-def _further(call: Call, needed: Sequence[str]) -> list[str]:
-    """What can be seen to be wrong with the config besides."""
-    _, wrong = normal(call.config)
-    return wrong
+    return recipe.check(recipe.Source(call.config, call.wrong, []), needed)
 
 
 def _fit(call: Call) -> int:
@@ -41,7 +33,7 @@ def _fit(call: Call) -> int:
         return OK
     made = _made(checked)
     try:
-        with _refused(lambda: made.trainer.run is None or made.trainer.run.progress.step == 0):
+        with _refused(lambda: made.trainer.run is None or made.trainer.run.progress.epoch == 0):
             result = made.fit()
     finally:
         _keep_weights(made.trainer)
@@ -61,18 +53,19 @@ def _made(checked: Any) -> Any:
 
 @contextmanager
 def _refused(before_training: Callable[[], bool]) -> Iterator[None]:
-    """Within: what is refused before anything was trained is a mistake in the config or on the command line."""
+    """Within: what weft refuses before an epoch was trained is a mistake in the config or on the command line."""
+    from weft.archive import CheckpointError
+
     try:
         yield
     except ConfigError:
         raise
-    except (TypeError, ValueError, FileNotFoundError) as error:
+    except (TypeError, ValueError, FileNotFoundError, CheckpointError) as error:
         from weft.recipe import users_line
 
-        if not before_training():
+        if not before_training() or users_line(error):  # raised in the user's own code
             raise
-        where = users_line(error)
-        raise ConfigError([f"{error}{f' ({where})' if where else ''}"]) from error
+        raise ConfigError([str(error)]) from error
 
 
 def _keep_weights(trainer: Any) -> None:
@@ -188,10 +181,11 @@ def _compare(call: Call) -> int:
         raise ConfigError(call.wrong)
     from weft import report
 
+    a, b = call.places
     try:
-        print(report.compare(*call.places))
+        print(report.compare(a, b))
         if "html" in call.others:
-            print(report.write_comparison(*call.places, call.others["html"]))
+            print(report.write_comparison(a, b, call.others["html"]))
     except FileNotFoundError as error:
         raise ConfigError([str(error)]) from None
     return OK

@@ -65,7 +65,10 @@ def parse(name: str, known: Command, words: Sequence[str]) -> Call:
             option, equals, value = word[2:].partition("=")
             if not equals:
                 has_value = i < len(words) and not words[i].startswith("--")
-                value, i = (words[i], i + 1) if has_value else (_bare(option, call), i)
+                value, i = (words[i], i + 1) if has_value else (_bare(option), i)
+                if value is None:
+                    call.wrong.append(f"--{option}: needs a value")
+                    continue
             if option in known.own:
                 call.others[option] = value
             elif option == "config" and known.takes_config:
@@ -78,15 +81,14 @@ def parse(name: str, known: Command, words: Sequence[str]) -> Call:
     return call
 
 
-def _bare(name: str, call: Call) -> str:
-    """What an option without a value means: true, if it is a switch."""
+def _bare(name: str) -> str | None:
+    """What an option without a value means: true if it is a switch, else None."""
     from weft.config import DataConfig, TrainerConfig
 
     section, _, option = SHORT.get(name, name).partition(".")
     cls = {"trainer": TrainerConfig, "batches": DataConfig}.get(section)
-    if cls is None or "bool" not in str(getattr(cls.__dataclass_fields__.get(option), "type", "")):
-        call.wrong.append(f"--{name}: needs a value")
-    return "true"
+    is_switch = cls is not None and "bool" in str(getattr(cls.__dataclass_fields__.get(option), "type", ""))
+    return "true" if is_switch else None
 
 
 def _read_configs(call: Call, files: Sequence[str], overrides: Sequence[tuple[str, str]]) -> None:
@@ -96,9 +98,10 @@ def _read_configs(call: Call, files: Sequence[str], overrides: Sequence[tuple[st
         files = [str(Path(call.places[0]) / "config.yaml"), *files]
     for path in files:
         try:
-            config, notes = recipe.read(path)
-            call.config = merge(call.config, config)
-            call.notes += notes
+            source = recipe.read(path)
+            call.config = merge(call.config, source.config)
+            call.wrong += source.wrong
+            call.notes += source.notes
         except ConfigError as error:
             call.wrong += error.problems
     typed_options: dict[str, Any] = {}

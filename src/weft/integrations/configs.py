@@ -302,12 +302,12 @@ def _callbacks(value: Any, options: dict[str, Any], out: dict[str, Any], work: _
     entries = list(value.items()) if isinstance(value, Mapping) else list(enumerate(value or []))
     for number, entry in entries:
         where = f"{key}.{number}"
-        spec = {"name": entry} if isinstance(entry, str) else entry
+        spec: Any = {"name": entry} if isinstance(entry, str) else entry
         name = spec.get("name", spec.get("class_path")) if isinstance(spec, Mapping) else None
         if not isinstance(name, str):
             work.wrong.append(f"{where}={entry!r}: expected {{name, config}}")
             continue
-        config = dict(spec.get("config", spec.get("init_args")) or {})
+        config: dict[str, Any] = dict(spec.get("config", spec.get("init_args")) or {})
         short = name.rsplit(".", 1)[-1]
         make = {"EarlyStopping": _early_stopping, "ModelCheckpoint": _checkpoint, "ModelCheckpointApply": _apply_best}.get(short)
         if make is not None:
@@ -326,9 +326,9 @@ def _early_stopping(config: dict[str, Any], options: dict[str, Any], work: _Tran
     options["patience"] = config.pop("patience", 3)
     options |= {k: abs(config.pop(k)) for k in ("min_delta",) if k in config}
     _monitor(config, options, work, where)
-    ignored = {"verbose", "strict", "check_on_train_epoch_end", "log_rank_zero_only"}
+    neutral = {"verbose": (True, False), "strict": (True,), "check_finite": (True,), "log_rank_zero_only": (True, False)}
     for name, value in config.items():
-        if name not in ignored and value not in (None, True):  # check_finite: not finite is never an improvement
+        if value is not None and not any(value is v for v in neutral.get(name, ())):
             work.wrong.append(f"{where}.config.{name}={value!r}: has no meaning here")
 
 
