@@ -33,7 +33,7 @@ def _fit(call: Call) -> int:
         return OK
     made = _made(checked)
     try:
-        with _refused(lambda: made.trainer.run is None or made.trainer.run.progress.epoch == 0):
+        with _refused(lambda: made.trainer.run is None or made.trainer.run.progress.epoch <= 1):
             result = made.fit()
     finally:
         _keep_weights(made.trainer)
@@ -53,7 +53,7 @@ def _made(checked: Any) -> Any:
 
 @contextmanager
 def _refused(before_training: Callable[[], bool]) -> Iterator[None]:
-    """Within: what weft refuses before an epoch was trained is a mistake in the config or on the command line."""
+    """Within: what weft refuses in the first epoch, or before, is a mistake in the config or on the command line."""
     from weft.archive import CheckpointError
 
     try:
