@@ -71,8 +71,10 @@ def _option(section: str, parameter: Any) -> tuple[str, str]:
 
 
 def _shown(value: Any) -> str:
-    plain = value is None or isinstance(value, bool | int | float | str | list | tuple)
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if plain and not isinstance(value, list) else str(value)
+    """A default as it would be written in a file."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value}"
 
 
 def _named_groups(call: Call) -> list[tuple[str, list[tuple[str, str]]]]:
