@@ -17,13 +17,15 @@ import weft
 
 SOURCE = Path(weft.__file__).parent
 FLOORS = (
-    ("types",),
+    ("types", "yamlfile", "charts"),
     ("events",),
     ("terms",),
     ("losses",),
     ("problem", "sharding"),
     ("data",),
-    ("config",),
+    ("config", "references"),
+    ("schema",),
+    ("arguments",),
     ("metrics", "optimizers", "signals", "devices", "processes"),
     ("steps",),
     ("archive",),
@@ -40,6 +42,8 @@ FLOORS = (
     ("launch",),
     ("trainer",),
     ("integrations",),
+    ("recipe",),
+    ("trials",),
     ("plots", "report", "sweeps", "demo"),
     ("cli",),
 )
@@ -47,8 +51,11 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # Found lazily, by an import inside a function: `result.plot()` and the registry of integrations.
 FOUND_LAZILY = {"plots", "report", "integrations"}
 # These stand above the public names and may use them as a user does.
-USERS = {"report", "sweeps", "demo", "cli"}
-NOT_CORE = {"integrations", "cli", "plots", "report", "sweeps", "demo"}
+USERS = {"recipe", "report", "sweeps", "demo", "cli"}
+NOT_CORE = {
+    "integrations", "cli", "plots", "report", "sweeps", "demo", "yamlfile", "charts", "references", "schema", "arguments",
+    "recipe", "trials",
+}  # fmt: skip
 # Hooks that a user asks for; nothing of the core loads them.
 OPTIONAL_HOOKS = {
     f"weft.hooks.{name}"

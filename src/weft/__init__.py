@@ -15,7 +15,7 @@ _HOME = {
     "weft.terms": ("equal", "greater_equal", "less_equal", "objective"),
     "weft.losses": ("AugmentedLagrangian", "BarrierLoss", "PenaltyLoss"),
     "weft.data": ("Data", "DictDataset", "windows"),
-    "weft.config": ("CheckpointConfig", "TrainerConfig"),
+    "weft.config": ("CheckpointConfig", "DataConfig", "TrainerConfig"),
     "weft.events": ("Hook",),
     "weft.optimizers": ("Phase", "Schedule"),
     "weft.checkpoint": ("load_weights", "save_weights"),
@@ -24,6 +24,7 @@ _HOME = {
     "weft.run": ("Run",),
     "weft.trainer": ("Trainer",),
     "weft.integrations.litneuromancer": ("LitTrainer",),
+    "weft.sweeps": ("sweep",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 _MODULES = {"hooks": "weft.hooks", "plot": "weft.plots"}  # weft.hooks.EMA(0.999), weft.plot.curves(result)
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from weft import plots as plot
     from weft.archive import CheckpointError
     from weft.checkpoint import load_weights, save_weights
-    from weft.config import CheckpointConfig, TrainerConfig
+    from weft.config import CheckpointConfig, DataConfig, TrainerConfig
     from weft.data import Data, DictDataset, windows
     from weft.events import Hook
     from weft.integrations.litneuromancer import LitTrainer
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from weft.problem import Node, Problem, Rollout
     from weft.result import FitResult, load_result
     from weft.run import Run
+    from weft.sweeps import sweep
     from weft.terms import equal, greater_equal, less_equal, objective
     from weft.trainer import Trainer
 

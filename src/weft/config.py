@@ -1,6 +1,7 @@
 """The options of a training run that are plain data, validated: what can stand in a file or on a command line.
 
     TrainerConfig(epochs=200, patience=20)      # ValueError names every field that is wrong, all at once
+    complaints(TrainerConfig, {"epochs": -1}, "trainer.")   # ["trainer.epochs=-1: must be at least 0"]
 
 Imports nothing slow, so that a command line can check its input before torch is loaded.
 """
@@ -9,8 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from weft.types import suggest
 
@@ -153,12 +156,47 @@ class TrainerConfig:
         return dataclasses.asdict(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """How data is cut into batches, where it differs from what the data setup function returned.
+
+    None everywhere: as it said. The fields are those of `weft.Data`.
+    """
+
+    batch_size: int | Literal["all"] | dict[str, Any] | None = None
+    """Rows per batch and process (>= 1), "all" for one batch, or a dict of these by split or part."""
+    shuffle: bool | None = None
+    """Training rows in a new order each epoch."""
+    drop_last: bool | None = None
+    """Leave out a short last training batch."""
+    num_workers: int | Literal["all"] | None = None
+    """Processes that read a dataset which is not made of tensors (>= 0); "all": one per core."""
+    pre_batch: Literal["in_memory", "on_disk"] | None = None
+    """Make the batches of a dataset once and keep them, in memory or in a temporary folder."""
+    refresh_every: int | None = None
+    """Call the data setup function again every n epochs (>= 1)."""
+    inputs_require_grad: list[str] | None = None
+    """Keys that derivatives are taken with respect to."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for YAML; `DataConfig(**config.to_dict()) == config`."""
+        return dataclasses.asdict(self)
+
+
 _AT_LEAST = {
     "epochs": 0, "min_epochs": 0, "max_steps": 0, "patience": 1, "min_delta": 0, "warmup": 0, "accumulate": 1,
     "validate_every": 1, "num_nodes": 1, "seed": 0, "log_every": 1, "fast_dev_run": 0,
-    "every_n_steps": 1, "every_n_epochs": 1, "keep": 2,
+    "every_n_steps": 1, "every_n_epochs": 1, "keep": 2, "batch_size": 1, "num_workers": 0, "refresh_every": 1,
+    "trials": 1, "workers": 1, "max_failures": 0,
 }  # fmt: skip
 _POSITIVE = {"max_time", "clip", "timeout", "every_n_seconds"}
+_WORDS = {
+    int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a dict", list: "a list",
+    type(None): "nothing (null)",
+}  # fmt: skip
 
 
 def build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
@@ -173,28 +211,47 @@ def build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
 
 def check(config: Any) -> None:
     """Raise one ValueError that names every field of the dataclass `config` with a wrong type or value."""
-    hints = get_type_hints(type(config))
-    wrong = [
-        f"{f.name}={value!r}: {complaint}"
-        for f in dataclasses.fields(config)
-        for value in [getattr(config, f.name)]
-        for complaint in [_complaint(f.name, value, hints[f.name])]
-        if complaint
-    ]
-    if wrong:
+    if wrong := complaints(type(config), vars(config)):
         raise ValueError(f"{type(config).__name__}: " + "; ".join(wrong))
 
 
+def complaints(cls: type, values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What is wrong with `values` as fields of the dataclass `cls`: a line for each unknown name and wrong value.
+
+    `prefix` stands before each name ("trainer."). An empty list means that `cls(**values)` works.
+    """
+    hints = get_type_hints(cls)
+    wrong = []
+    for name, value in values.items():
+        if name not in hints:
+            hint = suggest(str(name), hints) or f"; there are {', '.join(hints)}"
+            wrong.append(f"{prefix}{name}={value!r}: there is no such option{hint}")
+        elif name == "checkpoint" and isinstance(value, dict):
+            wrong += complaints(CheckpointConfig, value, f"{prefix}checkpoint.")
+        elif complaint := _complaint(name, value, hints[name]):
+            wrong.append(f"{prefix}{name}={value!r}: {complaint}")
+    return wrong
+
+
+def typed(cls: type, name: str, text: str, parse: Callable[[str], Any]) -> Any:
+    """`text` as the value that field `name` of the dataclass `cls` may have; `parse` reads numbers, lists, null.
+
+    Text that is allowed as it stands stays text where what it parses to is not allowed ("0,2", "007").
+    """
+    hint = get_type_hints(cls).get(name, Any)
+    parsed = parse(text)
+    return text if not matches(parsed, hint) and matches(text, hint) else parsed
+
+
 def _complaint(name: str, value: Any, hint: Any) -> str:
-    if not _matches(value, hint):
-        allowed = _describe(hint)
+    if not matches(value, hint):
         choices = [c for c in _choices(hint) if isinstance(c, str)]
-        return f"expected {allowed}" + (suggest(value, choices) if isinstance(value, str) else "")
+        return f"expected {describe(hint)}" + (suggest(value, choices) if isinstance(value, str) else "")
     if isinstance(value, float) and not math.isfinite(value):
         return "expected a finite number"
     if value is None or isinstance(value, bool):
         return ""
-    if name in _AT_LEAST and value < _AT_LEAST[name]:
+    if name in _AT_LEAST and isinstance(value, int | float) and value < _AT_LEAST[name]:
         return f"must be at least {_AT_LEAST[name]}"
     if name in _POSITIVE and not isinstance(value, str) and value <= 0:
         return "must be greater than 0"
@@ -215,16 +272,17 @@ def _complaint(name: str, value: Any, hint: Any) -> str:
     return ""
 
 
-def _matches(value: Any, hint: Any) -> bool:
+def matches(value: Any, hint: Any) -> bool:
+    """Whether `value` has the type that `hint` names (an int is a float, a bool is no int)."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         return any(value is a or (type(value) is type(a) and value == a) for a in args)
     if origin is dict:
-        return isinstance(value, dict) and all(_matches(k, args[0]) and _matches(v, args[1]) for k, v in value.items())
+        return isinstance(value, dict) and all(matches(k, args[0]) and matches(v, args[1]) for k, v in value.items())
     if origin is list:
-        return isinstance(value, list | tuple) and all(_matches(v, args[0]) for v in value)
+        return isinstance(value, list | tuple) and all(matches(v, args[0]) for v in value)
     if args:  # a union
-        return any(_matches(value, a) for a in args)
+        return any(matches(value, a) for a in args)
     if hint is Any:
         return True
     if hint is float:
@@ -240,11 +298,16 @@ def _choices(hint: Any) -> list[Any]:
     return [c for a in get_args(hint) for c in _choices(a)]
 
 
-def _describe(hint: Any) -> str:
-    choices = _choices(hint)
-    plain = [a for a in (get_args(hint) or (hint,)) if get_origin(a) is not Literal and a not in choices]
-    names = ["nothing (None)" if a is type(None) else getattr(a, "__name__", str(a)) for a in plain]
-    return " or ".join([repr(c) for c in choices] + names)
+def describe(hint: Any) -> str:
+    """The type that `hint` names, in words: "a whole number or nothing (null)"."""
+    if get_origin(hint) is Literal:
+        return " or ".join(repr(c) for c in get_args(hint))
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(dict.fromkeys(describe(a) for a in get_args(hint)))
+    if get_origin(hint) is list and get_args(hint):
+        return f"a list (each {describe(get_args(hint)[0])})"
+    kind = get_origin(hint) or hint
+    return _WORDS.get(kind, getattr(kind, "__name__", str(hint)))
 
 
 def parse_time(text: str) -> float:

@@ -41,9 +41,9 @@ class FitResult:
     """Which option of LBFGS ended its last step ("max_iter", "tolerance_grad", ...)."""
 
     def __repr__(self) -> str:
-        best = f"best {self.monitor}={self.best_metric:.6g} at epoch {self.best_epoch}, " if self.monitor else ""
-        if self.best_metric is None:
-            best = ""
+        best = ""
+        if self.monitor and self.best_metric is not None:  # None where no value was finite
+            best = f"best {self.monitor}={self.best_metric:.6g} at epoch {self.best_epoch}, "
         return (
             f"FitResult({self.epochs} epochs, {self.steps} steps, {best}"
             f"stopped by {self.stop_reason!r}, {self.seconds:.1f} s)"

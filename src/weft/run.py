@@ -107,6 +107,15 @@ class Run:
         source = self._splits[split]
         return None if source is None else source.rows
 
+    def num_batches(self, split: str) -> int | None:
+        """Batches in an epoch of `split`, within `limit_batches`; None if there are none, or nobody knows."""
+        source, limit = self._splits[split], self.config.limit(split)
+        if source is None or not hasattr(getattr(source, "loader", []), "__len__"):
+            return None
+        if isinstance(limit, float):
+            return max(1, int(limit * len(source)))
+        return len(source) if limit is None else min(limit, len(source))
+
     def prepare(self, make_data: Callable[[], Data], resume: str | None = None) -> Run:
         """Devices first, then the data: all that evaluation alone needs. `make_data` is called again at a refresh."""
         options = self.trainer.options

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from weft.hooks.checkpointing import Checkpointing
+from weft.hooks.folder import RunFolder
 from weft.hooks.progress import ProgressLine
 from weft.hooks.stopping import EarlyStopping
 from weft.types import suggest
@@ -60,6 +61,8 @@ def hooks_from(trainer: Trainer, run: Run) -> list[Any]:
         hooks.append(Logging(loggers, log_every=config.log_every))
     if config.checkpointing is not None and run.run_dir is not None:
         hooks.append(Checkpointing(config.checkpointing))
+    if run.run_dir is not None:
+        hooks.append(RunFolder())  # last: the report reads what the loggers wrote
     return hooks
 
 

@@ -12,6 +12,7 @@ from types import ModuleType
 MODULES = {
     "neuromancer": "scripts made for NeuroMANCER's Trainer",
     "litneuromancer": "scripts made for NeuroMANCER's LitTrainer",
+    "configs": "config files written for Lightning or physicsml",
 }
 """The integrations by module name, and whom each is for."""
 

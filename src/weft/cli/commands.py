@@ -1,0 +1,242 @@
+"""The subcommands. Each gets a `Call` and returns an exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from weft import yamlfile
+from weft.cli.words import Call, Command
+from weft.schema import ConfigError, merge
+from weft.types import suggest
+
+OK, NOT_FINITE = 0, 3
+
+
+
+def _checked(call: Call, needed: Sequence[str]) -> Any:
+    """The config of a call, checked together with what was wrong on the command line itself."""
+    from weft import recipe
+
+    return recipe.check(recipe.Source(call.config, call.wrong, []), needed)
+
+
+def _fit(call: Call) -> int:
+    trainer = call.config.get("trainer")
+    if trainer is None or (isinstance(trainer, dict) and trainer.get("root_dir") is None):
+        call.config = merge(call.config, {"trainer": {"root_dir": "runs"}})  # a run by the command line has a folder
+    checked = _checked(call, needed=("problem", "data"))
+    if "print_config" in call.flags:
+        print(yamlfile.dump(checked.config), end="")
+        return OK
+    made = _made(checked)
+    try:
+        with _refused(lambda: made.trainer.run is None or made.trainer.run.progress.epoch <= 1):
+            result = made.fit()
+    finally:
+        _keep_weights(made.trainer)
+    if made.trainer.run.is_global_zero:
+        print(result)
+        if result.run_dir is not None:
+            print(f"{result.run_dir}")
+    return NOT_FINITE if result.stop_reason == "nonfinite" else OK
+
+
+def _made(checked: Any) -> Any:
+    from weft import recipe
+
+    with _refused(lambda: True):
+        return recipe.make(checked)
+
+
+@contextmanager
+def _refused(before_training: Callable[[], bool]) -> Iterator[None]:
+    """Within: what weft refuses in the first epoch, or before, is a mistake in the config or on the command line."""
+    from weft.archive import CheckpointError
+
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, FileNotFoundError, CheckpointError) as error:
+        from weft.recipe import users_line
+
+        if not before_training() or users_line(error):  # raised in the user's own code
+            raise
+        raise ConfigError([str(error)]) from error
+
+
+def _keep_weights(trainer: Any) -> None:
+    """The problem's weights (the best ones) in the run's folder, also after an interruption."""
+    run = trainer.run
+    if run is not None and run.run_dir is not None and run.is_global_zero and run.result is not None and run.progress.step:
+        trainer.save_weights(run.run_dir / "weights.pt")
+
+
+def _resume(call: Call) -> int:
+    if call.places and not call.wrong:
+        place = Path(call.places[0])
+        checkpoints = place / "checkpoints"
+        if not any(checkpoints.glob("step-*.ckpt")):
+            call.wrong.append(f"{place}: has no checkpoints to resume from (train with --trainer.checkpoint true)")
+        call.config = merge(call.config, {"trainer": {"resume": str(checkpoints)}})
+    return _fit(call)
+
+
+def _evaluate(call: Call) -> int:
+    import json
+
+    trainer, problem, data = _for_evaluation(call)
+    if trainer is None:
+        return OK
+    function = trainer.validate if call.command == "validate" else trainer.test
+    with _refused(lambda: True):
+        print(json.dumps(function(**data, problem=problem), indent=1))
+    return OK
+
+
+def _predict(call: Call) -> int:
+    trainer, problem, data = _for_evaluation(call)
+    if trainer is None:
+        return OK
+    data = _as_predict_data(data, call.others.get("split", "predict"))
+    path = Path(call.others.get("output") or (Path(call.places[0]) / "predictions.npz" if call.places else "predictions.npz"))
+    if path.suffix not in (".npz", ".pt"):
+        raise ConfigError([f"--output={str(path)!r}: expected a name that ends in .npz or .pt"])
+    with _refused(lambda: True):
+        found = trainer.predict(**data, problem=problem)
+    if path.suffix == ".pt":
+        import torch
+
+        torch.save(found, path)
+    else:
+        import numpy
+
+        numpy.savez(path, **{key: tensor.numpy() for key, tensor in found.items()})
+    print("\n".join(f"{key} {tuple(tensor.shape)}" for key, tensor in found.items()))
+    print(path)
+    return OK
+
+
+def _as_predict_data(data: dict[str, Any], split: str) -> dict[str, Any]:
+    """The data with `split` as what is predicted."""
+    if split == "predict" or "data" not in data:
+        return data
+    if split not in ("train", "dev", "test"):
+        raise ConfigError([f"--split={split!r}: expected train, dev, test or predict{suggest(split, ('train', 'dev', 'test', 'predict'))}"])
+    setup = data["data"]
+
+    def predicted() -> Any:
+        from dataclasses import replace
+
+        made = setup()
+        return replace(made, predict=getattr(made, split))
+
+    return {"data": predicted}
+
+
+def _for_evaluation(call: Call) -> tuple[Any, Any, dict[str, Any]]:
+    """Trainer, problem with its weights, and data; (None, ...) where only the config was asked for."""
+    if call.places and "weights" not in call.config:
+        folder = Path(call.places[0])
+        kept = folder / "weights.pt"
+        call.config["weights"] = {"path": str(kept.resolve() if kept.is_file() else folder.resolve())}
+    if "weights" not in call.config and not call.wrong:
+        call.wrong.append("weights: missing; name a run's folder, or give --weights FILE")
+    checked = _checked(call, needed=("problem", "data"))
+    if "print_config" in call.flags:
+        print(yamlfile.dump(checked.config), end="")
+        return None, None, {}
+    made = _made(checked)
+    return made.trainer, made.problem, made.data
+
+
+def _demo(call: Call) -> int:
+    if call.wrong:
+        raise ConfigError(call.wrong)
+    from weft import demo
+
+    demo.main()
+    return OK
+
+
+def _config(call: Call) -> int:
+    print(yamlfile.dump(_checked(call, needed=()).config), end="")
+    return OK
+
+
+def _runs(call: Call) -> int:
+    if call.wrong:
+        raise ConfigError(call.wrong)
+    from weft import report
+
+    print(report.runs_table(call.places[0] if call.places else "runs"))
+    return OK
+
+
+def _compare(call: Call) -> int:
+    if call.wrong:
+        raise ConfigError(call.wrong)
+    from weft import report
+
+    a, b = call.places
+    try:
+        print(report.compare(a, b))
+        if "html" in call.others:
+            print(report.write_comparison(a, b, call.others["html"]))
+    except FileNotFoundError as error:
+        raise ConfigError([str(error)]) from None
+    return OK
+
+
+def _sweep(call: Call) -> int:
+    if call.wrong:
+        raise ConfigError(call.wrong)
+    from weft import sweeps
+
+    result = sweeps.sweep_from_file(call.places[0], {k: yamlfile.load(v) for k, v in call.others.items()})
+    print(result)
+    return OK
+
+
+def _completion(call: Call) -> int:
+    if call.wrong:
+        raise ConfigError(call.wrong)
+    shell = call.places[0]
+    if shell not in ("bash", "zsh"):
+        raise ConfigError([f"{shell}: expected bash or zsh{suggest(shell, ('bash', 'zsh'))}"])
+    if shell == "zsh":
+        print("autoload -U +X bashcompinit && bashcompinit")
+    print("complete -o default -C 'weft __complete' weft")
+    return OK
+
+
+COMMANDS = {
+    "fit": Command(_fit, "train what a config describes", takes_config=True),
+    "resume": Command(_resume, "go on with a run from its last checkpoint", ("RUN",), takes_config=True),
+    "validate": Command(_evaluate, "metrics of a run's best weights on its dev set, as JSON", ("[RUN]",), takes_config=True),
+    "test": Command(_evaluate, "metrics of a run's best weights on its test set, as JSON", ("[RUN]",), takes_config=True),
+    "predict": Command(
+        _predict, "what a run's problem computes for its predict set", ("[RUN]",),
+        {
+            "output": "the file: .npz or .pt (default: predictions.npz in the run's folder)",
+            "split": "the data predicted for: predict (default), train, dev or test",
+        },
+        takes_config=True,
+    ),
+    "demo": Command(_demo, "train the constrained Rosenbrock problem, write runs/demo"),
+    "config": Command(_config, "check a config and print it in full, in weft's own words", takes_config=True),
+    "runs": Command(_runs, "list runs with their best metric", ("[FOLDER]",)),
+    "compare": Command(_compare, "what differs between two runs", ("RUN", "RUN"), {"html": "also draw the curves into this file"}),
+    "sweep": Command(
+        _sweep, "search settings, as a sweep.yaml says", ("FILE",),
+        {
+            "trials": "how many trials are to be completed", "workers": "how many run at the same time",
+            "sampler": "tpe, random or grid", "pruner": "median, halving or none", "storage": "a database by URL",
+            "name": "the sweep's name: its folder, and its study in the database", "seed": "of the sampler", "take_over": "true: trials of lost machines are run again",
+        },
+    ),
+    "completion": Command(_completion, "completion for your shell: eval \"$(weft completion bash)\"", ("SHELL",)),
+}  # fmt: skip

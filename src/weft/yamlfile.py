@@ -1,0 +1,90 @@
+"""YAML as people expect it: `1e-3` is a number, `no` and `12:30` are text, and a key that stands twice is an error.
+
+    load("lr: 1e-3")        # {"lr": 0.001}
+    dump({"lr": 1e-3})      # "lr: 0.001\n"; load(dump(x)) == x for plain data
+
+These are the rules of YAML 1.2's core schema; PyYAML alone follows 1.1.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_PATTERNS = {
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?[0-9]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True  # what is used twice is written twice
+
+
+_Loader.yaml_implicit_resolvers, _Dumper.yaml_implicit_resolvers = {}, {}  # none of YAML 1.1's
+for _tag, (_pattern, _first) in _PATTERNS.items():
+    for _class in (_Loader, _Dumper):  # a dumper quotes what its patterns would read as something else
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), list(_first))
+
+
+def _int(loader: yaml.SafeLoader, node: Any) -> int:
+    return int(node.value, 16 if node.value.startswith("0x") else 10)
+
+
+def _float(loader: yaml.SafeLoader, node: Any) -> float:
+    return float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+def _mapping(loader: yaml.SafeLoader, node: Any) -> dict[Any, Any]:
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    if wrong := [key for key in keys if isinstance(key, list | dict)]:
+        raise yaml.constructor.ConstructorError(None, None, f"{wrong[0]} cannot be a key", node.start_mark)
+    if twice := [i for i, key in enumerate(keys) if key in keys[:i]]:
+        mark = node.value[twice[0]][0].start_mark
+        raise yaml.constructor.ConstructorError(None, None, f"the key {keys[twice[0]]!r} stands twice", mark)
+    return {k: loader.construct_object(v, deep=True) for k, (_, v) in zip(keys, node.value, strict=True)}
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _float)
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def load(text: str, name: str = "the text") -> Any:
+    """What a YAML text says. Raises ValueError naming `name`, the line and what is wrong there."""
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{name}{line}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{name}: not valid YAML: {error}") from None
+
+
+def load_file(path: str | Path) -> Any:
+    """What a YAML file says. Raises FileNotFoundError or ValueError naming the file."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a text file") from None
+    return load(text, str(path))
+
+
+def dump(data: Any) -> str:
+    """`data` (dicts, lists, strings, numbers, None) as YAML, keys in their order."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
