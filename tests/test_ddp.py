@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRando
 import weft
 from weft.checkpoint import load as load_checkpoint
 from weft.checkpoint import write as write_checkpoint
+from weft.feed import Feed
+from weft.loggers import read_rows
 from weft.sharding import share
 
 F64 = "64-true"
@@ -460,3 +462,20 @@ def test_the_folder_of_a_run_is_written_by_the_first_process_alone(tmp_path: Pat
     read = weft.load_result(result.run_dir)
     assert read.history["train_loss"] == pytest.approx(result.history["train_loss"], rel=1e-12)
     assert not list(result.run_dir.glob("**/.*.tmp"))
+
+
+def test_throughput_is_reported_for_each_process_and_for_all(tmp_path: Path) -> None:
+    options = {"root_dir": str(tmp_path), "run_name": "run", "loggers": "csv", "epochs": 1}
+    fit(2, Fit(), weft.Data(points(50), batch_size=4), **options)
+    found = {row.name: row.value for row in read_rows(tmp_path / "run/metrics.csv")}
+    for name in ("examples_per_second", "wait_seconds"):
+        parts = [found[f"{name}/process_{r}"] for r in (0, 1)]
+        assert found[name] == pytest.approx(sum(parts)) and min(parts) > 0
+
+
+def test_time_spent_waiting_and_examples_are_counted() -> None:
+    seconds = iter(range(100))
+    feed = Feed(clock=lambda: float(next(seconds)))
+    assert list(feed.timed([torch.zeros(3, 1), torch.zeros(2, 1)])) != []
+    assert (feed.examples, feed.waited, feed.seconds) == (5, 2.0, 4.0)
+    assert feed.report(lambda own: [own]) == {"examples_per_second": 1.25, "wait_seconds": 2.0}

@@ -30,7 +30,7 @@ from weft.loggers import (
 )
 from weft.loggers.tensorboard import tag_of
 
-TIMES = ("seconds", "steps_per_second")
+TIMES = ("seconds", "steps_per_second", "examples_per_second", "wait_seconds")
 
 
 def events_in(folder: Path) -> EventAccumulator:
@@ -348,7 +348,10 @@ def drive(hook: Logging, clock: Clock, **options: Any) -> weft.Trainer:
 def test_each_epoch_is_logged_with_the_rate_it_was_trained_with_its_speed_and_time(tmp_path: Path) -> None:
     clock, logger = Clock(), CSVLogger(tmp_path / "metrics.csv")
     drive(Logging([logger], clock=clock), clock)
-    rows = {(row.step, row.epoch, row.name): row.value for row in read_rows(logger.path)}
+    found = {(row.step, row.epoch, row.name): row.value for row in read_rows(logger.path)}
+    assert all(found[step, epoch, "examples_per_second"] > 0 for step, epoch in ((4, 0), (8, 1)))
+    assert all(0 < found[step, epoch, "wait_seconds"] < 60 for step, epoch in ((4, 0), (8, 1)))
+    rows = {key: value for key, value in found.items() if key[2] not in ("examples_per_second", "wait_seconds")}
     expected = {}
     for step, epoch, lr, seconds in ((4, 0, 0.5, 2.0), (8, 1, 0.05, 4.0)):
         values = {"train_loss": 1.0, "dev_loss": 2.0, "lr": lr, "steps_per_second": 2.0, "seconds": seconds}

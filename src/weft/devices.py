@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -239,12 +240,22 @@ def numerics(fabric: Fabric, deterministic: bool) -> Iterator[None]:
 
 
 def in_precision(fabric: Fabric, step: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """`step` as it is, or inside autocast where the precision is mixed. Inputs are never cast."""
-    if not fabric._precision.precision.endswith("-mixed"):
+    """`step` as it is, or inside autocast where parameters or layers are in half precision. Inputs are never cast.
+
+    Where all parameters are (bf16-true), autocast lets layers round what they compute with, and nothing else: a time or
+    a coordinate of 1000.3 stays 1000.3.
+    """
+    precision = fabric._precision.precision
+    if precision.endswith("-mixed"):
+        autocast = fabric.autocast
+    elif precision in ("bf16-true", "16-true"):
+        dtype = torch.bfloat16 if precision == "bf16-true" else torch.float16
+        autocast = partial(torch.autocast, fabric.device.type, dtype)
+    else:
         return step
 
     def in_autocast(batch: Any) -> Any:
-        with fabric.autocast():
+        with autocast():
             return step(batch)
 
     return in_autocast

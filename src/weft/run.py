@@ -29,6 +29,8 @@ from weft.data import SPLITS, Data, as_data, batches_of, check_finite
 from weft.devices import float_dtype, make_fabric, numerics, start_processes
 from weft.evaluation import evaluate, monitored_metric
 from weft.events import AT_REST, EVENTS, Hook, bind, listeners
+from weft.feed import Feed, in_lists
+from weft.finite import Doubts
 from weft.history import Best, History, Progress
 from weft.metrics import Means, check_scalars, num_examples
 from weft.optimizers import Phase, Scheduled
@@ -38,7 +40,7 @@ from weft.result import FitResult
 from weft.resume import restore_carried, restore_run, state_of_run
 from weft.seeding import data_randomness, order_seed, seed_everything, separate
 from weft.signals import Interruption, interactive
-from weft.update import Combine, Step, Update, built_in, own_backward, own_step
+from weft.update import Combine, Step, Update, built_in, look_back, own_backward, own_step
 
 if TYPE_CHECKING:
     from weft.trainer import Trainer
@@ -65,7 +67,7 @@ class Run:
         self.run_dir: Path | None = previous.run_dir if previous else None
         self.carried = previous.carried if previous else None  # the state of a run that was in other processes
         self.phases = trainer.phases or [Phase(epochs=max(1, self.config.epochs))]
-        self.means, self.logged, self._recent = Means(), Means(), Means()
+        self.means, self.logged, self._recent, self.feed = Means(), Means(), Means(), Feed()
         self.is_new, self.improved, self.epoch_seconds = previous is None, False, 0.0
         self.stop_reason: str | None = None
         self.result: FitResult | None = None
@@ -85,6 +87,7 @@ class Run:
         self.own_steps = dict[tuple[str, ...], tuple[Step, Combine | None]]()
         self.in_update = self.has_stepped = False
         self.plain_update: Update | None = None
+        self.doubts: Doubts | None = None  # steps on a GPU that are looked at later
         self.measured: list[tuple[dict[str, Tensor], int]] | None = None  # of the last step, if a hook sets it to []
         self.random_before_data: dict[str, Any] | None = None
         self.random_before_epoch: dict[str, Any] | None = None
@@ -277,6 +280,7 @@ class Run:
             if not self._splits["train"].resident:  # pyright: ignore[reportOptionalMemberAccess]: checked at the start
                 self.random_before_epoch = checkpoint.random_state()
         self._open, self.evaluated, self._epoch_clock = True, {}, time.perf_counter()
+        self.feed.begin()
         self._call("on_epoch_start")
         return True
 
@@ -291,7 +295,8 @@ class Run:
             return
         progress, size = self.progress, self.config.accumulate
         is_empty = progress.batch == 0
-        for batch in found if size == 1 else _lists(found, size):
+        found = self.feed.timed(found)
+        for batch in found if size == 1 else in_lists(found, size):
             is_empty = False
             progress.batch += 1 if size == 1 else len(batch)
             self._announce(batch)
@@ -361,6 +366,7 @@ class Run:
         if not self._open:
             return
         self._open, progress = False, self.progress
+        look_back(self)
         metrics = {**self.means.compute(self.processes.gather), **self.logged.compute(self.processes.gather), **self.evaluated}
         self.means.clear()
         self.logged.clear()
@@ -502,12 +508,7 @@ class Run:
         """Write a checkpoint into the run's folder and return its path. Call on every rank."""
         if self.run_dir is None:
             raise RuntimeError("save: this run has no folder; give the trainer root_dir or checkpoint=True.")
+        look_back(self)
         keep = (self.config.checkpointing or CheckpointConfig()).keep
         write = partial(checkpoint.save, self.run_dir / "checkpoints", self.progress.step, self.state_dict())
         return self.processes.first(partial(write, keep=keep, best=self.improved))
-
-
-def _lists(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    iterator = iter(batches)
-    while batch := list(islice(iterator, size)):
-        yield batch

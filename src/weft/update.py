@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from weft.devices import scaler_of, stepping
+from weft.finite import READS_ARE_FREE, Doubts, skips_by_itself
 from weft.metrics import num_examples
 from weft.optimizers import SearchReport, needs_closure, parameters_of, shared_parameters
 from weft.steps import forward_of, metric_of, reader
@@ -330,6 +331,7 @@ def make_step(run: Run, optimizers: Sequence[Optimizer]) -> Step:
     own = [(optimizer, parameters_of(optimizer)) for optimizer in optimizers]
     params, (do_step, unscale) = [p for _, mine in own for p in mine], stepping(run.fabric, optimizers)
     is_finite = finite_check(params, scaled=unscale is not None)
+    doubts, watched = _doubts(run, optimizers, scaled=unscale is not None), () if unscale is not None else optimizers
 
     def step(loss: Tensor | None, read: Sequence) -> bool:
         norms = []
@@ -340,7 +342,11 @@ def make_step(run: Run, optimizers: Sequence[Optimizer]) -> Step:
                 call(trainer, optimizer)
             if clip is not None:
                 norms.append(clip(mine))
-        finite = is_finite(loss, norms)
+        if doubts is not None:  # nothing waits for the GPU; `look_back` raises later
+            doubts.guard(progress.step, loss, norms, params, watched)
+            finite = True
+        else:
+            finite = is_finite(loss, norms)
         if finite:
             do_step()
             progress.skipped = 0
@@ -351,6 +357,25 @@ def make_step(run: Run, optimizers: Sequence[Optimizer]) -> Step:
         return finite
 
     return step
+
+
+def _doubts(run: Run, optimizers: Sequence[Optimizer], scaled: bool) -> Doubts | None:
+    """Where steps that are not finite are noted for later, on a GPU; None where each step is looked at by itself."""
+    if run.fabric.device.type in READS_ARE_FREE:
+        return None
+    names = [type(o).__name__ for o in optimizers if not (scaled or skips_by_itself(o))]
+    if run.config.on_nonfinite == "skip" or names:
+        why = f"{names[0]} is not fused" if names else "on_nonfinite='skip' counts them"
+        run.warn_once(f"The check for numbers that are not finite waits for the GPU in each step, as {why}.")
+        return None
+    run.doubts = run.doubts or Doubts(run.fabric.device)
+    return run.doubts
+
+
+def look_back(run: Run) -> None:
+    """Act on a step since the last look that was not finite, where steps are not looked at one by one. It was left out."""
+    if run.doubts is not None and (step := run.doubts.look()) is not None:
+        not_finite(run, None, [(run.means.compute(), 1)], step)
 
 
 def _clip(run: Run) -> Callable[[Sequence[Tensor]], Tensor | None] | None:
@@ -397,8 +422,8 @@ def finite_check(params: Sequence[Tensor], scaled: bool) -> Callable[[Tensor | N
     return is_finite
 
 
-def not_finite(run: Run, loss: Tensor | None, read: Sequence) -> None:
-    """Act on a loss or gradient that is not finite, as `on_nonfinite` says. Nothing was updated.
+def not_finite(run: Run, loss: Tensor | None, read: Sequence, step: int | None = None) -> None:
+    """Act on a loss or gradient that is not finite, as `on_nonfinite` says. Nothing was updated in that step.
 
     Raises FloatingPointError naming step, epoch, rank and the first term that was not finite.
     """
@@ -409,7 +434,7 @@ def not_finite(run: Run, loss: Tensor | None, read: Sequence) -> None:
     told = run.processes.gather(here)  # all processes are here: they check the same sums
     rank, what = next(((rank, what) for rank, what in enumerate(told) if what), (0, None))
     what = what or ("a gradient is not finite" if math.isfinite(values[-1][1]) else f"the loss is {values[-1][1]}")
-    message = f"{what} in step {progress.step} (epoch {progress.epoch}, rank {rank})"
+    message = f"{what} in step {progress.step if step is None else step} (epoch {progress.epoch}, rank {rank})"
     if policy == "raise":
         raise FloatingPointError(f"{message}; the weights are as they were. on_nonfinite='skip' or 'stop' goes on.")
     if policy == "stop":

@@ -180,11 +180,12 @@ class Logging(Hook):
             self._log(trainer, trainer.run.step_metrics())
 
     def on_epoch_end(self, trainer: Any, metrics: Mapping[str, float]) -> None:
-        """Write the epoch's metrics with learning rates, `steps_per_second` and `seconds` since the fit began."""
+        """Write the epoch's metrics with learning rates, speed, seconds spent waiting for data, and `seconds` since the fit began."""
         now, step = self._clock(), trainer.run.progress.step
         passed = now - self._last_time
         speed = {"steps_per_second": (step - self._last_step) / passed} if passed > 0 else {}
         self._last_time, self._last_step = now, step
+        speed |= trainer.run.feed.report(trainer.run.processes.gather)
         self._log(trainer, {**self._rates, **speed, "seconds": now - self._started, **metrics})
 
     def on_exception(self, trainer: Any, error: BaseException) -> None:

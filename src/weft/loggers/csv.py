@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 COLUMNS = ("step", "epoch", "name", "value", "time")
-CONTEXT = ("lr", "steps_per_second", "seconds")
+CONTEXT = ("lr", "steps_per_second", "examples_per_second", "wait_seconds", "seconds")
 """What `Logging` adds to an epoch's metrics; names `lr/...` too. The history of a result does not have it."""
 
 
