@@ -506,6 +506,43 @@ def test_two_optimizers_alternate_as_in_raw_pytorch() -> None:
     assert same(dict(result.last_weights), dict(raw.state_dict())) and result.steps == 6
 
 
+def step_by_hand(model: Any, batch: Any) -> Any:
+    loss = model.problem(batch)[model.train_metric]
+    model.manual_backward(loss)
+    model.optimizers().step()
+    return loss
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"custom_training_step": lambda model, batch: 2.0 * model.problem(batch)[model.train_metric]},
+        {"custom_training_step": step_by_hand, "automatic_optimization": False},
+    ],
+    ids=["its own step", "a custom step", "a step that does its own backward"],
+)
+def test_two_processes_end_where_one_does(options: dict[str, Any]) -> None:
+    ended = []
+    for processes in (1, 2):
+        problem = PNLP.make()
+        several = {"devices": 2, "strategy": "ddp_fork", "timeout": 30} if processes == 2 else {}
+        trainer = weft.LitTrainer(
+            epochs=2, accelerator="cpu", precision="64-true", seed=1, weight_name=f"of_{processes}", progress=False,
+            custom_hooks={"on_train_epoch_end": lambda self: self.log("epochs", self.current_epoch)},
+            **several, **options,
+        )  # fmt: skip
+        result = trainer.fit(problem, setup_of(PNLP, batch_size=16 // processes))
+        assert result.history["epochs"] == [0.0, 1.0] and trainer.weights_file == Path(f"of_{processes}.ckpt")
+        assert same(
+            dict(weft.load_weights(PNLP.make().double(), trainer.weights_file).state_dict()), trainer.get_weights()
+        )
+        ended.append((trainer.get_weights(), result.history["dev_loss"]))
+    for name, value in ended[0][0].items():
+        torch.testing.assert_close(ended[1][0][name], value, rtol=0, atol=1e-9)
+    assert ended[1][1] == pytest.approx(ended[0][1], rel=1e-9)
+
+
 def test_a_step_that_returns_nothing_or_takes_the_wrong_arguments_is_told_how() -> None:
     with pytest.raises(TypeError, match="custom_training_step returned None"):
         fitted(custom_training_step=lambda model, batch: None)

@@ -126,8 +126,9 @@ DEFECTS: dict[int, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     22: (
-        "All devices are taken unasked, hyperparameters need attributes, every epoch writes a file, wandb must be there.",
+        "Each process monitors its own numbers, all devices are taken unasked, sweeps need attributes, wandb must be there.",
         (
+            f"{LIT}::test_two_processes_end_where_one_does",
             f"{LIT}::test_the_signature_holds_every_keyword_of_the_original_and_of_its_readme",
             f"{LIT}::test_a_sweeps_learning_rate_and_batch_size_are_honoured",
             f"{LIT}::test_the_weights_file_is_named_as_asked_and_holds_the_best",

@@ -28,6 +28,7 @@ from weft.checkpoint import load_weights, state_of
 from weft.data import Data, as_data
 from weft.events import Hook
 from weft.integrations.lithooks import Bridge, LightningHooks, LitModel, from_configure_optimizers, takes
+from weft.launch import fabric_for_calls
 from weft.result import FitResult
 from weft.run import Run
 from weft.trainer import Trainer
@@ -115,6 +116,11 @@ class LitTrainer(Trainer):
         `resume`, or Lightning's name for it, `ckpt_path`: "auto", "last", "best" or a checkpoint's path.
         """
         resume = resume if resume is not None else ckpt_path
+        if (
+            fabric_for_calls(self) is not None
+        ):  # ddp_spawn, ddp_fork, ddp_notebook: each of the processes comes here again
+            self._set_model(problem)
+            return super().fit(problem, data_setup_function, dev, resume=resume, **setup_kwargs)
         with self.start(problem, data_setup_function, dev, resume=resume, **setup_kwargs) as run:
             for _ in run.epochs():
                 for batch in run.batches("train"):
@@ -131,8 +137,7 @@ class LitTrainer(Trainer):
 
     def start(self, problem: nn.Module, data: Any = None, dev: Any = None, **options: Any) -> Run:
         """A run for a loop of your own; the arguments are those of `weft.Trainer.start`."""
-        if self.lit_problem is None or self.lit_problem.problem is not problem:
-            self.lit_problem = LitModel(self, problem)
+        self._set_model(problem)
         self._call("setup", "fit")
         self._call("configure_model")
         named = {k: options.pop(k) for k in ("datamodule", "resume") if k in options}
@@ -141,6 +146,10 @@ class LitTrainer(Trainer):
             if (loader := options.pop(theirs, None)) is not None:
                 given[ours] = loader
         return super().start(problem, lambda: self._adjusted(as_data(**given, setup_kwargs=options)), **named)
+
+    def _set_model(self, problem: nn.Module) -> None:
+        if self.lit_problem is None or self.lit_problem.problem is not problem:
+            self.lit_problem = LitModel(self, problem)
 
     def _adjusted(self, data: Data) -> Data:
         if self._batch_size is not None:
@@ -219,8 +228,8 @@ class LitTrainer(Trainer):
         return self._evaluating_as("predict", "predict", super().predict, data, problem, setup_kwargs)
 
     def _evaluating_as(self, stage: str, name: str, evaluate: Any, data: Any, problem: Any, kwargs: Any) -> Any:
-        if problem is not None and (self.lit_problem is None or self.lit_problem.problem is not problem):
-            self.lit_problem = LitModel(self, problem)
+        if problem is not None:
+            self._set_model(problem)
         before = (("setup", name), ("configure_model",), (f"on_{stage}_start",), (f"on_{stage}_epoch_start",))
         for hook, *args in before:
             self._call(hook, *args)
