@@ -23,7 +23,12 @@ RENAMED = {
     "accumulate_grad_batches": "accumulate", "check_val_every_n_epoch": "validate_every",
     "log_every_n_steps": "log_every", "default_root_dir": "root_dir", "enable_checkpointing": "checkpoint",
 }  # fmt: skip
-LIMITS = {"limit_train_batches": "train", "limit_val_batches": "dev", "limit_test_batches": "test", "limit_predict_batches": "predict"}
+LIMITS = {
+    "limit_train_batches": "train",
+    "limit_val_batches": "dev",
+    "limit_test_batches": "test",
+    "limit_predict_batches": "predict",
+}
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "barebones": ((False,), "name what should be off: progress, loggers, checkpoint"),
     "detect_anomaly": ((False,), "call torch.autograd.set_detect_anomaly in the problem's file"),
@@ -167,11 +172,20 @@ def _top_level(body: dict[str, Any], out: dict[str, Any], work: _Translation) ->
 
 def _fill_defaults(body: dict[str, Any]) -> None:
     """What physicsml takes where a config says nothing."""
-    body["trainer"] = {"max_epochs": 1, "default_root_dir": "training", "enable_checkpointing": False, **body.get("trainer", {})}
+    body["trainer"] = {
+        "max_epochs": 1,
+        "default_root_dir": "training",
+        "enable_checkpointing": False,
+        **body.get("trainer", {}),
+    }
     body.setdefault("optimizer", {"name": "Adam", "config": {"lr": 1e-3}})
     body.setdefault("scheduler", {"name": "CosineAnnealingLR", "config": {"T_max": "num_steps"}})
     datamodule = dict(body.get("datamodule") or {})
-    datamodule["train"] = {"batch_size": datamodule.get("train_batch_size") or 1, "drop_last": True, **datamodule.get("train", {})}
+    datamodule["train"] = {
+        "batch_size": datamodule.get("train_batch_size") or 1,
+        "drop_last": True,
+        **datamodule.get("train", {}),
+    }
     body["datamodule"] = datamodule
 
 
@@ -186,12 +200,16 @@ def _named(key: str, section: str, value: Any, work: _Translation) -> Any:
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
         return value
     known = ("name", "config", *(("interval", "frequency", "monitor", "strict") if section == "scheduler" else ()))
-    work.wrong += [f"{key}.{k}={value[k]!r}: there is no such key{suggest(str(k), known)}" for k in value if k not in known]
+    work.wrong += [
+        f"{key}.{k}={value[k]!r}: there is no such key{suggest(str(k), known)}" for k in value if k not in known
+    ]
     spec: dict[str, Any] = {"class_path": value["name"], "init_args": dict(value.get("config") or {})}
     if section != "scheduler":
         return spec
     totals = {v for k, v in spec["init_args"].items() if k in ("T_max", "total_steps")}
-    spec["interval"] = "step" if "num_steps" in totals else "epoch" if "num_epochs" in totals else value.get("interval", "step")
+    spec["interval"] = (
+        "step" if "num_steps" in totals else "epoch" if "num_epochs" in totals else value.get("interval", "step")
+    )
     if "interval" in value and value["interval"] != spec["interval"]:
         work.notes.append(f"{key}.interval={value['interval']!r}: {spec['interval']!r}, as the scheduler's length says")
     if "frequency" in value:
@@ -234,7 +252,9 @@ def _trainer(section: Any, out: dict[str, Any], work: _Translation, key: str = "
             _object(name, value, options, out, work, key)
         elif name in ("max_epochs", "max_steps") and value in (-1, None):
             if name == "max_epochs":
-                work.wrong.append(f"{where}: a run has a number of epochs; give one, with max_time or patience to end it")
+                work.wrong.append(
+                    f"{where}: a run has a number of epochs; give one, with max_time or patience to end it"
+                )
         elif name == "max_time" and isinstance(value, Mapping):
             options[name] = _seconds(value)
         elif name == "deterministic" and value == "warn":
@@ -244,7 +264,9 @@ def _trainer(section: Any, out: dict[str, Any], work: _Translation, key: str = "
                 options[RENAMED[name]] = value
         else:
             if name not in TrainerConfig.__dataclass_fields__ and suggest(str(name), foreign):
-                work.wrong.append(f"{where}: there is no such option{suggest(str(name), (*foreign, *TrainerConfig.__dataclass_fields__))}")
+                work.wrong.append(
+                    f"{where}: there is no such option{suggest(str(name), (*foreign, *TrainerConfig.__dataclass_fields__))}"
+                )
                 continue
             options[name] = value
     _merge_into(out, "trainer", options, work)
@@ -261,7 +283,9 @@ def _seconds(parts: Mapping[str, float]) -> float:
     return float(sum(units.get(unit, 0) * number for unit, number in parts.items()))
 
 
-def _object(name: str, value: Mapping[str, Any], options: dict[str, Any], out: dict[str, Any], work: _Translation, key: str) -> None:
+def _object(
+    name: str, value: Mapping[str, Any], options: dict[str, Any], out: dict[str, Any], work: _Translation, key: str
+) -> None:
     """A strategy or profiler as {name, config}."""
     given, config = value.get("name", value.get("class_path")), value.get("config", value.get("init_args")) or {}
     if not isinstance(given, str):
@@ -292,7 +316,9 @@ def _logger(entry: Any, work: _Translation) -> Any:
     config = dict(entry.get("config", entry.get("init_args")) or {})
     own = {"TensorBoardLogger": "tensorboard", "CSVLogger": "csv"}.get(name.rsplit(".", 1)[-1])
     if own and not set(config) - {"save_dir", "name", "version"}:
-        work.notes += [f"logger {name}: {k}={v!r} has no effect here; files go into the run's folder" for k, v in config.items()]
+        work.notes += [
+            f"logger {name}: {k}={v!r} has no effect here; files go into the run's folder" for k, v in config.items()
+        ]
         return own
     return {"class_path": name if "." in name else f"lightning.pytorch.loggers.{name}", "init_args": config}
 
@@ -309,11 +335,17 @@ def _callbacks(value: Any, options: dict[str, Any], out: dict[str, Any], work: _
             continue
         config: dict[str, Any] = dict(spec.get("config", spec.get("init_args")) or {})
         short = name.rsplit(".", 1)[-1]
-        make = {"EarlyStopping": _early_stopping, "ModelCheckpoint": _checkpoint, "ModelCheckpointApply": _apply_best}.get(short)
+        make = {
+            "EarlyStopping": _early_stopping,
+            "ModelCheckpoint": _checkpoint,
+            "ModelCheckpointApply": _apply_best,
+        }.get(short)
         if make is not None:
             make(config, options, work, where)
         elif short == "Timer" and config.get("interval", "step") == "step":
-            options["max_time"] = _seconds(config["duration"]) if isinstance(config.get("duration"), Mapping) else config.get("duration")
+            options["max_time"] = (
+                _seconds(config["duration"]) if isinstance(config.get("duration"), Mapping) else config.get("duration")
+            )
         elif short in ("RichProgressBar", "TQDMProgressBar", "ModelSummary", "RichModelSummary", "LearningRateMonitor"):
             done = "learning rates are always logged" if short == "LearningRateMonitor" else "weft has its own line"
             work.notes.append(f"{where}={name!r}: has no effect here; {done}")
@@ -326,7 +358,12 @@ def _early_stopping(config: dict[str, Any], options: dict[str, Any], work: _Tran
     options["patience"] = config.pop("patience", 3)
     options |= {k: abs(config.pop(k)) for k in ("min_delta",) if k in config}
     _monitor(config, options, work, where)
-    neutral = {"verbose": (True, False), "strict": (True,), "check_finite": (True,), "log_rank_zero_only": (True, False)}
+    neutral = {
+        "verbose": (True, False),
+        "strict": (True,),
+        "check_finite": (True,),
+        "log_rank_zero_only": (True, False),
+    }
     for name, value in config.items():
         if value is not None and not any(value is v for v in neutral.get(name, ())):
             work.wrong.append(f"{where}.config.{name}={value!r}: has no meaning here")
@@ -334,11 +371,16 @@ def _early_stopping(config: dict[str, Any], options: dict[str, Any], work: _Tran
 
 def _monitor(config: dict[str, Any], options: dict[str, Any], work: _Translation, where: str) -> None:
     """The monitored metric and its direction: one for the whole run."""
-    for name, value in (("monitor_metric", work.metric(config.pop("monitor", None))), ("monitor_mode", config.pop("mode", None))):
+    for name, value in (
+        ("monitor_metric", work.metric(config.pop("monitor", None))),
+        ("monitor_mode", config.pop("mode", None)),
+    ):
         if value is None:
             continue
         if options.get(name, value) != value:
-            work.wrong.append(f"{where}: monitors {value!r}, another callback {options[name]!r}; a run has one monitored metric")
+            work.wrong.append(
+                f"{where}: monitors {value!r}, another callback {options[name]!r}; a run has one monitored metric"
+            )
         options[name] = value
 
 
@@ -350,11 +392,27 @@ def _checkpoint(config: dict[str, Any], options: dict[str, Any], work: _Translat
     if config.get("train_time_interval"):
         work.wrong.append(f"{where}.config.train_time_interval: use trainer.checkpoint.every_n_seconds")
     _monitor(config, options, work, where)
-    known = ("every_n_epochs", "every_n_train_steps", "train_time_interval", "verbose", "save_last", "save_weights_only")
-    names = ("dirpath", "filename", "save_top_k", "auto_insert_metric_name", "enable_version_counter", "save_on_train_epoch_end")
+    known = (
+        "every_n_epochs",
+        "every_n_train_steps",
+        "train_time_interval",
+        "verbose",
+        "save_last",
+        "save_weights_only",
+    )
+    names = (
+        "dirpath",
+        "filename",
+        "save_top_k",
+        "auto_insert_metric_name",
+        "enable_version_counter",
+        "save_on_train_epoch_end",
+    )
     for name, value in config.items():
         if name in names:
-            work.notes.append(f"{where}.config.{name}={value!r}: has no effect here; the newest and the best are kept in the run's folder")
+            work.notes.append(
+                f"{where}.config.{name}={value!r}: has no effect here; the newest and the best are kept in the run's folder"
+            )
         elif name not in known:
             work.wrong.append(f"{where}.config.{name}={value!r}: has no meaning here")
     options["checkpoint"] = settings or True
@@ -363,7 +421,9 @@ def _checkpoint(config: dict[str, Any], options: dict[str, Any], work: _Translat
 def _apply_best(config: dict[str, Any], options: dict[str, Any], work: _Translation, where: str) -> None:
     """After a fit the problem holds its best weights in any case."""
     _monitor(config, options, work, where)
-    work.notes += [f"{where}.config.{k}={v!r}: has no effect here; best weights are always put back" for k, v in config.items()]
+    work.notes += [
+        f"{where}.config.{k}={v!r}: has no effect here; best weights are always put back" for k, v in config.items()
+    ]
 
 
 def _datamodule(section: Any, out: dict[str, Any], work: _Translation, key: str = "datamodule") -> None:
@@ -393,13 +453,17 @@ def _datamodule(section: Any, out: dict[str, Any], work: _Translation, key: str 
     if own:
         data = out.get("data")
         if data is None:
-            work.wrong += [f"{key}.{k}={v!r}: goes to the data setup function; name one under `data`" for k, v in own.items()]
+            work.wrong += [
+                f"{key}.{k}={v!r}: goes to the data setup function; name one under `data`" for k, v in own.items()
+            ]
             return
         data = dict(data) if isinstance(data, Mapping) else {"class_path": data}
         out["data"] = {**data, "init_args": {**own, **(data.get("init_args") or {})}}
 
 
-def _split(key: str, split: str, value: Any, sizes: dict[str, Any], batches: dict[str, Any], work: _Translation) -> None:
+def _split(
+    key: str, split: str, value: Any, sizes: dict[str, Any], batches: dict[str, Any], work: _Translation
+) -> None:
     if not isinstance(value, Mapping):
         work.wrong.append(f"{key}={value!r}: expected a dict like {{batch_size: 64}}")
         return
@@ -410,9 +474,13 @@ def _split(key: str, split: str, value: Any, sizes: dict[str, Any], batches: dic
             batches["drop_last"] = given
         elif name == "mode":
             if given != "max_size_cycle":
-                work.notes.append(f"{key}.mode={given!r}: of several datasets the smaller ones start over (max_size_cycle)")
+                work.notes.append(
+                    f"{key}.mode={given!r}: of several datasets the smaller ones start over (max_size_cycle)"
+                )
         else:
-            work.wrong.append(f"{key}.{name}={given!r}: there is no such key{suggest(str(name), ('batch_size', 'drop_last', 'mode'))}")
+            work.wrong.append(
+                f"{key}.{name}={given!r}: there is no such key{suggest(str(name), ('batch_size', 'drop_last', 'mode'))}"
+            )
 
 
 def _transfer_learning(section: Any, body: Mapping[str, Any], out: dict[str, Any], work: _Translation) -> None:
@@ -443,14 +511,25 @@ def _stage(number: int, stage: Any, body: Mapping[str, Any], work: _Translation)
         work.wrong.append(f"{key}={stage!r}: expected a dict")
         return {}
     known = ("freeze_modules", "trainer", "datamodule", "optimizer", "scheduler")
-    work.wrong += [f"{key}.{k}={stage[k]!r}: there is no such key{suggest(str(k), known)}" for k in stage if k not in known]
+    work.wrong += [
+        f"{key}.{k}={stage[k]!r}: there is no such key{suggest(str(k), known)}" for k in stage if k not in known
+    ]
     inner: dict[str, Any] = {}
     top = body.get("trainer") if isinstance(body.get("trainer"), Mapping) else {}
-    _trainer({"max_epochs": top.get("max_epochs", top.get("epochs", 1)), **(stage.get("trainer") or {})}, inner, work, f"{key}.trainer")  # type: ignore[union-attr]
+    _trainer(
+        {"max_epochs": top.get("max_epochs", top.get("epochs", 1)), **(stage.get("trainer") or {})},
+        inner,
+        work,
+        f"{key}.trainer",
+    )  # type: ignore[union-attr]
     options = inner.pop("trainer", {})
-    phase = {"epochs": options.pop("epochs", 1)} | ({"patience": options.pop("patience")} if "patience" in options else {})
+    phase = {"epochs": options.pop("epochs", 1)} | (
+        {"patience": options.pop("patience")} if "patience" in options else {}
+    )
     options |= inner
-    work.wrong += [f"{key}.trainer: {k}={v!r} is one for the whole run; set it in the trainer section" for k, v in options.items()]
+    work.wrong += [
+        f"{key}.trainer: {k}={v!r} is one for the whole run; set it in the trainer section" for k, v in options.items()
+    ]
     if stage.get("freeze_modules"):
         phase["freeze"] = list(stage["freeze_modules"])
     for section in ("optimizer", "scheduler"):

@@ -190,7 +190,7 @@ class Trainer:
             return
         if self.clip is None:
             return
-        if not self._seen:  # the first batch of an epoch
+        if trainer.global_step == 0:
             held = set(map(id, parameters_of(optimizer)))
             stale = [n for n, p in self.model.named_parameters() if p.grad is not None and id(p) not in held]
             if stale:
@@ -218,8 +218,7 @@ class Trainer:
             self._output, means = {**self._output, **last}, {**means, **dev_means}
         name = self._eval_metric
         measured = self._output.get(name)
-        with evaluating(self.model):
-            self.callback.begin_eval(self, self._output)
+        self._call_evaluating("begin_eval")
         if self._output.get(name) is not measured:  # the callback's own measure
             return self._output[name]
         if self._monitor not in means:
@@ -228,6 +227,12 @@ class Trainer:
             )
             raise ValueError(f"eval_metric={name!r} never appears{suggest(name, known)}; there are {known}.")
         return means[self._monitor]
+
+    def _call_evaluating(self, *points: str) -> None:
+        if type(self.callback) is not Callback:  # for one with nothing in it the modes need not change
+            with evaluating(self.model):
+                for point in points:
+                    getattr(self.callback, point)(self, self._output)
 
     def _over_dev(self, run: Run) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The last dev batch's output with the mean loss, and the means over batches."""
@@ -266,9 +271,7 @@ class Trainer:
             self.logger.log_metrics(self._output, step=epoch)
         elif epoch % self.epoch_verbose == 0:
             print(f"epoch: {epoch}  {self.train_metric}: {self._output[f'mean_{self.train_metric}']}")
-        with evaluating(self.model):
-            self.callback.end_eval(self, self._output)
-            self.callback.end_epoch(self, self._output)
+        self._call_evaluating("end_eval", "end_epoch")
         if self.patience is not None and self.badcount > self.patience:
             print("Early stopping!!!")
             run.stop("patience")
