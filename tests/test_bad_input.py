@@ -145,7 +145,7 @@ TRAINING = {
     "optimizer of nothing": (
         lambda: fit(optimizer={"nett": OPTIMIZERS["sgd"], "net": OPTIMIZERS["sgd"]}), ValueError, "'nett'; did you mean 'net'",
     ),
-    "closure among several": (lambda: fit(optimizer=lbfgs_and_adam()), ValueError, "one that needs a closure must be the only"),
+    "closure among several": (lambda: fit(optimizer=lbfgs_and_adam()), ValueError, "which needs a closure, must be the only one"),
     "scheduler": (lambda: fit(scheduler=3), TypeError, "scheduler 'default' is 3; expected"),
     "scheduler name": (lambda: fit(scheduler={"defalt": print}), ValueError, "no such optimizer; did you mean 'default'"),
     "foreign scheduler": (with_scheduler_of_another_optimizer, ValueError, "belongs to another optimizer"),

@@ -7,14 +7,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 Sums = dict[str, tuple[float, int]]  # by name: the sum over examples, and their number
-FLUSH_AFTER = 256  # scalars that wait on the device before they are added up in one operation
+FLUSH_AFTER = 32  # batches that wait on the device before they are added up in one operation
+
+
+class Vector(NamedTuple):
+    """Scalars by name as one tensor, detached."""
+
+    names: tuple[str, ...]
+    values: Tensor  # (names,)
 
 
 class Means:
@@ -25,50 +32,50 @@ class Means:
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[str, list[Tensor]] = {}
-        self._weights: dict[str, list[int]] = {}
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._waiting: dict[tuple[str, ...], tuple[list[Tensor], list[int]]] = {}  # by names: their values, examples
         self._num_waiting = 0
+        self._sums: dict[tuple[str, ...], tuple[Tensor, int]] = {}  # by names: sums over examples, their number
 
     def __bool__(self) -> bool:
         return bool(self._waiting or self._sums)
 
-    def add(self, values: Mapping[str, Any], examples: int) -> None:
+    def add(self, values: Mapping[str, Any] | Vector, examples: int) -> None:
         """Add one batch of `examples` rows. Tensors are detached here, so no graph outlives its step."""
-        if not examples:  # an empty share of a batch: its means are nan
+        if not values or not examples:  # the mean over no rows is nan
             return
-        for name, value in values.items():
-            if not isinstance(value, Tensor):
-                value = torch.tensor(float(value), dtype=torch.float64)
-            value = value.detach()
-            if value.dim():
-                value = value.float().mean() if not value.is_floating_point() else value.mean()
-            if name not in self._waiting:
-                self._waiting[name], self._weights[name] = [], []
-            self._waiting[name].append(value)
-            self._weights[name].append(examples)
-        self._num_waiting += len(values)
+        names, row = values if isinstance(values, Vector) else (tuple(values), _row(values.values()))
+        rows, weights = self._waiting.setdefault(names, ([], []))
+        rows.append(row)
+        weights.append(examples)
+        self._num_waiting += 1
         if self._num_waiting >= FLUSH_AFTER:
             self._flush()
 
     def _flush(self) -> None:
-        for name, values in self._waiting.items():
-            stacked = torch.stack([v.to(values[-1].device) for v in values]).to(_widest(values[-1].device))
-            weights = torch.tensor(self._weights[name], dtype=stacked.dtype).to(stacked.device, non_blocking=True)
-            # a plain sum keeps nan visible
-            total = (stacked * weights).sum()
-            self._sums[name] = self._sums[name].to(total.device) + total if name in self._sums else total
-            self._counts[name] = self._counts.get(name, 0) + sum(self._weights[name])
-        self._waiting, self._weights, self._num_waiting = {}, {}, 0
+        for names, (rows, examples) in self._waiting.items():
+            stacked = _stack(rows)
+            stacked = stacked.to(_widest(stacked.device))
+            weights = torch.tensor(examples, dtype=stacked.dtype).to(stacked.device, non_blocking=True)
+            total, count = (stacked * weights[:, None]).sum(0), sum(examples)  # a plain sum keeps nan visible
+            if names in self._sums:
+                before, earlier = self._sums[names]
+                total, count = before.to(total.device) + total, earlier + count
+            self._sums[names] = total, count
+        self._waiting, self._num_waiting = {}, 0
+
+    def totals(self) -> Sums:
+        """The sum over examples and their number by name. This reads the device, once for batches of equal names."""
+        self._flush()
+        found: Sums = {}
+        for names, (sums, count) in self._sums.items():
+            for name, value in zip(names, sums.tolist(), strict=True):
+                earlier, number = found.get(name, (0.0, 0))
+                found[name] = earlier + value, number + count
+        return found
 
     def compute(self, gather: Callable[[Sums], list[Sums]] = lambda own: [own]) -> dict[str, float]:
         """The means as floats, by name. `gather` collects the sums of all processes, each of which must call."""
-        self._flush()
-        names = list(self._sums)
-        sums = torch.stack([self._sums[n].to(self._sums[names[0]].device) for n in names]) if names else torch.empty(0)
-        own = {n: (s, self._counts[n]) for n, s in zip(names, sums.tolist(), strict=True)}  # .tolist() is the one sync
-        told = gather(own)
+        told = gather(self.totals())
         parts = {name: [t[name] for t in told if name in t] for name in dict.fromkeys(n for t in told for n in t)}
         return {name: sum(s for s, _ in part) / sum(n for _, n in part) for name, part in parts.items()}
 
@@ -79,18 +86,44 @@ class Means:
     def state_dict(self) -> dict[str, Any]:
         """What was collected so far. Waiting values are kept apart: adding them up earlier would change last bits."""
         return {
-            "sums": {k: v.cpu() for k, v in self._sums.items()},
-            "counts": dict(self._counts),
-            "waiting": {k: torch.stack(v).cpu() for k, v in self._waiting.items()},
-            "weights": {k: list(v) for k, v in self._weights.items()},
+            "sums": [
+                {"names": list(names), "sums": sums.cpu(), "examples": count} for names, (sums, count) in self._sums.items()
+            ],
+            "waiting": [
+                {"names": list(names), "values": _stack(rows).cpu(), "examples": list(examples)}
+                for names, (rows, examples) in self._waiting.items()
+            ],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from what `state_dict` saved."""
-        self._sums, self._counts = dict(state_dict["sums"]), dict(state_dict["counts"])
-        self._waiting = {k: list(v.unbind()) for k, v in state_dict["waiting"].items()}
-        self._weights = {k: list(v) for k, v in state_dict["weights"].items()}
-        self._num_waiting = sum(len(v) for v in self._waiting.values())
+        self._sums = {tuple(s["names"]): (s["sums"], s["examples"]) for s in state_dict["sums"]}
+        self._waiting = {
+            tuple(w["names"]): (list(w["values"].unbind()), list(w["examples"])) for w in state_dict["waiting"]
+        }
+        self._num_waiting = sum(len(examples) for _, examples in self._waiting.values())
+
+
+def _row(values: Iterable[Any]) -> Tensor:
+    """Scalars as one detached tensor: one operation for all, and nothing of their graphs is kept."""
+    return _stack([_scalar(value) for value in values]).detach()
+
+
+def _scalar(value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        return torch.tensor(float(value), dtype=torch.float64)
+    if not value.is_floating_point():
+        value = value.to(_widest(value.device))
+    return value.mean() if value.dim() else value
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensors as one, in the widest of their dtypes; on the device of the first that is not on the CPU."""
+    try:
+        return torch.stack(tensors)  # pyright: ignore[reportArgumentType]: any sequence will do
+    except RuntimeError:  # on several devices
+        device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
+        return torch.stack([t.to(device, _widest(device)) for t in tensors])
 
 
 def check_scalars(values: Mapping[str, Any]) -> None:

@@ -395,6 +395,11 @@ def finite_check(params: Sequence[Tensor], scaled: bool) -> Callable[[Tensor | N
     step. Under a gradient scaler the scaler decides about gradients (an overflow skips the step by design).
     """
     check = torch._amp_foreach_non_finite_check_and_unscale_  # pyright: ignore[reportPrivateImportUsage]
+    by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for p in params:
+        by_kind.setdefault((p.dtype, p.device), []).append(p)
+    kinds = [(alike, torch.zeros((), dtype=torch.float32, device=device)) for (_, device), alike in by_kind.items()]
+    one = {found.device: torch.ones_like(found) for _, found in kinds}
 
     def is_finite(loss: Tensor | None, norms: Sequence[Tensor | None]) -> bool:
         if loss is not None and not math.isfinite(loss.item()):
@@ -403,18 +408,11 @@ def finite_check(params: Sequence[Tensor], scaled: bool) -> Callable[[Tensor | N
             return True
         if norms and norms[0] is not None:
             return all(math.isfinite(norm.item()) for norm in norms if norm is not None)
-        by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for p in params:
-            if p.grad is not None:
-                grad = p.grad.coalesce().values() if p.grad.is_sparse else p.grad
-                by_kind.setdefault((grad.dtype, grad.device), []).append(grad)
-        for (dtype, device), grads in by_kind.items():
-            if dtype.is_complex:
-                if not all(bool(grad.isfinite().all()) for grad in grads):
-                    return False
-                continue
-            found = torch.zeros((), dtype=torch.float32, device=device)
-            check(grads, found, torch.ones_like(found))
+        for alike, found in kinds:
+            grads = [g.coalesce().values() if g.is_sparse else g for p in alike if (g := p.grad) is not None]
+            if alike[0].is_complex():
+                grads = [torch.view_as_real(grad) for grad in grads]
+            check(grads, found.zero_(), one[found.device])
             if found.item():
                 return False
         return True
