@@ -81,9 +81,13 @@ def work_of(run: Any, space: Mapping[str, Any], folder: Path, metric: str | None
 
     source = recipe.Source(dict(run), [], []) if isinstance(run, Mapping) else recipe.read(run)
     config: Any = recipe.rooted(source.config, Path.cwd())
+    wrong = list(source.wrong)
     for name, spec in space.items():
-        config = with_option(config, name, _as_text(spec[0] if isinstance(spec, list | tuple) else spec["low"]))
-    checked = recipe.check(recipe.Source(config, source.wrong, []), needed=("problem", "data"))
+        try:
+            config = with_option(config, name, _as_text(spec[0] if isinstance(spec, list | tuple) else spec["low"]))
+        except ConfigError as error:
+            wrong += [problem.replace("--", "space.", 1) for problem in error.problems]
+    checked = recipe.check(recipe.Source(config, wrong, []), needed=("problem", "data"))
     trainer = checked.config.get("trainer", {})
     for name in ("devices", "num_nodes"):
         if trainer.get(name, 1) not in (1, "1", "auto"):

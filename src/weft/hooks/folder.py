@@ -104,7 +104,7 @@ def surroundings(trainer: Any) -> dict[str, Any]:
     run = trainer.run
     return {
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "command": shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "weft"), *sys.argv[1:]]),
+        "command": _command(),
         "folder": os.getcwd(),
         "resumed_at_step": run.progress.step or None,
         "seed": trainer.config.seed,
@@ -116,6 +116,15 @@ def surroundings(trainer: Any) -> dict[str, Any]:
         "processes": run.fabric.world_size,
         "devices": _devices(run.fabric),
     }
+
+
+def _command() -> str:
+    """The command line of this process as it would be typed again."""
+    program = Path(sys.argv[0])
+    if program.name != "__main__.py":
+        return shlex.join([program.name, *sys.argv[1:]])
+    start = ["weft"] if program.parent.name == "cli" else ["python", "-m", program.parent.name]
+    return shlex.join([*start, *sys.argv[1:]])
 
 
 def _versions() -> dict[str, str]:
