@@ -38,6 +38,7 @@ FLOORS = (
     ("update", "evaluation", "resume"),
     ("compiled",),
     ("phases",),
+    ("seams",),
     ("run",),
     ("launch",),
     ("trainer",),

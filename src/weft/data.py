@@ -382,6 +382,8 @@ def batches_of(
     source = getattr(data, split)
     if source is None:
         return None
+    if hasattr(source, "resident"):  # an integration's own batches, as they are
+        return source
     training = split == "train"
     if isinstance(source, Mapping) and not any(isinstance(v, Tensor | np.ndarray | list) for v in source.values()):
         parts, nested = {name: _tensors(part, split, name) for name, part in source.items()}, True

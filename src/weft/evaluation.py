@@ -60,7 +60,7 @@ def monitored_metric(run: Run, metrics: Mapping[str, float]) -> str | None:
     config, has_dev = run.config, run.has("dev")
     asked = config.monitor_metric is not None or any((config.patience, *(phase.patience for phase in run.phases)))
     name = config.monitor_metric or (config.dev_metric if has_dev else config.train_metric)
-    if not asked and not run.trainer.monitors_by_default:
+    if not asked and not (run.trainer.monitors_by_default and run.monitors_by_default):
         return None
     if name in metrics or name in run.history.values or (has_dev and not run.evaluated):
         return name

@@ -34,10 +34,11 @@ from weft.finite import Doubts
 from weft.history import Best, History, Progress
 from weft.metrics import Means, check_scalars, num_examples
 from weft.optimizers import Phase, Scheduled
-from weft.phases import Frozen, begin_phase, begin_phases, unfreeze
+from weft.phases import Frozen, begin_phase, unfreeze
 from weft.processes import Processes
 from weft.result import FitResult
 from weft.resume import restore_carried, restore_run, state_of_run
+from weft.seams import Seams
 from weft.seeding import data_randomness, order_seed, seed_everything, separate
 from weft.signals import Interruption, interactive
 from weft.update import Combine, Step, Update, built_in, look_back, own_backward, own_step
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from weft.trainer import Trainer
 
 
-class Run:
+class Run(Seams):
     """One training run, made by `Trainer.start` and used as a context manager.
 
     A loop may read `problem`, `optimizers` (by name), `fabric`, `data`, `progress`, `history`, `best`, `run_dir`, and
@@ -125,7 +126,7 @@ class Run:
         self.fabric = self.trainer.launched or make_fabric(self.config, options["strategy"], options["plugins"])
         start_processes(self.fabric, self.config.timeout)
         self.processes = Processes(self.fabric, lambda: bool(self.interruption.asked))
-        self.problem = self.fabric._precision.convert_module(self.problem).to(self.fabric.device)
+        self.problem = self.place(self.problem)
         self.processes.share_weights(self.problem)
         self.seed = self.processes.first(lambda: self.seed)
         self._resumed, found_in = None, None
@@ -184,7 +185,7 @@ class Run:
             self.hooks = listeners([*of_problem, *self.trainer.hooks, *self.trainer.default_hooks(self)])
             self._bound = {event: bind(self.hooks, event) for event in (*EVENTS, AT_REST)}
             self.problem.train()
-            begin_phases(self, resumed=self._resumed is not None)
+            self.begin_phases(resumed=self._resumed is not None)
             self._call("on_fit_start")
             if self._resumed is not None:
                 restore_run(self, self._resumed)
@@ -422,7 +423,7 @@ class Run:
             self._recent.add({f"{self.config.train_metric}_step": loss}, num_examples(batch))
         for call in self._bound["on_step_end"]:
             call(self.trainer, batch, loss)
-        if progress.step == progress.last_step:
+        if progress.last_step is not None and progress.step >= progress.last_step:
             self.decide_to_stop("max_steps")
 
     def default_update(self, batch: Any) -> Tensor:

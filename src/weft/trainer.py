@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from weft import checkpoint
 from weft.config import TrainerConfig, build
-from weft.data import as_data, evaluation_data
+from weft.data import Data
 from weft.devices import numerics
-from weft.evaluation import predict
 from weft.events import as_hooks
 from weft.hooks import hooks_from
 from weft.launch import call, fabric_for_calls
@@ -48,7 +47,7 @@ class Trainer:
     phases: a list of `weft.Phase`, trained one after the other; `epochs` is then theirs.
     metrics: further metrics by name, functions whose argument names are keys of the problem's output or of the batch.
     training_step, validation_step, test_step, predict_step: `fn(trainer, batch)` -> loss or dict.
-    hooks: a `weft.Hook`, a dict of functions by event, or a list mixing both.
+    hooks: a `weft.Hook`, a dict of functions by event, or a list mixing both (and, with a LightningModule, Callbacks).
     loggers: "tensorboard", "csv", any Lightning logger, or a list; a run folder has its metrics.csv in any case.
     strategy, plugins, profiler: also objects (Fabric's strategies and plugins; anything with start, step, stop).
 
@@ -73,7 +72,10 @@ class Trainer:
             if isinstance(self.options[name], str):
                 plain[name], self.options[name] = self.options[name], None
         self.config: TrainerConfig = build(TrainerConfig, plain)
-        self.hooks: list[Any] = as_hooks(self.options["hooks"])
+        from weft.integrations import split_hooks
+
+        own, self.callbacks = split_hooks(self.options["hooks"])
+        self.hooks: list[Any] = as_hooks(own)
         self.phases: list[Phase] = _phases(self.options["phases"], plain)
         self.metric_functions = _metrics(self.options["metrics"])
         for name in _STEPS.values():
@@ -102,11 +104,12 @@ class Trainer:
         `data`: a data setup function (called with `setup_kwargs`), a `weft.Data`, (train, dev, test, batch_size), a
         dataset, a loader or any iterable of batches (`dev` is then the other one). A second fit of the same problem
         trains on; another problem starts anew. `resume`: "auto", "last", "best" or a checkpoint's path.
+        A LightningModule comes with loaders (`train_dataloaders`, `val_dataloaders`), a `datamodule`, or its own data.
         """
         given = {"datamodule": datamodule, "train_dataloaders": train_dataloaders, "val_dataloaders": val_dataloaders}
         if (fabric := fabric_for_calls(self)) is not None:  # ddp_spawn, ddp_fork, ddp_notebook
             result = call(self, fabric, "fit", problem, problem, data, dev, resume=resume, **given, **setup_kwargs)
-            self._running.given_data = _make_data(data, dev, **given, setup_kwargs=setup_kwargs)
+            self._running.given_data = _make_data(self._running, data, dev, **given, setup_kwargs=setup_kwargs)
             return result
         with self.start(problem, data, dev, resume=resume, **given, **setup_kwargs) as run:
             for _ in run.epochs():
@@ -125,13 +128,23 @@ class Trainer:
         if not isinstance(problem, nn.Module):
             raise TypeError(f"fit: the problem is {type(problem).__name__} {problem!r}; expected a torch.nn.Module.")
         given = {"datamodule": datamodule, "train_dataloaders": train_dataloaders, "val_dataloaders": val_dataloaders}
-        make_data = _make_data(data, dev, **given, setup_kwargs=setup_kwargs)
         previous = self.run if self.run is not None and self.run.is_of(problem) else None
         if previous is None:
             self.run = None
-        run = Run(self, problem, previous)
+        run = self._run_of(problem, previous)
+        make_data = _make_data(run, data, dev, **given, setup_kwargs=setup_kwargs)
         run.prepare(make_data, resume if resume is not None else self.config.resume)
         self.run = run
+        return run
+
+    def _run_of(self, problem: nn.Module, previous: Run | None = None) -> Run:
+        """A new run: weft's own, or that of an integration which knows this kind of problem."""
+        from weft.integrations import adapter_for
+
+        run = (adapter_for(problem) or Run)(self, problem, previous)
+        if self.callbacks and not run.takes_callbacks:
+            names = ", ".join(type(c).__name__ for c in self.callbacks)
+            raise TypeError(f"hooks: {names} are Lightning Callbacks, which need a LightningModule; use a weft.Hook.")
         return run
 
     def default_hooks(self, run: Run) -> list[Any]:
@@ -244,20 +257,33 @@ class Trainer:
 
     # ------------------------------------------------------------------ after training
 
-    def validate(self, data: Any = None, *, problem: nn.Module | None = None, **setup_kwargs: Any) -> dict[str, float]:
-        """Means over the dev set (of the last fit, or `data`) as floats, with the history's keys."""
-        return self._evaluate("dev", problem, data, setup_kwargs)
+    def validate(
+        self, data: Any = None, dataloaders: Any = None, *, problem: nn.Module | None = None, datamodule: Any = None,
+        **setup_kwargs: Any,
+    ) -> dict[str, float]:  # fmt: skip
+        """Means over the dev set (of the last fit, or `data`) as floats, with the history's keys.
 
-    def test(self, data: Any = None, *, problem: nn.Module | None = None, **setup_kwargs: Any) -> dict[str, float]:
-        """Means over the test set (of the last fit, or `data`) as floats, with the history's keys."""
-        return self._evaluate("test", problem, data, setup_kwargs)
+        A problem may come first: `validate(problem, data)`. A LightningModule may bring its own data or a `datamodule`.
+        """
+        return self._evaluate("dev", *_asked(data, dataloaders, problem, datamodule), setup_kwargs)
 
-    def predict(self, data: Any = None, *, problem: nn.Module | None = None, **setup_kwargs: Any) -> dict[str, Tensor]:
+    def test(
+        self, data: Any = None, dataloaders: Any = None, *, problem: nn.Module | None = None, datamodule: Any = None,
+        **setup_kwargs: Any,
+    ) -> dict[str, float]:  # fmt: skip
+        """Means over the test set (of the last fit, or `data`) as floats, with the history's keys; see `validate`."""
+        return self._evaluate("test", *_asked(data, dataloaders, problem, datamodule), setup_kwargs)
+
+    def predict(
+        self, data: Any = None, dataloaders: Any = None, *, problem: nn.Module | None = None, datamodule: Any = None,
+        **setup_kwargs: Any,
+    ) -> Any:  # fmt: skip
         """What the nodes compute for each row of the predict set (or `data`), in order, on the CPU, by key.
 
-        Inputs and losses are left out, and targets may be missing from the data.
+        Inputs and losses are left out, and targets may be missing from the data. Of a LightningModule: what its
+        `predict_step` returned, a list with one entry a batch (a list of such lists for several loaders).
         """
-        return self._evaluate("predict", problem, data, setup_kwargs)
+        return self._evaluate("predict", *_asked(data, dataloaders, problem, datamodule), setup_kwargs)
 
     def _evaluate(self, split: str, problem: nn.Module | None, data: Any, setup_kwargs: Any) -> dict[str, Any]:
         if (fabric := fabric_for_calls(self)) is not None:
@@ -266,7 +292,7 @@ class Trainer:
             if not run.has(split):
                 raise ValueError(f"{split}: there is no {split} data; pass some.")
             if split == "predict":
-                return predict(run, self.step_function("predict", run.problem))
+                return run.predict()
             return run.evaluate(split)
 
     @contextmanager
@@ -276,14 +302,15 @@ class Trainer:
         """The run to evaluate in: that of the last fit, or one for this problem or data, which is gone afterwards."""
         run, last = self.run, self.run
         if last is not None and last.carried is not None:  # the fit was in other processes: its data is made again
-            run = last = Run(self, last.problem, last).prepare(last.given_data)
+            run = last = self._run_of(last.problem, last).prepare(last.given_data)
         if problem is None:
             problem = self._running.problem
-        if data is not None or setup_kwargs:
-            size = last.data.batch_size if last is not None else None
-            run = Run(self, problem).prepare(partial(evaluation_data, split, data, setup_kwargs, size))
-        elif last is None or not last.is_of(problem):
-            raise TypeError(f"{split}: give the data for a problem that was not trained here.")
+        is_new = last is None or not last.is_of(problem)
+        if is_new or data is not None or setup_kwargs:
+            run = self._run_of(problem)
+            if is_new and data is None and not setup_kwargs and not run.brings_data:
+                raise TypeError(f"{split}: give the data for a problem that was not trained here.")
+            run.prepare(run.data_to_evaluate(split, data, setup_kwargs, last))
         assert run is not None
         self.run = run
         try:
@@ -311,6 +338,16 @@ def _signature() -> inspect.Signature:
 Trainer.__init__.__signature__ = _signature()  # pyright: ignore[reportFunctionMemberAccess]
 
 
+def _asked(data: Any, dataloaders: Any, problem: nn.Module | None, datamodule: Any) -> tuple[nn.Module | None, Any]:
+    """The problem and the data that an evaluation was asked for; either may be None."""
+    if isinstance(data, nn.Module) and problem is None:
+        problem, data = data, None
+    given = [d for d in (data, dataloaders, datamodule) if d is not None]
+    if len(given) > 1:
+        raise TypeError("Give the data once: as `data`, `dataloaders` or `datamodule`.")
+    return problem, given[0] if given else None
+
+
 def _either(name: str, value: Any, other: str, alias: Any) -> Any:
     if value is not None and alias is not None:
         raise TypeError(f"fit: {name} and {other} are the same; give one of them.")
@@ -318,13 +355,13 @@ def _either(name: str, value: Any, other: str, alias: Any) -> Any:
 
 
 def _make_data(
-    data: Any, dev: Any, *, datamodule: Any, train_dataloaders: Any, val_dataloaders: Any, setup_kwargs: dict[str, Any]
-) -> Callable[[], Data]:
+    run: Run, data: Any, dev: Any, *, datamodule: Any, train_dataloaders: Any, val_dataloaders: Any,
+    setup_kwargs: dict[str, Any],
+) -> Callable[[], Data]:  # fmt: skip
     """A function that makes the `Data` of the arguments of `fit`."""
-    if datamodule is not None:
-        raise TypeError("fit: `datamodule` belongs to a LightningModule; pass `data` here.")
     data = _either("data", data, "train_dataloaders", train_dataloaders)
-    return partial(as_data, data, _either("dev", dev, "val_dataloaders", val_dataloaders), setup_kwargs)
+    dev = _either("dev", dev, "val_dataloaders", val_dataloaders)
+    return run.data_of_fit(data, dev, datamodule, setup_kwargs)
 
 
 def _phases(phases: Any, plain: Mapping[str, Any]) -> list[Phase]:

@@ -114,7 +114,7 @@ def hyperparameters(trainer: Any) -> dict[str, Any]:
     optimizers = trainer.run.optimizers
     for name, optimizer in optimizers.items():
         settings["optimizer" if len(optimizers) == 1 else f"optimizer/{name}"] = type(optimizer).__name__
-    return settings | learning_rates(optimizers)
+    return settings | learning_rates(optimizers) | _flat(trainer.run.settings)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,0 +1,19 @@
+"""A LightningModule trains as it is: `weft.Trainer(epochs=3).fit(module, datamodule=dm)`.
+
+    names.py       recognise Lightning's classes; which hooks are overridden; legacy forms
+    hooks.py       call the hooks of callbacks and module, in Lightning's order
+    data.py        loaders: of the fit, the module or the data module; restarted exactly on resume
+    log.py         self.log: what is kept of a value, and what it becomes at the end of an epoch
+    optimizers.py  every shape that configure_optimizers returns; when schedulers step
+    update.py      automatic and manual optimization
+    loops.py       the loops of evaluation and prediction
+    view.py        what the module sees as self.trainer
+    states.py      what a checkpoint holds besides the core's state; checkpoints in Lightning's format
+    run.py         LightningRun: the order of it all
+
+The core knows nothing of this folder: `weft.integrations.adapter_for` names `LightningRun` for a LightningModule.
+"""
+
+from weft.integrations.lightning.run import LightningRun
+
+__all__ = ["LightningRun"]

@@ -1,0 +1,64 @@
+"""What a run does differently for the problems of another library: the places where an integration takes over.
+
+`weft.integrations.adapter_for(problem)` names a subclass of `Run` for the problems that it knows; it overrides these
+and the methods of `Run` itself. Here stands what holds for a plain problem.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from weft.data import Data, as_data, evaluation_data
+from weft.evaluation import predict
+from weft.phases import begin_phases
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+    from weft.run import Run
+
+
+class Seams:
+    """The seams of a run."""
+
+    takes_callbacks = False
+    """Whether Lightning Callbacks among the hooks have something to listen to."""
+    brings_data = False
+    """Whether a problem may bring its own data, so that none need be given."""
+    monitors_by_default = True
+    """Whether the dev loss (or the training loss) is monitored without being named."""
+
+    fabric: Fabric
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings of the problem itself, which loggers record beside the trainer's."""
+        return {}
+
+    def place(self, problem: nn.Module) -> nn.Module:
+        """The problem on the run's device and in its precision."""
+        return self.fabric._precision.convert_module(problem).to(self.fabric.device)
+
+    def data_of_fit(self, data: Any, dev: Any, datamodule: Any, setup_kwargs: Mapping[str, Any]) -> Callable[[], Data]:
+        """What makes the data of a fit from what `Trainer.fit` was given."""
+        if datamodule is not None:
+            raise TypeError("fit: `datamodule` belongs to a LightningModule; pass `data` here.")
+        return partial(as_data, data, dev, setup_kwargs)
+
+    def data_to_evaluate(
+        self, split: str, data: Any, setup_kwargs: Mapping[str, Any], last: Run | None
+    ) -> Callable[[], Data]:
+        """What makes the data of `Trainer.validate`, `test` or `predict`; `last` is the run of the last fit."""
+        return partial(evaluation_data, split, data, setup_kwargs, last.data.batch_size if last is not None else None)
+
+    def begin_phases(self: Run, resumed: bool) -> None:  # type: ignore[misc]
+        """Put optimizers, schedules and the update of the run's phase in force."""
+        begin_phases(self, resumed)
+
+    def predict(self: Run) -> Any:  # type: ignore[misc]
+        """The predictions for the predict set."""
+        return predict(self, self.trainer.step_function("predict", self.problem))

@@ -1,0 +1,67 @@
+"""What the tests of Lightning modules share: the same module trained by Lightning's Trainer and by weft's."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+import weft
+from weft.seeding import seed_everything
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
+    "enable_model_summary": False, "num_sanity_val_steps": 0,
+}  # fmt: skip
+TRANSLATED = {
+    "max_epochs": "epochs", "accumulate_grad_batches": "accumulate", "gradient_clip_val": "clip",
+    "gradient_clip_algorithm": "clip_algorithm", "check_val_every_n_epoch": "validate_every", "callbacks": "hooks",
+}  # fmt: skip
+# What Lightning warns about on a small machine; warnings of weft stay errors.
+LIGHTNING_WARNINGS = (
+    r"ignore:.*does not have many workers.*",
+    r"ignore:.*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+    r"ignore:.*Trying to infer the `batch_size` from an ambiguous collection.*",
+    r"ignore:.*You defined a `validation_step` but have no `val_dataloader`.*",
+    r"ignore:.*`training_step` returned `None`.*",
+    r"ignore:.*You have overridden `.*` in .*",
+    r"ignore:.*Found .* module\(s\) in eval mode at the start of training.*",
+)
+
+
+def both(make: Callable[[], tuple[Any, dict[str, Any]]], seed: int = 3, **options: Any) -> tuple[Any, Any, Any, Any]:
+    """(Lightning's module and trainer, weft's module and trainer) after a fit by each, from the same seed.
+
+    `make` gives the module and the keywords of `fit`. `options` are named as Lightning names them.
+    """
+    trained = []
+    for use in (lightning_trainer, weft_trainer):
+        seed_everything(seed)
+        module, data = make()
+        chosen = {k: v() if k == "callbacks" else v for k, v in options.items()}
+        trainer = use(**chosen)
+        trainer.fit(module, **data)
+        trained += [module, trainer]
+    return tuple(trained)
+
+
+def lightning_trainer(**options: Any) -> pl.Trainer:
+    """Lightning's Trainer, quiet and on the CPU."""
+    return pl.Trainer(**{**QUIET, **options})
+
+
+def weft_trainer(**options: Any) -> weft.Trainer:
+    """weft's Trainer with the same options."""
+    options = {TRANSLATED.get(k, k): v for k, v in options.items() if k != "num_sanity_val_steps"}
+    return weft.Trainer(accelerator="cpu", progress=False, **options)
+
+
+def weights(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Copies of parameters and buffers by name."""
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
