@@ -62,7 +62,7 @@ OPTIONS = {
     "unknown option": (lambda: weft.Trainer(epoch=3), TypeError, r"no option 'epoch'; did you mean 'epochs'\?"),
     "unknown checkpoint option": (lambda: weft.Trainer(checkpoint={"kep": 3}), TypeError, r"checkpoint.kep; did you mean 'keep'"),
     "negative epochs": (lambda: weft.Trainer(epochs=-1), ValueError, "epochs=-1: must be at least 0"),
-    "several wrong": (lambda: weft.Trainer(epochs=1.5, clip=0.0), ValueError, r"epochs=1.5: expected int; clip=0.0: must be gr"),
+    "several wrong": (lambda: weft.Trainer(epochs=1.5, clip=0.0), ValueError, r"epochs=1.5: expected a whole number; clip=0.0: must be gr"),
     "misspelt choice": (lambda: weft.Trainer(monitor_mode="mn"), ValueError, "monitor_mode='mn'.*did you mean 'min'"),
     "nan": (lambda: weft.Trainer(min_delta=float("nan")), ValueError, "min_delta=nan: expected a finite number"),
     "time": (lambda: weft.Trainer(max_time="soon"), ValueError, 'max_time=.soon.: expected seconds or "DD:HH:MM:SS"'),
@@ -86,7 +86,7 @@ OPTIONS = {
     "phase freeze": (lambda: weft.Phase(epochs=1, freeze="net"), TypeError, "freeze='net'; expected a list of names"),
     "schedule": (lambda: weft.Schedule(print, interval="steps"), ValueError, "interval='steps'; expected 'epoch' or 'step'"),
     "loggers": (lambda: fit(loggers="tensorbord"), ValueError, "'tensorbord'; did you mean 'tensorboard'"),
-    "accelerator": (lambda: fit(accelerator="gqu"), (ValueError, RuntimeError), "asked for accelerator='gqu'"),
+    "accelerator": (lambda: fit(accelerator="gqu"), (ValueError, RuntimeError), "sked for accelerator='gqu'"),
 }  # fmt: skip
 
 DATA = {
