@@ -18,7 +18,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
+
+from weft.constants import constants_on
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -223,8 +226,8 @@ def float_dtype(fabric: Fabric) -> torch.dtype | None:
 
 
 @contextmanager
-def numerics(fabric: Fabric, deterministic: bool) -> Iterator[None]:
-    """The default dtype (float64 under 64-true: Fabric would hand back float32 losses) and determinism of a run."""
+def numerics(fabric: Fabric, deterministic: bool, problem: nn.Module) -> Iterator[None]:
+    """The default dtype (float64 under 64-true: Fabric would hand back float32 losses), constants, determinism of a run."""
     dtype, was = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     try:
@@ -232,7 +235,8 @@ def numerics(fabric: Fabric, deterministic: bool) -> Iterator[None]:
             torch.set_default_dtype(torch.float64)
         if deterministic:
             torch.use_deterministic_algorithms(True)
-        yield
+        with constants_on(problem, fabric.device, float_dtype(fabric)):
+            yield
     finally:
         torch.set_default_dtype(dtype)
         if deterministic:

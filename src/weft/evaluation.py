@@ -75,7 +75,7 @@ def predict(run: Run, step: Callable[[Any], Mapping[str, Tensor]]) -> dict[str, 
     """What `step` returns for each batch of the predict set, concatenated in order on the CPU, by key."""
     found: list[dict[str, Tensor]] = []
     step, alone = in_precision(run.fabric, step), run.processes.world == 1
-    with numerics(run.fabric, run.config.deterministic), evaluating(run.problem):
+    with numerics(run.fabric, run.config.deterministic, run.problem), evaluating(run.problem):
         for batch in run.batches_of("predict"):
             rows = step(batch) if num_examples(batch) or alone else {}
             found.append({key: value.detach().cpu() for key, value in rows.items() if value.dim()})

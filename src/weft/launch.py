@@ -8,6 +8,7 @@ Everything else that changed there (an attribute of the trainer, a list that a h
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import signal
@@ -28,6 +29,7 @@ from weft import checkpoint
 from weft.config import TrainerConfig
 from weft.devices import is_one, make_fabric, quiet, start_method, starts_function
 from weft.events import Hook
+from weft.processes import dumps
 from weft.result import FitResult
 from weft.resume import restore_hooks, state_of_run
 from weft.run import Run
@@ -68,10 +70,10 @@ def call(trainer: Trainer, fabric: Fabric, method: str, problem: nn.Module, *arg
         if spawns:  # pickle cannot send lambdas, cloudpickle can
             import cloudpickle
 
-            work = cloudpickle.dumps(work)
+            work = dumps(work, cloudpickle.Pickler)
         try:
             with quiet():
-                fabric.launch(_work, work, folder)
+                fabric.launch(_work, work, folder, _Quiet())
         except Exception as error:  # noqa: BLE001, whatever torch makes of a process that failed
             if asked:
                 raise KeyboardInterrupt from error
@@ -85,7 +87,21 @@ def call(trainer: Trainer, fabric: Fabric, method: str, problem: nn.Module, *arg
     return trainer.run.result
 
 
-def _work(fabric: Fabric, work: Any, folder: str) -> None:
+class _Quiet:
+    """Turns off Fabric's lines about processes that start, in a new process: where it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return _be_quiet, ()
+
+
+def _be_quiet() -> None:
+    import lightning.fabric  # sets the levels when it is imported
+
+    logging.getLogger(lightning.fabric.__name__).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+
+
+def _work(fabric: Fabric, work: Any, folder: str, quiet: Any = None) -> None:
     """What each process does. `told.ckpt` is written by the first, `error-<rank>` by one that fails."""
     try:
         if isinstance(work, bytes):

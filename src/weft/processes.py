@@ -10,6 +10,7 @@ optimizers, closures and loops of the user's own need nothing special.
 
 from __future__ import annotations
 
+import copyreg
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -60,7 +61,7 @@ class Processes:
             return [value]
         told: list[Any] = [None] * self.world
         with self._contact():
-            dist.all_gather_object(told, _dumps(value))
+            dist.all_gather_object(told, dumps(value))
         return [pickle.loads(data) for data in told]
 
     def first(self, make: Callable[[], T]) -> T:
@@ -74,9 +75,9 @@ class Processes:
         told: list[Any] = [None]
         if self.rank == 0:
             try:
-                told = [_dumps((make(), None))]
+                told = [dumps((make(), None))]
             except Exception as error:  # noqa: BLE001, raised below, in every process
-                told = [_dumps((None, error))]
+                told = [dumps((None, error))]
         with self._contact():
             dist.broadcast_object_list(told, src=0)
         value, error = pickle.loads(told[0])
@@ -233,23 +234,23 @@ class Processes:
             ) from error
 
 
-class _Pickler(pickle.Pickler):
-    """Pickles tensors of unsigned integers too (numpy's random state is one): torch 2.13 cannot read its own pickle."""
+def dumps(value: Any, pickler: Callable[[Any], Any] = pickle.Pickler) -> bytes:
+    """`value` pickled, tensors of unsigned integers (numpy's random state is one) too: torch 2.13 cannot read its own."""
+    stream = BytesIO()
+    writer = pickler(stream)
+    writer.dispatch_table = {**getattr(writer, "dispatch_table", copyreg.dispatch_table), Tensor: _reduced}
+    writer.dump(value)
+    return stream.getvalue()
 
-    def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, Tensor) and obj.dtype in (torch.uint16, torch.uint32, torch.uint64):
-            return _viewed, (obj.contiguous().view(torch.uint8), obj.dtype)
-        return NotImplemented
+
+def _reduced(tensor: Tensor) -> Any:
+    if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        return _viewed, (tensor.contiguous().view(torch.uint8), tensor.dtype)
+    return tensor.__reduce_ex__(4)
 
 
 def _viewed(data: Tensor, dtype: torch.dtype) -> Tensor:
     return data.view(dtype)
-
-
-def _dumps(value: Any) -> bytes:
-    stream = BytesIO()
-    _Pickler(stream).dump(value)
-    return stream.getvalue()
 
 
 def _real(tensor: Any) -> Tensor:

@@ -176,7 +176,7 @@ class Run(Seams):
             separate(self.seed, self.processes.rank)
         new_folder = partial(runs.new_folder, self.config, self.trainer.options)
         self.run_dir = self.run_dir or self.processes.first(new_folder)
-        self._stack.enter_context(numerics(self.fabric, self.config.deterministic))
+        self._stack.enter_context(numerics(self.fabric, self.config.deterministic, self.problem))
         self._stack.enter_context(self.interruption.caught())
         self.continues, self.progress.interrupted = self._resumed is not None or self.progress.interrupted, False
         self._clock, self._seconds_before = time.perf_counter(), self.progress.seconds

@@ -314,7 +314,7 @@ class Trainer:
         assert run is not None
         self.run = run
         try:
-            with numerics(run.fabric, self.config.deterministic):
+            with numerics(run.fabric, self.config.deterministic, run.problem):
                 yield run
         finally:
             self.run = last
