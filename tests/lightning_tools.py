@@ -8,7 +8,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import weft
 from weft.seeding import seed_everything
@@ -59,9 +61,52 @@ def lightning_trainer(**options: Any) -> pl.Trainer:
 def weft_trainer(**options: Any) -> weft.Trainer:
     """weft's Trainer with the same options."""
     options = {TRANSLATED.get(k, k): v for k, v in options.items() if k != "num_sanity_val_steps"}
-    return weft.Trainer(accelerator="cpu", progress=False, **options)
+    return weft.Trainer(**{"accelerator": "cpu", "progress": False, **options})
 
 
 def weights(module: torch.nn.Module) -> dict[str, Tensor]:
     """Copies of parameters and buffers by name."""
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+class Line(pl.LightningModule):
+    """A line through points; everything that it does not need is left out."""
+
+    def __init__(self, lr: float = 0.1, width: int = 1) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Linear(2, width)
+
+    def forward(self, x: Any) -> Any:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = F.mse_loss(self(batch[0]), batch[1])
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", F.mse_loss(self(batch[0]), batch[1]), prog_bar=True)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log_dict({"test_loss": F.mse_loss(self(batch[0]), batch[1]), "rows": float(len(batch[0]))})
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return self(batch[0])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.hparams["lr"])
+
+
+def points(n: int, seed: int = 0) -> DataLoader:
+    x = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed))
+    return DataLoader(TensorDataset(x, x.sum(1, keepdim=True) + 0.1), batch_size=4)
+
+
+def loaders() -> dict[str, Any]:
+    return {"train_dataloaders": points(16), "val_dataloaders": points(10, 1)}
+
+
+def line(**kwargs: Any) -> Line:
+    seed_everything(0)
+    return Line(**kwargs)

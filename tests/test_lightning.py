@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,58 +17,25 @@ from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
 
 import weft
 from bitwise import same
-from lightning_tools import LIGHTNING_WARNINGS, QUIET, both, lightning_trainer, weft_trainer, weights
+from lightning_tools import (
+    LIGHTNING_WARNINGS,
+    QUIET,
+    Line,
+    both,
+    lightning_trainer,
+    line,
+    loaders,
+    points,
+    weft_trainer,
+    weights,
+)
 from weft.integrations import adapter_for, split_hooks
 from weft.seeding import seed_everything
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in LIGHTNING_WARNINGS]
-
-
-class Line(pl.LightningModule):
-    """A line through points; everything that it does not need is left out."""
-
-    def __init__(self, lr: float = 0.1, width: int = 1) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.net = nn.Linear(2, width)
-
-    def forward(self, x: Any) -> Any:
-        return self.net(x)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        loss = F.mse_loss(self(batch[0]), batch[1])
-        self.log("loss", loss, prog_bar=True)
-        return loss
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_loss", F.mse_loss(self(batch[0]), batch[1]), prog_bar=True)
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self.log_dict({"test_loss": F.mse_loss(self(batch[0]), batch[1]), "rows": float(len(batch[0]))})
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Any:
-        return self(batch[0])
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=self.hparams["lr"])
-
-
-def points(n: int, seed: int = 0) -> DataLoader:
-    x = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed))
-    return DataLoader(TensorDataset(x, x.sum(1, keepdim=True) + 0.1), batch_size=4)
-
-
-def loaders() -> dict[str, Any]:
-    return {"train_dataloaders": points(16), "val_dataloaders": points(10, 1)}
-
-
-def line(**kwargs: Any) -> Line:
-    seed_everything(0)
-    return Line(**kwargs)
 
 
 # ------------------------------------------------------------------ evaluation
@@ -478,151 +446,6 @@ def test_batch_hooks_of_a_data_module_go_before_those_of_the_module() -> None:
         weft_trainer(max_epochs=1).fit(Sees(), datamodule=Data())
 
 
-# ------------------------------------------------------------------ what is refused
-
-
-def module_with(**members: Any) -> Any:
-    return type("Old", (Line,), members)()
-
-
-@pytest.mark.parametrize(
-    ("members", "today"),
-    [
-        ({"validation_epoch_end": lambda self, outputs: None}, r"on_validation_epoch_end\(self\)"),
-        ({"training_epoch_end": lambda self, outputs: None}, r"on_train_epoch_end\(self\)"),
-        ({"test_epoch_end": lambda self, outputs: None}, r"on_test_epoch_end\(self\)"),
-        ({"training_step_end": lambda self, outputs: None}, "on_train_batch_end"),
-        ({"on_epoch_end": lambda self: None}, r"on_train_epoch_end\(self\)"),
-        ({"training_step": lambda self, batch, batch_idx, optimizer_idx: None}, r"self\.optimizers\(\)"),
-        ({"training_step": lambda self, batch, batch_idx, hiddens: None}, "keep the hidden state in self"),
-        ({"training_step": lambda self, dataloader_iter: None}, "take `batch`"),
-        ({"truncated_bptt_steps": 2}, "automatic_optimization = False"),
-    ],
-)
-def test_forms_of_older_lightning_are_refused_with_todays_form(members: dict[str, Any], today: str) -> None:
-    with pytest.raises(NotImplementedError, match=today):
-        weft_trainer(max_epochs=1).fit(module_with(**members), **loaders())
-
-
-def test_a_returned_log_dict_is_refused_with_todays_form() -> None:
-    def step(self: Any, batch: Any, batch_idx: int) -> Any:
-        loss = F.mse_loss(self(batch[0]), batch[1])
-        return {"loss": loss, "log": {"train_loss": loss}}
-
-    with pytest.raises(TypeError, match=r"Today: self\.log_dict\(\{'train_loss': \.\.\.\}\)"):
-        weft_trainer(max_epochs=1).fit(module_with(training_step=step), **loaders())
-    with pytest.raises(TypeError, match="validation_step returned 'progress_bar'.*prog_bar=True"):
-        old = module_with(validation_step=lambda self, batch, batch_idx: {"progress_bar": {"a": 1.0}})
-        weft_trainer(max_epochs=1).fit(old, **loaders())
-
-
-@pytest.mark.parametrize(
-    ("configure", "error", "message"),
-    [
-        (lambda m: "adam", TypeError, "returned 'adam'; expected an optimizer, a list"),
-        (lambda m: {"optimiser": sgd(m)}, ValueError, "unknown key 'optimiser'; did you mean 'optimizer'"),
-        (lambda m: {"lr_scheduler": None}, ValueError, "has no 'optimizer'"),
-        (lambda m: [sgd(m), sgd(m)], RuntimeError, "takes manual optimization"),
-        (lambda m: [{"optimizer": sgd(m), "frequency": 2}], NotImplementedError, "a form of Lightning 1"),
-        (lambda m: ([o := sgd(m)], [plateau(o)]), ValueError, "needs a metric: return"),
-        (lambda m: ([sgd(m)], [plateau(sgd(m))]), ValueError, "needs a metric|another|belongs to an optimizer"),
-        (lambda m: ([o := sgd(m)], [{"scheduler": steps(o), "interval": "batch"}]), ValueError, "expected 'step' or 'epoch'"),
-        (lambda m: ([o := sgd(m)], [{"scheduler": steps(o), "freq": 1}]), ValueError, "unknown key 'freq'"),
-        (lambda m: ([sgd(m)], [steps(sgd(m))]), ValueError, "belongs to an optimizer that was not returned"),
-    ],
-)
-def test_what_configure_optimizers_must_not_return(configure: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        weft_trainer(max_epochs=1).fit(module_with(configure_optimizers=configure), **loaders())
-
-
-def sgd(module: Any) -> Any:
-    return torch.optim.SGD(module.parameters(), lr=0.1)
-
-
-def plateau(optimizer: Any) -> Any:
-    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
-
-
-def steps(optimizer: Any) -> Any:
-    return torch.optim.lr_scheduler.StepLR(optimizer, 1)
-
-
-@pytest.mark.parametrize(
-    "configure",
-    [
-        lambda m: sgd(m),
-        lambda m: [sgd(m)],
-        lambda m: {"optimizer": sgd(m)},
-        lambda m: {"optimizer": (o := sgd(m)), "lr_scheduler": steps(o)},
-        lambda m: {"optimizer": (o := sgd(m)), "lr_scheduler": plateau(o), "monitor": "val_loss"},
-        lambda m: {"optimizer": (o := sgd(m)), "lr_scheduler": {"scheduler": steps(o), "interval": "step"}},
-        lambda m: ([o := sgd(m)], steps(o)),
-        lambda m: ([o := sgd(m)], [steps(o), {"scheduler": plateau(o), "monitor": "val_loss", "frequency": 2}]),
-        lambda m: [{"optimizer": (o := sgd(m)), "lr_scheduler": steps(o)}],
-    ],
-)
-def test_every_shape_of_configure_optimizers_trains_as_in_lightning(configure: Any) -> None:
-    theirs, _, ours, _ = both(lambda: (module_with(configure_optimizers=configure), loaders()), max_epochs=3)
-    assert same(weights(ours), weights(theirs))
-
-
-def test_a_metric_that_a_scheduler_waits_for_must_be_logged() -> None:
-    def configure(module: Any, strict: bool = True) -> Any:
-        optimizer = sgd(module)
-        return [optimizer], [{"scheduler": plateau(optimizer), "monitor": "vall_loss", "strict": strict}]
-
-    with pytest.raises(ValueError, match="monitors 'vall_loss', which was not logged.*did you mean 'val_loss'"):
-        weft_trainer(max_epochs=1).fit(module_with(configure_optimizers=configure), **loaders())
-    lenient = module_with(configure_optimizers=lambda m: configure(m, strict=False))
-    with pytest.warns(UserWarning, match="the learning rate is left as it is"):
-        weft_trainer(max_epochs=1).fit(lenient, **loaders())
-
-
-@pytest.mark.parametrize(
-    ("options", "given", "error", "message"),
-    [
-        ({"optimizer": torch.optim.SGD}, {}, TypeError, r"\['optimizer'\] have no effect with a LightningModule"),
-        ({"training_step": lambda t, b: None}, {}, TypeError, "have no effect with a LightningModule"),
-        ({"compile": True}, {}, NotImplementedError, "compile=True"),
-        ({}, {"datamodule": BoringDataModule()}, TypeError, "loaders and a data module"),
-        ({}, {"ckpt_path": "x.ckpt"}, TypeError, "ckpt_path.*resume"),
-        ({}, {"train_dataloaders": weft.DictDataset({"x": [1.0]})}, TypeError, "takes loaders"),
-        ({}, {"train_dataloaders": 3}, TypeError, "train_dataloader: found 3; expected a DataLoader"),
-        ({}, {"train_dataloaders": None}, TypeError, "has no train_dataloader"),
-        ({"resume": "last", "root_dir": "other", "run_name": "a"}, {}, ValueError, "not of a LightningModule"),
-    ],
-)
-def test_options_and_data_that_do_not_fit_are_refused(
-    options: dict[str, Any], given: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    if "resume" in options:
-        plain = weft_trainer(max_epochs=1, root_dir="other", run_name="a", checkpoint=True)
-        plain.fit(weft.Problem([weft.Node(nn.Linear(1, 1), ["x"], ["y"])], [weft.objective(lambda y: y**2)]),
-                  weft.DictDataset({"x": torch.ones(4, 1)}))  # fmt: skip
-    with pytest.raises(error, match=message):
-        weft_trainer(max_epochs=1, **options).fit(line(), **{**loaders(), **given})
-
-
-def test_manual_optimization_refuses_what_it_must_do_itself() -> None:
-    module = line()
-    module.automatic_optimization = False
-    with pytest.raises(ValueError, match="accumulate and clip have no effect"):
-        weft_trainer(max_epochs=1, clip=0.1).fit(module, **loaders())
-
-
-def test_modules_without_what_training_needs_are_refused() -> None:
-    class Bare(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = nn.Linear(2, 1)
-
-    with pytest.raises(TypeError, match="Bare has no training_step"):
-        weft_trainer(max_epochs=1).fit(Bare(), points(4))
-    with pytest.raises(ValueError, match="no dev data"):
-        weft_trainer().validate(Bare(), points(4))
-
-
 def test_a_lightning_module_is_recognised_by_its_bases() -> None:
     class LightningModule(nn.Linear):
         """Another one's class of that name."""
@@ -631,3 +454,39 @@ def test_a_lightning_module_is_recognised_by_its_bases() -> None:
     assert adapter_for(LightningModule(1, 1)) is None and adapter_for(nn.Linear(1, 1)) is None
     callback = EarlyStopping("loss")
     assert split_hooks([print, callback]) == ([print], [callback])
+
+
+def test_an_interrupted_fit_goes_on_where_it_was_told_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    class Interrupts(Line):
+        def on_train_epoch_end(self) -> None:
+            if self.current_epoch == 1 and not seen:
+                signal.raise_signal(signal.SIGINT)
+
+    seed_everything(0)
+    module = Interrupts()
+    callback = LambdaCallback(on_exception=lambda trainer, module, error: seen.append(type(error).__name__))
+    trainer = weft_trainer(max_epochs=4, callbacks=[callback])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(module, **loaders())
+    assert seen == ["KeyboardInterrupt"] and trainer.run.result.stop_reason == "interrupted"
+    assert trainer.fit(module, **loaders()).epochs == 4
+    whole = line()
+    weft_trainer(max_epochs=4).fit(whole, **loaders())
+    assert same(weights(module), weights(whole))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed"])
+def test_on_a_gpu_losses_follow_lightnings(precision: str) -> None:
+    trained = []
+    for use in (lightning_trainer, weft_trainer):
+        module = line()
+        trainer = use(max_epochs=3, precision=precision, accelerator="gpu", devices=1)
+        trainer.fit(module, **loaders())
+        trained.append((weights(module), float(trainer.callback_metrics["val_loss"] if use is lightning_trainer else
+                                               trainer.run.history.values["val_loss"][-1])))  # fmt: skip
+    assert trained[0][1] == pytest.approx(trained[1][1], rel=1e-3)
+    for name, weight in trained[0][0].items():
+        torch.testing.assert_close(trained[1][0][name].cpu(), weight.cpu(), rtol=1e-3, atol=1e-4)

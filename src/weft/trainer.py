@@ -265,14 +265,14 @@ class Trainer:
 
         A problem may come first: `validate(problem, data)`. A LightningModule may bring its own data or a `datamodule`.
         """
-        return self._evaluate("dev", *_asked(data, dataloaders, problem, datamodule), setup_kwargs)
+        return self._evaluate("dev", *asked(data, dataloaders, problem, datamodule), setup_kwargs)
 
     def test(
         self, data: Any = None, dataloaders: Any = None, *, problem: nn.Module | None = None, datamodule: Any = None,
         **setup_kwargs: Any,
     ) -> dict[str, float]:  # fmt: skip
         """Means over the test set (of the last fit, or `data`) as floats, with the history's keys; see `validate`."""
-        return self._evaluate("test", *_asked(data, dataloaders, problem, datamodule), setup_kwargs)
+        return self._evaluate("test", *asked(data, dataloaders, problem, datamodule), setup_kwargs)
 
     def predict(
         self, data: Any = None, dataloaders: Any = None, *, problem: nn.Module | None = None, datamodule: Any = None,
@@ -283,7 +283,7 @@ class Trainer:
         Inputs and losses are left out, and targets may be missing from the data. Of a LightningModule: what its
         `predict_step` returned, a list with one entry a batch (a list of such lists for several loaders).
         """
-        return self._evaluate("predict", *_asked(data, dataloaders, problem, datamodule), setup_kwargs)
+        return self._evaluate("predict", *asked(data, dataloaders, problem, datamodule), setup_kwargs)
 
     def _evaluate(self, split: str, problem: nn.Module | None, data: Any, setup_kwargs: Any) -> dict[str, Any]:
         if (fabric := fabric_for_calls(self)) is not None:
@@ -338,7 +338,7 @@ def _signature() -> inspect.Signature:
 Trainer.__init__.__signature__ = _signature()  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def _asked(data: Any, dataloaders: Any, problem: nn.Module | None, datamodule: Any) -> tuple[nn.Module | None, Any]:
+def asked(data: Any, dataloaders: Any, problem: nn.Module | None, datamodule: Any) -> tuple[nn.Module | None, Any]:
     """The problem and the data that an evaluation was asked for; either may be None."""
     if isinstance(data, nn.Module) and problem is None:
         problem, data = data, None

@@ -31,7 +31,7 @@ from weft.integrations.lithooks import Bridge, LightningHooks, LitModel, from_co
 from weft.launch import fabric_for_calls
 from weft.result import FitResult
 from weft.run import Run
-from weft.trainer import Trainer
+from weft.trainer import Trainer, asked
 from weft.types import suggest
 
 
@@ -215,16 +215,28 @@ class LitTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------------- after training
 
-    def validate(self, data: Any = None, *, problem: nn.Module | None = None, **setup_kwargs: Any) -> dict[str, float]:
+    def validate(
+        self, data: Any = None, dataloaders: Any = None, *, problem: nn.Module | None = None, datamodule: Any = None,
+        **setup_kwargs: Any,
+    ) -> dict[str, float]:  # fmt: skip
         """Means over the dev set (of the last fit, or `data`) as floats."""
+        problem, data = asked(data, dataloaders, problem, datamodule)
         return self._evaluating_as("validation", "validate", super().validate, data, problem, setup_kwargs)
 
-    def test(self, data: Any = None, *, problem: nn.Module | None = None, **setup_kwargs: Any) -> dict[str, float]:
+    def test(
+        self, data: Any = None, dataloaders: Any = None, *, problem: nn.Module | None = None, datamodule: Any = None,
+        **setup_kwargs: Any,
+    ) -> dict[str, float]:  # fmt: skip
         """Means over the test set (of the last fit, or `data`) as floats."""
+        problem, data = asked(data, dataloaders, problem, datamodule)
         return self._evaluating_as("test", "test", super().test, data, problem, setup_kwargs)
 
-    def predict(self, data: Any = None, *, problem: nn.Module | None = None, **setup_kwargs: Any) -> dict[str, Tensor]:
+    def predict(
+        self, data: Any = None, dataloaders: Any = None, *, problem: nn.Module | None = None, datamodule: Any = None,
+        **setup_kwargs: Any,
+    ) -> Any:  # fmt: skip
         """What the nodes compute for each row of the predict set (or `data`), in order, by key."""
+        problem, data = asked(data, dataloaders, problem, datamodule)
         return self._evaluating_as("predict", "predict", super().predict, data, problem, setup_kwargs)
 
     def _evaluating_as(self, stage: str, name: str, evaluate: Any, data: Any, problem: Any, kwargs: Any) -> Any:

@@ -6,6 +6,7 @@
     log.py         self.log: what is kept of a value, and what it becomes at the end of an epoch
     optimizers.py  every shape that configure_optimizers returns; when schedulers step
     update.py      automatic and manual optimization
+    strategy.py    what Lightning's own methods call beneath them: gradients, the optimizer's step, clipping, precision
     loops.py       the loops of evaluation and prediction
     view.py        what the module sees as self.trainer
     states.py      what a checkpoint holds besides the core's state; checkpoints in Lightning's format

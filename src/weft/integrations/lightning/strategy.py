@@ -115,6 +115,8 @@ class Strategy:
         if needs_closure(optimizer):
             raise ValueError(f"{type(optimizer).__name__} calls its closure itself, which 16-mixed cannot scale.")
         loss = closure()
+        if isinstance(loss, Tensor) and not bool(loss.isfinite().all()):
+            raise NotFinite(loss)
         skipped = loss is None and self._run.module.automatic_optimization
         if not skipped:
             scaler.unscale_(optimizer)
