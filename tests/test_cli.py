@@ -1,4 +1,4 @@
-"""The command line as it is used: words in, files and exit codes out; a terminal, Ctrl-C, and other processes where it matters."""
+"""The command line as it is used: words in, files and exit codes out; a terminal and Ctrl-C where they matter."""
 
 from __future__ import annotations
 
@@ -84,7 +84,20 @@ def weft_of(*words: str) -> list[str]:
 
 
 def test_fit_trains_what_the_file_and_the_options_say(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = cli.main(["fit", "--config", "run.yaml", "--trainer.epochs", "2", "--data.nsim=90", "--optimizer.lr", "1e-3", "--problem.width", "5"])
+    code = cli.main(
+        [
+            "fit",
+            "--config",
+            "run.yaml",
+            "--trainer.epochs",
+            "2",
+            "--data.nsim=90",
+            "--optimizer.lr",
+            "1e-3",
+            "--problem.width",
+            "5",
+        ]
+    )
     assert code == cli.OK
     assert "FitResult(2 epochs, 12 steps" in capsys.readouterr().out  # ceil(90 / 16) batches twice
     folder = here / "runs" / "a"
@@ -110,7 +123,9 @@ def test_fit_equals_the_same_run_written_in_python(here: Path) -> None:
 
     def by_hand(seed: int) -> weft.FitResult:
         torch.manual_seed(seed)
-        trainer = weft.Trainer(epochs=3, seed=seed, accelerator="cpu", progress=False, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
+        trainer = weft.Trainer(
+            epochs=3, seed=seed, accelerator="cpu", progress=False, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2)
+        )
         return trainer.fit(pde_cli.make_problem(), pde_cli.data_setup, nsim=60)
 
     assert weft.load_result(here / "runs" / "a").history == by_hand(1).history
@@ -159,10 +174,23 @@ def test_steps_metrics_hooks_loggers_and_schedulers_are_named_too(here: Path) ->
 def test_a_run_started_from_python_describes_itself_too(tmp_path: Path) -> None:
     from weft.demo import data_setup, make_problem
 
-    trainer = weft.Trainer(epochs=1, accelerator="cpu", progress=False, root_dir=str(tmp_path), run_name="p", optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    trainer = weft.Trainer(
+        epochs=1,
+        accelerator="cpu",
+        progress=False,
+        root_dir=str(tmp_path),
+        run_name="p",
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+    )
     trainer.fit(make_problem(), data_setup, nsim=30)
     config = yamlfile.load_file(tmp_path / "p" / "config.yaml")
-    assert config["trainer"] == {"epochs": 1, "accelerator": "cpu", "progress": False, "root_dir": str(tmp_path), "run_name": "p"}
+    assert config["trainer"] == {
+        "epochs": 1,
+        "accelerator": "cpu",
+        "progress": False,
+        "root_dir": str(tmp_path),
+        "run_name": "p",
+    }
     assert config["objects"]["problem"] == "weft.problem.Problem 'rosenbrock'"
     assert "<lambda> (test_cli.py, line" in config["objects"]["optimizer"]
 
@@ -170,7 +198,9 @@ def test_a_run_started_from_python_describes_itself_too(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ the other commands
 
 
-def test_validate_test_and_predict_use_the_best_weights_of_a_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_validate_test_and_predict_use_the_best_weights_of_a_run(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["fit", "--config", "run.yaml"]) == cli.OK
     best = weft.load_result(here / "runs" / "a").best_metric
     capsys.readouterr()
@@ -195,13 +225,42 @@ def test_validate_test_and_predict_use_the_best_weights_of_a_run(here: Path, cap
 
 
 def test_resume_goes_on_from_the_last_checkpoint(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["fit", "--config", "run.yaml", "--trainer.run_name", "whole", "--trainer.checkpoint", "true"]) == cli.OK
-    assert cli.main(["fit", "--config", "run.yaml", "--trainer.checkpoint.every_n_steps", "2", "--hooks", "pde_cli.py:StopInTheMiddle"]) == cli.BAD_USAGE
+    assert (
+        cli.main(["fit", "--config", "run.yaml", "--trainer.run_name", "whole", "--trainer.checkpoint", "true"])
+        == cli.OK
+    )
+    assert (
+        cli.main(
+            [
+                "fit",
+                "--config",
+                "run.yaml",
+                "--trainer.checkpoint.every_n_steps",
+                "2",
+                "--hooks",
+                "pde_cli.py:StopInTheMiddle",
+            ]
+        )
+        == cli.BAD_USAGE
+    )
     with (here / "pde_cli.py").open("a") as file:
         file.write("\n\nclass StopInTheMiddle:\n    def on_step_end(self, trainer, batch, loss):\n")
         file.write("        if trainer.global_step == 7: raise RuntimeError('the power went')\n")
     del sys.modules["pde_cli"]
-    assert cli.main(["fit", "--config", "run.yaml", "--trainer.checkpoint.every_n_steps", "2", "--hooks", "pde_cli.py:StopInTheMiddle"]) == cli.FAILED
+    assert (
+        cli.main(
+            [
+                "fit",
+                "--config",
+                "run.yaml",
+                "--trainer.checkpoint.every_n_steps",
+                "2",
+                "--hooks",
+                "pde_cli.py:StopInTheMiddle",
+            ]
+        )
+        == cli.FAILED
+    )
     assert "RuntimeError: the power went (pde_cli.py" in capsys.readouterr().err
     config = yamlfile.load_file(here / "runs" / "a" / "config.yaml")
     (here / "runs" / "a" / "config.yaml").write_text(yamlfile.dump({k: v for k, v in config.items() if k != "hooks"}))
@@ -214,11 +273,17 @@ def test_resume_goes_on_from_the_last_checkpoint(here: Path, capsys: pytest.Capt
 
 
 def test_config_prints_what_starts_the_same_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (here / "other.yaml").write_text("name: pde_cli.py:make_problem\ndata: pde_cli.py:data_setup\nconfig: {width: 3, trainer: {max_epochs: 2}}\n")
+    (here / "other.yaml").write_text(
+        "name: pde_cli.py:make_problem\ndata: pde_cli.py:data_setup\nconfig: {width: 3, trainer: {max_epochs: 2}}\n"
+    )
     assert cli.main(["config", "--config", "other.yaml", "--seed", "4"]) == cli.OK
     printed = capsys.readouterr().out
     found = yamlfile.load(printed)
-    assert found["trainer"]["epochs"] == 2 and found["trainer"]["seed"] == 4 and found["problem"]["init_args"] == {"width": 3}
+    assert (
+        found["trainer"]["epochs"] == 2
+        and found["trainer"]["seed"] == 4
+        and found["problem"]["init_args"] == {"width": 3}
+    )
     (here / "printed.yaml").write_text(printed)
     assert cli.main(["fit", "--config", "printed.yaml", "--print_config", "--trainer.root_dir", "training"]) == cli.OK
     assert yamlfile.load(capsys.readouterr().out) == found
@@ -228,7 +293,10 @@ def test_config_prints_what_starts_the_same_run(here: Path, capsys: pytest.Captu
 @pytest.mark.filterwarnings("default")  # on_nonfinite="stop" warns
 def test_numbers_that_are_not_finite_exit_with_3(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["fit", "--config", "run.yaml", "--problem.blow_up", "true"]) == cli.NOT_FINITE
-    assert cli.main(["fit", "--config", "run.yaml", "--problem.blow_up", "true", "--trainer.on_nonfinite", "stop"]) == cli.NOT_FINITE
+    assert (
+        cli.main(["fit", "--config", "run.yaml", "--problem.blow_up", "true", "--trainer.on_nonfinite", "stop"])
+        == cli.NOT_FINITE
+    )
     assert "Traceback" not in capsys.readouterr().err
 
 
@@ -244,11 +312,11 @@ def test_runs_and_compare_tell_what_there_is(here: Path, capsys: pytest.CaptureF
     capsys.readouterr()
     assert cli.main(["runs"]) == cli.OK
     listed = capsys.readouterr().out
-    assert all(re.search(rf"^{name} .*dev_loss {value:.6g}", listed, re.M) for name, value in best.items())
+    assert all(re.search(rf"^{name} .*dev_loss {value:.6g}", listed, re.MULTILINE) for name, value in best.items())
     assert cli.main(["compare", "runs/a", "runs/b", "--html", "both.html"]) == cli.OK
     told = capsys.readouterr().out
     assert re.search(r"optimizer\.init_args\.lr +0\.01 +0\.001", told) and "trainer.seed" not in told
-    assert re.search(r"dev_loss .* 0$", told, re.M)  # they differ from epoch 0 on
+    assert re.search(r"dev_loss .* 0$", told, re.MULTILINE)  # they differ from epoch 0 on
     assert 'class="curve"' in (here / "both.html").read_text()
     assert cli.main(["compare", "runs/a", "runs/a"]) == cli.OK
     assert "Settings: the same" in capsys.readouterr().out
@@ -273,11 +341,12 @@ def test_every_option_of_the_trainer_has_a_text(capsys: pytest.CaptureFixture[st
     cli.main(["fit", "--help"])
     text = capsys.readouterr().out
     for name in weft.TrainerConfig.__dataclass_fields__:
-        assert re.search(rf"^  --trainer\.{name}\n        [A-Z\"]", text, re.M), name
+        assert re.search(rf"^  --trainer\.{name}\n        [A-Z\"]", text, re.MULTILINE), name
 
 
 def test_help_comes_at_once_and_without_torch() -> None:
-    code = "import sys; from weft.cli import main; main(['--help']); print([m for m in ('torch', 'numpy', 'optuna') if m in sys.modules])"
+    look = "print([m for m in ('torch', 'numpy', 'optuna') if m in sys.modules])"
+    code = f"import sys; from weft.cli import main; main(['--help']); {look}"
     times = []
     for _ in range(3):
         began = time.perf_counter()
@@ -311,9 +380,11 @@ def test_a_shell_completes_commands_and_options(here: Path, capsys: pytest.Captu
 
 
 def test_as_a_process_it_exits_with_0_and_2(here: Path) -> None:
-    done = subprocess.run(weft_of("fit", "--config", "run.yaml"), capture_output=True, text=True)
+    done = subprocess.run(weft_of("fit", "--config", "run.yaml"), capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "") and "runs/a" in done.stdout
-    done = subprocess.run(weft_of("fit", "--config", "run.yaml", "--trainer.epochs", "-3"), capture_output=True, text=True)
+    done = subprocess.run(
+        weft_of("fit", "--config", "run.yaml", "--trainer.epochs", "-3"), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2 and done.stderr == "weft: trainer.epochs=-3: must be at least 0\n"
 
 
@@ -340,7 +411,9 @@ def start_in_terminal(*words: str) -> tuple[int, int]:
 
 
 def test_ctrl_c_in_a_terminal_keeps_the_best_weights_and_exits_with_130(here: Path) -> None:
-    process, master = start_in_terminal("fit", "--config", "run.yaml", "--epochs", "100000", "--hooks", "pde_cli.py:Slow", "--trainer.progress", "auto")
+    process, master = start_in_terminal(
+        "fit", "--config", "run.yaml", "--epochs", "100000", "--hooks", "pde_cli.py:Slow", "--trainer.progress", "auto"
+    )
     shown = read_terminal(master, "epoch 2/100000")
     assert "train_loss" in shown and "steps/s" in shown
     os.write(master, b"\x03")  # what the key sends; the terminal makes it SIGINT
@@ -357,7 +430,17 @@ def test_ctrl_c_in_a_terminal_keeps_the_best_weights_and_exits_with_130(here: Pa
 
 @pytest.mark.skipif(not hasattr(signals, "SignalExit"), reason="this build's fit does not handle SIGTERM")
 def test_sigterm_exits_with_143_and_leaves_a_checkpoint(here: Path) -> None:
-    words = ("fit", "--config", "run.yaml", "--epochs", "100000", "--hooks", "pde_cli.py:Slow", "--trainer.checkpoint.every_n_steps", "1000000")
+    words = (
+        "fit",
+        "--config",
+        "run.yaml",
+        "--epochs",
+        "100000",
+        "--hooks",
+        "pde_cli.py:Slow",
+        "--trainer.checkpoint.every_n_steps",
+        "1000000",
+    )
     process = subprocess.Popen(weft_of(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics, deadline = here / "runs" / "a" / "metrics.csv", time.monotonic() + 120
     while not metrics.is_file() and time.monotonic() < deadline:
@@ -381,7 +464,23 @@ def test_shipped_configs_train(name: str, repo: Path, monkeypatch: pytest.Monkey
         "two_phases": ["--phases.0.epochs", "2", "--phases.1.epochs", "2"],
     }[name]
     path = repo / "examples" / "configs" / f"{name}.yaml"
-    assert cli.main(["fit", "--config", str(path), *small, "--trainer.root_dir", str(tmp_path), "--trainer.run_name", "x", "--trainer.progress", "false"]) == cli.OK
+    assert (
+        cli.main(
+            [
+                "fit",
+                "--config",
+                str(path),
+                *small,
+                "--trainer.root_dir",
+                str(tmp_path),
+                "--trainer.run_name",
+                "x",
+                "--trainer.progress",
+                "false",
+            ]
+        )
+        == cli.OK
+    )
     history = weft.load_result(tmp_path / "x").history["train_loss"]
     assert history[-1] < history[0]
 
@@ -390,7 +489,14 @@ def test_shipped_configs_train(name: str, repo: Path, monkeypatch: pytest.Monkey
 def test_the_oscillator_is_identified(repo: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "path", list(sys.path))
     path = repo / "examples" / "configs" / "two_phases.yaml"
-    assert cli.main(["fit", "--config", str(path), "--trainer.root_dir", str(tmp_path), "--trainer.progress", "false"]) == cli.OK
+    assert (
+        cli.main(["fit", "--config", str(path), "--trainer.root_dir", str(tmp_path), "--trainer.progress", "false"])
+        == cli.OK
+    )
     weights = torch.load(tmp_path / "two_phases" / "weights.pt", weights_only=True)
-    found = sorted(float(v) for v in weights.values()) if "state_dict" not in weights else sorted(float(v) for v in weights["state_dict"].values())
+    found = (
+        sorted(float(v) for v in weights.values())
+        if "state_dict" not in weights
+        else sorted(float(v) for v in weights["state_dict"].values())
+    )
     assert found == pytest.approx([0.3, 4.0], abs=0.05)  # the damping and the stiffness of the data

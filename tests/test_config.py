@@ -108,9 +108,15 @@ def test_a_normal_config_is_normal(options: dict[str, Any]) -> None:
 
 
 def test_another_class_drops_the_arguments_of_the_one_before() -> None:
-    base = {"optimizer": {"class_path": "Adam", "init_args": {"betas": [0.0, 0.9]}}, "trainer": {"epochs": 3, "clip": 1.0}}
+    base = {
+        "optimizer": {"class_path": "Adam", "init_args": {"betas": [0.0, 0.9]}},
+        "trainer": {"epochs": 3, "clip": 1.0},
+    }
     assert merge(base, {"optimizer": "SGD"})["optimizer"] == {"class_path": "SGD"}
-    assert merge(base, {"optimizer": {"init_args": {"lr": 0.1}}})["optimizer"]["init_args"] == {"betas": [0.0, 0.9], "lr": 0.1}
+    assert merge(base, {"optimizer": {"init_args": {"lr": 0.1}}})["optimizer"]["init_args"] == {
+        "betas": [0.0, 0.9],
+        "lr": 0.1,
+    }
     assert merge(base, {"trainer": {"epochs": 4}})["trainer"] == {"epochs": 4, "clip": 1.0}
 
 

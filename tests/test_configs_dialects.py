@@ -197,7 +197,9 @@ def test_all_problems_are_told_at_once() -> None:
 
 
 def test_what_changes_no_result_is_noted() -> None:
-    found = translate({"trainer": {"num_sanity_val_steps": 2, "enable_model_summary": True, "callbacks": ["RichProgressBar"]}})
+    found = translate(
+        {"trainer": {"num_sanity_val_steps": 2, "enable_model_summary": True, "callbacks": ["RichProgressBar"]}}
+    )
     assert found["trainer"] == {}
     assert [note.split(":")[0] for note in found["notes"]] == [
         "trainer.num_sanity_val_steps=2", "trainer.enable_model_summary=True", "trainer.callbacks.0='RichProgressBar'",
@@ -207,7 +209,9 @@ def test_what_changes_no_result_is_noted() -> None:
 def test_overrides_of_a_call_end_with_it() -> None:
     config = yamlfile.load(PHYSICSML)
     before = copy.deepcopy(config)
-    once = translate(config, trainer_config={"max_epochs": 2}, optimizer_config={"config": {"lr": 1.0}}, ckpt_path="x.ckpt")
+    once = translate(
+        config, trainer_config={"max_epochs": 2}, optimizer_config={"config": {"lr": 1.0}}, ckpt_path="x.ckpt"
+    )
     assert (once["trainer"]["epochs"], once["trainer"]["resume"]) == (2, "x.ckpt")
     assert once["optimizer"] == {"class_path": "AdamW", "init_args": {"lr": 1.0}}  # its name stays
     assert config == before
@@ -222,7 +226,9 @@ plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) |
         {},
         optional={
             "problem": st.just("a:b"),
-            "trainer": st.dictionaries(st.sampled_from(["epochs", "patience", "clip", "devices", "precision"]), plain, max_size=4),
+            "trainer": st.dictionaries(
+                st.sampled_from(["epochs", "patience", "clip", "devices", "precision"]), plain, max_size=4
+            ),
             "batches": st.dictionaries(st.sampled_from(["batch_size", "shuffle"]), plain, max_size=2),
             "optimizer": st.just({"class_path": "AdamW", "init_args": {"lr": 0.1}}) | st.just({"a": "x:y", "b": "x:z"}),
             "hooks": st.lists(st.just("a:B"), max_size=2),
@@ -245,7 +251,9 @@ def test_a_cosine_over_num_steps_ends_at_zero_after_the_last_step(tmp_path: Any)
     }  # fmt: skip
     rates: list[float] = []
     made = recipe.make(recipe.check(translate(config)))
-    made.trainer.hooks.append({"on_step_end": lambda trainer, batch, loss: rates.append(trainer.optimizer.param_groups[0]["lr"])})
+    made.trainer.hooks.append(
+        {"on_step_end": lambda trainer, batch, loss: rates.append(trainer.optimizer.param_groups[0]["lr"])}
+    )
     result = made.fit()
     assert result.steps == 3 * (30 // 8)  # drop_last, as in physicsml
     expected = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([torch.zeros(1)], lr=1e-3), result.steps)
@@ -274,9 +282,13 @@ def test_a_physicsml_config_trains_like_the_same_written_by_hand(tmp_path: Any) 
     torch.manual_seed(3)
     from weft.demo import data_setup, make_problem
 
-    trainer = weft.Trainer(epochs=2, accelerator="cpu", progress=False, clip=0.5, optimizer=lambda p: torch.optim.SGD(p, lr=1e-3))
+    trainer = weft.Trainer(
+        epochs=2, accelerator="cpu", progress=False, clip=0.5, optimizer=lambda p: torch.optim.SGD(p, lr=1e-3)
+    )
     by_hand = trainer.fit(make_problem(), data_setup, nsim=90, batch_size=8)
     assert by_config.history == by_hand.history
     torch.manual_seed(3)
-    other = weft.Trainer(epochs=2, accelerator="cpu", progress=False, clip=0.4, optimizer=lambda p: torch.optim.SGD(p, lr=1e-3))
+    other = weft.Trainer(
+        epochs=2, accelerator="cpu", progress=False, clip=0.4, optimizer=lambda p: torch.optim.SGD(p, lr=1e-3)
+    )
     assert other.fit(make_problem(), data_setup, nsim=90, batch_size=8).history != by_hand.history

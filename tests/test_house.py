@@ -17,7 +17,7 @@ import weft
 
 SOURCE = Path(weft.__file__).parent
 FLOORS = (
-    ("types", "yamlfile", "charts"),
+    ("types", "yamlfile", "charts", "surroundings"),
     ("events",),
     ("terms",),
     ("losses",),
@@ -56,7 +56,7 @@ FOUND_LAZILY = {"plots", "report", "integrations"}
 USERS = {"recipe", "report", "sweeps", "demo", "cli"}
 NOT_CORE = {
     "integrations", "cli", "plots", "report", "sweeps", "demo", "yamlfile", "charts", "references", "schema", "arguments",
-    "recipe", "trials",
+    "recipe", "trials", "surroundings",
 }  # fmt: skip
 # Hooks that a user asks for; nothing of the core loads them.
 OPTIONAL_HOOKS = {

@@ -1,4 +1,4 @@
-"""The report of a run: everything asked for is on the page, the curves are the run's numbers, and it asks for nothing outside."""
+"""The report of a run: all is on the page, the curves are the run's numbers, and nothing is asked for outside."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,9 @@ class Page(HTMLParser):
         self.tags.append(tag)
         if tag not in ("meta", "link", "br"):
             self.open.append(tag)
-        self.addresses += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "srcset", "action", "data", "poster")]
+        self.addresses += [
+            v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "srcset", "action", "data", "poster")
+        ]
 
     def handle_endtag(self, tag: str) -> None:
         if tag in self.open:
@@ -88,7 +91,7 @@ def curve_of(svg: str, name: str) -> list[tuple[float, float]]:
 def test_a_curve_is_drawn_where_its_values_are() -> None:
     values = {0: 1.0, 1: 0.1, 2: 0.01, 3: 0.001}
     points = curve_of(chart("loss", [Line("train", values)], "epoch"), "train")
-    steps = [b[1] - a[1] for a, b in zip(points, points[1:], strict=False)]
+    steps = [b[1] - a[1] for a, b in pairwise(points)]
     assert steps[0] > 0 and steps == pytest.approx([steps[0]] * 3, abs=0.2)  # a decade is a decade: logarithmic
     straight = curve_of(chart("x", [Line("a", {0: 1.0, 1: 2.0, 2: 4.0})], "epoch"), "a")
     assert straight[1][1] - straight[2][1] == pytest.approx(2 * (straight[0][1] - straight[1][1]), abs=0.2)
@@ -144,7 +147,9 @@ def test_a_failed_report_costs_a_warning_only(tmp_path: Path, monkeypatch: pytes
 
 
 def chromium() -> str | None:
-    return next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+    return next(
+        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+    )
 
 
 @pytest.mark.skipif(chromium() is None, reason="needs Chromium; on Debian: apt-get install chromium")
@@ -158,7 +163,7 @@ def test_a_browser_draws_the_curves_without_a_complaint(run_folder: Path, tmp_pa
             f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={log}", "--enable-logging=stderr", "--v=0",
             "--window-size=1120,2400", f"--screenshot={picture}", f"file://{run_folder / 'report.html'}",
         ],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0 and "CONSOLE" not in done.stderr, done.stderr
     urls = set(re.findall(r'"url":"((?:https?|ftp|ws)[^"]*)"', log.read_text()))

@@ -210,7 +210,9 @@ def test_what_is_not_finite_counts_as_pruned(tmp_path: Path) -> None:
         (LINE, {"sampler": "tbe"}, "did you mean 'tpe'?"),
     ],
 )
-def test_wrong_spaces_and_options_are_refused_before_anything_starts(space: Any, options: Any, message: str, tmp_path: Path) -> None:
+def test_wrong_spaces_and_options_are_refused_before_anything_starts(
+    space: Any, options: Any, message: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError) as caught:
         weft.sweep(parabola, space, root_dir=str(tmp_path), **options)
     assert message in str(caught.value) and not list(tmp_path.iterdir())
@@ -235,10 +237,14 @@ def test_learning_rate_and_batch_size_are_tuned_from_a_file(
     values = {}
     for folder in folders:
         config = yamlfile.load_file(folder / "config.yaml")
-        assert config["batches"]["batch_size"] in (16, 32, 64) and 1e-4 <= config["optimizer"]["init_args"]["lr"] <= 1e-1
+        assert (
+            config["batches"]["batch_size"] in (16, 32, 64) and 1e-4 <= config["optimizer"]["init_args"]["lr"] <= 1e-1
+        )
         values[folder.name] = json.loads((folder / "result.json").read_text())["best_metric"]
     told = sweeps.sweep_from_file(tmp_path / "small.yaml", {"trials": 3, "name": "osc"})  # nothing is left to do
-    assert told.best_value == min(values.values()) and f"trial-{told.best_trial:04d}" == min(values, key=lambda k: values[k])
+    assert told.best_value == min(values.values()) and f"trial-{told.best_trial:04d}" == min(
+        values, key=lambda k: values[k]
+    )
     assert cli.main(["runs", str(tmp_path)]) == cli.OK
     assert "osc/trial-0000" in capsys.readouterr().out
 
@@ -251,7 +257,14 @@ def test_bad_trials_are_pruned_at_the_end_of_an_epoch(tmp_path: Path) -> None:
         from weft.demo import data_setup, make_problem
 
         optimizer = {"lr": 0.01 if trial["good"] else 0.0}
-        trainer = weft.Trainer(epochs=8, accelerator="cpu", progress=False, seed=0, optimizer=lambda p: torch.optim.Adam(p, **optimizer), hooks=trial.hook)
+        trainer = weft.Trainer(
+            epochs=8,
+            accelerator="cpu",
+            progress=False,
+            seed=0,
+            optimizer=lambda p: torch.optim.Adam(p, **optimizer),
+            hooks=trial.hook,
+        )
         return trainer.fit(make_problem(), data_setup, nsim=60)
 
     space = {"good": [True, False], "n": {"low": 0, "high": 5, "step": 1}}

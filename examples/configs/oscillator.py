@@ -1,6 +1,6 @@
 """Stiffness and damping of an oscillator, found from its motion: what `oscillator.yaml` trains.
 
-    x'' = -k x - c x',    observed at a fixed time step; k and c are the parameters
+x'' = -k x - c x',    observed at a fixed time step; k and c are the parameters
 """
 
 import torch
@@ -46,7 +46,12 @@ def make_problem(stiffness: float = 1.0, damping: float = 0.0, steps: int = 10) 
 
 
 def data_setup(
-    stiffness: float = 4.0, damping: float = 0.3, noise: float = 0.01, steps: int = 10, batch_size: int = 32, seed: int = 0
+    stiffness: float = 4.0,
+    damping: float = 0.3,
+    noise: float = 0.01,
+    steps: int = 10,
+    batch_size: int = 32,
+    seed: int = 0,
 ) -> weft.Data:
     """Windows of three noisy experiments: for training, for early stopping, and a test.
 

@@ -1,6 +1,6 @@
 """The parameters of a function or class as options: what they are called, what they mean, and whether a value fits.
 
-    parameters(data_setup)                                        # [Parameter(name="nsim", hint=int, default=5000, ...)]
+    parameters(data_setup)                                     # [Parameter(name="nsim", hint=int, default=5000, ...)]
     converted("data", data_setup, {"nsim": "many"}, wrong=[])     # wrong: ["data.nsim='many': expected a whole number"]
 
 Types are read from annotations and checked by jsonargparse; a parameter without one takes anything.
@@ -70,7 +70,11 @@ def _documented(target: Any) -> dict[str, str]:
     docs: dict[str, str] = {}
     for text in texts:
         with contextlib.suppress(Exception):  # a docstring may have any form
-            docs |= {p.arg_name: p.description.split("\n\n")[0].replace("\n", " ") for p in parse(text or "").params if p.description}
+            docs |= {
+                p.arg_name: p.description.split("\n\n")[0].replace("\n", " ")
+                for p in parse(text or "").params
+                if p.description
+            }
     return docs
 
 
@@ -147,7 +151,11 @@ def _fit(value: Any, hint: Any) -> Any:
         return _parsed(value) if isinstance(value, Text) else value
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            parsed = parser.parse_args([f"--value={value}"]) if isinstance(value, Text) else parser.parse_object({"value": value})
+            parsed = (
+                parser.parse_args([f"--value={value}"])
+                if isinstance(value, Text)
+                else parser.parse_object({"value": value})
+            )
             return parser.instantiate(parsed).value
     except (ArgumentError, TypeError, ValueError, KeyError, ImportError) as error:
         raise _Misfit from error

@@ -22,7 +22,8 @@ td { padding: .15rem 0; overflow-wrap: anywhere; font-variant-numeric: tabular-n
 summary { font-weight: 600; cursor: pointer; margin-top: 1rem; } pre { overflow-x: auto; }
 .charts { display: flex; flex-wrap: wrap; gap: 12px; margin: 1rem 0; } .facts { font-size: 1rem; }
 svg { background: #fff; border: 1px solid #e5e7eb; border-radius: 6px; max-width: 100%; height: auto; }
-svg text { font: 11px system-ui, sans-serif; fill: #4b5563; } svg .title { font-size: 13px; font-weight: 600; fill: #111827; }
+svg text { font: 11px system-ui, sans-serif; fill: #4b5563; }
+svg .title { font-size: 13px; font-weight: 600; fill: #111827; }
 """
 
 
@@ -42,7 +43,8 @@ def chart(title: str, lines: Sequence[Line], x_name: str, mark: int | None = Non
     width, height = (1040, 340) if wide else (340, 240)
     values = [v for line in lines for v in line.values.values() if math.isfinite(v)]
     xs = [x for line in lines for x in line.values]
-    head = f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(title)}">'
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+    head = f'<svg {size} role="img" aria-label="{html.escape(title)}">'
     parts = [f'<text class="title" x="{LEFT}" y="20">{html.escape(title)}</text>']
     if not values:
         return f'{head}{"".join(parts)}<text x="{LEFT}" y="{height // 2}">no finite value</text></svg>'
@@ -59,7 +61,8 @@ def chart(title: str, lines: Sequence[Line], x_name: str, mark: int | None = Non
 
     parts += _axes(px, py, first, last, low, high, log, width, height, x_name)
     if mark is not None and first <= mark <= last:
-        parts.append(f'<path d="M{px(mark):.1f} {TOP}V{height - BOTTOM}" stroke="#9ca3af" stroke-dasharray="8 3 2 3"><title>best: {x_name} {mark}</title></path>')
+        line = f'd="M{px(mark):.1f} {TOP}V{height - BOTTOM}" stroke="#9ca3af" stroke-dasharray="8 3 2 3"'
+        parts.append(f"<path {line}><title>best: {x_name} {mark}</title></path>")
     for i, line in enumerate(lines):
         parts += _curve(line, i, px, py)
     parts += _legend([line.name for line in lines] if len(lines) > 1 else [], width)
@@ -82,7 +85,9 @@ def _axes(px, py, first, last, low, high, log, width, height, x_name) -> list[st
         parts.append(f'<text x="{px(tick):.1f}" y="{height - BOTTOM + 16}" text-anchor="middle">{_label(tick)}</text>')
         parts.append(f'<path d="M{px(tick):.1f} {height - BOTTOM}v4" stroke="#9ca3af"/>')
     parts.append(f'<path d="M{LEFT} {TOP}V{height - BOTTOM}H{width - RIGHT}" fill="none" stroke="#9ca3af"/>')
-    parts.append(f'<text x="{(LEFT + width - RIGHT) / 2:.0f}" y="{height - 8}" text-anchor="middle">{html.escape(x_name)}</text>')
+    parts.append(
+        f'<text x="{(LEFT + width - RIGHT) / 2:.0f}" y="{height - 8}" text-anchor="middle">{html.escape(x_name)}</text>'
+    )
     return parts
 
 

@@ -49,3 +49,17 @@ def in_lists(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
     iterator = iter(batches)
     while batch := list(islice(iterator, size)):
         yield batch
+
+
+def within(limit: float | None, source: Any) -> int | None:
+    """A limit on batches as a number of them; a share is one of all that `source` has. None: no limit."""
+    return max(1, int(limit * len(source))) if isinstance(limit, float) else limit
+
+
+def num_batches(run: Any, split: str = "train") -> int | None:
+    """Batches in an epoch of `split` of a run, within `limit_batches`; None if there are none, or nobody knows."""
+    source = run._splits[split]
+    if source is None or not hasattr(getattr(source, "loader", []), "__len__"):
+        return None
+    limit = within(run.config.limit(split), source)
+    return len(source) if limit is None else min(limit, len(source))

@@ -75,7 +75,10 @@ def rooted(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         if isinstance(value, Mapping):
             kept = ("init_args", "match", "batches", "freeze") if key != "phases" else ()
             path = {"path": "weights"} if key == "weights" else {}
-            return {k: v if k in kept else visit(v, path.get(k, "") or ("" if key == "weights" else k)) for k, v in value.items()}
+            return {
+                k: v if k in kept else visit(v, path.get(k, "") or ("" if key == "weights" else k))
+                for k, v in value.items()
+            }
         return [visit(item, "") for item in value] if isinstance(value, list) else value
 
     return {k: v if k in ("trainer", "batches") else visit(v, k) for k, v in config.items()}
@@ -122,9 +125,15 @@ def _import(checked: Checked, thing: Named, wrong: list[str]) -> None:
         wrong.append(f"{thing.key}={name!r}: {error}{at}")
         return
     except Exception as error:  # noqa: BLE001 - whatever the user's module raises
-        line = f"{Path(error.filename or '?').name}, line {error.lineno}" if isinstance(error, SyntaxError) else users_line(error)
+        line = (
+            f"{Path(error.filename or '?').name}, line {error.lineno}"
+            if isinstance(error, SyntaxError)
+            else users_line(error)
+        )
         text = error.msg if isinstance(error, SyntaxError) else error
-        wrong.append(f"{thing.key}={name!r}: importing it raised {type(error).__name__}: {text}{f' ({line})' if line else ''}")
+        wrong.append(
+            f"{thing.key}={name!r}: importing it raised {type(error).__name__}: {text}{f' ({line})' if line else ''}"
+        )
         return
     checked.targets[thing.key] = target
     given = thing.spec["init_args"]
@@ -151,7 +160,7 @@ def _is_made(target: Any) -> bool:
 
 
 def users_line(error: BaseException) -> str:
-    """"file.py, line 12" of the innermost line of the user's own code that an error came through, "" if none."""
+    """ "file.py, line 12" of the innermost line of the user's own code that an error came through, "" if none."""
     ours = [Path(__file__).parent, Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))]
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
@@ -261,7 +270,9 @@ class SchedulerFactory:
         epochs = 1 if config.fast_dev_run else run.phase.epochs
         if name == "num_epochs":
             return epochs
-        batches = run.num_batches("train")
+        from weft.feed import num_batches  # torch stays out until something is made
+
+        batches = num_batches(run)
         if batches is None:
             raise ValueError(
                 f"{getattr(self.target, '__name__', self.target)}: {name!r} needs the number of training batches, "

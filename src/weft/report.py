@@ -4,7 +4,7 @@
     for run in find_runs("runs"): ...
     print(compare("runs/a", "runs/b"))
 
-Everything is read from the files in the run's folder, so a run that is still going, or was killed, can be looked at too.
+Everything is read from the files in the run's folder, so one that still runs, or was killed, can be looked at.
 """
 
 from __future__ import annotations
@@ -185,7 +185,11 @@ def _short(value: Any) -> str:
 def find_runs(root: str | Path = "runs") -> list[RunRecord]:
     """The runs below `root`, newest last; those of a sweep one level deeper. Unreadable ones are left out."""
     root = Path(root)
-    files = [path for pattern in ("*/config.yaml", "*/*/config.yaml", "*/result.json", "*/*/result.json") for path in root.glob(pattern)]
+    files = [
+        path
+        for pattern in ("*/config.yaml", "*/*/config.yaml", "*/result.json", "*/*/result.json")
+        for path in root.glob(pattern)
+    ]
     found = []
     for folder in sorted({path.parent for path in files}, key=lambda f: f.stat().st_mtime):
         try:
@@ -215,7 +219,9 @@ def runs_table(root: str | Path = "runs") -> str:
 def columns(rows: Sequence[Sequence[str]]) -> str:
     """Rows of text, aligned; the first is the head."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def compare(a: str | Path, b: str | Path) -> str:
@@ -228,7 +234,10 @@ def compare(a: str | Path, b: str | Path) -> str:
     ):
         rows = [(k, _value(one, k), _value(other, k)) for k in {**one, **other} if one.get(k) != other.get(k)]
         parts.append(f"{title}: the same" if not rows else columns([(title, str(a), str(b)), *rows]))
-    results = [(k, _number(first.result.get(k)), _number(second.result.get(k))) for k in ("best_metric", "best_epoch", "epochs", "steps", "seconds", "stop_reason")]
+    results = [
+        (k, _number(first.result.get(k)), _number(second.result.get(k)))
+        for k in ("best_metric", "best_epoch", "epochs", "steps", "seconds", "stop_reason")
+    ]
     parts.append(columns([("Result", str(a), str(b)), *results]))
     parts.append(_compared_curves(first, second, str(a), str(b)))
     return "\n\n".join(parts)
@@ -265,7 +274,15 @@ def write_comparison(a: str | Path, b: str | Path, path: str | Path) -> Path:
     first, second = read_run(a), read_run(b)
     names = [n for n in {**first.metrics, **second.metrics}]
     drawn = [
-        chart(n, [Line(f"{label}", run.metrics[n]) for label, run in ((str(a), first), (str(b), second)) if n in run.metrics], "epoch")
+        chart(
+            n,
+            [
+                Line(f"{label}", run.metrics[n])
+                for label, run in ((str(a), first), (str(b), second))
+                if n in run.metrics
+            ],
+            "epoch",
+        )
         for n in names
     ]
     text = html.escape(compare(a, b))

@@ -29,7 +29,7 @@ from weft.data import SPLITS, Data, as_data, batches_of, check_finite
 from weft.devices import float_dtype, make_fabric, numerics, start_processes
 from weft.evaluation import evaluate, monitored_metric
 from weft.events import AT_REST, EVENTS, Hook, bind, listeners
-from weft.feed import Feed, in_lists
+from weft.feed import Feed, in_lists, within
 from weft.finite import Doubts
 from weft.history import Best, History, Progress
 from weft.metrics import Means, check_scalars, num_examples
@@ -110,15 +110,6 @@ class Run(Seams):
         """Examples in an epoch of `split`; None if there are none, or they cannot be counted beforehand."""
         source = self._splits[split]
         return None if source is None else source.rows
-
-    def num_batches(self, split: str) -> int | None:
-        """Batches in an epoch of `split`, within `limit_batches`; None if there are none, or nobody knows."""
-        source, limit = self._splits[split], self.config.limit(split)
-        if source is None or not hasattr(getattr(source, "loader", []), "__len__"):
-            return None
-        if isinstance(limit, float):
-            return max(1, int(limit * len(source)))
-        return len(source) if limit is None else min(limit, len(source))
 
     def prepare(self, make_data: Callable[[], Data], resume: str | None = None) -> Run:
         """Devices first, then the data: all that evaluation alone needs. `make_data` is called again at a refresh."""
@@ -320,9 +311,7 @@ class Run(Seams):
         if start and self.random_to_resume is not None:
             checkpoint.set_random_state(self.random_to_resume)
         self.random_to_resume = None
-        limit = self.config.limit(split)
-        if isinstance(limit, float):
-            limit = max(1, int(limit * len(source)))
+        limit = within(self.config.limit(split), source)
         return islice(batches, None if limit is None else max(0, limit - start))
 
     def _rest(self, epoch_over: bool = False) -> None:

@@ -143,8 +143,10 @@ def _placed_in_list(section: str, current: Any, rest: list[str], text: Text, key
         phase = dict(items[number] or {})
         phase[rest[1]] = _placed(rest[1], phase.get(rest[1]), rest[2:], text, key)
         items[number] = phase
+    elif section == "phases":
+        items[number] = _at_path(items[number], rest[1:], text)
     else:
-        items[number] = _at_path(items[number], rest[1:], text) if section == "phases" else _placed("hook", items[number], rest[1:], text, key)  # fmt: skip
+        items[number] = _placed("hook", items[number], rest[1:], text, key)
     return items
 
 
@@ -243,7 +245,9 @@ def _normal_reference(key: str, section: str, value: Any, wrong: list[str]) -> d
     spec = {"class_path": value} if isinstance(value, str) else value
     if not isinstance(spec, Mapping) or not isinstance(spec.get("class_path"), str):
         found = "no class_path" if isinstance(spec, Mapping) and spec.get("class_path") is None else repr(value)
-        wrong.append(f"{key}: found {found}; expected 'module:function', 'file.py:function' or {{class_path, init_args}}")
+        wrong.append(
+            f"{key}: found {found}; expected 'module:function', 'file.py:function' or {{class_path, init_args}}"
+        )
         return {}
     allowed = ("class_path", "init_args", *(SCHEDULE if section == "scheduler" else ()))
     for name in spec:

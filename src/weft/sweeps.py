@@ -1,16 +1,17 @@
 """Searches for good settings: many short runs, in parallel, with Optuna deciding what to try next.
 
     def train(trial):
-        trainer = weft.Trainer(epochs=50, optimizer=lambda p: torch.optim.Adam(p, trial["lr"]), hooks=trial.hook)
+        adam = lambda params: torch.optim.Adam(params, trial["lr"])
+        trainer = weft.Trainer(epochs=50, optimizer=adam, hooks=trial.hook)
         return trainer.fit(make_problem(), data_setup, batch_size=trial["batch_size"])
 
-    found = weft.sweep(train, {"lr": {"low": 1e-4, "high": 1e-1, "log": True}, "batch_size": [32, 64]}, trials=20, workers=3)
-    found.best_params
+    space = {"lr": {"low": 1e-4, "high": 1e-1, "log": True}, "batch_size": [32, 64]}
+    weft.sweep(train, space, trials=20, workers=3).best_params
 
 Instead of a function, `run` may be a config (a dict or the path of a YAML file); the names of the space are then its
 options ("optimizer.lr"). One process asks and tells; workers are processes of their own, each at the end of a pipe. A
-worker that dies loses nothing but time: its trial is marked as failed, and its settings are tried again. A sweep that was
-killed goes on where it was when it is started again under the same name.
+worker that dies loses nothing but time: its trial is marked as failed, and its settings are tried again. A sweep that
+was killed goes on where it was when it is started again under the same name.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class SweepConfig:
     root_dir: str = "runs"
     """The folder that the sweep's own folder goes into."""
     storage: str | None = None
-    """A database by URL (postgresql://..., mysql://...) that several machines share; None: SQLite in the sweep's folder."""
+    """A database by URL (postgresql://..., mysql://...) for several machines; None: SQLite in the sweep's folder."""
     max_failures: int = 3
     """After more trials than this that raised an error, the sweep ends with the first one (>= 0)."""
     take_over: bool = False
@@ -87,7 +88,11 @@ class SweepResult:
     def __repr__(self) -> str:
         counts = {state: sum(t["state"] == state for t in self.trials) for state in ("complete", "pruned", "fail")}
         said = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
-        best = f"; best {self.best_value:.6g} in trial {self.best_trial} with {self.best_params}" if self.best_value is not None else ""
+        best = (
+            f"; best {self.best_value:.6g} in trial {self.best_trial} with {self.best_params}"
+            if self.best_value is not None
+            else ""
+        )
         return f"SweepResult({said}{best}; {self.folder})"
 
     def to_dataframe(self) -> Any:
@@ -100,11 +105,12 @@ class SweepResult:
 def sweep(run: Callable[[Any], Any] | Mapping[str, Any] | str | Path, space: Space, **options: Any) -> SweepResult:
     """Try settings from `space` until so many trials are completed, and return what was found.
 
-    `run`: a function of a trial (`trial["lr"]`, `trial.hook`, `trial.folder`, `trial.number`) that returns a FitResult or
-    a number, or a config. `space`: by name, a list of choices or {low, high} with `log` or `step`; whole numbers if both
-    ends are. `options` are the fields of `SweepConfig`. A trial whose numbers stop being finite counts as pruned.
+    `run`: a config, or a function of a trial (`trial["lr"]`, `trial.hook`, `trial.folder`, `trial.number`) that returns
+    a FitResult or a number. `space`: by name, a list of choices or {low, high} with `log` or `step`; whole numbers if
+    both ends are. `options` are the fields of `SweepConfig`. A trial whose numbers stop being finite counts as pruned.
 
-    Raises ConfigError for a wrong space or option, RuntimeError if more than `max_failures` trials failed. Needs Optuna.
+    Raises ConfigError for a wrong space or option, RuntimeError if more than `max_failures` trials failed. Needs
+    Optuna.
     """
     if wrong := complaints(SweepConfig, options) + space_complaints(space, options.get("sampler", "tpe")):
         raise ConfigError(wrong)
@@ -150,7 +156,11 @@ def space_complaints(space: Any, sampler: str) -> list[str]:
             wrong.append(f"space.{name}={spec!r}: expected a list of choices, or {{low, high}}")
             continue
         known = ("low", "high", "log", "step")
-        wrong += [f"space.{name}.{k}={spec[k]!r}: there is no such key{suggest(str(k), known)}" for k in spec if k not in known]
+        wrong += [
+            f"space.{name}.{k}={spec[k]!r}: there is no such key{suggest(str(k), known)}"
+            for k in spec
+            if k not in known
+        ]
         low: Any = spec.get("low")
         high: Any = spec.get("high")
         if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in (low, high)) or low > high:
@@ -219,7 +229,8 @@ class _Coordinator:
         ours = json.loads(json.dumps({k: list(v) if isinstance(v, tuple) else v for k, v in self.space.items()}))
         theirs = self.study.user_attrs.get("space")
         if theirs is not None and theirs != ours:
-            raise ConfigError([f"name={self.config.name!r}: this sweep is there already, with the space {theirs}; choose another name"])
+            told = f"this sweep is there already, with the space {theirs}; choose another name"
+            raise ConfigError([f"name={self.config.name!r}: {told}"])
         self.study.set_user_attr("space", ours)
 
     def _take_up_lost_trials(self) -> None:
@@ -240,7 +251,9 @@ class _Coordinator:
         values = [_grid_values(spec) for spec in self.space.values()]
         points = [dict(zip(self.space, point, strict=True)) for point in product(*values)]
         states = (self.State.COMPLETE, self.State.PRUNED, self.State.RUNNING, self.State.WAITING)
-        there = [f.params or f.system_attrs.get("fixed_params") for f in self.study.get_trials(deepcopy=False, states=states)]
+        there = [
+            f.params or f.system_attrs.get("fixed_params") for f in self.study.get_trials(deepcopy=False, states=states)
+        ]
         for point in points:
             if point not in there:
                 self.study.enqueue_trial(point)
@@ -265,7 +278,9 @@ class _Coordinator:
 
     def _start_trials(self) -> None:
         while len(self.running) < self.config.workers:
-            done = self.study.get_trials(deepcopy=False, states=(self.State.COMPLETE, self.State.PRUNED, self.State.RUNNING))
+            done = self.study.get_trials(
+                deepcopy=False, states=(self.State.COMPLETE, self.State.PRUNED, self.State.RUNNING)
+            )
             if len(done) >= self.num_trials:  # those in progress count: exactly so many are completed
                 return
             trial = self.study.ask()
@@ -314,9 +329,14 @@ class _Coordinator:
     def _say(self, kind: str, number: int, value: float | None, running: _Running) -> None:
         shown = ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in running.params.items())
         what = f"{value:.6g}" if value is not None else kind
-        print(f"trial {number}: {what}  {shown}" + ("  (pruned)" if kind == "pruned" else ""), file=sys.stderr, flush=True)
+        print(
+            f"trial {number}: {what}  {shown}" + ("  (pruned)" if kind == "pruned" else ""), file=sys.stderr, flush=True
+        )
         if kind == "done" and self.config.pruner != "none" and not running.reports:
-            print(f"trial {number} reported no epochs, so nothing can be pruned; give its trainer hooks=trial.hook", file=sys.stderr)
+            print(
+                f"trial {number} reported no epochs, so nothing can be pruned; give its trainer hooks=trial.hook",
+                file=sys.stderr,
+            )
 
     def _lost(self, worker: Worker) -> None:
         """The worker died: its trial failed, and its settings are tried again (a few times)."""
@@ -327,7 +347,9 @@ class _Coordinator:
         if running.retries < MOST_RETRIES:
             self._enqueue(running.params, running.retries + 1)
         else:
-            self.failures.append(f"the worker of trial {running.trial.number} died again and again; the end of its log:\n{log}")
+            self.failures.append(
+                f"the worker of trial {running.trial.number} died again and again; the end of its log:\n{log}"
+            )
 
     def close(self) -> None:
         """End all workers. What they were at is marked as failed and tried again by the next call."""

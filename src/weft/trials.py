@@ -91,7 +91,9 @@ def work_of(run: Any, space: Mapping[str, Any], folder: Path, metric: str | None
     trainer = checked.config.get("trainer", {})
     for name in ("devices", "num_nodes"):
         if trainer.get(name, 1) not in (1, "1", "auto"):
-            raise ConfigError([f"trainer.{name}={trainer[name]!r}: a trial runs in one process on one device; use workers"])
+            raise ConfigError(
+                [f"trainer.{name}={trainer[name]!r}: a trial runs in one process on one device; use workers"]
+            )
     if metric is None and trainer.get("monitor_metric"):
         metric = trainer["monitor_metric"]
     plain, _ = normal(config)
@@ -182,7 +184,12 @@ def _outcome(run: Any, trial: Trial) -> tuple[str, float | None, dict[str, Any]]
     notes: dict[str, Any] = {}
     value = result
     if hasattr(result, "best_metric"):
-        notes = {"stopped": result.stop_reason, "epochs": result.epochs, "best_epoch": result.best_epoch, "seconds": result.seconds}
+        notes = {
+            "stopped": result.stop_reason,
+            "epochs": result.epochs,
+            "best_epoch": result.best_epoch,
+            "seconds": result.seconds,
+        }
         notes |= {"run": str(result.run_dir)} if result.run_dir is not None else {}
         value = _best_of(result, trial.hook.metric)
         if result.stop_reason in ("pruned", "nonfinite"):

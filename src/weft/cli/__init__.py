@@ -83,7 +83,6 @@ def _run(words: list[str]) -> int:
     return command.run(call)
 
 
-
 def _say(text: str) -> None:
     print(f"weft: {text}", file=sys.stderr)
 

@@ -15,7 +15,6 @@ from weft.types import suggest
 OK, NOT_FINITE = 0, 3
 
 
-
 def _checked(call: Call, needed: Sequence[str]) -> Any:
     """The config of a call, checked together with what was wrong on the command line itself."""
     from weft import recipe
@@ -71,7 +70,13 @@ def _refused(before_training: Callable[[], bool]) -> Iterator[None]:
 def _keep_weights(trainer: Any) -> None:
     """The problem's weights (the best ones) in the run's folder, also after an interruption."""
     run = trainer.run
-    if run is not None and run.run_dir is not None and run.is_global_zero and run.result is not None and run.progress.step:
+    if (
+        run is not None
+        and run.run_dir is not None
+        and run.is_global_zero
+        and run.result is not None
+        and run.progress.step
+    ):
         trainer.save_weights(run.run_dir / "weights.pt")
 
 
@@ -102,7 +107,9 @@ def _predict(call: Call) -> int:
     if trainer is None:
         return OK
     data = _as_predict_data(data, call.others.get("split", "predict"))
-    path = Path(call.others.get("output") or (Path(call.places[0]) / "predictions.npz" if call.places else "predictions.npz"))
+    path = Path(
+        call.others.get("output") or (Path(call.places[0]) / "predictions.npz" if call.places else "predictions.npz")
+    )
     if path.suffix not in (".npz", ".pt"):
         raise ConfigError([f"--output={str(path)!r}: expected a name that ends in .npz or .pt"])
     with _refused(lambda: True):
@@ -125,7 +132,8 @@ def _as_predict_data(data: dict[str, Any], split: str) -> dict[str, Any]:
     if split == "predict" or "data" not in data:
         return data
     if split not in ("train", "dev", "test"):
-        raise ConfigError([f"--split={split!r}: expected train, dev, test or predict{suggest(split, ('train', 'dev', 'test', 'predict'))}"])
+        hint = suggest(split, ("train", "dev", "test", "predict"))
+        raise ConfigError([f"--split={split!r}: expected train, dev, test or predict{hint}"])
     setup = data["data"]
 
     def predicted() -> Any:
@@ -216,8 +224,8 @@ def _completion(call: Call) -> int:
 COMMANDS = {
     "fit": Command(_fit, "train what a config describes", takes_config=True),
     "resume": Command(_resume, "go on with a run from its last checkpoint", ("RUN",), takes_config=True),
-    "validate": Command(_evaluate, "metrics of a run's best weights on its dev set, as JSON", ("[RUN]",), takes_config=True),
-    "test": Command(_evaluate, "metrics of a run's best weights on its test set, as JSON", ("[RUN]",), takes_config=True),
+    "validate": Command(_evaluate, "metrics of a run's best weights on the dev set", ("[RUN]",), takes_config=True),
+    "test": Command(_evaluate, "metrics of a run's best weights on the test set", ("[RUN]",), takes_config=True),
     "predict": Command(
         _predict, "what a run's problem computes for its predict set", ("[RUN]",),
         {
@@ -229,13 +237,16 @@ COMMANDS = {
     "demo": Command(_demo, "train the constrained Rosenbrock problem, write runs/demo"),
     "config": Command(_config, "check a config and print it in full, in weft's own words", takes_config=True),
     "runs": Command(_runs, "list runs with their best metric", ("[FOLDER]",)),
-    "compare": Command(_compare, "what differs between two runs", ("RUN", "RUN"), {"html": "also draw the curves into this file"}),
+    "compare": Command(
+        _compare, "what differs between two runs", ("RUN", "RUN"), {"html": "also draw the curves into this file"},
+    ),
     "sweep": Command(
         _sweep, "search settings, as a sweep.yaml says", ("FILE",),
         {
             "trials": "how many trials are to be completed", "workers": "how many run at the same time",
             "sampler": "tpe, random or grid", "pruner": "median, halving or none", "storage": "a database by URL",
-            "name": "the sweep's name: its folder, and its study in the database", "seed": "of the sampler", "take_over": "true: trials of lost machines are run again",
+            "name": "the sweep's name: its folder, and its study in the database", "seed": "of the sampler",
+            "take_over": "true: trials of lost machines are run again",
         },
     ),
     "completion": Command(_completion, "completion for your shell: eval \"$(weft completion bash)\"", ("SHELL",)),

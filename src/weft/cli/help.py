@@ -20,17 +20,17 @@ COMMON = {
 }
 
 
-
 def overview() -> str:
+    """What there is, in a screen."""
     width = max(map(len, COMMANDS)) + 2
     lines = [f"  {name.ljust(width)}{command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        ["usage: weft COMMAND [OPTIONS]", "", *lines, "", "weft COMMAND --help lists a command's options; weft --version.",
-         "Exit codes: 0 done, 1 error, 2 bad usage or config, 3 numbers not finite, 130 interrupted, 143 terminated."]
-    )  # fmt: skip
+    codes = "0 done, 1 error, 2 bad usage or config, 3 numbers not finite, 130 interrupted, 143 terminated"
+    more = "weft COMMAND --help lists a command's options; weft --version."
+    return "\n".join(["usage: weft COMMAND [OPTIONS]", "", *lines, "", more, f"Exit codes: {codes}."])
 
 
 def command_help(call: Call) -> str:
+    """What a command takes, with the options of what is named already."""
     command = COMMANDS[call.command]
     lines = [f"usage: weft {call.command} {' '.join([*command.places, '[OPTIONS]'])}", "", f"{command.summary}.", ""]
     if command.takes_config:
@@ -89,7 +89,9 @@ def _named_groups(call: Call) -> list[tuple[str, list[tuple[str, str]]]]:
             target = references.load(thing.spec["class_path"], thing.section)
             found = parameters(target, recipe.PARTIAL.get(thing.section, 0)) if callable(target) else []
         except Exception as error:  # noqa: BLE001 - importing runs the user's code
-            groups.append((f"{thing.key} {thing.spec['class_path']}", [(f"--{thing.key}", f"cannot be imported: {error}")]))
+            groups.append(
+                (f"{thing.key} {thing.spec['class_path']}", [(f"--{thing.key}", f"cannot be imported: {error}")])
+            )
             continue
         groups.append((f"{thing.key} {thing.spec['class_path']}", [_option(thing.key, p) for p in found]))
     return groups

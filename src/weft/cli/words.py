@@ -1,4 +1,4 @@
-"""The words of a command line as a `Call`: a command, a config put together from files and options, and what is wrong."""
+"""The words of a command line as a `Call`: a command, a config made of files and options, and what is wrong."""
 
 from __future__ import annotations
 
@@ -44,7 +44,6 @@ class Command:
     own: dict[str, str] = field(default_factory=dict)
     """Options of its own and what they mean."""
     takes_config: bool = False
-
 
 
 def parse(name: str, known: Command, words: Sequence[str]) -> Call:
