@@ -36,7 +36,7 @@ TEMPORARY_FILE = re.compile(r"\..+\.(\d+)-\d+@(.+)\.tmp")
 
 __all__ = [
     "BackgroundWriter", "CheckpointError", "Snapshot", "clean", "find", "latest", "load", "load_into", "load_weights",
-    "plain", "random_state", "read", "save", "save_weights", "set_random_state", "state_of", "step_path", "write",
+    "plain", "random_state", "read", "save", "save_weights", "set_last", "set_random_state", "state_of", "step_path", "write",
 ]  # fmt: skip
 
 
@@ -66,6 +66,12 @@ def save(
         put(folder / name, f"{path.name}\n".encode())
     _prune(folder, keep)
     return path
+
+
+def set_last(path: Path) -> None:
+    """Let `last` point to the checkpoint at `path`: a run that goes on from there gives up what came after."""
+    if STEP_FILE.fullmatch(path.name):
+        put(path.parent / "last", f"{path.name}\n".encode())
 
 
 def step_path(folder: str | os.PathLike[str], step: int) -> Path:

@@ -42,8 +42,6 @@ def evaluate(run: Run, split: str) -> dict[str, float]:
                 if (examples := num_examples(batch)) or alone:  # of several processes one may have no row of a short batch
                     run.evaluating = (means, examples)  # where `log` adds to until the step is over
                     means.add(forward(batch)[1], examples)
-                if alone:
-                    run.interruption.check()
         finally:
             run.evaluating = None
     metrics = means.compute(run.processes.gather)

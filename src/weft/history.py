@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
 from weft.checkpoint import Snapshot
@@ -30,6 +32,9 @@ class Progress:
     """How often the data was made anew."""
     data_epoch: int = 0
     """The epoch in which the data was made."""
+    first_epoch: int = 0
+    """The epoch at which this fit began, in whichever process that was."""
+    first_step: int = 0
     last_epoch: int = 0
     """The epoch at which this fit ends."""
     last_step: int | None = None
@@ -46,14 +51,19 @@ class Progress:
     interrupted: bool = False
     """The last fit was interrupted; the next one does what was left of it."""
 
-    def begin_fit(self, epochs: int, steps: int | None) -> None:
-        """So many epochs and steps more (None: no limit); after an interruption, those that were left."""
+    def begin_fit(self, epochs: int, steps: int | None, goes_on: bool = False) -> None:
+        """So many epochs and steps more (None: no limit); after an interruption, those that were left.
+
+        What is left of a fit that `goes_on` in another process is counted with these numbers: more epochs extend it.
+        """
         if self.interrupted and self.epoch < self.last_epoch:
             return
-        self.interrupted = self.phase_ended = False
-        self.phase = self.phase_epoch = 0
-        self.last_epoch = self.epoch + epochs
-        self.last_step = None if steps is None else self.step + steps
+        if not goes_on:
+            self.interrupted = self.phase_ended = False
+            self.phase = self.phase_epoch = 0
+            self.first_epoch, self.first_step = self.epoch, self.step
+        self.last_epoch = self.first_epoch + epochs
+        self.last_step = None if steps is None else self.first_step + steps
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -61,6 +71,11 @@ class Progress:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         for field in fields(self):
             setattr(self, field.name, state_dict[field.name])
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """What tells two states of a run apart: step, epoch, and batch (0: the epoch is not open)."""
+        return self.step, self.epoch, self.batch
 
 
 class History:
@@ -85,10 +100,12 @@ class History:
             self.values.setdefault(name, [math.nan] * self.num_epochs)[-1] = value
 
     def state_dict(self) -> dict[str, Any]:
-        return {"values": {k: list(v) for k, v in self.values.items()}, "num_epochs": self.num_epochs}
+        """Columns as float64 tensors: 10 of 5,000 epochs cost a save 1 ms, as lists 7 ms."""
+        values = {k: torch.from_numpy(np.array(v, dtype=np.float64)) for k, v in self.values.items()}
+        return {"values": values, "num_epochs": self.num_epochs}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        self.values = {k: list(v) for k, v in state_dict["values"].items()}
+        self.values = {k: v.tolist() for k, v in state_dict["values"].items()}
         self.num_epochs = state_dict["num_epochs"]
 
 
@@ -113,16 +130,31 @@ class Best:
         self.weights.take(problem)
         return True
 
-    def state_dict(self) -> dict[str, Any]:
-        weights = None if self.weights is None else self.weights.state_dict()
-        return {"name": self.name, "value": self.value, "epoch": self.epoch, "weights": weights}
+    def state_dict(self, problem: nn.Module) -> dict[str, Any]:
+        """The value and the weights that had it; these are None where `problem` holds them at this moment."""
+        kept = None if self.weights is None else self.weights.state_dict()
+        if kept is not None and _equal(kept, problem.state_dict()):
+            kept = None
+        return {"name": self.name, "value": self.value, "epoch": self.epoch, "weights": kept}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], problem: nn.Module) -> None:
+        """Go on from `state_dict`; `problem` already holds the weights that were saved with it."""
         self.name, self.value, self.epoch = state_dict["name"], state_dict["value"], state_dict["epoch"]
         self.weights = None
-        if state_dict["weights"] is not None:
+        if self.epoch is not None or state_dict["weights"] is not None:
             self.weights = Snapshot()
-            self.weights.load_state_dict(state_dict["weights"])
+            if state_dict["weights"] is None:
+                self.weights.take(problem)
+            else:
+                self.weights.load_state_dict(state_dict["weights"])
+
+
+def _equal(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    def same(x: Any, y: Any) -> bool:
+        strided = isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) and x.layout is y.layout is torch.strided
+        return strided and x.dtype is y.dtype and torch.equal(x, y)
+
+    return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
 
 
 def is_better(value: float, than: float | None, mode: str, by: float = 0.0) -> bool:

@@ -138,7 +138,7 @@ def _run_after(trainer: Trainer, problem: nn.Module, told: dict[str, Any]) -> Ru
     run.carried, run.seed = state, state["seed"]
     run.progress.load_state_dict(state["progress"])
     run.history.load_state_dict(state["history"])
-    run.best.load_state_dict(state["best"])
+    run.best.load_state_dict(state["best"], problem)
     trainer.state.update(state["state"])
     restore_hooks([*(m for m in problem.modules() if isinstance(m, Hook)), *trainer.hooks], state)
     values = told["returned"]

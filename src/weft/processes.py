@@ -209,7 +209,7 @@ class Processes:
     def agree(self, interruption: Interruption) -> bool:
         """Grant to all processes what any of them wants, the first one's wishes first. Every process must call."""
         told = self.gather((interruption.asked, self.wishes))
-        interruption.asked = any(asked for asked, _ in told)
+        interruption.asked = max(asked for asked, _ in told)
         for _, wishes in reversed(told):
             self.granted |= wishes
         self.wishes = {}

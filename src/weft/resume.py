@@ -1,41 +1,118 @@
-"""The whole state of a run as one dict, and back. Saving and loading are mirror images."""
+"""The whole state of a run as one dict, and back: saving and loading are mirror images.
+
+    state = state_of_run(run)       # everything that decides how the run goes on: tensors and plain values only
+    restore_run(run, state)         # in another process, on another day
+
+Bit-identical means: same torch build, device, world size, number of threads. What may not change at all raises, what
+changed otherwise is named in one warning. What a checkpoint lacks is an error, never a guess.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import platform
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from weft import checkpoint
+from weft import checkpoint, runs
+from weft.archive import CheckpointError
+from weft.checkpoint import BackgroundWriter
+from weft.config import TrainerConfig
+from weft.data import Batches, LoaderBatches
 from weft.devices import scaler_of
+from weft.history import Progress
 from weft.problem import set_term_weights, term_weights
-from weft.seeding import separate
+from weft.seeding import generator_states, generators_of, set_generator_states
 
 if TYPE_CHECKING:
     from weft.run import Run
 
 FORMAT = 1
 
+PARTS = (
+    "format", "problem", "module_state", "term_weights", "optimizers", "schedules", "scaler", "progress", "stop_reason",
+    "means", "logged", "recent", "own_buffers", "random_before_data", "random_before_epoch", "generators_before_epoch",
+    "generators", "random", "other_processes", "evaluated", "history", "best", "hooks", "notes", "state", "seed", "fixed",
+    "options", "error",
+)  # fmt: skip
 
-def state_of_run(run: Run) -> dict[str, Any]:
-    """Everything that decides how the run goes on: tensors and plain values only."""
-    weights = term_weights(run.problem)
+# These say how long, where and how visibly a run trains; changing them changes no number of an epoch.
+_FREE_OPTIONS = {
+    "epochs", "max_steps", "max_time", "root_dir", "run_name", "log_every", "checkpoint", "resume", "profiler",
+    "progress", "timeout", "loggers",
+}  # fmt: skip
+
+
+@dataclass
+class Kept:
+    """What a run keeps in mind so that it can be saved and gone on with."""
+
+    attributes_at_start: dict[str, Any]
+    """Of the problem's modules, outside of their state dict."""
+    generators_before_epoch: dict[str, Any] = field(default_factory=dict)
+    """States of the generators that the loader of the training data has of its own."""
+    generators_to_resume: dict[str, Any] = field(default_factory=dict)
+    data_prints: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+    """Plain values of weft's own hooks; what a checkpoint lacks of them starts anew."""
+    compile_choice: str = "eager"
+    resumed_from: Path | None = None
+    best_saved: tuple[Any, ...] | None = None
+    """Name, value and epoch of the best weights that `best` points to."""
+    writer: BackgroundWriter | None = None
+
+    @classmethod
+    def of(cls, config: TrainerConfig, problem: nn.Module, previous: Kept | None) -> Kept:
+        """For a new run, or one that goes on from a `previous` one of the same problem."""
+        in_background = config.checkpointing is not None and config.checkpointing.background
+        writer = BackgroundWriter() if in_background else None
+        if previous is None:
+            return cls(attributes(problem), writer=writer)
+        return cls(previous.attributes_at_start, best_saved=previous.best_saved, writer=writer)
+
+
+# ---- the mirror ------------------------------------------------------------------------------------------------------
+
+
+def state_of_run(run: Run, error: BaseException | None = None) -> dict[str, Any]:
+    """Everything that decides how the run goes on: tensors and plain values only.
+
+    Call on every rank, between steps. After an `error` no rank waits for another: the parts that each has of its own are
+    those of this one alone, and the state may be that of the middle of a step.
+    """
+    own = _own_state(run)
     return {
         "format": FORMAT,
-        "problem": checkpoint.state_of(run.problem),
-        "term_weights": {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in weights.items()},
-        "optimizers": {name: o.state_dict() for name, o in run.optimizers.items()},
+        "problem": run.problem.state_dict(),
+        "module_state": changed_attributes(run.problem, run.kept.attributes_at_start),
+        "term_weights": term_weights(run.problem),
+        "optimizers": {name: _optimizer_state(o, run.problem) for name, o in run.optimizers.items()},
         "schedules": {name: s.state_dict() for name, s in run.schedules.items()},
         "scaler": scaler.state_dict() if (scaler := scaler_of(run.fabric)) is not None else None,
         "progress": {**run.progress.state_dict(), "seconds": run.seconds},
-        **_own_state(run),
-        "other_processes": run.processes.gather(_own_state(run))[1:],
+        # after an error it stands for that; and the clock of max_time starts anew in each process
+        "stop_reason": None if error is not None or run.stop_reason == "max_time" else run.stop_reason,
+        **own,
+        "other_processes": run.processes.gather(own)[1:] if error is None else [],
+        "evaluated": dict(run.evaluated),
         "history": run.history.state_dict(),
-        "best": run.best.state_dict(),
+        "best": run.best.state_dict(run.problem),
         "hooks": {name: hook.state_dict() for name, hook in _stateful(run.hooks)},
-        "state": dict(run.trainer.state),
+        "notes": run.kept.notes,
+        "state": run.trainer.state,
         "seed": run.seed,
+        "fixed": fixed_settings(run),
+        "options": settings(run),
+        "error": None if error is None else f"{type(error).__name__}: {error}",
     }
 
 
@@ -44,71 +121,400 @@ def _own_state(run: Run) -> dict[str, Any]:
     return {
         "means": run.means.state_dict(),
         "logged": run.logged.state_dict(),
+        "recent": run.recent.state_dict(),
         "own_buffers": run.processes.own_buffers(run.problem),
         "random_before_data": run.random_before_data,
         "random_before_epoch": run.random_before_epoch,
+        "generators_before_epoch": run.kept.generators_before_epoch,
+        "generators": generator_states(_generators(run)),
         "random": checkpoint.random_state(),
     }
 
 
-def state_of_process(state: dict[str, Any], rank: int) -> dict[str, Any]:
+def state_of_process(state: Mapping[str, Any], rank: int) -> Mapping[str, Any]:
     """The state with what process `rank` had of its own. That of the first one, if there were not so many."""
     return {**state, **state["other_processes"][rank - 1]} if 0 < rank <= len(state["other_processes"]) else state
 
 
-def restore_run(run: Run, state: dict[str, Any]) -> None:
+def restore_run(run: Run, state: Mapping[str, Any], hooks: bool = True) -> None:
     """Go on from what `state_of_run` gave. Random state comes last: everything before it may draw.
 
-    With another number of processes than before, what is drawn from here on differs, and so does the rest of the run.
+    `hooks=False` leaves the hooks' own state out: before `on_fit_start` they may not be ready for it.
     """
-    processes, before = run.processes, 1 + len(state["other_processes"])
-    if processes.world != before:
-        run.warn_once(f"The checkpoint is of {before} processes, and {processes.world} go on: random numbers will differ.")
-    state = state_of_process(state, processes.rank)
+    state = state_of_process(state, run.processes.rank)
     checkpoint.load_into(run.problem, state["problem"], source="the checkpoint")
+    set_attributes(run.problem, state["module_state"])
     _restore_optimizers(run, state)
-    run.progress.load_state_dict(state["progress"])
+    restore_numbers(run, state)
     run.means.load_state_dict(state["means"])
     run.logged.load_state_dict(state["logged"])
-    run.history.load_state_dict(state["history"])
-    run.best.load_state_dict(state["best"])
-    for name, hook in _stateful(run.hooks):
+    run.recent.load_state_dict(state["recent"])
+    run.evaluated = dict(state["evaluated"])
+    run.best.load_state_dict(state["best"], run.problem)
+    run.kept.best_saved = (run.best.name, run.best.value, run.best.epoch)
+    own = dict(_stateful(run.hooks))
+    _same_names("hooks with state", own, state["hooks"])
+    for name, hook in own.items() if hooks else ():
         hook.load_state_dict(state["hooks"][name])
-    run.trainer.state.update(state["state"])
+    run.kept.notes = dict(state["notes"])
+    run.trainer.state.clear()
+    run.trainer.state.update(_moved(state["state"], run.fabric.device))
+    run.processes.set_own_buffers(run.problem, state["own_buffers"])
+    # Putting back is no change; what had changed since the start of the run stays known as changed.
+    run.kept.attributes_at_start = {k: v for k, v in attributes(run.problem).items() if k not in state["module_state"]}
     run.random_before_data, run.random_before_epoch = state["random_before_data"], state["random_before_epoch"]
-    run.random_to_resume = state["random"]
+    run.kept.generators_before_epoch = state["generators_before_epoch"]
+    run.random_to_resume, run.kept.generators_to_resume = state["random"], state["generators"]
     checkpoint.set_random_state(state["random"])
-    if processes.rank >= before:
-        separate(run.seed + run.progress.step, processes.rank)
-        run.random_to_resume = checkpoint.random_state()
-    processes.set_own_buffers(run.problem, state["own_buffers"])
+    set_generator_states(_generators(run), state["generators"])
 
 
-def restore_carried(run: Run, state: dict[str, Any]) -> None:
+def restore_carried(run: Run, state: Mapping[str, Any]) -> None:
     """Go on, in a second fit, with the optimizers and random numbers of a first one that was in other processes."""
     if run.continues or not any(p.optimizer is not None or p.scheduler is not None for p in run.phases[1:]):
         _restore_optimizers(run, state)
     checkpoint.set_random_state(state_of_process(state, run.processes.rank)["random"])
 
 
-def restore_hooks(hooks: Iterable[Any], state: dict[str, Any]) -> None:
+def restore_hooks(hooks: Iterable[Any], state: Mapping[str, Any]) -> None:
     """Give `hooks`, the first ones of a run, the state that they had at its end."""
     for name, hook in _stateful(hooks):
         hook.load_state_dict(state["hooks"][name])
 
 
-def _restore_optimizers(run: Run, state: dict[str, Any]) -> None:
+def _restore_optimizers(run: Run, state: Mapping[str, Any]) -> None:
     set_term_weights(run.problem, state["term_weights"])
+    _same_names("optimizers", run.optimizers, state["optimizers"])
     for name, optimizer in run.optimizers.items():
-        optimizer.load_state_dict(state["optimizers"][name])
+        _load_optimizer(name, optimizer, state["optimizers"][name], run.problem)
+        # Else schedulers warn that they step first, if the run goes on between the last step and the end of epoch 0.
+        optimizer._opt_called = state["progress"]["step"] > 0  # type: ignore[attr-defined]
+    _same_names("schedules", run.schedules, state["schedules"])
     for name, schedule in run.schedules.items():
         schedule.load_state_dict(state["schedules"][name])
     if (scaler := scaler_of(run.fabric)) is not None:
         scaler.load_state_dict(state["scaler"])
 
 
+def go_on(run: Run, state: Mapping[str, Any]) -> None:
+    """Begin a resumed run: its hooks see the state as it was saved, and what they change at the start is put back."""
+    compare(run, state)
+    restore_run(run, state, hooks=False)
+    run.call("on_fit_start")
+    run.reopened = run.progress.batch > 0
+    if run.reopened:
+        run.call("on_epoch_start")
+    restore_run(run, state)
+    run.begin_fit()
+
+
+def restore_numbers(run: Run, state: Mapping[str, Any]) -> None:
+    """How far the run is and what it measured: all that is needed before there are optimizers."""
+    run.seed = state["seed"]
+    run.progress.load_state_dict(state["progress"])
+    run.history.load_state_dict(state["history"])
+    run.stop_reason = state["stop_reason"]
+    if run.stop_reason == "patience" and state["options"].get("patience") != repr(run.config.patience):
+        run.stop_reason, run.progress.phase_ended = None, False  # more patience than the run that ended had
+    if run.stop_reason == "max_steps":
+        run.stop_reason = None  # found again from the steps there are, which may be more now
+
+
+def train_batches(run: Run) -> Iterable[Any]:
+    """The training batches of the epoch that were not used yet.
+
+    A loader starts over in the random state of the epoch's start, and is skipped to its place; then the random state is
+    again what it was, or what a checkpoint says.
+    """
+    start, own, kept = run.progress.batch, _generators(run), run.kept
+    random, generators = run.random_to_resume, kept.generators_to_resume
+    run.random_to_resume, kept.generators_to_resume = None, {}
+    if start == 0:
+        is_loader = isinstance(run.source("train"), LoaderBatches)
+        run.random_before_epoch = checkpoint.random_state() if is_loader else None
+        kept.generators_before_epoch = generator_states(own)
+        return run.batches_of("train")
+    if random is None:
+        random, generators = checkpoint.random_state(), generator_states(own)
+    if run.random_before_epoch is not None:
+        checkpoint.set_random_state(run.random_before_epoch)
+        set_generator_states(own, kept.generators_before_epoch)
+    batches = run.batches_of("train", start)
+    checkpoint.set_random_state(random)
+    set_generator_states(own, generators)
+    return batches
+
+
+def _generators(run: Run) -> dict[str, Any]:
+    source = run.source("train")
+    return generators_of(source.loader) if isinstance(source, LoaderBatches) else {}
+
+
+def _same_names(what: str, here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
+    missing, surplus = sorted(here.keys() - there.keys()), sorted(there.keys() - here.keys())
+    if missing or surplus:
+        raise ValueError(
+            f"The checkpoint does not fit this trainer's {what}: it lacks {missing or 'none'} and has "
+            f"{surplus or 'none'} besides. Resume with the {what} that the run was started with."
+        )
+
+
 def _stateful(hooks: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    """Hooks with state, by number and class name; modules of the problem are saved with it."""
-    for number, hook in enumerate(h for h in hooks if not isinstance(h, nn.Module)):
-        if hasattr(hook, "state_dict") and hasattr(hook, "load_state_dict"):
-            yield f"{number}.{type(hook).__name__}", hook
+    """Hooks with state, by class name and number; modules of the problem are saved with it."""
+    seen = Counter[str]()
+    for hook in hooks:
+        if not isinstance(hook, nn.Module) and hasattr(hook, "state_dict") and hasattr(hook, "load_state_dict"):
+            kind = type(hook).__name__
+            seen[kind] += 1
+            yield kind if seen[kind] == 1 else f"{kind}.{seen[kind]}", hook
+
+
+def _moved(value: Any, device: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return type(value)((k, _moved(v, device)) for k, v in value.items())
+    return type(value)(_moved(v, device) for v in value) if type(value) in (list, tuple) else value
+
+
+# ---- optimizers ------------------------------------------------------------------------------------------------------
+
+
+def _optimizer_state(optimizer: Optimizer, problem: nn.Module) -> dict[str, Any]:
+    state = optimizer.state_dict()
+    return {**state, "parameters": _parameter_names(optimizer, problem)}
+
+
+def _parameter_names(optimizer: Optimizer, problem: nn.Module) -> list[list[str]]:
+    names = {id(p): name for name, p in problem.named_parameters()}
+    return [[names.get(id(p), f"of shape {tuple(p.shape)}") for p in g["params"]] for g in optimizer.param_groups]
+
+
+def _load_optimizer(name: str, optimizer: Optimizer, saved: Mapping[str, Any], problem: nn.Module) -> None:
+    """State by position, so the parameters must be the same ones in the same order; dtypes stay as they were saved."""
+    here = _parameter_names(optimizer, problem)
+    if here != saved["parameters"]:
+        raise ValueError(f"Optimizer {name!r} updates {here}; the checkpoint's updated {saved['parameters']}.")
+    groups = [{k: v for k, v in group.items()} for group in saved["param_groups"]]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    numbered = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, entries in saved["state"].items():  # torch casts state to the parameter's dtype
+        own = optimizer.state[numbered[number]] if isinstance(number, int) else {}
+        for key, value in entries.items() if isinstance(entries, dict) else ():
+            if isinstance(value, Tensor) and isinstance(own.get(key), Tensor) and own[key].dtype != value.dtype:
+                own[key] = value.to(own[key].device, copy=True)
+
+
+# ---- what modules keep outside of their state dict -------------------------------------------------------------------
+
+
+_OF_TORCH = {*vars(nn.Module()), "_is_full_backward_hook", "_compiled_call_impl"}
+
+
+def attributes(problem: nn.Module) -> dict[str, Any]:
+    """Plain values (bool, int, float, str, None) and tensors that modules keep outside of their state dict, by name.
+
+    A tensor comes with its version, which tells whether it was changed in place. Not taken: tensors with a graph, and
+    those whose name begins with "_", which are caches (NeuroMANCER's variables keep their last value so).
+    """
+    found: dict[str, Any] = {}
+    for prefix, module in problem.named_modules():
+        hidden = {name: b for name, b in module._buffers.items() if name in module._non_persistent_buffers_set}
+        for name, value in {**vars(module), **hidden}.items():
+            if name not in _OF_TORCH and (value is None or type(value) in (bool, int, float, str)):
+                found[f"{prefix}.{name}" if prefix else name] = value
+            elif type(value) is Tensor and not name.startswith("_") and value.grad_fn is None:
+                found[f"{prefix}.{name}" if prefix else name] = (value, value._version)
+    return found
+
+
+def changed_attributes(problem: nn.Module, at_start: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that training has changed since they were `at_start` (NeuroMANCER's AugmentedLagrangeLoss has a flag)."""
+
+    def changed(name: str, now: Any) -> bool:
+        if name not in at_start:
+            return True
+        then = at_start[name]
+        if isinstance(now, tuple):
+            return not isinstance(then, tuple) or now[0] is not then[0] or now[1] != then[1]
+        return type(now) is not type(then) or repr(now) != repr(then)  # nan is as it was
+
+    now = attributes(problem)
+    return {name: v[0] if isinstance(v, tuple) else v for name, v in now.items() if changed(name, v)}
+
+
+def set_attributes(problem: nn.Module, values: Mapping[str, Any]) -> None:
+    """Put back what `changed_attributes` gave."""
+    modules = dict(problem.named_modules())
+    for name, value in values.items():
+        prefix, _, attribute = name.rpartition(".")
+        if prefix not in modules:
+            raise ValueError(f"The checkpoint has {name!r}, but this problem has no module {prefix!r}.")
+        module = modules[prefix]
+        own = getattr(module, attribute, None)
+        if not isinstance(value, Tensor):
+            setattr(module, attribute, value)
+        elif isinstance(own, Tensor) and own.shape == value.shape and own.dtype == value.dtype:
+            with torch.no_grad():
+                own.copy_(value)  # in place: a term's weight may be bound elsewhere
+        else:
+            device = next((p.device for p in problem.parameters()), value.device)
+            setattr(module, attribute, value.detach().clone().to(device))
+
+
+# ---- where to go on from ---------------------------------------------------------------------------------------------
+
+
+def find_state(run: Run, resume: str) -> dict[str, Any] | None:
+    """The state to go on from; None for "auto" where there is nothing yet. The run learns its folder and how far it is.
+
+    Raises CheckpointError if there is nothing for "last" and "best", or what a path names cannot be resumed.
+    """
+    found = run.processes.first(partial(_load, run.config, resume))
+    if found is None:
+        return None
+    state, path = found
+    run.kept.resumed_from, run.run_dir = path, runs.folder_of(path) or run.run_dir
+    restore_numbers(run, state)
+    return state
+
+
+def _load(config: TrainerConfig, resume: str) -> tuple[dict[str, Any], Path] | None:
+    folder = runs.folder_to_resume(config, resume)
+    if folder is None and resume in runs.RESUME_WORDS:
+        if resume == "auto":
+            return None
+        raise CheckpointError(
+            f"resume={resume!r}: there are no checkpoints in {runs.where_to_look(config)}; "
+            "'auto' starts anew where there are none."
+        )
+    try:
+        state, path = checkpoint.load(folder or resume, "best" if resume == "best" else "last")
+    except CheckpointError as error:
+        if resume != "auto":
+            raise
+        warnings.warn(f"{error} The run starts anew (resume='auto').", stacklevel=7)
+        return None
+    check_format(state, path)
+    return state, path
+
+
+def check_format(state: Mapping[str, Any], path: Path) -> None:
+    """Raise CheckpointError, saying what the file is, unless it is a checkpoint of a run in a format known here."""
+    number = state.get("format")
+    if not isinstance(number, int):
+        what = f"of format {number!r}" if number is not None else f"with the keys {list(state)[:5]}"
+        raise CheckpointError(
+            f"{path} is no checkpoint of a run but a file {what}; weft.load_weights(problem, path) loads weights."
+        )
+    if number > FORMAT:
+        raise CheckpointError(f"{path} was written by a newer weft (format {number}, known here: up to {FORMAT}).")
+    if missing := [part for part in PARTS if part not in state]:
+        raise CheckpointError(f"{path} (format {number}) lacks {missing}.")
+
+
+def describe(progress: Progress) -> str:
+    """Where a run is, in words: "after epoch 3, step 120" or "epoch 3, after batch 17, step 117"."""
+    if progress.batch == 0:
+        return f"after epoch {progress.epoch - 1}, step {progress.step}"
+    return f"epoch {progress.epoch}, after batch {progress.batch}, step {progress.step}"
+
+
+# ---- what must not change, and what is named if it did ---------------------------------------------------------------
+
+
+def fixed_settings(run: Run) -> dict[str, str]:
+    """What gives the saved state its meaning, as strings by name: with another value it cannot be resumed."""
+    found = {
+        "precision": run.fabric._precision.precision,
+        "processes": run.processes.world,
+        "accumulate": run.config.accumulate,
+        "compile": run.kept.compile_choice,
+        "phases": len(run.phases),
+        "optimizers": {name: type(o).__name__ for name, o in run.optimizers.items()},
+        "schedulers": {name: f"{type(s.scheduler).__name__} each {s.interval}" for name, s in run.schedules.items()},
+        "rows of the training data": run.rows("train"),
+        "batch_size": run.data.batch_size,
+        "batches in an epoch": run.num_batches("train"),
+        "limit_batches": run.config.limit("train"),
+        "shuffle": run.data.shuffle,
+        "drop_last": run.data.drop_last,
+    }
+    return {name: str(value) for name, value in found.items()}
+
+
+def settings(run: Run) -> dict[str, str]:
+    """Options, versions and data as strings by name: what may change, but then the run is another one."""
+    found: dict[str, Any] = {k: repr(v) for k, v in run.config.to_dict().items() if k not in _FREE_OPTIONS}
+    objects = {k: _name_of(v) for k, v in run.trainer.options.items() if v is not None and k not in _FREE_OPTIONS}
+    device = run.fabric.device
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    found |= {
+        **objects,
+        **{f"optimizer {name}": _defaults(o) for name, o in run.optimizers.items()},
+        "device": f"{device.type} ({kind})",
+        "number of threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        **data_prints(run),
+    }
+    return {name: str(value) for name, value in found.items()}
+
+
+def compare(run: Run, state: Mapping[str, Any]) -> None:
+    """Raise ValueError for settings that must not change, naming all; warn once of those that did otherwise."""
+    here, there, path = fixed_settings(run), state["fixed"], run.kept.resumed_from
+    wrong = [f"{name}: {there.get(name)} there, {here.get(name)} here" for name in here if here[name] != there.get(name)]
+    if not state["error"] and 1 + len(state["other_processes"]) != run.processes.world:
+        wrong.append(f"state of {1 + len(state['other_processes'])} processes there")
+    if wrong:
+        raise ValueError(
+            f"{path} cannot be resumed with these settings: {'; '.join(wrong)}. "
+            "To train on from its weights alone, use weft.load_weights(problem, path)."
+        )
+    here, there = settings(run), state["options"]
+    names = [name for name in {**there, **here} if here.get(name) != there.get(name)]
+    changed = [f"{name}: {there.get(name, 'nothing')} -> {here.get(name, 'nothing')}" for name in names]
+    torn = f" It was saved at an error, maybe in the middle of a step ({state['error']})." if state["error"] else ""
+    if changed or torn:
+        but = f" Changed since: {'; '.join(changed)}." if changed else ""
+        warnings.warn(
+            f"Resuming {path} ({describe(run.progress)}).{but}{torn} The run will not end bit for bit where the undisturbed one would.",
+            stacklevel=5,
+        )
+
+
+def data_prints(run: Run) -> dict[str, str]:
+    """A text that changes with the data, for train and dev; made once for each data (it reads the device)."""
+    if not run.kept.data_prints:
+        sources = {f"{split} data": run.source(split) for split in ("train", "dev")}
+        run.kept.data_prints = {name: _print_of(source) for name, source in sources.items() if source is not None}
+    return run.kept.data_prints
+
+
+def _print_of(batches: Batches | LoaderBatches) -> str:
+    """Rows, and a checksum of up to a million numbers of each tensor."""
+    if not isinstance(batches, Batches):
+        return f"{batches.rows} rows"
+    found = []
+    for part, tensors in batches.parts.items():
+        for key, tensor in tensors.items():
+            stride = max(1, tensor[0].numel() * len(tensor) // 1_000_000)
+            rows = tensor.detach()[::stride].contiguous().cpu()
+            checksum = zlib.crc32(rows.view(-1).view(torch.uint8).numpy().tobytes()) if rows.numel() else 0
+            found.append(f"{part + '.' if part else ''}{key} {tuple(tensor.shape)} {checksum:08x}")
+    return ", ".join(found)
+
+
+def _defaults(optimizer: Optimizer) -> str:
+    plain = {k: v for k, v in optimizer.defaults.items() if isinstance(v, bool | int | float | str | tuple | None)}
+    plain.pop("differentiable", None)  # torch adds it to some when it loads them
+    return f"{type(optimizer).__name__}({', '.join(f'{k}={v}' for k, v in plain.items())})"
+
+
+def _name_of(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return str({k: _name_of(v) for k, v in value.items()})
+    if isinstance(value, list | tuple):
+        return str([_name_of(v) for v in value])
+    return value if isinstance(value, str) else getattr(value, "__qualname__", type(value).__qualname__)

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from weft import checkpoint, runs
-from weft.config import CheckpointConfig
 from weft.data import SPLITS, Data, as_data, batches_of, check_finite
 from weft.devices import float_dtype, make_fabric, numerics, start_processes
 from weft.evaluation import evaluate, monitored_metric
@@ -37,11 +36,13 @@ from weft.optimizers import Phase, Scheduled
 from weft.phases import Frozen, begin_phase, unfreeze
 from weft.processes import Processes
 from weft.result import FitResult
-from weft.resume import restore_carried, restore_run, state_of_run
+from weft.resume import Kept, find_state, go_on, restore_carried, state_of_run, train_batches
+from weft.saving import finish_saving, prepare_folder, save_run, saves
 from weft.seams import Seams
 from weft.seeding import data_randomness, order_seed, seed_everything, separate
-from weft.signals import Interruption, interactive
+from weft.signals import Interruption, SignalExit, interactive
 from weft.update import Combine, Step, Update, built_in, look_back, own_backward, own_step
+from weft.weights import RunningStatistics
 
 if TYPE_CHECKING:
     from weft.trainer import Trainer
@@ -54,6 +55,7 @@ class Run(Seams):
     after the block `result`. A second run of the same problem goes on from the first (`previous`).
     """
 
+    statistics: RunningStatistics
     update: Update
     """Update the parameters once from a batch (a list of batches when accumulating). Returns the loss, detached."""
 
@@ -68,7 +70,7 @@ class Run(Seams):
         self.run_dir: Path | None = previous.run_dir if previous else None
         self.carried = previous.carried if previous else None  # the state of a run that was in other processes
         self.phases = trainer.phases or [Phase(epochs=max(1, self.config.epochs))]
-        self.means, self.logged, self._recent, self.feed = Means(), Means(), Means(), Feed()
+        self.means, self.logged, self.recent, self.feed = Means(), Means(), Means(), Feed()
         self.is_new, self.improved, self.epoch_seconds = previous is None, False, 0.0
         self.stop_reason: str | None = None
         self.result: FitResult | None = None
@@ -90,9 +92,12 @@ class Run(Seams):
         self.plain_update: Update | None = None
         self.doubts: Doubts | None = None  # steps on a GPU that are looked at later
         self.measured: list[tuple[dict[str, Tensor], int]] | None = None  # of the last step, if a hook sets it to []
+        # of checkpoints: random states, what they need to know, what is under way, which signal ends the run
         self.random_before_data: dict[str, Any] | None = None
         self.random_before_epoch: dict[str, Any] | None = None
         self.random_to_resume: dict[str, Any] | None = None
+        self.kept = Kept.of(self.config, problem, previous.kept if previous else None)
+        self.begun, self.reopened, self.ending, self.busy, self.leaving = False, False, False, "", 0
         self.interruption, self._stack, self.processes = Interruption(), ExitStack(), Processes()
         self._clock, self._seconds_before = time.perf_counter(), self.progress.seconds
 
@@ -105,6 +110,10 @@ class Run(Seams):
     def has(self, split: str) -> bool:
         """Whether there is data for `split`."""
         return self._splits[split] is not None
+
+    def source(self, split: str) -> Any:
+        """The batches of `split`, None if there is no data for it."""
+        return self._splits[split]
 
     def rows(self, split: str) -> int | None:
         """Examples in an epoch of `split`; None if there are none, or they cannot be counted beforehand."""
@@ -120,26 +129,25 @@ class Run(Seams):
         self.problem = self.place(self.problem)
         self.processes.share_weights(self.problem)
         self.seed = self.processes.first(lambda: self.seed)
-        self._resumed, found_in = None, None
-        if resume is not None:
-            self._resumed, found_in = self.processes.first(partial(runs.state_to_resume, self.config, resume))
-        if self._resumed is not None:
-            self.run_dir = found_in or self.run_dir
-            self.seed = self._resumed["seed"]
-            self.progress.load_state_dict(self._resumed["progress"])
-        else:
-            planned = sum(phase.epochs for phase in self.trainer.phases) or self.config.epochs
-            epochs = min(1, planned) if self.config.fast_dev_run else planned
-            self.progress.begin_fit(epochs, self.config.max_steps)
+        self._resumed = find_state(self, resume) if resume is not None else None
+        self.begin_fit()
         self.given_data = make_data
         self._refresh_data(None if self._resumed is None else self._resumed["random_before_data"])
         return self
+
+    def begin_fit(self) -> None:
+        """Count how many epochs and steps there are to come, with the options as they are now."""
+        planned = sum(phase.epochs for phase in self.trainer.phases) or self.config.epochs
+        epochs = min(1, planned) if self.config.fast_dev_run else planned
+        self.progress.begin_fit(epochs, self.config.max_steps, goes_on=self._resumed is not None)
 
     def _refresh_data(self, random: dict[str, Any] | None = None) -> None:
         """Make the data of this phase; on resume in the `random` state in which it was made before."""
         if random is not None:
             checkpoint.set_random_state(random)
-        self.random_before_data, self.progress.data_epoch = checkpoint.random_state(), self.progress.epoch
+        else:
+            self.progress.data_epoch = self.progress.epoch
+        self.random_before_data = checkpoint.random_state()
         of_phases = [phase.data for phase in self.phases[: self.progress.phase + 1] if phase.data is not None]
         make = partial(as_data, of_phases[-1]) if of_phases else self.given_data
         seed = self.config.seed if self.processes.world == 1 else self.seed
@@ -148,7 +156,7 @@ class Run(Seams):
 
     def use_data(self, data: Data) -> None:
         """Train, evaluate and predict with `data` from here on."""
-        fabric, self.data = self.fabric, data
+        fabric, self.data, self.kept.data_prints = self.fabric, data, {}
         check_finite(data, self.config.strict_data)
         self._splits = {
             split: batches_of(
@@ -176,13 +184,17 @@ class Run(Seams):
             self.hooks = listeners([*of_problem, *self.trainer.hooks, *self.trainer.default_hooks(self)])
             self._bound = {event: bind(self.hooks, event) for event in (*EVENTS, AT_REST)}
             self.problem.train()
+            self.statistics = RunningStatistics(self.problem)
             self.begin_phases(resumed=self._resumed is not None)
-            self._call("on_fit_start")
+            if saves(self):
+                prepare_folder(self)
             if self._resumed is not None:
-                restore_run(self, self._resumed)
-            elif self.carried is not None:
-                restore_carried(self, self.carried)
-            self._resumed = self.carried = None
+                go_on(self, self._resumed)
+            else:
+                self.call("on_fit_start")
+                if self.carried is not None:
+                    restore_carried(self, self.carried)
+            self._resumed, self.carried, self.begun = None, None, True
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
@@ -193,7 +205,10 @@ class Run(Seams):
     ) -> bool:
         try:
             if error is None:
+                self.ending = True
                 self._close_epoch()
+                self._rest(epoch_over=True)
+                finish_saving(self)
         except BaseException as late:
             error = late
             if not (isinstance(late, KeyboardInterrupt) and interactive()):
@@ -206,9 +221,8 @@ class Run(Seams):
     def _finish(self, error: BaseException | None) -> None:
         """Put the best weights back, make the result, call the last hooks. Called always, exactly once."""
         self.processes.together = error is None
-        progress, interrupted = self.progress, isinstance(error, KeyboardInterrupt)
-        progress.interrupted, progress.batch, self._open = interrupted, 0, False
-        progress.seconds = self.seconds
+        progress, interrupted = self.progress, isinstance(error, KeyboardInterrupt | SignalExit)
+        progress.interrupted, progress.seconds, self._open = interrupted, self.seconds, False
         self.stop_reason = "interrupted" if interrupted else "error" if error else self.stop_reason or "epochs"
         last_weights = checkpoint.state_of(self.problem)
         if self.best.weights is not None and (error is None or interrupted):
@@ -224,10 +238,15 @@ class Run(Seams):
         with ExitStack() as last:  # each is called, even if one before it raises
             for call in reversed(bound["on_fit_end"]):
                 last.callback(call, self.trainer, self.result)
-            if self.run_dir is not None and self.is_global_zero:
+            if self.run_dir is not None and self.is_global_zero and self.begun:
                 last.callback(self.result.save, self.run_dir)
+            last.callback(setattr, progress, "batch", 0)  # the next fit begins this epoch again
             for call in reversed(bound["on_exception"] if error is not None and not interrupted else []):
                 last.callback(call, self.trainer, error)
+            if error is not None:
+                last.callback(finish_saving, self, error)
+        if isinstance(error, SignalExit) and self.is_global_zero:
+            error.requeue(saves(self))
 
     @property
     def phase(self) -> Phase:
@@ -249,31 +268,29 @@ class Run(Seams):
 
     def _begin_epoch(self) -> bool:
         self._close_epoch()
-        if self.processes.world == 1:
-            self.interruption.check()
         progress = self.progress
         if progress.last_step is not None and progress.step >= progress.last_step:
             self.decide_to_stop("max_steps")
-        if self.stop_reason or progress.epoch >= progress.last_epoch:
-            return False
-        if progress.phase_ended or (progress.phase_epoch >= self.phase.epochs and len(self.phases) > 1):
-            if progress.phase + 1 == len(self.phases):
+        if not self.reopened:  # of an epoch that a resumed run is in the middle of, this has happened
+            if self.stop_reason or progress.epoch >= progress.last_epoch:
                 return False
-            progress.phase, progress.phase_epoch, progress.phase_ended = progress.phase + 1, 0, False
-            if self.phase.data is not None:
-                progress.refreshes += 1
-                self._refresh_data()
-            begin_phase(self)
-        if progress.batch == 0:
-            self.random_before_epoch = None
+            if progress.phase_ended or (progress.phase_epoch >= self.phase.epochs and len(self.phases) > 1):
+                if progress.phase + 1 == len(self.phases):
+                    return False
+                progress.phase, progress.phase_epoch, progress.phase_ended = progress.phase + 1, 0, False
+                if self.phase.data is not None:
+                    progress.refreshes += 1
+                    self._refresh_data()
+                begin_phase(self)
             if self.data.refresh_every and progress.epoch - progress.data_epoch >= self.data.refresh_every:
                 progress.refreshes += 1
                 self._refresh_data()
-            if not self._splits["train"].resident:  # pyright: ignore[reportOptionalMemberAccess]: checked at the start
-                self.random_before_epoch = checkpoint.random_state()
-        self._open, self.evaluated, self._epoch_clock = True, {}, time.perf_counter()
+            self.evaluated = {}
+        self._open, self._epoch_clock = True, time.perf_counter()
         self.feed.begin()
-        self._call("on_epoch_start")
+        if not self.reopened:
+            self.call("on_epoch_start")
+        self.reopened = False
         return True
 
     def batches(self, split: str = "train") -> Iterator[Any]:
@@ -281,13 +298,13 @@ class Run(Seams):
 
         Asked for once more in the same epoch, those of "train" go on where they ended.
         """
-        found = self.batches_of(split, self.progress.batch if split == "train" else 0)
         if split != "train":
-            yield from found
+            yield from self.batches_of(split)
             return
         progress, size = self.progress, self.config.accumulate
-        is_empty = progress.batch == 0
-        found = self.feed.timed(found)
+        if self.stop_reason and progress.batch:
+            return  # it was told to stop in the last step before it was resumed
+        found, is_empty = self.feed.timed(train_batches(self)), progress.batch == 0
         for batch in found if size == 1 else in_lists(found, size):
             is_empty = False
             progress.batch += 1 if size == 1 else len(batch)
@@ -305,12 +322,7 @@ class Run(Seams):
         source = self._splits.get(split)
         if source is None:
             raise ValueError(f"There is no {split} data; given were {[s for s, b in self._splits.items() if b]}.")
-        if start and self.random_before_epoch is not None:  # a loader starts over as it did then, and is skipped
-            checkpoint.set_random_state(self.random_before_epoch)
         batches = source.epoch(self.progress.epoch, start)
-        if start and self.random_to_resume is not None:
-            checkpoint.set_random_state(self.random_to_resume)
-        self.random_to_resume = None
         limit = within(self.config.limit(split), source)
         return islice(batches, None if limit is None else max(0, limit - start))
 
@@ -319,10 +331,11 @@ class Run(Seams):
         processes = self.processes
         agreed = processes.world == 1 or ((processes.called() or epoch_over) and processes.agree(self.interruption))
         self.stop_reason = self.stop_reason or processes.granted.pop("stop", None)
+        self.busy, self.leaving = "", self.interruption.asked if agreed else 0
         for call in self._bound[AT_REST]:
             call(self.trainer)
-        if agreed:
-            self.interruption.check()
+        if self.leaving:
+            self.interruption.leave(self.leaving)
         if self.config.max_time is not None:
             seconds = self.seconds - self._seconds_before
             if processes.due("max_time", seconds >= (self.config.max_seconds or 0.0)):
@@ -336,11 +349,13 @@ class Run(Seams):
         """
         if split == "dev" and self._splits["dev"] is None:
             return {}
-        self._call("on_validation_start")
+        self.busy = "an evaluation"
+        self.call("on_validation_start")
         metrics = evaluate(self, split)
         if self._open:
             self.evaluated |= metrics
-        self._call("on_validation_end", metrics)
+        self.call("on_validation_end", metrics)
+        self.busy = ""
         return metrics
 
     @property
@@ -355,7 +370,7 @@ class Run(Seams):
         """History, best weights, hooks, schedulers, in this order; then the epoch is over."""
         if not self._open:
             return
-        self._open, progress = False, self.progress
+        self._open, progress, self.busy = False, self.progress, "the end of an epoch"
         look_back(self)
         metrics = {**self.means.compute(self.processes.gather), **self.logged.compute(self.processes.gather), **self.evaluated}
         self.means.clear()
@@ -367,7 +382,7 @@ class Run(Seams):
             value, mode = metrics.get(monitor or ""), self.config.monitor_mode
             self.improved = bool(monitor) and self.best.update(monitor or "", value, progress.epoch, mode, self.problem)
             self._closing = metrics
-            self._call("on_epoch_end", metrics)
+            self.call("on_epoch_end", metrics)
             complete = bool(self.evaluated) or not self.has("dev")
             for schedule in self.schedules.values():
                 if schedule.interval == "epoch":
@@ -393,11 +408,13 @@ class Run(Seams):
 
     def _announce(self, batch: Any) -> None:
         self.batch = batch
+        self.statistics.take()
         for call in self._bound["on_step_start"]:
             call(self.trainer, batch)
 
     def begin_step(self, batch: Any) -> None:
         """What every update does first."""
+        self.busy = "an update"
         if batch is not self.batch:  # it did not come from `batches`, which has announced its own
             self._announce(batch)
 
@@ -405,11 +422,12 @@ class Run(Seams):
         """What every update does last: count the step, step the schedules, call the hooks."""
         progress = self.progress
         progress.step += 1
+        self.busy = ""
         for schedule in self.schedules.values():
             if schedule.interval == "step":
                 schedule.step({}, None)
         if self.config.log_every and loss is not None:
-            self._recent.add({f"{self.config.train_metric}_step": loss}, num_examples(batch))
+            self.recent.add({f"{self.config.train_metric}_step": loss}, num_examples(batch))
         for call in self._bound["on_step_end"]:
             call(self.trainer, batch, loss)
         if progress.last_step is not None and progress.step >= progress.last_step:
@@ -464,7 +482,8 @@ class Run(Seams):
         """The functions bound to `event`."""
         return self._bound[event]
 
-    def _call(self, event: str, *args: Any) -> None:
+    def call(self, event: str, *args: Any) -> None:
+        """Call what listens to `event`."""
         for call in self._bound[event]:
             call(self.trainer, *args)
 
@@ -486,8 +505,8 @@ class Run(Seams):
 
     def step_metrics(self) -> dict[str, float]:
         """Means of the step values since the last call, as floats (with `log_every`; this reads the device)."""
-        metrics = self._recent.compute(self.processes.gather)
-        self._recent.clear()
+        metrics = self.recent.compute(self.processes.gather)
+        self.recent.clear()
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
@@ -495,10 +514,10 @@ class Run(Seams):
         return state_of_run(self)
 
     def save(self) -> Path:
-        """Write a checkpoint into the run's folder and return its path. Call on every rank."""
-        if self.run_dir is None:
-            raise RuntimeError("save: this run has no folder; give the trainer root_dir or checkpoint=True.")
+        """Write a checkpoint into the run's folder and return its path. Call on every rank, between updates.
+
+        Raises RuntimeError without a folder or in the middle of something, OSError if the disk fails (it names the
+        path; the checkpoints before are unharmed). With `background`, that error comes at the next save or at the end.
+        """
         look_back(self)
-        keep = (self.config.checkpointing or CheckpointConfig()).keep
-        write = partial(checkpoint.save, self.run_dir / "checkpoints", self.progress.step, self.state_dict())
-        return self.processes.first(partial(write, keep=keep, best=self.improved))
+        return save_run(self)

@@ -1,20 +1,25 @@
 """The folder of a run: where it is, and which one to resume.
 
     runs/2026-03-01_12-30-05/  config.yaml  metrics.csv  result.json  checkpoints/  event files
+
+A run that starts anew under a name that was used before moves the files of the last one into its folder `old/`.
 """
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-from weft import checkpoint
 from weft.config import TrainerConfig
 
 
 def new_folder(config: TrainerConfig, options: dict[str, Any]) -> Path | None:
-    """The folder of a new run, made; None if nothing asks for one (root_dir, a logger or checkpoint)."""
+    """The folder of a new run, made; None if nothing asks for one (root_dir, a logger or checkpoint).
+
+    The files of an earlier run of this name are moved out of the way. Call in the first process.
+    """
     wanted = config.root_dir is not None or config.checkpointing is not None or options["loggers"]
     if not wanted or config.fast_dev_run:
         return None
@@ -24,20 +29,26 @@ def new_folder(config: TrainerConfig, options: dict[str, Any]) -> Path | None:
         number += 1
         folder = folder.with_name(f"{folder.name.split('-run')[0]}-run{number}")
     folder.mkdir(parents=True, exist_ok=True)
+    _set_aside(folder)
     return folder
 
 
-def state_to_resume(config: TrainerConfig, resume: str) -> tuple[dict[str, Any] | None, Path | None]:
-    """The state to go on from, and the folder of its run; twice None with "auto" where there is none yet.
+_OF_A_RUN = (
+    "checkpoints", "metrics.csv", "result.json", "profile", "events.out.tfevents.*", "environment.yaml", "report.html",
+    "weights.pt",
+)  # fmt: skip
 
-    `resume`: "auto", "last", "best" or the path of a checkpoint. Raises CheckpointError if it cannot be loaded.
-    """
-    folder = folder_to_resume(config, resume)
-    if folder is None and resume == "auto":
-        return None, None
-    place, which = (folder, resume if resume == "best" else "last") if folder else (Path(resume), "last")
-    state, path = checkpoint.load(place, which)
-    return state, path.parent.parent if path.parent.name == "checkpoints" else None
+
+def _set_aside(folder: Path) -> None:
+    """Move what an earlier run of this name left into `old/`, so that no file of one is taken for the other's."""
+    if left := [path for pattern in _OF_A_RUN for path in folder.glob(pattern)]:
+        shutil.rmtree(folder / "old", ignore_errors=True)
+        (folder / "old").mkdir(exist_ok=True)
+        for path in left:
+            path.replace(folder / "old" / path.name)
+
+
+RESUME_WORDS = ("auto", "last", "best")
 
 
 def folder_to_resume(config: TrainerConfig, resume: str) -> Path | None:
@@ -45,11 +56,18 @@ def folder_to_resume(config: TrainerConfig, resume: str) -> Path | None:
 
     None if there is none, or if `resume` is a path.
     """
-    if resume not in ("auto", "last", "best"):
+    if resume not in RESUME_WORDS:
         return None
-    root = Path(config.root_dir or "runs")
-    if config.run_name is not None:
-        found = [root / config.run_name / "checkpoints"]
-    else:
-        found = sorted(root.glob("*/checkpoints"), key=lambda p: p.stat().st_mtime, reverse=True)
-    return next((folder for folder in found if any(folder.glob("step-*.ckpt"))), None)
+    folders = [where_to_look(config)] if config.run_name else Path(config.root_dir or "runs").glob("*/checkpoints")
+    found = [folder for folder in folders if any(folder.glob("step-*.ckpt"))]
+    return max(found, key=lambda folder: folder.stat().st_mtime, default=None)
+
+
+def where_to_look(config: TrainerConfig) -> Path:
+    """Where `folder_to_resume` looks; with a star where any run will do."""
+    return Path(config.root_dir or "runs") / (config.run_name or "*") / "checkpoints"
+
+
+def folder_of(path: Path) -> Path | None:
+    """The run folder that a checkpoint lies in; None if it was put somewhere else."""
+    return path.parent.parent if path.parent.name == "checkpoints" else None

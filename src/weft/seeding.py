@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from weft.checkpoint import random_state, set_random_state
 
@@ -46,3 +48,69 @@ def data_randomness(seed: int | None, index: int) -> Iterator[None]:
         yield
     finally:
         set_random_state(before)
+
+
+def generators_of(loader: Any) -> dict[str, Any]:
+    """The random generators of their own that a loader, its samplers and its dataset hold, by where they are."""
+    batch_sampler, dataset = getattr(loader, "batch_sampler", None), getattr(loader, "dataset", None)
+    places = {
+        "loader": loader, "sampler": getattr(loader, "sampler", None), "batch_sampler": batch_sampler,
+        "batch_sampler.sampler": getattr(batch_sampler, "sampler", None),
+        "dataset": dataset, "dataset.dataset": getattr(dataset, "dataset", None),
+    }  # fmt: skip
+    kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+    return {
+        f"{place}.{name}": value
+        for place, thing in places.items()
+        for name, value in getattr(thing, "__dict__", {}).items()
+        if isinstance(value, kinds)
+    }
+
+
+def generator_states(generators: Mapping[str, Any]) -> dict[str, Any]:
+    """The states of generators (of torch, numpy or python) as plain values by the same names."""
+    return {name: _state_of(generator) for name, generator in generators.items()}
+
+
+def set_generator_states(generators: Mapping[str, Any], states: Mapping[str, Any]) -> None:
+    """Put back what `generator_states` gave. Raises ValueError for a generator that is missing here or there."""
+    if set(generators) != set(states):
+        raise ValueError(
+            f"The training data has the random generators {sorted(generators)}; the checkpoint has the states of "
+            f"{sorted(states)}."
+        )
+    for name, generator in generators.items():
+        _set_generator(generator, states[name])
+
+
+def _set_generator(generator: Any, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state.cpu())
+    elif isinstance(generator, random.Random):
+        generator.setstate((state[0], tuple(state[1].tolist()), state[2]))
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(_with_arrays(state))
+    else:
+        generator.bit_generator.state = _with_arrays(state)
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        version, internal, gauss = generator.getstate()
+        return [version, torch.tensor(internal), gauss]
+    is_old = isinstance(generator, np.random.RandomState)
+    return _with_tensors(generator.get_state(legacy=False) if is_old else generator.bit_generator.state)
+
+
+def _with_tensors(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _with_tensors(item) for name, item in value.items()}
+    return torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
+
+
+def _with_arrays(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _with_arrays(item) for name, item in value.items()}
+    return value.numpy() if isinstance(value, Tensor) else value

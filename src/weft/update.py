@@ -328,7 +328,7 @@ def make_step(run: Run, optimizers: Sequence[Optimizer]) -> Step:
         if needs_closure(optimizer):
             raise TypeError(f"{type(optimizer).__name__} evaluates the loss itself (a closure): call update(batch).")
     before_step, trainer, progress, clip = run.listeners("on_before_optimizer_step"), run.trainer, run.progress, _clip(run)
-    own = [(optimizer, parameters_of(optimizer)) for optimizer in optimizers]
+    by_value, own = run.config.clip_algorithm == "value", [(o, parameters_of(o)) for o in optimizers]
     params, (do_step, unscale) = [p for _, mine in own for p in mine], stepping(run.fabric, optimizers)
     is_finite = finite_check(params, scaled=unscale is not None)
     doubts, watched = _doubts(run, optimizers, scaled=unscale is not None), () if unscale is not None else optimizers
@@ -340,7 +340,7 @@ def make_step(run: Run, optimizers: Sequence[Optimizer]) -> Step:
                 unscale(optimizer)
             for call in before_step:
                 call(trainer, optimizer)
-            if clip is not None:
+            if clip is not None and not by_value:
                 norms.append(clip(mine))
         if doubts is not None:  # nothing waits for the GPU; `look_back` raises later
             doubts.guard(progress.step, loss, norms, params, watched)
@@ -348,6 +348,8 @@ def make_step(run: Run, optimizers: Sequence[Optimizer]) -> Step:
         else:
             finite = is_finite(loss, norms)
         if finite:
+            if clip is not None and by_value:  # after the check: it makes infinite gradients finite
+                clip(params)
             do_step()
             progress.skipped = 0
         for p in params:
@@ -426,6 +428,8 @@ def not_finite(run: Run, loss: Tensor | None, read: Sequence, step: int | None =
     Raises FloatingPointError naming step, epoch, rank and the first term that was not finite.
     """
     progress, policy = run.progress, run.config.on_nonfinite
+    if step is None:  # else the steps since then have gone on with what that one left
+        run.statistics.restore()
     values = [(name, _as_float(value)) for scalars, _ in read for name, value in scalars.items()]
     values.append(("the loss", 0.0 if loss is None else loss.item()))
     here = next((f"{name} is {value}" for name, value in values[:-1] if not math.isfinite(value)), None)

@@ -76,6 +76,25 @@ class Snapshot:
         load_into(module, self._kept, source="the snapshot", any_size=True)
 
 
+class RunningStatistics:
+    """A copy of what normalisation layers learn in their forward pass, to be put back when the batch was bad."""
+
+    def __init__(self, module: nn.Module) -> None:
+        layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+        self._live = [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
+        self._kept = [buffer.clone() for buffer in self._live]
+
+    def take(self) -> None:
+        """Copy them as they are now: before a step."""
+        if self._live:
+            torch._foreach_copy_(self._kept, self._live)  # pyright: ignore[reportPrivateImportUsage]
+
+    def restore(self) -> None:
+        """Put them back."""
+        if self._live:
+            torch._foreach_copy_(self._live, self._kept)  # pyright: ignore[reportPrivateImportUsage]
+
+
 def _walk(module: nn.Module, prefix: str, found: dict[str, Tensor]) -> dict[str, Tensor]:
     # What module.state_dict(keep_vars=True) gives, three times as fast: no hooks, no versions.
     for name, parameter in module._parameters.items():

@@ -150,7 +150,6 @@ class Logging(Hook):
         self._clock = clock
         self._active: list[Any] = []
         self._status = "success"
-        self._rates: dict[str, float] = {}
         self._started = self._last_time = 0.0
         self._last_step = 0
 
@@ -172,7 +171,7 @@ class Logging(Hook):
 
     def on_epoch_start(self, trainer: Any) -> None:
         """Note the learning rates that the epoch is trained with; at its end the schedulers have changed them."""
-        self._rates = learning_rates(trainer.run.optimizers)
+        trainer.run.kept.notes["lr"] = learning_rates(trainer.run.optimizers)
 
     def on_step_end(self, trainer: Any, batch: Any, loss: Any) -> None:
         """Every `log_every` steps: the means since the last time. All processes take part in the means."""
@@ -186,11 +185,12 @@ class Logging(Hook):
         speed = {"steps_per_second": (step - self._last_step) / passed} if passed > 0 else {}
         self._last_time, self._last_step = now, step
         speed |= trainer.run.feed.report(trainer.run.processes.gather)
-        self._log(trainer, {**self._rates, **speed, "seconds": now - self._started, **metrics})
+        rates = trainer.run.kept.notes.get("lr", {})
+        self._log(trainer, {**rates, **speed, "seconds": now - self._started, **metrics})
 
     def on_exception(self, trainer: Any, error: BaseException) -> None:
         """Remember how the run ended."""
-        self._status = "aborted" if isinstance(error, KeyboardInterrupt) else "failed"
+        self._status = "aborted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
 
     def on_fit_end(self, trainer: Any, result: Any) -> None:
         """Write the best value and close the loggers."""

@@ -332,7 +332,7 @@ class LightningRun(Run):
             return self._alone(split, evaluate)
         if not self.sources["dev"].is_defined:
             return {}
-        self._call("on_validation_start")
+        self.call("on_validation_start")
         self.view.take()
         self.view.enter("fit", "validate")
         if not self.is_accumulating:
@@ -345,7 +345,7 @@ class LightningRun(Run):
             self.step_plateau_schedulers(wait=False)
         if self._open:
             self.evaluated |= metrics
-        self._call("on_validation_end", metrics)
+        self.call("on_validation_end", metrics)
         return metrics
 
     def predict(self) -> Any:
@@ -444,7 +444,7 @@ class Events(Hook):
 def _own_state(resumed: Mapping[str, Any]) -> dict[str, Any]:
     """What `Events` saved in a checkpoint. Raises ValueError for a checkpoint of another kind of problem."""
     for name, state in resumed["hooks"].items():
-        if name.endswith(".Events"):
+        if name == "Events":
             return state
     raise ValueError("The checkpoint is not of a LightningModule; weft.load_weights(module, path) takes its weights only.")
 

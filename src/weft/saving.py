@@ -1,0 +1,88 @@
+"""Saving a run while it trains, and leaving it when a signal asks for it.
+
+Nothing here decides when: that is the hook `weft.hooks.checkpointing`. All ranks take part in a save, the first one
+writes; after an error no rank waits for another.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weft import checkpoint
+from weft.config import CheckpointConfig
+from weft.data import LoaderBatches
+from weft.resume import state_of_run
+
+if TYPE_CHECKING:
+    from weft.run import Run
+
+def saves(run: Run) -> bool:
+    """Whether this run writes checkpoints on its own."""
+    return run.config.checkpointing is not None and run.run_dir is not None
+
+
+def prepare_folder(run: Run) -> None:
+    """Refuse data that cannot be resumed, clear what killed processes left, and give up the future of a run that goes
+    on from one of its older checkpoints."""
+    source = run.source("train")
+    if why := source.why_not_resumable() if isinstance(source, LoaderBatches) else "":
+        raise ValueError(f"Checkpoints are asked for, but the training data {why}, or checkpoint=False.")
+    assert run.run_dir is not None
+    if run.is_global_zero:
+        folder = run.run_dir / "checkpoints"
+        checkpoint.clean(folder)
+        if run.kept.resumed_from is not None and run.kept.resumed_from.parent == folder:
+            checkpoint.set_last(run.kept.resumed_from)
+
+
+def save_run(run: Run) -> Path:
+    """Write a checkpoint into the run's folder and return its path. Call on every rank; the first one writes."""
+    if run.run_dir is None:
+        raise RuntimeError("save: this run has no folder; give the trainer root_dir or checkpoint=True.")
+    if run.busy:
+        raise RuntimeError(f"save: {run.busy} is under way, so the state is not whole; save between updates.")
+    folder, step = run.run_dir / "checkpoints", run.progress.step
+    with run.interruption.held():
+        state = state_of_run(run)
+        best = (run.best.name, run.best.value, run.best.epoch)
+        # `best` names a file that carries the best weights; it moves when there are new ones.
+        moves_best = run.best.epoch is not None and best != run.kept.best_saved
+        options = {"keep": (run.config.checkpointing or CheckpointConfig()).keep, "best": moves_best}
+        write: Any = checkpoint.save
+        if run.kept.writer is not None and (run.leaving or run.ending):
+            run.processes.first(run.kept.writer.wait)
+        elif run.kept.writer is not None:
+            write = run.kept.writer.save
+        run.processes.first(partial(write, folder, step, state, **options))
+        run.kept.best_saved = best
+    return checkpoint.step_path(folder, step)
+
+
+def finish_saving(run: Run, error: BaseException | None = None) -> None:
+    """Wait for a save in the background. Its failure is raised; if another `error` ends the run, that one is noted."""
+    if run.kept.writer is None:
+        return
+    try:
+        with run.interruption.held():
+            run.processes.first(run.kept.writer.wait) if error is None else run.kept.writer.wait()
+    except Exception as late:
+        if error is None:
+            raise
+        error.add_note(f"The last checkpoint was not written: {late}")
+        if isinstance(error, SystemExit | KeyboardInterrupt):  # which is shown without its notes
+            warnings.warn(f"The last checkpoint was not written: {late}", stacklevel=4)
+
+
+def save_at_error(run: Run, error: BaseException) -> Path:
+    """Write what there is to `checkpoints/exception.ckpt`, in this process alone, and return its path.
+
+    No other checkpoint is touched, and none of "auto", "last" and "best" finds it: it is resumed by its path only.
+    """
+    assert run.run_dir is not None
+    rank = run.processes.rank
+    path = run.run_dir / "checkpoints" / f"exception{f'-rank{rank}' if rank else ''}.ckpt"
+    checkpoint.write(path, state_of_run(run, error))
+    return path

@@ -1,0 +1,141 @@
+"""Runs that are killed at random moments, again and again, end at exactly the state of the run that never was."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resuming import (
+    FUSE,
+    SETTINGS,
+    Setting,
+    cosine,
+    disturb,
+    fingerprint,
+    fit,
+    forget_random,
+    given,
+    rewrite,
+    start_alike,
+    summary,
+)
+
+PROBES: dict[str, Setting] = {
+    "resident data": SETTINGS["hooks with state, logged steps"] | {"patience": given(3)},
+    "a loader": SETTINGS["loader, global random state"] | {"scheduler": cosine},
+    "phases": SETTINGS["phases"],
+    "resampled data": SETTINGS["refresh"] | {"scheduler": SETTINGS["plateau"]["scheduler"]},
+    "in the background": SETTINGS["in the background"] | {"accumulate": given(2)},
+}
+if find_spec("weft.compiled") is not None:
+    PROBES["compiled"] = {"compile": given(True), "scheduler": cosine}
+
+
+def train(root: Path, setting: Setting) -> None:
+    """The body of a process: go on from what is there, to the end; then write down the hash of everything."""
+    FUSE.set(0)
+    disturb() if list(root.glob("run/checkpoints/step-*")) else start_alike()
+    result, problem = fit(root, setting, every=1)
+    (root / "hash").write_text(fingerprint(summary(root, result, problem)))
+
+
+def process(body: Callable[[], None]) -> int:
+    """The id of a forked process that runs `body`."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, the process ends
+        body()
+        os._exit(0)
+    except BaseException:  # noqa: BLE001, reported by the exit code
+        traceback.print_exc(file=sys.__stderr__)
+        os._exit(99)
+
+
+def hash_of(root: Path) -> str:
+    return (root / "hash").read_text()
+
+
+def undisturbed(root: Path, setting: Setting) -> float:
+    """Runs to the end in one process. Returns the seconds it took."""
+    root.mkdir()
+    started = time.monotonic()
+    child = process(lambda: train(root, setting))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    return time.monotonic() - started
+
+
+def killed(root: Path, setting: Setting, seconds: float, chance: random.Random, tamper: Any = None) -> tuple[int, int]:
+    """Kills it at random moments until it reaches its end. Returns the number of kills, and of those within an epoch.
+
+    The moments lie between a start and the time a whole run takes, so that most processes die, and some come through.
+    """
+    root.mkdir()
+    kills = 0
+    while True:
+        child = process(lambda: train(root, setting))
+        deadline = time.monotonic() + chance.uniform(0.005, seconds * (1 + kills / 30))  # longer on a slow machine
+        while time.monotonic() < deadline:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                assert os.waitstatus_to_exitcode(status) == 0, "a resumed run failed"
+                return kills, 0
+            time.sleep(0.001)
+        os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        if os.waitstatus_to_exitcode(status) == 0:
+            return kills, 0
+        kills += 1
+        if tamper is not None and list(root.glob("run/checkpoints/step-*")):
+            tamper(root)
+
+
+def kill_until(folder: Path, name: str, kills: int, seed: int = 0) -> tuple[int, int, int]:
+    """(kills, runs, runs that ended elsewhere than the undisturbed one) of one probe, with so many kills or more."""
+    chance, setting, done, runs, different = random.Random(seed), PROBES[name], 0, 0, 0
+    seconds = undisturbed(folder / "whole", setting)
+    while done < kills:
+        root = folder / f"run-{runs}"
+        done += killed(root, setting, seconds, chance)[0]
+        runs, different = runs + 1, different + (hash_of(root) != hash_of(folder / "whole"))
+        assert not list((root / "run/checkpoints").glob(".*")), "a temporary file of a killed process is left"
+    return done, runs, different
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_a_run_that_is_killed_again_and_again_ends_where_it_would_have(name: str, tmp_path: Path) -> None:
+    kills, runs, different = kill_until(tmp_path, name, kills=6)
+    assert kills >= 6 and runs and not different
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", PROBES)
+def test_hundreds_of_kills_lose_and_change_nothing(name: str, tmp_path: Path) -> None:
+    kills, runs, different = kill_until(tmp_path, name, kills=60, seed=1)
+    assert kills >= 60 and runs and not different
+
+
+def test_the_hash_of_a_killed_run_that_forgot_its_random_state_is_another(tmp_path: Path) -> None:
+    """The negative control: the same harness, where each restart finds other random numbers than were saved."""
+    setting, chance = PROBES["resident data"], random.Random(0)
+    seconds = undisturbed(tmp_path / "whole", setting)
+    (tmp_path / "again").mkdir()
+    child = process(lambda: train(tmp_path / "again", setting))
+    os.waitpid(child, 0)
+    assert hash_of(tmp_path / "again") == hash_of(tmp_path / "whole")
+    for number in range(20):
+        killed(tmp_path / str(number), setting, seconds, chance, tamper=rewrite(forget_random))
+        if hash_of(tmp_path / str(number)) != hash_of(tmp_path / "whole"):
+            return
+    pytest.fail("the hash does not see the random state")
