@@ -17,7 +17,7 @@ import weft
 
 SOURCE = Path(weft.__file__).parent
 FLOORS = (
-    ("types", "yamlfile", "charts", "surroundings"),
+    ("types", "yamlfile", "charts", "surroundings", "prebatch"),
     ("events",),
     ("terms",),
     ("losses",),

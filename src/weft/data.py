@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from weft.prebatch import PLACES, PreBatched, num_workers
 from weft.sharding import SharedBatches, share, share_of_part, shared_loader, without_empty
 from weft.types import check_count
 
@@ -108,6 +109,7 @@ class Data:
     num_workers: int | str = 0
     """Processes that read a dataset which is not made of tensors; "all": one per core."""
     pre_batch: str | None = None
+    """Make the batches of a map-style dataset once: "in_memory" or "on_disk". Tensors stay in memory in any case."""
     refresh_every: int | None = None
     """Call the data setup function again every n epochs (resampled collocation points)."""
     inputs_require_grad: tuple[str, ...] | list[str] = ()
@@ -121,6 +123,8 @@ class Data:
         check_count("Data", "refresh_every", self.refresh_every, optional=True)
         if self.num_workers != "all":
             check_count("Data", "num_workers", self.num_workers, least=0)
+        if self.pre_batch not in (None, *PLACES):
+            raise ValueError(f"Data: pre_batch={self.pre_batch!r}; expected one of {PLACES}, or None.")
         for name in ("shuffle", "drop_last"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"Data: {name}={getattr(self, name)!r}; expected True or False.")
@@ -427,15 +431,16 @@ def _loader_batches(
     data: Data, source: Any, split: str, seed: int, to_device: Callable, rank: int, world: int
 ) -> LoaderBatches:
     training, sampler = split == "train", None
+    shuffle = training and data.shuffle
     if not isinstance(source, DataLoader) and hasattr(source, "__getitem__") and isinstance(source, Dataset):
         size = data.size_of_batch(split)
         rows = len(source)  # type: ignore[arg-type]
         if rows == 0:
             raise ValueError(f"The {split} data is empty: {_short(source)} has no rows.")
-        sampler = SeededOrder(rows, seed, training and data.shuffle)
+        sampler = SeededOrder(rows, seed, shuffle)
         source = DataLoader(
             source, batch_size=size or rows, sampler=sampler, drop_last=training and data.drop_last,
-            num_workers=_workers(data.num_workers), collate_fn=getattr(source, "collate_fn", None),
+            num_workers=num_workers(data.num_workers), collate_fn=getattr(source, "collate_fn", None),
             generator=torch.Generator(),  # its own, so that iterating does not draw from the global random state
         )  # fmt: skip
     if not hasattr(source, "__iter__"):
@@ -445,19 +450,17 @@ def _loader_batches(
     streams = isinstance(source, DataLoader) and isinstance(source.dataset, IterableDataset)  # len() would raise
     if not streams and hasattr(source, "__len__") and len(source) == 0:
         raise ValueError(f"The {split} data is empty: {_short(source)} yields no batch.")
+    made_here = sampler is not None
     if world > 1:
         source, sampler = shared_loader(
             source, split, lambda rows, shuffle: SeededOrder(rows, seed, shuffle), rank, world
         )
+    if data.pre_batch is not None:
+        if not made_here:
+            raise ValueError(f"Data: pre_batch needs a dataset; the {split} data is {_short(source)}, which makes batches.")
+        once = LoaderBatches(source, split=split, to_device=lambda batch: batch, sampler=sampler)
+        sampler = source = PreBatched(lambda: once.epoch(0), len(source), source.dataset, data.pre_batch, seed, shuffle)
     return LoaderBatches(source, split=split, to_device=to_device, sampler=sampler)
-
-
-def _workers(num_workers: int | str) -> int:
-    import os
-
-    if num_workers != "all":
-        return int(num_workers)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _tensors(source: Any, split: str, part: str | None = None) -> dict[str, Tensor] | None:

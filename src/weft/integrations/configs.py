@@ -264,13 +264,9 @@ def _stage(number: int, stage: Any, body: Mapping[str, Any], work: Translation) 
         f"{key}.{k}={stage[k]!r}: there is no such key{suggest(str(k), known)}" for k in stage if k not in known
     ]
     inner: dict[str, Any] = {}
-    top = body.get("trainer") if isinstance(body.get("trainer"), Mapping) else {}
-    trainer_section(
-        {"max_epochs": top.get("max_epochs", top.get("epochs", 1)), **(stage.get("trainer") or {})},
-        inner,
-        work,
-        f"{key}.trainer",
-    )  # type: ignore[union-attr]
+    top: Any = body.get("trainer")
+    epochs = top.get("max_epochs", top.get("epochs", 1)) if isinstance(top, Mapping) else 1
+    trainer_section({"max_epochs": epochs, **(stage.get("trainer") or {})}, inner, work, f"{key}.trainer")
     options = inner.pop("trainer", {})
     phase = {"epochs": options.pop("epochs", 1)} | (
         {"patience": options.pop("patience")} if "patience" in options else {}
