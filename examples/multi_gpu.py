@@ -13,6 +13,7 @@ penalties alone. Nothing here says where anything is computed: there is no `.to(
 from __future__ import annotations
 
 import argparse
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def variance(x: Tensor) -> Tensor:
 def make_problem() -> weft.Problem:
     """The problem with an untrained network 1 -> 5x4 -> 5."""
     sizes = [1, *[ASSETS] * 4]
-    hidden = [m for i, o in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(i, o), nn.GELU())]
+    hidden = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.GELU())]
     scale = weft.Node(lambda p: 500 * p - 3, ["p"], ["z"], name="scale")  # about -1 to 1
     net = weft.Node(nn.Sequential(*hidden, nn.Linear(ASSETS, ASSETS)), ["z"], ["x"], name="portfolio")
     return weft.Problem(

@@ -44,7 +44,7 @@ def digest(problem: nn.Module) -> str:
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", 0))))
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0"))))
 
 
 class Trouble(weft.Hook):

@@ -43,7 +43,7 @@ def points(rows: int, seed: int = 0) -> dict[str, Tensor]:
 
 
 def rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def fit(processes: int, problem: nn.Module, data: Any, **options: Any) -> tuple[weft.FitResult, weft.Trainer]:
@@ -340,7 +340,7 @@ def test_a_number_that_is_not_finite_in_one_process_updates_nothing_in_any(polic
         with pytest.raises(FloatingPointError, match="train_loss is nan in step 0 .epoch 0, rank 1"):
             fit(2, problem, weft.Data(points(16), batch_size=4), **options)
     else:
-        result, trainer = fit(2, problem, weft.Data(points(16), batch_size=4), **options)
+        result, _ = fit(2, problem, weft.Data(points(16), batch_size=4), **options)
         assert result.stop_reason == ("epochs" if policy == "skip" else "nonfinite")
     assert torch.equal(weights(problem).double(), before)
 

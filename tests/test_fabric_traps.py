@@ -172,7 +172,7 @@ def test_a_loader_that_is_passed_in_is_left_as_it_is() -> None:
     rows = [{"t": t} for t in times()["t"]]
     loader = torch.utils.data.DataLoader(rows, batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(3))  # type: ignore[arg-type]
     before = dict(vars(loader))
-    problem, trainer = trained(data=loader)
+    trained(data=loader)
     assert all(value is before[name] for name, value in vars(loader).items() if name in before and name != "_iterator")
     assert loader.worker_init_fn is None and isinstance(loader.sampler, torch.utils.data.RandomSampler)
 

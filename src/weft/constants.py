@@ -143,7 +143,7 @@ def _default(function: types.FunctionType, i: int) -> Tensor:
 
 
 def _put_default(function: types.FunctionType, i: int, value: Tensor) -> None:
-    defaults = list(function.__defaults__ or ())
+    defaults: list[Any] = list(function.__defaults__ or ())
     defaults[i] = value
     function.__defaults__ = tuple(defaults)
 

@@ -40,7 +40,8 @@ def make_fabric(config: TrainerConfig, strategy: Any = None, plugins: Any = None
     """
     from lightning.fabric import Fabric
     from lightning.fabric.plugins import Precision
-    from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment
+    from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     plugins = [] if plugins is None else list(plugins) if isinstance(plugins, list | tuple) else [plugins]
@@ -82,7 +83,7 @@ def start_processes(fabric: Fabric, timeout: float | None) -> None:
     if fabric._launched:
         _limit_waiting(timeout)
         return
-    from lightning.fabric.plugins.environments import LightningEnvironment
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
     if starts_function(fabric):
         raise TypeError(
@@ -157,7 +158,7 @@ def is_one(devices: Any) -> bool:
 
 def _check_launch(config: TrainerConfig, strategy: Any) -> None:
     """Processes that were started outside must be those that are asked for; else each would train alone, or wait."""
-    world = int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    world = int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
     if world > 1 and is_one(config.devices) and config.num_nodes == 1 and strategy == "auto":
         here = os.environ.get("LOCAL_WORLD_SIZE", "1")
         raise ValueError(
@@ -181,13 +182,14 @@ def _check_precision(config: TrainerConfig) -> None:
 
 
 def _check_strategy(fabric: Fabric) -> None:
-    from lightning.fabric.strategies import (
-        DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy,
-    )  # fmt: skip
+    from lightning.fabric.strategies.ddp import DDPStrategy
+    from lightning.fabric.strategies.fsdp import FSDPStrategy
+    from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
+    from lightning.fabric.strategies.single_device import SingleDeviceStrategy
 
     strategy = fabric._strategy
     if not isinstance(strategy, DDPStrategy | FSDPStrategy | ModelParallelStrategy | SingleDeviceStrategy):
-        raise ValueError(
+        raise TypeError(
             f"{type(strategy).__name__} is not supported; use 'ddp' and its like, 'fsdp', or a ModelParallelStrategy."
         )
     unused = set(getattr(strategy, "_ddp_kwargs", {})) - {"find_unused_parameters"}

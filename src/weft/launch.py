@@ -73,8 +73,8 @@ def call(trainer: Trainer, fabric: Fabric, method: str, problem: nn.Module, *arg
             work = dumps(work, cloudpickle.Pickler)
         try:
             with quiet():
-                fabric.launch(_work, work, folder, _Quiet())
-        except Exception as error:  # noqa: BLE001, whatever torch makes of a process that failed
+                fabric.launch(_work, work, folder, _Quiet())  # pyright: ignore[reportArgumentType]: takes arguments
+        except Exception as error:
             if asked:
                 raise KeyboardInterrupt from error
             _raise_first(Path(folder), error)

@@ -157,7 +157,7 @@ class Processes:
 
     # ---- gradients
 
-    def combiner(self, params: Sequence[nn.Parameter]) -> Callable[[Tensor | None, int], Tensor | None] | None:
+    def combiner(self, params: Sequence[nn.Parameter]) -> Callable[[Tensor, int], Tensor] | None:
         """A function (loss, examples) -> the loss of the global batch, which makes the gradients of `params` those of it.
 
         `loss` is the mean over this process's `examples` rows, as its gradients are; with 0 rows both are left out.
@@ -167,15 +167,15 @@ class Processes:
             return None
         widest = torch.float64 if any(p.dtype in (torch.float64, torch.complex128) for p in params) else torch.float32
 
-        def combine(loss: Tensor | None, examples: int) -> Tensor | None:
+        def combine(loss: Tensor, examples: int) -> Tensor:
             trained = [p for p in params if p.requires_grad]
             used = [p.grad is not None and examples > 0 for p in trained]
             values = [
                 _real(p.grad).reshape(-1).to(widest) if u else _real(p).new_zeros(_real(p).numel(), dtype=widest)
                 for p, u in zip(trained, used, strict=True)
             ]
-            has_loss = loss is not None and examples > 0
-            values.append(loss.detach().reshape(1).to(self.device, widest) if has_loss else torch.zeros(1, dtype=widest, device=self.device))  # type: ignore[union-attr]
+            loss = loss.detach() if examples else torch.zeros_like(loss)  # the mean over no rows is nan
+            values.append(loss.reshape(1).to(self.device, widest))
             flags = torch.tensor([*used, bool(self.wishes) or self._interrupted(), examples], dtype=widest)
             flat = torch.cat([*values, flags.to(self.device, non_blocking=True)])
             flat[: -len(flags)] *= examples
@@ -186,7 +186,7 @@ class Processes:
             sizes = [v.numel() for v in values]
             for p, u, mean in zip(trained, anywhere, means[:-1].split(sizes[:-1]), strict=True):
                 p.grad = _like(mean, p) if u else None
-            return None if loss is None else means[-1].to(loss.dtype)
+            return means[-1].to(loss.dtype)
 
         return combine
 

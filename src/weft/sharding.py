@@ -62,7 +62,7 @@ def shared_loader(
         raise TypeError(f"{what}: an iterable of batches cannot be divided among them. {instead}")
     if isinstance(loader.dataset, IterableDataset):
         raise TypeError(f"{what}: its dataset is iterable, so nobody can tell which rows are whose. {instead}")
-    order = make_order(len(loader.dataset), isinstance(loader.sampler, RandomSampler))  # type: ignore[arg-type]
+    order: Any = make_order(len(loader.dataset), isinstance(loader.sampler, RandomSampler))  # type: ignore[arg-type]
     known = (RandomSampler, SequentialSampler, type(order))
     if type(loader.batch_sampler) is not BatchSampler or type(loader.sampler) not in known:
         own = loader.sampler if type(loader.batch_sampler) is BatchSampler else loader.batch_sampler

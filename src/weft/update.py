@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from weft.run import Run
 
 Update = Callable[[Any], Tensor]
-Combine = Callable[[Tensor | None, int], Tensor | None]
+Combine = Callable[[Tensor, int], Tensor]
 Step = Callable[[Tensor | None, Sequence[tuple[Mapping[str, Any], int]]], bool]
 """(Loss, scalars read with their examples) -> whether the optimizers stepped."""
 
@@ -129,7 +129,7 @@ def _parts(run: Run) -> Callable[[Any], list[tuple[Any, int, float]]]:
     return several if run.config.accumulate > 1 else one
 
 
-def _sum(run: Run, losses: Sequence[Tensor]) -> Tensor:
+def _sum(run: Run, losses: list[Tensor]) -> Tensor:
     return torch.stack(losses).sum() if losses else torch.zeros((), device=run.fabric.device)
 
 
@@ -301,7 +301,8 @@ def own_step(run: Run, optimizer: Optimizer | str | None) -> bool:
     step, combine = run.own_steps[key]
     if combine is not None:
         examples = sum(map(num_examples, run.batch)) if isinstance(run.batch, list) else num_examples(run.batch)
-        run.last_loss = combine(run.last_loss, examples)
+        loss = combine(_sum(run, []) if run.last_loss is None else run.last_loss, examples)
+        run.last_loss = None if run.last_loss is None else loss
     done, run.has_stepped = step(run.last_loss, ()), True
     if not run.in_update and names[0] == next(iter(run.optimizers)):
         run.end_step(run.batch, run.last_loss)
