@@ -56,10 +56,9 @@ def within(limit: float | None, source: Any) -> int | None:
     return max(1, int(limit * len(source))) if isinstance(limit, float) else limit
 
 
-def num_batches(run: Any, split: str = "train") -> int | None:
-    """Batches in an epoch of `split` of a run, within `limit_batches`; None if there are none, or nobody knows."""
-    source = run._splits[split]
+def num_batches(source: Any, limit: float | None) -> int | None:
+    """Batches in an epoch of `source` within a limit; None if there are none, or nobody knows."""
     if source is None or not hasattr(getattr(source, "loader", []), "__len__"):
         return None
-    limit = within(run.config.limit(split), source)
-    return len(source) if limit is None else min(limit, len(source))
+    most = within(limit, source)
+    return len(source) if most is None else min(most, len(source))

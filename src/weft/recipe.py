@@ -270,9 +270,7 @@ class SchedulerFactory:
         epochs = 1 if config.fast_dev_run else run.phase.epochs
         if name == "num_epochs":
             return epochs
-        from weft.feed import num_batches  # torch stays out until something is made
-
-        batches = num_batches(run)
+        batches = run.num_batches("train")
         if batches is None:
             raise ValueError(
                 f"{getattr(self.target, '__name__', self.target)}: {name!r} needs the number of training batches, "

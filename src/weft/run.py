@@ -28,7 +28,7 @@ from weft.data import SPLITS, Data, as_data, batches_of, check_finite
 from weft.devices import float_dtype, make_fabric, numerics, start_processes
 from weft.evaluation import evaluate, monitored_metric
 from weft.events import AT_REST, EVENTS, Hook, bind, listeners
-from weft.feed import Feed, in_lists, within
+from weft.feed import Feed, in_lists, num_batches, within
 from weft.finite import Doubts
 from weft.history import Best, History, Progress
 from weft.metrics import Means, check_scalars, num_examples
@@ -119,6 +119,10 @@ class Run(Seams):
         """Examples in an epoch of `split`; None if there are none, or they cannot be counted beforehand."""
         source = self._splits[split]
         return None if source is None else source.rows
+
+    def num_batches(self, split: str) -> int | None:
+        """Batches in an epoch of `split`, within `limit_batches`; None if there are none, or nobody knows."""
+        return num_batches(self._splits[split], self.config.limit(split))
 
     def prepare(self, make_data: Callable[[], Data], resume: str | None = None) -> Run:
         """Devices first, then the data: all that evaluation alone needs. `make_data` is called again at a refresh."""
