@@ -191,3 +191,54 @@ def test_torchrun_with_one_device_asked_for_is_an_error(monkeypatch: pytest.Monk
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="each of them would train alone.*devices=2 and num_nodes=2"):
         weft.Trainer(accelerator="cpu").start(weft.Problem([], [weft.objective(lambda x: x)]), {"x": [1.0]})
+
+
+NOTEBOOK = """
+import torch, weft
+class Line(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+    def forward(self, batch):
+        return {f"{batch['name']}_loss": (self.layer(batch["x"]) - 1).square().mean()}
+torch.manual_seed(0)
+problem = Line()
+before = problem.layer.weight.clone()
+trainer = weft.Trainer(epochs=3, devices=2, accelerator="cpu", strategy=STRATEGY, progress=False, timeout=60)
+result = trainer.fit(problem, lambda: ({"x": torch.rand(16, 2)}, {"x": torch.rand(6, 2)}, None, 4))
+assert not torch.equal(problem.layer.weight, before) and problem.layer.weight.grad is None
+assert trainer.validate()["dev_loss"] == result.best_metric, result
+assert trainer.fit(problem, lambda: ({"x": torch.rand(16, 2)}, None, None, 4)).epochs == 6
+print(result.epochs, "epochs,", result.steps, "steps")
+"""
+
+
+@pytest.mark.parametrize("strategy", ["ddp_notebook", pytest.param("auto", marks=pytest.mark.long)])
+def test_a_notebook_trains_in_two_processes_and_has_everything_back(strategy: str) -> None:
+    pytest.importorskip("nbclient")
+    from test_notebook import run_notebook
+
+    notebook = run_notebook(NOTEBOOK.replace("STRATEGY", repr(strategy)))
+    assert notebook.cells[0].outputs[-1].text.splitlines()[-1] == "3 epochs, 6 steps"
+
+
+@pytest.mark.long
+def test_the_stop_button_ends_processes_of_a_notebook_after_the_step_and_they_go_on() -> None:
+    pytest.importorskip("nbclient")
+    from test_notebook import run_notebook
+
+    press = """
+import os, signal, threading, time
+def press():
+    time.sleep(3.0)
+    os.killpg(os.getpgid(0), signal.SIGINT)  # as Jupyter does
+threading.Thread(target=press).start()
+trainer = weft.Trainer(epochs=10**6, devices=2, accelerator="cpu", strategy="ddp_notebook", progress=False, timeout=60)
+result = trainer.fit(problem, weft.Data({"x": torch.rand(64, 2)}, batch_size=4))
+assert result.stop_reason == "interrupted" and 0 < result.steps, result
+steps = result.steps
+trainer.config = weft.TrainerConfig(**{**trainer.config.to_dict(), "epochs": 1, "max_steps": 5})
+print("stopped")
+"""
+    notebook = run_notebook(NOTEBOOK.replace("STRATEGY", "'ddp_notebook'"), press)
+    assert notebook.cells[1].outputs[-1].text == "stopped\n"

@@ -52,6 +52,8 @@ def make_fabric(config: TrainerConfig, strategy: Any = None, plugins: Any = None
         if is_one(devices) and config.num_nodes == 1 and asked == "auto":
             plugins.append(LightningEnvironment())  # Fabric 2.6 asks SLURM even for one device, and refuses --ntasks=2
     _check_precision(config)
+    if asked == "dp":  # Fabric takes "ddp" instead on a CPU, unasked; on GPUs it copies the problem in each step
+        raise ValueError("strategy='dp' is not supported; use 'ddp', which starts one process for each device.")
     precision: Any = config.precision
     if any(isinstance(p, Precision) for p in plugins) and precision == "32-true":
         precision = None  # the default must not contradict the plugin
@@ -183,15 +185,11 @@ def _check_precision(config: TrainerConfig) -> None:
 
 def _check_strategy(fabric: Fabric) -> None:
     from lightning.fabric.strategies.ddp import DDPStrategy
-    from lightning.fabric.strategies.fsdp import FSDPStrategy
-    from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
     from lightning.fabric.strategies.single_device import SingleDeviceStrategy
 
     strategy = fabric._strategy
-    if not isinstance(strategy, DDPStrategy | FSDPStrategy | ModelParallelStrategy | SingleDeviceStrategy):
-        raise TypeError(
-            f"{type(strategy).__name__} is not supported; use 'ddp' and its like, 'fsdp', or a ModelParallelStrategy."
-        )
+    if not isinstance(strategy, DDPStrategy | SingleDeviceStrategy):
+        raise TypeError(f"{type(strategy).__name__} is not supported; use 'ddp' or one of its like.")
     unused = set(getattr(strategy, "_ddp_kwargs", {})) - {"find_unused_parameters"}
     if unused:
         raise ValueError(
