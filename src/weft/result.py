@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from torch import Tensor
 
+    from weft.run import Run
+
 
 @dataclass(repr=False)
 class FitResult:
@@ -80,6 +82,17 @@ class FitResult:
         """Write everything but weights and history to `run_dir/result.json`; `load_result` reads it back."""
         plain = {k: v for k, v in vars(self).items() if k not in ("history", "last_weights", "run_dir")}
         (run_dir / "result.json").write_text(json.dumps(plain, indent=1))
+
+
+def result_of(run: Run, last_weights: dict[str, Tensor]) -> FitResult:
+    """The result of a run as it stands."""
+    progress, best = run.progress, run.best
+    return FitResult(
+        epochs=progress.epoch, steps=progress.step, best_metric=best.value, best_epoch=best.epoch,
+        stop_reason=run.stop_reason or "epochs", history={name: list(column) for name, column in run.history.values.items()},
+        last_weights=last_weights, seconds=progress.seconds, seed=run.seed, run_dir=run.run_dir,
+        monitor=best.name, evaluations=progress.evaluations, search_stop=progress.search_stop,
+    )  # fmt: skip
 
 
 def load_result(run_dir: str | Path) -> FitResult:
