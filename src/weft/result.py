@@ -110,5 +110,5 @@ def load_result(run_dir: str | Path) -> FitResult:
     history = read_history(folder / "metrics.csv", plain["epochs"])
     last: dict[str, Any] = {}
     if (folder / "checkpoints" / "last").is_file():
-        last = checkpoint.load(folder / "checkpoints", "last")[0]["problem"]
+        last = dict(checkpoint.load(folder / "checkpoints", "last")[0]["problem"])
     return FitResult(**plain, history=history, last_weights=last, run_dir=folder)

@@ -117,8 +117,7 @@ class Run(Seams):
 
     def rows(self, split: str) -> int | None:
         """Examples in an epoch of `split`; None if there are none, or they cannot be counted beforehand."""
-        source = self._splits[split]
-        return None if source is None else source.rows
+        return getattr(self._splits[split], "rows", None)
 
     def num_batches(self, split: str) -> int | None:
         """Batches in an epoch of `split`, within `limit_batches`; None if there are none, or nobody knows."""
@@ -142,8 +141,8 @@ class Run(Seams):
     def begin_fit(self) -> None:
         """Count how many epochs and steps there are to come, with the options as they are now."""
         planned = sum(phase.epochs for phase in self.trainer.phases) or self.config.epochs
-        epochs = min(1, planned) if self.config.fast_dev_run else planned
-        self.progress.begin_fit(epochs, self.config.max_steps, goes_on=self._resumed is not None)
+        planned = min(1, planned) if self.config.fast_dev_run else planned
+        self.progress.begin_fit(planned, self.config.max_steps, goes_on=self._resumed is not None)
 
     def renew_data(self) -> None:
         """Make the data anew: a refresh, or a phase that brings its own."""
@@ -437,12 +436,10 @@ class Run(Seams):
         """
         check_scalars(values)
         if self.evaluating is not None:
-            means, examples = self.evaluating
-            means.add(values, examples)
-            return
-        if self.result is not None:
+            self.evaluating[0].add(values, self.evaluating[1])
+        elif self.result is not None:
             raise RuntimeError(f"log: {list(values)} came after the end of the run; log in on_epoch_end at the latest.")
-        if self._closing is None:
+        elif self._closing is None:
             self.logged.add(values, 1)
         else:
             self._closing.update({name: float(value) for name, value in values.items()})
