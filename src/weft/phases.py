@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from weft.data import Data, as_data
 from weft.optimizers import build_optimizers, build_schedulers, submodule
 from weft.problem import set_term_weights
 from weft.update import make_update
@@ -26,6 +27,26 @@ def begin_phases(run: Run, resumed: bool) -> None:
             begin_phase(run)
     else:
         begin_phase(run, anew=not run.continues or not run.optimizers)
+
+
+def data_of_phase(run: Run) -> Data | None:
+    """The data of the phase in force, or of the last one before that brought its own; None: those of the fit."""
+    given = [phase.data for phase in run.phases[: run.progress.phase + 1] if phase.data is not None]
+    return as_data(given[-1]) if given else None
+
+
+def in_phase(run: Run) -> bool:
+    """Whether a phase is in force for one more epoch; where one is over the next begins. False after the last."""
+    progress = run.progress
+    if not (progress.phase_ended or (progress.phase_epoch >= run.phase.epochs and len(run.phases) > 1)):
+        return True
+    if progress.phase + 1 == len(run.phases):
+        return False
+    progress.phase, progress.phase_epoch, progress.phase_ended = progress.phase + 1, 0, False
+    if run.phase.data is not None:
+        run.renew_data()
+    begin_phase(run)
+    return True
 
 
 def begin_phase(run: Run, anew: bool = True) -> None:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from torch import Tensor
 
+    from weft.run import Run
+
 
 @dataclass(repr=False)
 class FitResult:
@@ -82,6 +84,17 @@ class FitResult:
         (run_dir / "result.json").write_text(json.dumps(plain, indent=1))
 
 
+def result_of(run: Run, last_weights: dict[str, Tensor]) -> FitResult:
+    """The result of a run as it stands."""
+    progress, best = run.progress, run.best
+    return FitResult(
+        epochs=progress.epoch, steps=progress.step, best_metric=best.value, best_epoch=best.epoch,
+        stop_reason=run.stop_reason or "epochs", history={name: list(column) for name, column in run.history.values.items()},
+        last_weights=last_weights, seconds=progress.seconds, seed=run.seed, run_dir=run.run_dir,
+        monitor=best.name, evaluations=progress.evaluations, search_stop=progress.search_stop,
+    )  # fmt: skip
+
+
 def load_result(run_dir: str | Path) -> FitResult:
     """The FitResult of a finished run, read from its folder (history from metrics.csv; `last_weights` from `last`).
 
@@ -97,5 +110,5 @@ def load_result(run_dir: str | Path) -> FitResult:
     history = read_history(folder / "metrics.csv", plain["epochs"])
     last: dict[str, Any] = {}
     if (folder / "checkpoints" / "last").is_file():
-        last = checkpoint.load(folder / "checkpoints", "last")[0]["problem"]
+        last = dict(checkpoint.load(folder / "checkpoints", "last")[0]["problem"])
     return FitResult(**plain, history=history, last_weights=last, run_dir=folder)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from weft import checkpoint, runs
-from weft.data import SPLITS, Data, as_data, batches_of, check_finite
+from weft.data import SPLITS, Data, batches_of, check_finite
 from weft.devices import float_dtype, make_fabric, numerics, start_processes
 from weft.evaluation import evaluate, monitored_metric
 from weft.events import AT_REST, EVENTS, Hook, bind, listeners
@@ -33,15 +33,15 @@ from weft.finite import Doubts
 from weft.history import Best, History, Progress
 from weft.metrics import Means, check_scalars, num_examples
 from weft.optimizers import Phase, Scheduled
-from weft.phases import Frozen, begin_phase, unfreeze
+from weft.phases import Frozen, data_of_phase, in_phase, unfreeze
 from weft.processes import Processes
-from weft.result import FitResult
+from weft.result import FitResult, result_of
 from weft.resume import Kept, find_state, go_on, restore_carried, state_of_run, train_batches
 from weft.saving import finish_saving, prepare_folder, save_run, saves
 from weft.seams import Seams
 from weft.seeding import data_randomness, order_seed, seed_everything, separate
 from weft.signals import Interruption, SignalExit, interactive
-from weft.update import Combine, Step, Update, built_in, look_back, own_backward, own_step
+from weft.update import Combine, Step, Update, look_back, own_backward, own_step, own_update
 from weft.weights import RunningStatistics
 
 if TYPE_CHECKING:
@@ -117,8 +117,7 @@ class Run(Seams):
 
     def rows(self, split: str) -> int | None:
         """Examples in an epoch of `split`; None if there are none, or they cannot be counted beforehand."""
-        source = self._splits[split]
-        return None if source is None else source.rows
+        return getattr(self._splits[split], "rows", None)
 
     def num_batches(self, split: str) -> int | None:
         """Batches in an epoch of `split`, within `limit_batches`; None if there are none, or nobody knows."""
@@ -142,8 +141,13 @@ class Run(Seams):
     def begin_fit(self) -> None:
         """Count how many epochs and steps there are to come, with the options as they are now."""
         planned = sum(phase.epochs for phase in self.trainer.phases) or self.config.epochs
-        epochs = min(1, planned) if self.config.fast_dev_run else planned
-        self.progress.begin_fit(epochs, self.config.max_steps, goes_on=self._resumed is not None)
+        planned = min(1, planned) if self.config.fast_dev_run else planned
+        self.progress.begin_fit(planned, self.config.max_steps, goes_on=self._resumed is not None)
+
+    def renew_data(self) -> None:
+        """Make the data anew: a refresh, or a phase that brings its own."""
+        self.progress.refreshes += 1
+        self._refresh_data()
 
     def _refresh_data(self, random: dict[str, Any] | None = None) -> None:
         """Make the data of this phase; on resume in the `random` state in which it was made before."""
@@ -152,11 +156,9 @@ class Run(Seams):
         else:
             self.progress.data_epoch = self.progress.epoch
         self.random_before_data = checkpoint.random_state()
-        of_phases = [phase.data for phase in self.phases[: self.progress.phase + 1] if phase.data is not None]
-        make = partial(as_data, of_phases[-1]) if of_phases else self.given_data
         seed = self.config.seed if self.processes.world == 1 else self.seed
         with data_randomness(seed, index=self.progress.refreshes):
-            self.use_data(make())
+            self.use_data(data_of_phase(self) or self.given_data())
 
     def use_data(self, data: Data) -> None:
         """Train, evaluate and predict with `data` from here on."""
@@ -232,12 +234,7 @@ class Run(Seams):
         if self.best.weights is not None and (error is None or interrupted):
             self.best.weights.restore(self.problem)
         unfreeze(self.frozen)
-        self.result = FitResult(
-            epochs=progress.epoch, steps=progress.step, best_metric=self.best.value, best_epoch=self.best.epoch,
-            stop_reason=self.stop_reason, history={name: list(column) for name, column in self.history.values.items()},
-            last_weights=last_weights, seconds=progress.seconds, seed=self.seed, run_dir=self.run_dir,
-            monitor=self.best.name, evaluations=progress.evaluations, search_stop=progress.search_stop,
-        )  # fmt: skip
+        self.result = result_of(self, last_weights)
         bound, self._bound = self._bound, {event: [] for event in self._bound}
         with ExitStack() as last:  # each is called, even if one before it raises
             for call in reversed(bound["on_fit_end"]):
@@ -276,19 +273,10 @@ class Run(Seams):
         if progress.last_step is not None and progress.step >= progress.last_step:
             self.decide_to_stop("max_steps")
         if not self.reopened:  # of an epoch that a resumed run is in the middle of, this has happened
-            if self.stop_reason or progress.epoch >= progress.last_epoch:
+            if self.stop_reason or progress.epoch >= progress.last_epoch or not in_phase(self):
                 return False
-            if progress.phase_ended or (progress.phase_epoch >= self.phase.epochs and len(self.phases) > 1):
-                if progress.phase + 1 == len(self.phases):
-                    return False
-                progress.phase, progress.phase_epoch, progress.phase_ended = progress.phase + 1, 0, False
-                if self.phase.data is not None:
-                    progress.refreshes += 1
-                    self._refresh_data()
-                begin_phase(self)
             if self.data.refresh_every and progress.epoch - progress.data_epoch >= self.data.refresh_every:
-                progress.refreshes += 1
-                self._refresh_data()
+                self.renew_data()
             self.evaluated = {}
         self._open, self._epoch_clock = True, time.perf_counter()
         self.feed.begin()
@@ -312,7 +300,7 @@ class Run(Seams):
         for batch in found if size == 1 else in_lists(found, size):
             is_empty = False
             progress.batch += 1 if size == 1 else len(batch)
-            self._announce(batch)
+            self.announce(batch)
             yield batch
             self.batch = None
             self._rest()
@@ -336,14 +324,12 @@ class Run(Seams):
         agreed = processes.world == 1 or ((processes.called() or epoch_over) and processes.agree(self.interruption))
         self.stop_reason = self.stop_reason or processes.granted.pop("stop", None)
         self.busy, self.leaving = "", self.interruption.asked if agreed else 0
-        for call in self._bound[AT_REST]:
-            call(self.trainer)
+        self.call(AT_REST)
         if self.leaving:
             self.interruption.leave(self.leaving)
-        if self.config.max_time is not None:
-            seconds = self.seconds - self._seconds_before
-            if processes.due("max_time", seconds >= (self.config.max_seconds or 0.0)):
-                self.decide_to_stop("max_time")
+        limit = self.config.max_seconds
+        if limit is not None and processes.due("max_time", self.seconds - self._seconds_before >= limit):
+            self.decide_to_stop("max_time")
 
     def evaluate(self, split: str = "dev") -> dict[str, float]:
         """Means over all examples of `split` as floats, which also become part of the open epoch's metrics.
@@ -410,17 +396,17 @@ class Run(Seams):
         """
         return own_step(self, optimizer)
 
-    def _announce(self, batch: Any) -> None:
-        self.batch = batch
-        self.statistics.take()
-        for call in self._bound["on_step_start"]:
-            call(self.trainer, batch)
+    def announce(self, batch: Any) -> None:
+        """A step begins: say so, once for each batch."""
+        if batch is not self.batch:
+            self.batch = batch
+            self.statistics.take()
+            self.call("on_step_start", batch)
 
     def begin_step(self, batch: Any) -> None:
         """What every update does first."""
         self.busy = "an update"
-        if batch is not self.batch:  # it did not come from `batches`, which has announced its own
-            self._announce(batch)
+        self.announce(batch)  # where it did not come from `batches`
 
     def end_step(self, batch: Any, loss: Tensor | None) -> None:
         """What every update does last: count the step, step the schedules, call the hooks."""
@@ -432,19 +418,13 @@ class Run(Seams):
                 schedule.step({}, None)
         if self.config.log_every and loss is not None:
             self.recent.add({f"{self.config.train_metric}_step": loss}, num_examples(batch))
-        for call in self._bound["on_step_end"]:
-            call(self.trainer, batch, loss)
+        self.call("on_step_end", batch, loss)
         if progress.last_step is not None and progress.step >= progress.last_step:
             self.decide_to_stop("max_steps")
 
     def default_update(self, batch: Any) -> Tensor:
         """The built-in update; inside a `Trainer.update` that calls `super().update(batch)`, without its frame."""
-        if not self.in_update:
-            return self.update(batch)
-        if self.plain_update is None:
-            self.plain_update = built_in(self, lambda batch: None, lambda batch, loss: None)
-        self.built_in_loss = self.plain_update(batch)
-        return self.built_in_loss
+        return own_update(self, batch)
 
     # ---------------------------------------------------------------------------------------------- for hooks
 
@@ -456,17 +436,14 @@ class Run(Seams):
         """
         check_scalars(values)
         if self.evaluating is not None:
-            means, examples = self.evaluating
-            means.add(values, examples)
-            return
-        if self.result is not None:
+            self.evaluating[0].add(values, self.evaluating[1])
+        elif self.result is not None:
             raise RuntimeError(f"log: {list(values)} came after the end of the run; log in on_epoch_end at the latest.")
-        if self._closing is not None:
-            floats = {name: float(value) for name, value in values.items()}
-            self._closing.update(floats)
-            self.history.amend(floats)
-        else:
+        elif self._closing is None:
             self.logged.add(values, 1)
+        else:
+            self._closing.update({name: float(value) for name, value in values.items()})
+            self.history.amend(self._closing)
 
     def stop(self, reason: str = "stopped") -> None:
         """End training after the current step (of several processes after the next, where all stop together).

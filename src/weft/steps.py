@@ -127,12 +127,12 @@ def _is_scalar(value: Any) -> bool:
 def explained(error: Exception, batch: Any, problem: nn.Module) -> Exception | None:
     """A clearer error for a mixture of dtypes or devices, that says what to do; None for every other error."""
     text = str(error)
-    if "device" in text and (device := next((p.device for p in problem.parameters()), None)) is not None:
-        if found := misplaced(problem, device):
-            return RuntimeError(
-                f"{text}. The parameters are on {device}, and {'; '.join(found)}. Give a node what it needs as an input, "
-                "or as a buffer of a module."
-            )
+    device = next((p.device for p in problem.parameters()), None)
+    if "device" in text and device is not None and (found := misplaced(problem, device)):
+        return RuntimeError(
+            f"{text}. The parameters are on {device}, and {'; '.join(found)}. Give a node what it needs as an input, "
+            "or as a buffer of a module."
+        )
     if "dtype" not in text and "must be the same" not in text and "expected scalar type" not in text:
         return None
     weights = {p.dtype for p in problem.parameters() if p.is_floating_point()}

@@ -288,6 +288,16 @@ def own_backward(run: Run, loss: Tensor, **kwargs: Any) -> None:
     run.fabric.backward(loss, **kwargs)
 
 
+def own_update(run: Run, batch: Any) -> Tensor:
+    """The built-in update; inside an `update` of the user's own without its frame."""
+    if not run.in_update:
+        return run.update(batch)
+    if run.plain_update is None:
+        run.plain_update = built_in(run, lambda batch: None, lambda batch, loss: None)
+    run.built_in_loss = run.plain_update(batch)
+    return run.built_in_loss
+
+
 def own_step(run: Run, optimizer: Optimizer | str | None) -> bool:
     """Step one optimizer (itself or its name) or all; outside an update this counts as a step of the run.
 

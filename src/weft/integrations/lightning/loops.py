@@ -54,7 +54,8 @@ def evaluate(run: LightningRun, source: Source) -> dict[str, float]:
             if on_end is not None:
                 on_end(output, batch, number, *which)
             results.end_batch()
-            run.interruption.check()
+            if run.interruption.asked:
+                run.interruption.leave(run.interruption.asked)
         logged |= _taken(run)
         results.loader = None
         hooks.call(f"on_{event}_epoch_end")
@@ -98,7 +99,8 @@ def predict(run: LightningRun, source: Source) -> list[Any]:
             if on_end is not None:
                 on_end(output, batch, number, *which)
             found[loader].append(on_cpu(output))
-            run.interruption.check()
+            if run.interruption.asked:
+                run.interruption.leave(run.interruption.asked)
         hooks.call("on_predict_epoch_end")
         hooks.call("on_predict_end")
         restore_modes(modes)

@@ -268,7 +268,7 @@ class LightningRun(Run):
             if transfer.is_needed:
                 batch = transfer(batch, 0)
             progress.batch += 1
-            self._announce(batch)
+            self.announce(batch)
             yield batch
             self.batch = None
             if not self.is_accumulating:
