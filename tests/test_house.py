@@ -39,6 +39,9 @@ FLOORS = (
     ("hooks",),
     ("result",),
     ("update", "evaluation"),
+    ("graphs",),
+    ("pure",),
+    ("stepgraphs",),
     ("compiled",),
     ("phases",),
     ("seams",),
@@ -59,6 +62,7 @@ USERS = {"recipe", "report", "sweeps", "demo", "cli"}
 NOT_CORE = {
     "integrations", "cli", "plots", "report", "sweeps", "demo", "yamlfile", "charts", "references", "schema", "arguments",
     "recipe", "trials", "surroundings",
+    "graphs", "pure", "stepgraphs", "compiled",  # the same update once more, as a graph
 }  # fmt: skip
 # Hooks that a user asks for; nothing of the core loads them.
 OPTIONAL_HOOKS = {

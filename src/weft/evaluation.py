@@ -34,7 +34,7 @@ def evaluating(problem: nn.Module) -> Iterator[None]:
 
 def evaluate(run: Run, split: str) -> dict[str, float]:
     """Means over all examples of `split` as floats, of what the steps return and log. ValueError if that is nothing."""
-    means, forward, alone = Means(), forward_of(run, split), run.processes.world == 1
+    means, forward, alone = Means(), run.graphs.forward(split, forward_of(run, split)), run.processes.world == 1
     run.processes.average_buffers(run.problem)
     with evaluating(run.problem):
         try:

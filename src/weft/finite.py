@@ -51,6 +51,10 @@ class Doubts:
             optimizer.found_inf = found  # type: ignore[attr-defined]
         self._first = torch.where((found > 0) & (self._first < 0), step, self._first)
 
+    def note(self, step: int, finite: Tensor) -> None:
+        """Note `step` if `finite`, a tensor on the device, is False: a compiled update has left it out by itself."""
+        self._first = torch.where(~finite & (self._first < 0), step, self._first)
+
     def look(self) -> int | None:
         """The first step since the last look that was not finite, None if all were. Waits for the device."""
         first = int(self._first)

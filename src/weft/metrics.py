@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,10 @@ class Vector(NamedTuple):
 
     names: tuple[str, ...]
     values: Tensor  # (names,)
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and scalars, as of a dict."""
+        return zip(self.names, self.values.unbind(), strict=True)
 
 
 class Means:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from weft.compiled import compile_update
 from weft.data import Data, as_data
 from weft.optimizers import build_optimizers, build_schedulers, submodule
 from weft.problem import set_term_weights
@@ -61,7 +62,7 @@ def begin_phase(run: Run, anew: bool = True) -> None:
         _make_optimizers(run)
     run.frozen = freeze(run.problem, phase.freeze)
     run.own_steps, run.plain_update = {}, None
-    run.update = make_update(run)
+    run.update = compile_update(run, make_update(run))
 
 
 def _make_optimizers(run: Run) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from weft import checkpoint, runs
+from weft.compiled import Graphs
 from weft.data import SPLITS, Data, batches_of, check_finite
 from weft.devices import float_dtype, make_fabric, numerics, start_processes
 from weft.evaluation import evaluate, monitored_metric
@@ -71,6 +72,7 @@ class Run(Seams):
         self.carried = previous.carried if previous else None  # the state of a run that was in other processes
         self.phases = trainer.phases or [Phase(epochs=max(1, self.config.epochs))]
         self.means, self.logged, self.recent, self.feed = Means(), Means(), Means(), Feed()
+        self.graphs = Graphs(self)
         self.is_new, self.improved, self.epoch_seconds = previous is None, False, 0.0
         self.stop_reason: str | None = None
         self.result: FitResult | None = None
