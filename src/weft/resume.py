@@ -29,7 +29,6 @@ from weft.checkpoint import BackgroundWriter
 from weft.config import TrainerConfig
 from weft.data import Batches, LoaderBatches
 from weft.devices import scaler_of
-from weft.feed import num_batches
 from weft.history import Progress
 from weft.problem import set_term_weights, term_weights
 from weft.seeding import generator_states, generators_of, set_generator_states
@@ -436,7 +435,7 @@ def fixed_settings(run: Run) -> dict[str, str]:
         "schedulers": {name: f"{type(s.scheduler).__name__} each {s.interval}" for name, s in run.schedules.items()},
         "rows of the training data": run.rows("train"),
         "batch_size": run.data.batch_size,
-        "batches in an epoch": num_batches(run),
+        "batches in an epoch": run.num_batches("train"),
         "limit_batches": run.config.limit("train"),
         "shuffle": run.data.shuffle,
         "drop_last": run.data.drop_last,
