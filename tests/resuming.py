@@ -20,7 +20,7 @@ from bitwise import same
 from weft import checkpoint
 from weft.loggers import read_rows
 
-CLOCKS = {"seconds", "steps_per_second"}  # what no run repeats
+CLOCKS = {"seconds", "steps_per_second", "examples_per_second", "wait_seconds"}  # what no run repeats
 
 
 class Crash(Exception):
@@ -228,7 +228,7 @@ def rewrite(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
 
 
 def forget_random(state: dict[str, Any]) -> None:
-    state["random"][0]["now"]["global"] = checkpoint.random_state()
+    state["random"] = checkpoint.random_state()
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------

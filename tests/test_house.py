@@ -33,6 +33,7 @@ FLOORS = (
     ("weights",),
     ("checkpoint",),
     ("history", "seeding", "runs"),
+    ("sameness",),
     ("resume",),
     ("saving",),
     ("loggers",),

@@ -349,14 +349,6 @@ class LoaderBatches:
             batches = without_empty(batches, sampler, start)
         return (self.to_device(self._named(batch, number)) for batch in batches)
 
-    def why_not_resumable(self) -> str:
-        """Why these batches cannot be started again in another process and skipped to a place; "" if they can."""
-        if self.one_shot:
-            return "is a one-shot iterable (a generator), which cannot be started again; pass a list or a DataLoader"
-        if getattr(self.loader, "persistent_workers", False):
-            return "keeps random state in its workers from epoch to epoch; pass persistent_workers=False"
-        return ""
-
     def _named(self, batch: Any, number: int) -> Any:
         if not isinstance(batch, dict):
             return batch

@@ -9,9 +9,7 @@ changed otherwise is named in one warning. What a checkpoint lacks is an error, 
 
 from __future__ import annotations
 
-import platform
 import warnings
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,10 +25,10 @@ from weft import checkpoint, runs
 from weft.archive import CheckpointError
 from weft.checkpoint import BackgroundWriter
 from weft.config import TrainerConfig
-from weft.data import Batches, LoaderBatches
+from weft.data import LoaderBatches
 from weft.devices import scaler_of
-from weft.history import Progress
 from weft.problem import set_term_weights, term_weights
+from weft.sameness import compare, fixed_settings, settings
 from weft.seeding import generator_states, generators_of, set_generator_states
 
 if TYPE_CHECKING:
@@ -45,11 +43,6 @@ PARTS = (
     "options", "error",
 )  # fmt: skip
 
-# These say how long, where and how visibly a run trains; changing them changes no number of an epoch.
-_FREE_OPTIONS = {
-    "epochs", "max_steps", "max_time", "root_dir", "run_name", "log_every", "checkpoint", "resume", "profiler",
-    "progress", "timeout", "loggers",
-}  # fmt: skip
 
 
 @dataclass
@@ -411,110 +404,3 @@ def check_format(state: Mapping[str, Any], path: Path) -> None:
         raise CheckpointError(f"{path} was written by a newer weft (format {number}, known here: up to {FORMAT}).")
     if missing := [part for part in PARTS if part not in state]:
         raise CheckpointError(f"{path} (format {number}) lacks {missing}.")
-
-
-def describe(progress: Progress) -> str:
-    """Where a run is, in words: "after epoch 3, step 120" or "epoch 3, after batch 17, step 117"."""
-    if progress.batch == 0:
-        return f"after epoch {progress.epoch - 1}, step {progress.step}"
-    return f"epoch {progress.epoch}, after batch {progress.batch}, step {progress.step}"
-
-
-# ---- what must not change, and what is named if it did ---------------------------------------------------------------
-
-
-def fixed_settings(run: Run) -> dict[str, str]:
-    """What gives the saved state its meaning, as strings by name: with another value it cannot be resumed."""
-    found = {
-        "precision": run.fabric._precision.precision,
-        "processes": run.processes.world,
-        "accumulate": run.config.accumulate,
-        "compile": run.kept.compile_choice,
-        "phases": len(run.phases),
-        "optimizers": {name: type(o).__name__ for name, o in run.optimizers.items()},
-        "schedulers": {name: f"{type(s.scheduler).__name__} each {s.interval}" for name, s in run.schedules.items()},
-        "rows of the training data": run.rows("train"),
-        "batch_size": run.data.batch_size,
-        "batches in an epoch": run.num_batches("train"),
-        "limit_batches": run.config.limit("train"),
-        "shuffle": run.data.shuffle,
-        "drop_last": run.data.drop_last,
-    }
-    return {name: str(value) for name, value in found.items()}
-
-
-def settings(run: Run) -> dict[str, str]:
-    """Options, versions and data as strings by name: what may change, but then the run is another one."""
-    found: dict[str, Any] = {k: repr(v) for k, v in run.config.to_dict().items() if k not in _FREE_OPTIONS}
-    objects = {k: _name_of(v) for k, v in run.trainer.options.items() if v is not None and k not in _FREE_OPTIONS}
-    device = run.fabric.device
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    found |= {
-        **objects,
-        **{f"optimizer {name}": _defaults(o) for name, o in run.optimizers.items()},
-        "device": f"{device.type} ({kind})",
-        "number of threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": ".".join(platform.python_version_tuple()[:2]),
-        **data_prints(run),
-    }
-    return {name: str(value) for name, value in found.items()}
-
-
-def compare(run: Run, state: Mapping[str, Any]) -> None:
-    """Raise ValueError for settings that must not change, naming all; warn once of those that did otherwise."""
-    here, there, path = fixed_settings(run), state["fixed"], run.kept.resumed_from
-    wrong = [f"{name}: {there.get(name)} there, {here.get(name)} here" for name in here if here[name] != there.get(name)]
-    if not state["error"] and 1 + len(state["other_processes"]) != run.processes.world:
-        wrong.append(f"state of {1 + len(state['other_processes'])} processes there")
-    if wrong:
-        raise ValueError(
-            f"{path} cannot be resumed with these settings: {'; '.join(wrong)}. "
-            "To train on from its weights alone, use weft.load_weights(problem, path)."
-        )
-    here, there = settings(run), state["options"]
-    names = [name for name in {**there, **here} if here.get(name) != there.get(name)]
-    changed = [f"{name}: {there.get(name, 'nothing')} -> {here.get(name, 'nothing')}" for name in names]
-    torn = f" It was saved at an error, maybe in the middle of a step ({state['error']})." if state["error"] else ""
-    if changed or torn:
-        but = f" Changed since: {'; '.join(changed)}." if changed else ""
-        warnings.warn(
-            f"Resuming {path} ({describe(run.progress)}).{but}{torn} The run will not end bit for bit where the undisturbed one would.",
-            stacklevel=5,
-        )
-
-
-def data_prints(run: Run) -> dict[str, str]:
-    """A text that changes with the data, for train and dev; made once for each data (it reads the device)."""
-    if not run.kept.data_prints:
-        sources = {f"{split} data": run.source(split) for split in ("train", "dev")}
-        run.kept.data_prints = {name: _print_of(source) for name, source in sources.items() if source is not None}
-    return run.kept.data_prints
-
-
-def _print_of(batches: Batches | LoaderBatches) -> str:
-    """Rows, and a checksum of up to a million numbers of each tensor."""
-    if not isinstance(batches, Batches):
-        return f"{batches.rows} rows"
-    found = []
-    for part, tensors in batches.parts.items():
-        for key, tensor in tensors.items():
-            stride = max(1, tensor[0].numel() * len(tensor) // 1_000_000)
-            rows = tensor.detach()[::stride].contiguous().cpu()
-            checksum = zlib.crc32(rows.view(-1).view(torch.uint8).numpy().tobytes()) if rows.numel() else 0
-            found.append(f"{part + '.' if part else ''}{key} {tuple(tensor.shape)} {checksum:08x}")
-    return ", ".join(found)
-
-
-def _defaults(optimizer: Optimizer) -> str:
-    plain = {k: v for k, v in optimizer.defaults.items() if isinstance(v, bool | int | float | str | tuple | None)}
-    plain.pop("differentiable", None)  # torch adds it to some when it loads them
-    return f"{type(optimizer).__name__}({', '.join(f'{k}={v}' for k, v in plain.items())})"
-
-
-def _name_of(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return str({k: _name_of(v) for k, v in value.items()})
-    if isinstance(value, list | tuple):
-        return str([_name_of(v) for v in value])
-    return value if isinstance(value, str) else getattr(value, "__qualname__", type(value).__qualname__)

@@ -499,8 +499,8 @@ class Run(Seams):
     def save(self) -> Path:
         """Write a checkpoint into the run's folder and return its path. Call on every rank, between updates.
 
-        Raises RuntimeError without a folder or in the middle of something, OSError if the disk fails (it names the
-        path; the checkpoints before are unharmed). With `background`, that error comes at the next save or at the end.
+        Raises RuntimeError without a folder or in the middle of something, OSError if the disk fails (with `background`
+        at the next save or at the end); the checkpoints before are unharmed.
         """
         look_back(self)
         return save_run(self)

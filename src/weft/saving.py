@@ -28,7 +28,12 @@ def prepare_folder(run: Run) -> None:
     """Refuse data that cannot be resumed, clear what killed processes left, and give up the future of a run that goes
     on from one of its older checkpoints."""
     source = run.source("train")
-    if why := source.why_not_resumable() if isinstance(source, LoaderBatches) else "":
+    why = ""
+    if isinstance(source, LoaderBatches) and source.one_shot:
+        why = "is a one-shot iterable (a generator), which cannot be started again; pass a list or a DataLoader"
+    elif isinstance(source, LoaderBatches) and getattr(source.loader, "persistent_workers", False):
+        why = "keeps random state in its workers from epoch to epoch; pass persistent_workers=False"
+    if why:
         raise ValueError(f"Checkpoints are asked for, but the training data {why}, or checkpoint=False.")
     assert run.run_dir is not None
     if run.is_global_zero:

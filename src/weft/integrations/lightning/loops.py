@@ -54,8 +54,6 @@ def evaluate(run: LightningRun, source: Source) -> dict[str, float]:
             if on_end is not None:
                 on_end(output, batch, number, *which)
             results.end_batch()
-            if run.interruption.asked:
-                run.interruption.leave(run.interruption.asked)
         logged |= _taken(run)
         results.loader = None
         hooks.call(f"on_{event}_epoch_end")
@@ -99,8 +97,6 @@ def predict(run: LightningRun, source: Source) -> list[Any]:
             if on_end is not None:
                 on_end(output, batch, number, *which)
             found[loader].append(on_cpu(output))
-            if run.interruption.asked:
-                run.interruption.leave(run.interruption.asked)
         hooks.call("on_predict_epoch_end")
         hooks.call("on_predict_end")
         restore_modes(modes)
