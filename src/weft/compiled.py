@@ -22,7 +22,6 @@ from torch import Tensor
 
 from weft import graphs
 from weft.devices import scaler_of
-from weft.feed import num_batches
 from weft.finite import READS_ARE_FREE, Doubts
 from weft.graphs import CannotCompile, NotYet
 from weft.metrics import num_examples
@@ -276,7 +275,7 @@ def steps_to_come(run: Run, split: str) -> int:
     epochs = progress.last_epoch - progress.epoch
     if split != "train":
         epochs //= config.validate_every
-    if (batches := num_batches(run, split)) is None:
+    if (batches := run.num_batches(split)) is None:
         return 0
     steps = epochs * (-(-batches // config.accumulate) if split == "train" else batches)
     return steps if split != "train" or progress.last_step is None else min(steps, progress.last_step - progress.step)
