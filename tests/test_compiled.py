@@ -312,16 +312,19 @@ def test_optimizers_in_the_graph_and_outside_of_it_agree(name: str) -> None:
 def resumed(compile: Any, folder: Path, stop_at: int, **options: Any) -> tuple[weft.FitResult, weft.FitResult, weft.Trainer]:
     """An uninterrupted fit, and one that was stopped after `stop_at` steps and resumed from its checkpoint."""
     given = weft.Data(rows(43), rows(10, 2), batch_size=10)
-    options |= {"clip": 1.0, "epochs": 4}
-    whole, _ = fit(rosenbrock(), given, compile, **options)
-    options |= {"root_dir": str(folder), "run_name": "run", "checkpoint": {"every_n_steps": 1}}
+    is_armed = False
 
     def stop(trainer: weft.Trainer, batch: Any, loss: Tensor) -> None:
-        if trainer.global_step == stop_at:
+        if is_armed and trainer.global_step == stop_at:
             raise InterruptedError
 
+    options |= {"clip": 1.0, "epochs": 4, "hooks": {"on_step_end": stop}}
+    whole, _ = fit(rosenbrock(), given, compile, **options)
+    options |= {"root_dir": str(folder), "run_name": "run", "checkpoint": {"every_n_steps": 1}}
+    is_armed = True
     with pytest.raises(InterruptedError):
-        fit(rosenbrock(), given, compile, hooks={"on_step_end": stop}, **options)
+        fit(rosenbrock(), given, compile, **options)
+    is_armed = False
     rest, trainer = fit(rosenbrock(), given, compile, resume="last", **options)
     return whole, rest, trainer
 
