@@ -167,7 +167,7 @@ def test_a_run_resumed_in_any_phase_ends_where_the_uninterrupted_one_does(seed: 
         torch.manual_seed(9)  # what the data functions draw from where seed is None
         if options.get("resume"):
             torch.rand(100)  # a resumed process stands elsewhere
-        hooks = {"on_epoch_end": lambda t, m: t.current_epoch == stop and t.stop()}
+        hooks = {"on_epoch_start": lambda t: t.current_epoch - 1 == stop and 1 / 0}
         phases = [
             weft.Phase(epochs=3, optimizer=adam),
             weft.Phase(epochs=3, data=drawing(12, []), freeze=["plant"], weights={"size": 1.0}, optimizer=sgd),
@@ -176,7 +176,8 @@ def test_a_run_resumed_in_any_phase_ends_where_the_uninterrupted_one_does(seed: 
         return fit(phases, drawing(8, []), of, seed=seed, hooks=hooks, checkpoint=True, **options)[0]
 
     whole = run(problem(), run_name="whole")
-    run(problem(), stop_after, run_name="broken")
+    with pytest.raises(ZeroDivisionError):
+        run(problem(), stop_after, run_name="broken")
     resumed = problem()
     again = run(resumed, run_name="broken", resume="auto")
     assert same(again.last_weights, whole.last_weights)
