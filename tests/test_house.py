@@ -19,6 +19,7 @@ SOURCE = Path(weft.__file__).parent
 FLOORS = (
     ("types", "yamlfile", "charts", "surroundings"),
     ("events",),
+    ("watching",),
     ("terms",),
     ("losses",),
     ("problem", "sharding"),
@@ -61,7 +62,7 @@ NOT_CORE = {
 # Hooks that a user asks for; nothing of the core loads them.
 OPTIONAL_HOOKS = {
     f"weft.hooks.{name}"
-    for name in ("averaging", "balancing", "gradients", "parts", "sampling", "schedules", "terms")
+    for name in ("averaging", "balancing", "gradients", "parts", "profiling", "sampling", "schedules", "terms", "timing")
 }
 
 

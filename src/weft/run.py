@@ -28,7 +28,7 @@ from weft.config import CheckpointConfig
 from weft.data import SPLITS, Data, as_data, batches_of, check_finite
 from weft.devices import float_dtype, make_fabric, numerics, start_processes
 from weft.evaluation import evaluate, monitored_metric
-from weft.events import AT_REST, EVENTS, Hook, bind, listeners
+from weft.events import AT_REST, EVENTS, Hook, listeners
 from weft.feed import Feed, in_lists, within
 from weft.finite import Doubts
 from weft.history import Best, History, Progress
@@ -42,6 +42,7 @@ from weft.seams import Seams
 from weft.seeding import data_randomness, order_seed, seed_everything, separate
 from weft.signals import Interruption, interactive
 from weft.update import Combine, Step, Update, built_in, look_back, own_backward, own_step
+from weft.watching import bind_watched, watched, watched_batches
 
 if TYPE_CHECKING:
     from weft.trainer import Trainer
@@ -174,7 +175,7 @@ class Run(Seams):
         try:
             of_problem = [m for m in self.problem.modules() if isinstance(m, Hook)]
             self.hooks = listeners([*of_problem, *self.trainer.hooks, *self.trainer.default_hooks(self)])
-            self._bound = {event: bind(self.hooks, event) for event in (*EVENTS, AT_REST)}
+            self._bound = {event: bind_watched(self.hooks, event) for event in (*EVENTS, AT_REST)}
             self.problem.train()
             self.begin_phases(resumed=self._resumed is not None)
             self._call("on_fit_start")
@@ -287,7 +288,7 @@ class Run(Seams):
             return
         progress, size = self.progress, self.config.accumulate
         is_empty = progress.batch == 0
-        found = self.feed.timed(found)
+        found = watched_batches(self.hooks, self.feed.timed(found))
         for batch in found if size == 1 else in_lists(found, size):
             is_empty = False
             progress.batch += 1 if size == 1 else len(batch)
@@ -337,7 +338,7 @@ class Run(Seams):
         if split == "dev" and self._splits["dev"] is None:
             return {}
         self._call("on_validation_start")
-        metrics = evaluate(self, split)
+        metrics = watched(self.hooks, "evaluation", evaluate)(self, split)
         if self._open:
             self.evaluated |= metrics
         self._call("on_validation_end", metrics)
@@ -500,5 +501,6 @@ class Run(Seams):
             raise RuntimeError("save: this run has no folder; give the trainer root_dir or checkpoint=True.")
         look_back(self)
         keep = (self.config.checkpointing or CheckpointConfig()).keep
-        write = partial(checkpoint.save, self.run_dir / "checkpoints", self.progress.step, self.state_dict())
+        save = watched(self.hooks, "checkpoint", checkpoint.save)
+        write = partial(save, self.run_dir / "checkpoints", self.progress.step, self.state_dict())
         return self.processes.first(partial(write, keep=keep, best=self.improved))
