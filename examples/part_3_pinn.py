@@ -6,6 +6,7 @@
 # What helps: float64, Adam and then L-BFGS (two phases of one run), and points where the residual is large.
 
 # %%
+import math
 import os
 
 import matplotlib.pyplot as plt
@@ -18,6 +19,7 @@ SMALL = bool(os.environ.get("WEFT_SMALL"))
 torch.manual_seed(0)
 torch.set_num_threads(1)
 NU = 0.01 / torch.pi
+WIDTH = 0.02  # a scale of x near the shock, whose layer is about 2 nu wide
 
 # %% [markdown]
 # ## The truth
@@ -47,16 +49,15 @@ def exact(x, t, nodes=200):
 class Ansatz(torch.nn.Module):
     """u(x, t) for x and t of shape (batch, 1), with the conditions built in."""
 
-    def __init__(self, width=32, depth=4):
+    def __init__(self, width=24, depth=3):
         super().__init__()
         sizes = [3, *[width] * depth]
         layers = [m for i, o in zip(sizes, sizes[1:], strict=False) for m in (torch.nn.Linear(i, o), torch.nn.Tanh())]
         self.net = torch.nn.Sequential(*layers, torch.nn.Linear(width, 1))
 
     def forward(self, x, t):
-        # the third input resolves the shock: its layer is about nu wide, and at x = 0
-        features = torch.cat([2 * x - 1, 2 * t - 1, torch.tanh(x / 0.05)], dim=1)
-        return -torch.sin(torch.pi * x) + t * x * (1 - x) * self.net(features)
+        features = torch.cat([2 * x - 1, 2 * t - 1, torch.asinh(x / WIDTH) / 2 - 1], dim=1)
+        return -torch.sin(torch.pi * x) + t * torch.tanh(x / WIDTH) * (1 - x) * self.net(features)
 
 
 def derivative(of, by):
@@ -64,21 +65,15 @@ def derivative(of, by):
 
 
 def residual(u, x, t):
+    """In the layer of the shock it is as large as 1/nu; the factor, the scale of x there, makes up for that."""
     u_x = derivative(u, x)
-    return derivative(u, t) + u * u_x - NU * derivative(u_x, x)
+    return (x + WIDTH) * (derivative(u, t) + u * u_x - NU * derivative(u_x, x))
 
 
-def points(n):
-    """Random points; half of them crowd towards x = 0."""
-    x = torch.rand(n, 1, dtype=torch.float64)
-    x[: n // 2] = x[: n // 2] ** 3
-    return {"x": x, "t": torch.rand(n, 1, dtype=torch.float64)}
-
-
-def candidates(generator):
-    n = 400 if SMALL else 8000
-    x, t = torch.rand(2, n, 1, generator=generator, dtype=torch.float64)
-    return {"x": x**2, "t": t}
+def points(n, generator=None):
+    """Random points that crowd towards x = 0, evenly on the stretched axis asinh(x / WIDTH)."""
+    s, t = torch.rand(2, n, 1, generator=generator, dtype=torch.float64)
+    return {"x": WIDTH * torch.sinh(s * math.asinh(1 / WIDTH)), "t": t}
 
 
 problem = weft.Problem(
@@ -111,7 +106,7 @@ trainer = weft.Trainer(
         ),
         weft.Phase(epochs=lbfgs_epochs, optimizer=lbfgs),
     ],
-    hooks=weft.hooks.Resample(residual, candidates, every=max(1, adam_epochs // 5)),
+    hooks=weft.hooks.Resample(residual, lambda generator: points(4 * num_points, generator), every=max(1, adam_epochs // 5)),
     precision="64-true",
     seed=0,
     progress=False,

@@ -21,7 +21,7 @@ FLOORS = (
     ("events",),
     ("watching",),
     ("terms",),
-    ("losses",),
+    ("losses", "drawing"),
     ("problem", "sharding"),
     ("data",),
     ("config", "references"),
@@ -62,7 +62,7 @@ NOT_CORE = {
 # Hooks that a user asks for; nothing of the core loads them.
 OPTIONAL_HOOKS = {
     f"weft.hooks.{name}"
-    for name in ("averaging", "balancing", "gradients", "parts", "profiling", "sampling", "schedules", "terms", "timing")
+    for name in ("averaging", "balancing", "gradients", "parts", "pictures", "profiling", "sampling", "schedules", "terms", "timing")
 }
 
 

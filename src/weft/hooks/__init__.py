@@ -21,6 +21,7 @@ _HOME = {
     "weft.hooks.gradients": ("GradientNorms",),
     "weft.hooks.profiling": ("AdvancedProfiler", "PyTorchProfiler"),
     "weft.hooks.timing": ("SimpleProfiler",),
+    "weft.hooks.pictures": ("Figures", "WeightHistograms"),
     "weft.hooks.parts": ("freeze", "load_node", "unfreeze"),
     "weft.hooks.sampling": ("Resample",),
     "weft.hooks.schedules": ("Curriculum",),
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     )
     from weft.hooks.gradients import GradientNorms  # noqa: F401
     from weft.hooks.parts import freeze, load_node, unfreeze  # noqa: F401
+    from weft.hooks.pictures import Figures, WeightHistograms  # noqa: F401
     from weft.hooks.profiling import AdvancedProfiler, PyTorchProfiler  # noqa: F401
     from weft.hooks.sampling import Resample  # noqa: F401
     from weft.hooks.schedules import Curriculum  # noqa: F401
