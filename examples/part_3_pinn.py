@@ -64,10 +64,10 @@ def derivative(of, by):
     return torch.autograd.grad(of.sum(), by, create_graph=True)[0]
 
 
-def residual(u, x, t):
-    """In the layer of the shock it is as large as 1/nu; the factor, the scale of x there, makes up for that."""
+def residual(u, x, t, nu=NU):
+    """In the layer of the shock it is as large as 1/nu; the factor takes a part of that back."""
     u_x = derivative(u, x)
-    return (x + WIDTH) * (derivative(u, t) + u * u_x - NU * derivative(u_x, x))
+    return (x + 0.3) * (derivative(u, t) + u * u_x - nu * derivative(u_x, x))
 
 
 def points(n, generator=None):
@@ -90,7 +90,7 @@ problem = weft.Problem(
 # residual, every few hundred epochs. In the second, an epoch is one call of L-BFGS: up to 100 iterations with line searches.
 
 # %%
-adam_epochs, lbfgs_epochs, num_points = (10, 2, 200) if SMALL else (ADAM, LB, NP)
+adam_epochs, lbfgs_epochs, num_points = (10, 2, 200) if SMALL else (500, 30, 2000)
 
 
 def lbfgs(params):
@@ -128,3 +128,62 @@ def solution(x, t):
 
 error = float(np.linalg.norm(solution(x, t) - truth) / np.linalg.norm(truth))
 print(f"relative L2 error: {error:.2e}")
+
+# %%
+weft.plot.field(t[:, 0], x[0], solution(x, t).T, truth.T, labels=("t", "x", "u"))
+plt.show()
+
+# %% [markdown]
+# ## The inverse problem
+#
+# Now the viscosity is unknown, and there are noisy measurements of $u$ instead. It becomes one more parameter of the problem,
+# beside the network's. Two terms compete, residual and measurements; `LearningRateAnnealing` (arXiv:2001.04536) adapts the
+# weight of the second so that both gradients are of one size.
+
+
+# %%
+class Viscosity(torch.nn.Module):
+    """One number, ten times too large at first; positive because its logarithm is what is learned."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_nu = torch.nn.Parameter(torch.tensor(math.log(10 * NU)))
+
+    def forward(self, x):
+        return self.log_nu.exp().expand(len(x), 1)
+
+
+torch.manual_seed(1)
+viscosity, sensors = Viscosity(), points(100 if SMALL else 1000)
+exact_u = torch.tensor(exact(sensors["x"].numpy(), sensors["t"].numpy() + 1e-6))
+sensors["measured"] = exact_u + 0.01 * torch.randn_like(exact_u)
+inverse = weft.Problem(
+    [
+        weft.Node(Ansatz(8, 2) if SMALL else Ansatz(), ["x", "t"], ["u"], name="u"),
+        weft.Node(viscosity, ["x"], ["nu"], name="viscosity"),
+    ],
+    objectives=[
+        weft.objective(lambda u, x, t, nu: residual(u, x, t, nu).square(), name="residual"),
+        weft.objective(lambda u, measured: (u - measured).square(), name="measurements"),
+    ],
+    grad_inference=True,
+    name="inverse",
+)
+adam_epochs, lbfgs_epochs = (10, 2) if SMALL else (800, 6)
+trainer = weft.Trainer(
+    phases=[
+        weft.Phase(epochs=adam_epochs, optimizer=lambda params: torch.optim.Adam(params, lr=5e-3)),
+        weft.Phase(epochs=lbfgs_epochs, optimizer=lbfgs),
+    ],
+    hooks=weft.hooks.LearningRateAnnealing("residual", every=10),
+    monitor_metric="train_measurements",
+    precision="64-true", seed=0, progress=False,
+)  # fmt: skip
+data = weft.Data(weft.DictDataset(sensors), batch_size=1000, inputs_require_grad=("x", "t"))
+inverse_result = trainer.fit(inverse, data)
+inverse.load_state_dict(inverse_result.last_weights)
+found = float(viscosity.log_nu.detach().exp())
+print(f"viscosity: {found:.6f}, true {NU:.6f}; weight of the measurements: {inverse_result.history['weight_measurements'][-1]:.1f}")
+
+# %%
+figures = {"relative_error": error, "viscosity_error": abs(found / NU - 1)}
