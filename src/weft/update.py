@@ -334,7 +334,7 @@ def make_step(run: Run, optimizers: Sequence[Optimizer]) -> Step:
     params, (do_step, unscale) = [p for _, mine in own for p in mine], stepping(run.fabric, optimizers)
     do_step = watched(run.hooks, "optimizer", do_step)
     is_finite = finite_check(params, scaled=unscale is not None)
-    doubts, watched = _doubts(run, optimizers, scaled=unscale is not None), () if unscale is not None else optimizers
+    doubts, guarded = _doubts(run, optimizers, scaled=unscale is not None), () if unscale is not None else optimizers
 
     def step(loss: Tensor | None, read: Sequence) -> bool:
         norms = []
@@ -346,7 +346,7 @@ def make_step(run: Run, optimizers: Sequence[Optimizer]) -> Step:
             if clip is not None:
                 norms.append(clip(mine))
         if doubts is not None:  # nothing waits for the GPU; `look_back` raises later
-            doubts.guard(progress.step, loss, norms, params, watched)
+            doubts.guard(progress.step, loss, norms, params, guarded)
             finite = True
         else:
             finite = is_finite(loss, norms)
