@@ -2,7 +2,7 @@
 
     python -m examples                    # all at full settings: figures, run times, pictures, README
     python -m examples part_3_pinn gan    # these
-    python -m examples --notebooks        # make and execute the notebooks
+    python -m examples --notebooks        # the same in clean kernels, and writes the notebooks
     python -m examples --list
 
 With the environment variable WEFT_SMALL=1 all settings are tiny and the README is left alone.
@@ -98,7 +98,7 @@ def write_readme(found: dict[str, dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples", description="Run the examples.")
     parser.add_argument("names", nargs="*", help="which (all, if none is named)")
-    parser.add_argument("--notebooks", action="store_true", help="make and execute the notebooks instead")
+    parser.add_argument("--notebooks", action="store_true", help="execute them as notebooks, and write these")
     parser.add_argument("--list", action="store_true", help="print the names")
     options = parser.parse_args()
     if unknown := [name for name in options.names if name not in NAMES]:
@@ -112,12 +112,13 @@ def main() -> None:
         if options.notebooks:
             from examples.notebooks import write_notebook
 
-            print(f"  wrote {write_notebook(name)}", flush=True)
+            os.environ.pop("MPLBACKEND", None)  # the kernel's own draws into the notebook
+            found[name] = write_notebook(name)
         else:
             found[name] = measure(name)
-            print(f"  {found[name]['seconds']:.0f} s: {json.dumps(found[name]['figures'])}", flush=True)
-    if found and not os.environ.get("WEFT_SMALL"):
-        write_readme(found)
+        print(f"  {found[name]['seconds']:.0f} s: {json.dumps(found[name]['figures'])}", flush=True)
+        if not os.environ.get("WEFT_SMALL"):
+            write_readme(found)
 
 
 if __name__ == "__main__":

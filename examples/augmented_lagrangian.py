@@ -29,26 +29,27 @@ def make_problem(loss):
     )
 
 
-rows = 50 if SMALL else 200
+rows = 16
 p = torch.linspace(0.0, 5.0, rows)[:, None]
-data = weft.Data(weft.DictDataset({"p": p}), batch_size=25 if SMALL else 50)
+data = weft.Data(weft.DictDataset({"p": p}), batch_size=rows)
 settings = {
-    "epochs": 20 if SMALL else 600, "seed": 0, "progress": False,
+    "epochs": 100 if SMALL else 4000, "seed": 0, "progress": False,
     "optimizer": lambda params: torch.optim.Adam(params, lr=5e-3),
-    "scheduler": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 20 if SMALL else 600, 1e-4),
+    "scheduler": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 100 if SMALL else 4000, 1e-4),
 }  # fmt: skip
 
 # %% [markdown]
 # ## Penalty, and augmented Lagrangian
 #
 # Only the loss changes. The last weights are compared: no single number says which epoch is best while multipliers change.
+# `growth=1.0` keeps the penalty parameter as it is. All rows are one batch, so an epoch is one step.
 
 # %%
 penalty = make_problem(weft.PenaltyLoss())
 result = weft.Trainer(**settings).fit(penalty, data)
 penalty.load_state_dict(result.last_weights)
 
-lagrangian = weft.AugmentedLagrangian(mu=1.0, growth=1.5, mu_max=20.0, every=5 if SMALL else 10)
+lagrangian = weft.AugmentedLagrangian(mu=1.0, growth=1.0, every=10 if SMALL else 50)
 augmented = make_problem(lagrangian)
 result = weft.Trainer(**settings).fit(augmented, data)
 augmented.load_state_dict(result.last_weights)
@@ -70,7 +71,7 @@ print(f"largest violation: {broken(penalty):.4f} with the penalty, {broken(augme
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
 left.plot(p, truth, color="C3", linewidth=4, alpha=0.35, label="closed form")
-left.plot(p, multipliers, "k--", label="augmented Lagrangian")
+left.plot(p, multipliers, "kx", label="augmented Lagrangian")
 left.set(xlabel="parameter p", ylabel="multiplier of the limit")
 left.legend(fontsize="small")
 for name, problem in (("penalty", penalty), ("augmented Lagrangian", augmented)):

@@ -75,34 +75,41 @@ def adam(rate):
     return lambda params: torch.optim.Adam(params, lr=rate, betas=(0.5, 0.99))
 
 
-def distance(gan, n=4000):
+held_out = {"sample": real(4000, 5), "noise": noise(4000, 6)}
+
+
+def distance(gan, batch):
     with torch.no_grad():
-        return wasserstein_distance(real(n, 5)[:, 0].numpy(), gan.generator(noise(n, 6))[:, 0].numpy())
+        return wasserstein_distance(batch["sample"][:, 0], gan.generator(batch["noise"])[:, 0])
 
 
 # %% [markdown]
-# No loss says which weights are best, so the distance itself is monitored: a metric that a hook logs.
+# No loss says which weights are best, so the distance itself is what a validation step returns, and what is monitored.
+
 
 # %%
+def validation_step(trainer, batch):
+    return {"distance": torch.tensor(distance(trainer.problem, batch))}
+
+
 problem = GAN()
-untrained = distance(problem)
+untrained = distance(problem, held_out)
 trainer = GANTrainer(
-    epochs=3 if SMALL else 120, seed=0, progress=False, monitor_metric="distance",
+    epochs=3 if SMALL else 120, seed=0, progress=False, monitor_metric="dev_distance", validation_step=validation_step,
     optimizer={"generator": adam(1e-3), "discriminator": adam(2e-3)},
-    hooks={"on_epoch_start": lambda trainer: trainer.log("distance", distance(trainer.problem))},
 )  # fmt: skip
-result = trainer.fit(problem, weft.Data(weft.DictDataset({"sample": real(2048, 1)}), batch_size=64 if SMALL else 128))
+sizes = {"train": 64 if SMALL else 128, "dev": 4000}
+result = trainer.fit(problem, weft.Data(weft.DictDataset({"sample": real(2048, 1)}), weft.DictDataset(held_out), batch_size=sizes))
 print(result)
-trained = distance(problem)
+trained = distance(problem, held_out)
 print(f"Wasserstein distance to the real distribution: {untrained:.3f} before, {trained:.3f} after")
 print(f"two sets of real samples: {wasserstein_distance(real(4000, 5)[:, 0], real(4000, 7)[:, 0]):.3f}")
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-for name in ("train_discriminator", "train_generator"):
-    left.plot(result.history[name], label=name.removeprefix("train_"))
-left.axhline(np.log(2), color="0.6", linestyle=":", label="log 2")
-left.set(xlabel="epoch", ylabel="loss")
+for name in ("train_discriminator", "train_generator", "dev_distance"):
+    left.plot(result.history[name], label=name.split("_")[1])
+left.set(xlabel="epoch", ylabel="losses; Wasserstein distance")
 left.legend(fontsize="small")
 bins = np.linspace(-3.5, 3, 60)
 right.hist(real(4000, 5)[:, 0].numpy(), bins, density=True, alpha=0.4, label="real")

@@ -8,9 +8,13 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import re
+import time
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).parent
 MAX_TEXT = 4000  # characters of an output that are kept
@@ -29,7 +33,7 @@ def cells_of(script: str) -> list[tuple[str, str]]:
     return cells
 
 
-def notebook_of(script: str, name: str):
+def notebook_of(script: str, name: str) -> Any:
     """The notebook, not executed; the same script always gives the same file."""
     import nbformat
 
@@ -43,25 +47,37 @@ def notebook_of(script: str, name: str):
     return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel, "language_info": {"name": "python"}})
 
 
-def execute(notebook, folder: Path = FOLDER, timeout: float = 900.0):
-    """Execute the notebook in a clean kernel, in place; outputs are kept short. Raises nbclient's CellExecutionError."""
-    import nbclient
+def execute(notebook: Any, folder: Path = FOLDER, timeout: float = 1800.0) -> dict[str, Any]:
+    """Execute the notebook in a clean kernel, in place, and return its `figures`; outputs are kept short.
 
+    Raises nbclient's CellExecutionError.
+    """
+    import nbclient
+    import nbformat
+
+    notebook.cells.append(nbformat.v4.new_code_cell("import json\n\nprint(json.dumps(figures))"))
     nbclient.NotebookClient(notebook, timeout=timeout, resources={"metadata": {"path": str(folder)}}).execute()
+    figures = json.loads(notebook.cells.pop().outputs[0]["text"])
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         cell.metadata = {}
         for output in cell.get("outputs", []):
             if "text" in output and len(output["text"]) > MAX_TEXT:
                 output["text"] = output["text"][:MAX_TEXT] + "\n...\n"
-    return notebook
+    return figures
 
 
-def write_notebook(name: str) -> Path:
-    """Make and execute `<name>.ipynb` beside `<name>.py`."""
+def write_notebook(name: str) -> dict[str, Any]:
+    """Make and execute `<name>.ipynb` beside `<name>.py`; its figures and seconds. Its last picture goes to `pictures/`."""
     import nbformat
 
-    notebook = execute(notebook_of((FOLDER / f"{name}.py").read_text(encoding="utf-8"), name))
-    path = FOLDER / f"{name}.ipynb"
-    nbformat.write(notebook, path)
-    return path
+    notebook = notebook_of((FOLDER / f"{name}.py").read_text(encoding="utf-8"), name)
+    began = time.perf_counter()
+    figures = execute(notebook)
+    seconds = time.perf_counter() - began
+    nbformat.write(notebook, FOLDER / f"{name}.ipynb")
+    outputs = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
+    pictures = [data["image/png"] for data in outputs if "image/png" in data]
+    (FOLDER / "pictures").mkdir(exist_ok=True)
+    (FOLDER / "pictures" / f"{name}.png").write_bytes(base64.b64decode(pictures[-1]))
+    return {"figures": figures, "seconds": seconds}

@@ -44,10 +44,11 @@ dev = weft.DictDataset({"x": grid, "target": truth(grid)})
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
 plt.close(figure)  # shown by hand
 try:
-    display = get_ipython().display_pub and __import__("IPython").display.display
-except NameError:
-    display = None  # a script
-shown = display(figure, display_id=True) if display else None
+    from IPython import display, get_ipython
+
+    shown = display.display(figure, display_id=True) if get_ipython() else None
+except ImportError:
+    shown = None
 
 
 def redraw(run):

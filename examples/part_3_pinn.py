@@ -137,8 +137,8 @@ plt.show()
 # ## The inverse problem
 #
 # Now the viscosity is unknown, and there are noisy measurements of $u$ instead. It becomes one more parameter of the problem,
-# beside the network's. Two terms compete, residual and measurements; `LearningRateAnnealing` (arXiv:2001.04536) adapts the
-# weight of the second so that both gradients are of one size.
+# beside the network's. Two terms compete, residual and measurements; `ReLoBRaLo` (arXiv:2110.09813) gives more weight to the
+# one that shrinks more slowly.
 
 
 # %%
@@ -169,13 +169,13 @@ inverse = weft.Problem(
     grad_inference=True,
     name="inverse",
 )
-adam_epochs, lbfgs_epochs = (10, 2) if SMALL else (800, 6)
+adam_epochs, lbfgs_epochs = (10, 2) if SMALL else (800, 10)
 trainer = weft.Trainer(
     phases=[
         weft.Phase(epochs=adam_epochs, optimizer=lambda params: torch.optim.Adam(params, lr=5e-3)),
         weft.Phase(epochs=lbfgs_epochs, optimizer=lbfgs),
     ],
-    hooks=weft.hooks.LearningRateAnnealing("residual", every=10),
+    hooks=weft.hooks.ReLoBRaLo(),
     monitor_metric="train_measurements",
     precision="64-true", seed=0, progress=False,
 )  # fmt: skip
