@@ -195,3 +195,15 @@ def test_any_object_with_start_step_stop_is_a_profiler() -> None:
 def test_what_is_no_profiler_is_refused(profiler: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="profiler"):
         fit(profiler=profiler)
+
+
+def test_the_report_shows_where_the_time_went(tmp_path: Path) -> None:
+    from weft import report
+
+    result = fit(profiler="simple", root_dir=str(tmp_path))
+    text = report.page(report.read_run(result.run_dir))  # type: ignore[arg-type]
+    assert "Where the time goes (per step)" in text and "<th>node filter</th>" in text and "<th>backward</th>" in text
+    plain = fit(root_dir=str(tmp_path / "b"))
+    assert "Where the time goes" not in report.page(report.read_run(plain.run_dir))  # type: ignore[arg-type]
+    advanced = fit(profiler="advanced", root_dir=str(tmp_path / "c"))
+    assert "time.sleep" in report.page(report.read_run(advanced.run_dir))  # type: ignore[arg-type]
