@@ -19,8 +19,9 @@ SOURCE = Path(weft.__file__).parent
 FLOORS = (
     ("types", "yamlfile", "charts", "surroundings", "prebatch"),
     ("events",),
+    ("watching",),
     ("terms",),
-    ("losses",),
+    ("losses", "drawing"),
     ("problem", "sharding"),
     ("data",),
     ("config", "references"),
@@ -68,7 +69,7 @@ NOT_CORE = {
 # Hooks that a user asks for; nothing of the core loads them.
 OPTIONAL_HOOKS = {
     f"weft.hooks.{name}"
-    for name in ("averaging", "balancing", "gradients", "parts", "sampling", "schedules", "terms")
+    for name in ("averaging", "balancing", "gradients", "parts", "pictures", "profiling", "sampling", "schedules", "terms", "timing")
 }
 
 

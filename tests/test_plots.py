@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -115,3 +116,52 @@ def test_matplotlib_is_loaded_by_the_first_picture_only() -> None:
     code = "import sys, weft.plots; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+# ---------------------------------------------------------------- systems and fields
+
+
+def test_a_rollout_draws_each_trajectory_with_its_bounds_over_time() -> None:
+    u = torch.arange(12.0).reshape(2, 6, 1)
+    ax = plots.rollout(u, Figure().add_subplot(), bounds=(-1.0, None), dt=0.5, labels=("time (s)", "torque (N m)"))
+    assert [np.array_equal(line.get_ydata(), u[i, :, 0]) for i, line in enumerate(ax.lines[:2])] == [True, True]
+    assert np.array_equal(ax.lines[0].get_xdata(), [0, 0.5, 1, 1.5, 2, 2.5])
+    assert list(ax.lines[2].get_ydata()) == [-1.0, -1.0]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("time (s)", "torque (N m)")
+    with pytest.raises(ValueError, match=r"shape \(6,\); expected \(batch, time, features\)"):
+        plots.rollout(u[0, :, 0])
+
+
+def test_a_phase_portrait_draws_paths_their_beginnings_and_the_target() -> None:
+    x = torch.randn(3, 7, 2, requires_grad=True)
+    ax = plots.phase_portrait(x, Figure().add_subplot(), target=(0, 0), bounds=(-1, 1, -2, 2))
+    paths = [line for line in ax.lines if len(line.get_xdata()) == 7]
+    assert all(np.array_equal(line.get_xydata(), x[i].detach()) for i, line in enumerate(paths)) and len(paths) == 3
+    legend = ax.get_legend()
+    assert legend is not None and [text.get_text() for text in legend.get_texts()] == ["target", "bounds"]
+    with pytest.raises(ValueError, match=r"expected \(batch, time, 2\)"):
+        plots.phase_portrait(torch.zeros(3, 7, 3))
+
+
+def test_a_spectrum_shows_the_eigenvalues_and_the_known_ones() -> None:
+    ax = plots.spectrum(torch.tensor([[0.0, -0.5], [0.5, 0.0]]), np.array([0.5j, -0.5j]), Figure().add_subplot())
+    _, known, learned = ax.lines
+    assert sorted(learned.get_ydata()) == pytest.approx([-0.5, 0.5]) and list(learned.get_xdata()) == pytest.approx([0, 0])
+    assert list(known.get_ydata()) == [0.5, -0.5]
+    with pytest.raises(ValueError, match=r"shape \(2, 3\); expected a square one"):
+        plots.spectrum(torch.zeros(2, 3))
+
+
+def test_a_field_has_three_pictures_with_one_scale_and_the_error() -> None:
+    t, x = np.linspace(0, 1, 4), np.linspace(-1, 1, 3)
+    u = np.arange(12.0).reshape(3, 4)
+    axes = plots.field(t, x, u, u + 0.5, labels=("t (s)", "x (m)", "u (m/s)"))
+    meshes = [ax.collections[0] for ax in axes]
+    assert [ax.get_title() for ax in axes] == ["network", "reference", "absolute error"]
+    assert np.array_equal(np.ravel(meshes[0].get_array()), u.ravel()) and np.all(np.ravel(meshes[2].get_array()) == 0.5)
+    assert meshes[0].get_clim() == meshes[1].get_clim() == (0.0, 11.5)
+    assert len(plots.field(t, x, u)) == 1
+    with pytest.raises(ValueError, match=r"shape \(4, 3\); expected \(rows, columns\) \(3, 4\)"):
+        plots.field(t, x, u.T)
+    with pytest.raises(ValueError, match="1 axes for 3 pictures"):
+        plots.field(t, x, u, u, [Figure().add_subplot()])

@@ -119,8 +119,8 @@ class TrainerConfig:
     """True, or the settings of `CheckpointConfig`; False: none."""
     resume: str | None = None
     """"auto", "last", "best" or the path of a checkpoint to go on from; None: start anew."""
-    profiler: str | None = None
-    """"simple", "pytorch", "advanced"; None: off."""
+    profiler: Literal["simple", "pytorch", "advanced"] | None = None
+    """Where the time goes: "simple" (a table), "pytorch" (a trace in the run's folder), "advanced" (cProfile); None: off."""
     progress: bool | Literal["auto"] = "auto"
     """The progress line on stderr: "auto" (a line that is rewritten, or plain lines without a terminal) or False."""
     fast_dev_run: bool | int = False

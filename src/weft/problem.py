@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from weft.drawing import Drawing, draw
 from weft.losses import PenaltyLoss
 from weft.terms import RESERVED_KEYS, Constraint, MissingKeyError, Objective, Term, explain, function_name
 from weft.types import Batch, suggest
@@ -298,6 +299,10 @@ class Problem(nn.Module):
                 f"from the data: {', '.join(self.inputs) or '-'}",
             ]
         )
+
+    def show(self) -> Drawing:
+        """The graph of nodes, keys and terms: a picture in a notebook where graphviz is installed, text by `print`."""
+        return draw(self)
 
     def __str__(self) -> str:
         return f"Problem {self.name!r}"

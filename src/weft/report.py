@@ -35,6 +35,8 @@ class RunRecord:
     result: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     """The rows of metrics.csv."""
+    profile: dict[str, Any] = field(default_factory=dict)
+    """Where the time went (`profiler="simple"`), as `TimeProfile.to_dict` gives it; or rows of another profiler."""
 
     @property
     def curves(self) -> dict[str, dict[int, float]]:
@@ -74,7 +76,9 @@ def read_run(folder: str | Path) -> RunRecord:
     config = yamlfile.load_file(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
     result = json.loads((folder / "result.json").read_text()) if (folder / "result.json").is_file() else {}
     rows = read_rows(folder / "metrics.csv") if (folder / "metrics.csv").is_file() else []
-    return RunRecord(folder, config if isinstance(config, dict) else {}, read_sessions(folder), result, rows)
+    found = folder / "profile" / "profile.json"
+    profile = json.loads(found.read_text(encoding="utf-8")) if found.is_file() else {}
+    return RunRecord(folder, config if isinstance(config, dict) else {}, read_sessions(folder), result, rows, profile)
 
 
 # ------------------------------------------------------------------------------------------------ the report
@@ -91,7 +95,7 @@ def write(folder: str | Path) -> Path:
 def page(run: RunRecord) -> str:
     """The report of a run as one HTML page, pictures and style included."""
     title = html.escape(f"{run.folder.resolve().name}")
-    parts = [f"<h1>{title}</h1>", _facts(run), _charts(run), _table("Settings", flat(run.config))]
+    parts = [f"<h1>{title}</h1>", _facts(run), _charts(run), _profile(run), _table("Settings", flat(run.config))]
     for number, session in enumerate(run.sessions, 1):
         name = "Surroundings" if len(run.sessions) == 1 else f"Surroundings, session {number}"
         parts.append(_table(name, flat(session)))
@@ -150,6 +154,31 @@ def term_names(metrics: Mapping[str, Any]) -> list[str]:
         split, _, quantity = name.partition("_")
         names.append(quantity if split in SPLITS and quantity else name)
     return [name for name in dict.fromkeys(names) if name != "loss"]
+
+
+def _profile(run: RunRecord) -> str:
+    """Where the time went: a row with a bar for each part and node, or for the longest rows of another profiler."""
+    profile = run.profile
+    if not profile:
+        return ""
+    if "parts" in profile:
+        steps = max(1, profile["steps"])
+        named = [*profile["parts"].items(), *((f"node {name}", row) for name, row in profile["nodes"].items())]
+    else:
+        steps = 1
+        longest = sorted(profile["rows"], key=lambda row: -row["own_seconds"])[:20]
+        named = [(row.get("name", row.get("function", "")), row) for row in longest]
+    whole = profile.get("seconds") or sum(row["own_seconds"] for row in profile.get("rows", [])) or 1.0
+    rows = []
+    for name, row in named:
+        seconds = row["seconds"] if "parts" in profile else row["own_seconds"]
+        if not seconds:
+            continue
+        bar = f'<div style="background:#2563eb;height:9px;width:{200 * min(1.0, seconds / whole):.0f}px"></div>'
+        cells = f"{bar}</td><td>{100 * seconds / whole:.1f} %</td><td>{1000 * seconds / steps:.3f} ms</td><td>{row['calls']} calls"
+        rows.append(f"<tr><th>{html.escape(name)}</th><td>{cells}</td></tr>")
+    per = "per step" if "parts" in profile else "in all, own"
+    return f"<details open><summary>Where the time goes ({per})</summary><table>{''.join(rows)}</table></details>"
 
 
 def _table(title: str, values: Mapping[str, Any]) -> str:

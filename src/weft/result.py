@@ -41,6 +41,8 @@ class FitResult:
     """How often a closure optimizer (LBFGS) evaluated the loss, in all its steps."""
     search_stop: str | None = None
     """Which option of LBFGS ended its last step ("max_iter", "tolerance_grad", ...)."""
+    profile: Any = None
+    """What the profiler found: its text by `str`, its numbers by `to_dict()`; a profiler of your own, itself."""
 
     def __repr__(self) -> str:
         best = ""
@@ -80,7 +82,7 @@ class FitResult:
 
     def save(self, run_dir: Path) -> None:
         """Write everything but weights and history to `run_dir/result.json`; `load_result` reads it back."""
-        plain = {k: v for k, v in vars(self).items() if k not in ("history", "last_weights", "run_dir")}
+        plain = {k: v for k, v in vars(self).items() if k not in ("history", "last_weights", "run_dir", "profile")}
         (run_dir / "result.json").write_text(json.dumps(plain, indent=1))
 
 

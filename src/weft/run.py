@@ -28,7 +28,7 @@ from weft.compiled import Graphs
 from weft.data import SPLITS, Data, batches_of, check_finite
 from weft.devices import float_dtype, make_fabric, numerics, start_processes
 from weft.evaluation import evaluate, monitored_metric
-from weft.events import AT_REST, EVENTS, Hook, bind, listeners
+from weft.events import AT_REST, EVENTS, Hook, listeners
 from weft.feed import Feed, in_lists, num_batches, within
 from weft.finite import Doubts
 from weft.history import Best, History, Progress
@@ -43,6 +43,7 @@ from weft.seams import Seams
 from weft.seeding import data_randomness, order_seed, seed_everything, separate
 from weft.signals import Interruption, SignalExit, interactive
 from weft.update import Combine, Step, Update, look_back, own_backward, own_step, own_update
+from weft.watching import bind_watched, watched, watched_batches
 from weft.weights import RunningStatistics
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ class Run(Seams):
         try:
             of_problem = [m for m in self.problem.modules() if isinstance(m, Hook)]
             self.hooks = listeners([*of_problem, *self.trainer.hooks, *self.trainer.default_hooks(self)])
-            self._bound = {event: bind(self.hooks, event) for event in (*EVENTS, AT_REST)}
+            self._bound = {event: bind_watched(self.hooks, event) for event in (*EVENTS, AT_REST)}
             self.problem.train()
             self.statistics = RunningStatistics(self.problem)
             self.begin_phases(resumed=self._resumed is not None)
@@ -298,7 +299,8 @@ class Run(Seams):
         progress, size = self.progress, self.config.accumulate
         if self.stop_reason and progress.batch:
             return  # it was told to stop in the last step before it was resumed
-        found, is_empty = self.feed.timed(train_batches(self)), progress.batch == 0
+        is_empty = progress.batch == 0
+        found = watched_batches(self.hooks, self.feed.timed(train_batches(self)))
         for batch in found if size == 1 else in_lists(found, size):
             is_empty = False
             progress.batch += 1 if size == 1 else len(batch)
@@ -343,7 +345,7 @@ class Run(Seams):
             return {}
         self.busy = "an evaluation"
         self.call("on_validation_start")
-        metrics = evaluate(self, split)
+        metrics = watched(self.hooks, "evaluation", evaluate)(self, split)
         if self._open:
             self.evaluated |= metrics
         self.call("on_validation_end", metrics)
@@ -503,4 +505,4 @@ class Run(Seams):
         at the next save or at the end); the checkpoints before are unharmed.
         """
         look_back(self)
-        return save_run(self)
+        return watched(self.hooks, "checkpoint", save_run)(self)

@@ -16,11 +16,12 @@ from weft.config import TrainerConfig
 
 
 def new_folder(config: TrainerConfig, options: dict[str, Any]) -> Path | None:
-    """The folder of a new run, made; None if nothing asks for one (root_dir, a logger or checkpoint).
+    """The folder of a new run, made; None if nothing asks for one (root_dir, a logger, checkpoint, a profile's trace).
 
     The files of an earlier run of this name are moved out of the way. Call in the first process.
     """
-    wanted = config.root_dir is not None or config.checkpointing is not None or options["loggers"]
+    traced = config.profiler == "pytorch" or getattr(options["profiler"], "needs_folder", False)
+    wanted = config.root_dir is not None or config.checkpointing is not None or options["loggers"] or traced
     if not wanted or config.fast_dev_run:
         return None
     folder = Path(config.root_dir or "runs") / (config.run_name or time.strftime("%Y-%m-%d_%H-%M-%S"))

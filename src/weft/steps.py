@@ -16,6 +16,7 @@ from weft.constants import misplaced
 from weft.devices import in_precision
 from weft.problem import term_keys
 from weft.types import suggest
+from weft.watching import watched
 
 if TYPE_CHECKING:
     from weft.run import Run
@@ -27,7 +28,7 @@ Forward = Callable[[Any], tuple[Any, dict[str, Any]]]
 def forward_of(run: Run, split: str) -> Forward:
     """The step of `split` with what it returns read: a training step must give a loss, others may."""
     problem, metric = run.problem, metric_of(run, split)
-    step = in_precision(run.fabric, run.trainer.step_function(split, problem))
+    step = watched(run.hooks, "forward", in_precision(run.fabric, run.trainer.step_function(split, problem)))
     read = reader(problem, split, metric, run.trainer.metric_functions, list(run.optimizers))
     required = split == "train"
 

@@ -19,6 +19,7 @@ from weft.finite import READS_ARE_FREE, Doubts, skips_by_itself
 from weft.metrics import num_examples
 from weft.optimizers import SearchReport, needs_closure, parameters_of, shared_parameters
 from weft.steps import forward_of, metric_of, reader
+from weft.watching import watched
 
 if TYPE_CHECKING:
     from weft.run import Run
@@ -50,7 +51,7 @@ def built_in(run: Run, begin: Callable[[Any], None], end: Callable[[Any, Tensor]
 
 
 def _single(run: Run, begin: Callable, end: Callable) -> Update:
-    forward, backward = forward_of(run, "train"), run.fabric.backward
+    forward, backward = forward_of(run, "train"), watched(run.hooks, "backward", run.fabric.backward)
     parts_of, step, combine = _parts(run), make_step(run, list(run.optimizers.values())), combiner(run)
 
     def update(batch: Any) -> Tensor:
@@ -85,7 +86,7 @@ def _several(run: Run, begin: Callable, end: Callable) -> Update:
             f"Parameters {shared[:5]} belong to several optimizers, and would get the gradients of all their losses. "
             "Give each optimizer its own, or write the steps out in `update` (with self.backward and self.step)."
         )
-    forward, backward = forward_of(run, "train"), run.fabric.backward
+    forward, backward = forward_of(run, "train"), watched(run.hooks, "backward", run.fabric.backward)
     parts_of, step, combine = _parts(run), make_step(run, list(run.optimizers.values())), combiner(run)
     parameters = {name: [p for p in parameters_of(o) if p.requires_grad] for name, o in run.optimizers.items()}
 
@@ -150,9 +151,10 @@ def _with_closure(run: Run, begin: Callable, end: Callable) -> Update:
     the logged loss is that of the evaluation at the point the search accepted, or of the last one.
     """
     optimizer = _only_closure_optimizer(run)
-    forward, backward = forward_of(run, "train"), run.fabric.backward
+    forward, backward = forward_of(run, "train"), watched(run.hooks, "backward", run.fabric.backward)
     parts_of, params, before_step = _parts(run), parameters_of(optimizer), run.listeners("on_before_optimizer_step")
     combine = combiner(run)
+    search = watched(run.hooks, "optimizer", optimizer.step)
 
     def update(batch: Any) -> Tensor:
         begin(batch)
@@ -180,7 +182,7 @@ def _with_closure(run: Run, begin: Callable, end: Callable) -> Update:
             return total
 
         try:
-            optimizer.step(cast(Any, closure))  # annotated for floats; LBFGS takes tensors
+            search(cast(Any, closure))  # annotated for floats; LBFGS takes tensors
         except BaseException:  # in the middle of a search the weights are those of a trial
             _put_back(optimizer, params, before, saved)
             raise
@@ -285,7 +287,7 @@ def own_backward(run: Run, loss: Tensor, **kwargs: Any) -> None:
     run.last_loss, run.has_stepped = loss.detach(), False
     if not run.in_update and len(run.optimizers) == 1:
         run.means.add({metric_of(run, "train"): loss}, num_examples(run.batch))
-    run.fabric.backward(loss, **kwargs)
+    watched(run.hooks, "backward", run.fabric.backward)(loss, **kwargs)
 
 
 def own_update(run: Run, batch: Any) -> Tensor:
@@ -341,8 +343,9 @@ def make_step(run: Run, optimizers: Sequence[Optimizer]) -> Step:
     before_step, trainer, progress, clip = run.listeners("on_before_optimizer_step"), run.trainer, run.progress, _clip(run)
     by_value, own = run.config.clip_algorithm == "value", [(o, parameters_of(o)) for o in optimizers]
     params, (do_step, unscale) = [p for _, mine in own for p in mine], stepping(run.fabric, optimizers)
+    do_step = watched(run.hooks, "optimizer", do_step)
     is_finite = finite_check(params, scaled=unscale is not None)
-    doubts, watched = _doubts(run, optimizers, scaled=unscale is not None), () if unscale is not None else optimizers
+    doubts, guarded = _doubts(run, optimizers, scaled=unscale is not None), () if unscale is not None else optimizers
 
     def step(loss: Tensor | None, read: Sequence) -> bool:
         norms = []
@@ -354,7 +357,7 @@ def make_step(run: Run, optimizers: Sequence[Optimizer]) -> Step:
             if clip is not None and not by_value:
                 norms.append(clip(mine))
         if doubts is not None:  # nothing waits for the GPU; `look_back` raises later
-            doubts.guard(progress.step, loss, norms, params, watched)
+            doubts.guard(progress.step, loss, norms, params, guarded)
             finite = True
         else:
             finite = is_finite(loss, norms)

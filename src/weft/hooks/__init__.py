@@ -19,6 +19,9 @@ _HOME = {
     "weft.hooks.averaging": ("EMA", "SWA"),
     "weft.hooks.balancing": ("GradNorm", "LearningRateAnnealing", "NTKWeights", "ReLoBRaLo", "SelfAdaptive", "SoftAdapt"),
     "weft.hooks.gradients": ("GradientNorms",),
+    "weft.hooks.profiling": ("AdvancedProfiler", "PyTorchProfiler"),
+    "weft.hooks.timing": ("SimpleProfiler",),
+    "weft.hooks.pictures": ("Figures", "WeightHistograms"),
     "weft.hooks.parts": ("freeze", "load_node", "unfreeze"),
     "weft.hooks.sampling": ("Resample",),
     "weft.hooks.schedules": ("Curriculum",),
@@ -37,8 +40,11 @@ if TYPE_CHECKING:
     )
     from weft.hooks.gradients import GradientNorms  # noqa: F401
     from weft.hooks.parts import freeze, load_node, unfreeze  # noqa: F401
+    from weft.hooks.pictures import Figures, WeightHistograms  # noqa: F401
+    from weft.hooks.profiling import AdvancedProfiler, PyTorchProfiler  # noqa: F401
     from weft.hooks.sampling import Resample  # noqa: F401
     from weft.hooks.schedules import Curriculum  # noqa: F401
+    from weft.hooks.timing import SimpleProfiler  # noqa: F401
     from weft.run import Run
     from weft.trainer import Trainer
 
@@ -48,6 +54,10 @@ def hooks_from(trainer: Trainer, run: Run) -> list[Any]:
     from weft.loggers import Logging, make_loggers
 
     config, hooks = trainer.config, []
+    if (profiler := config.profiler or trainer.options["profiler"]) is not None:
+        from weft.hooks.profiling import Profiling
+
+        hooks.append(Profiling(profiler))
     if config.patience is not None or any(phase.patience for phase in run.phases):
         hooks.append(EarlyStopping(config.patience, config.min_delta, config.warmup, config.min_epochs))
     if config.progress is not False:

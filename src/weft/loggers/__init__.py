@@ -164,6 +164,8 @@ class Logging(Hook):
         for logger in self._active:
             if run.progress.step > 0 and hasattr(logger, "rewind"):
                 logger.rewind(run.progress.step, run.progress.epoch, run.progress.batch > 0)
+            if hasattr(logger, "log_problem"):
+                logger.log_problem(trainer.problem)
             try:
                 logger.log_hyperparams(settings)
             except NotImplementedError:  # lightning.fabric.loggers.CSVLogger, 2.6

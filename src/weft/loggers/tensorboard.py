@@ -44,6 +44,7 @@ class TensorBoardLogger:
         self._writer: SummaryWriter | None = None
         self._purge_step: int | None = None
         self._hyperparams: dict[str, Any] | None = None
+        self._problem: Any = None
         self._are_layouts_written = False
 
     @property
@@ -71,6 +72,10 @@ class TensorBoardLogger:
         self._hyperparams = {
             name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in params.items()
         }
+
+    def log_problem(self, problem: Any) -> None:
+        """Keep `problem`, whose graph of nodes and terms is written for the Graphs tab, its description for the Text tab."""
+        self._problem = problem if hasattr(problem, "show") else None
 
     def log_final(self, metrics: Mapping[str, float], step: int) -> None:
         """Write what the run ended with, as tags `final/...`, which are columns of the HParams tab."""
@@ -132,7 +137,23 @@ class TensorBoardLogger:
             experiment, start, _ = hparams(self._hyperparams, columns)
             self._add_summary(experiment)
             self._add_summary(start)
+        if self._problem is not None:
+            self._write_graph(self._problem)
         self._are_layouts_written = True
+
+    def _write_graph(self, problem: Any) -> None:
+        from tensorboard.compat.proto import config_pb2, graph_pb2, node_def_pb2, step_stats_pb2
+
+        drawing, nodes = problem.show(), []
+        names = {"data": "data", **{name: name.replace(" ", "_") for name, _, _, _ in drawing.parts}}
+        for name, kind, reads, _ in [("data", "data", [], []), *drawing.parts]:
+            sources = dict.fromkeys(names[a] for a, _, b in drawing.edges if b == name and a != name)
+            what = f"{kind} ({', '.join(reads)})" if reads else kind
+            nodes.append(node_def_pb2.NodeDef(name=names[name], op=what, input=sources))
+        metadata = config_pb2.RunMetadata(step_stats=step_stats_pb2.StepStats())
+        self.writer._get_file_writer().add_graph((graph_pb2.GraphDef(node=nodes), metadata))
+        if hasattr(problem, "describe"):
+            self.writer.add_text("problem", "```\n" + problem.describe() + "\n```")
 
     def _write_session_end(self, status: str) -> None:
         from tensorboard.compat.proto import summary_pb2

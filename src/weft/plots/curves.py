@@ -1,21 +1,15 @@
-"""Pictures of a run and of what it learned: matplotlib axes in, axes out.
-
-    weft.plot.curves(result)                                  # train and dev, the best epoch marked
-    weft.plot.save_summary(result, "runs/a/curves.png")
-    weft.plot.solution_map(lambda x, y: (1 - x) ** 2 + 100 * (y - x**2) ** 2, (-2, 2), (-1, 3))
-
-matplotlib is loaded by the first picture. Without `ax` pyplot makes a new figure, which a notebook shows by itself;
-`save_summary` leaves pyplot alone, so a script that calls it has nothing to close.
-"""
+"""Curves of a run over its epochs: losses, terms, violations."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from weft.plots.axes import new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +19,7 @@ STYLES = {"train": "-", "dev": "--", "test": ":"}
 
 def curves(result: Any, ax: Axes | None = None) -> Axes:
     """The losses of `result` over its epochs, one line a split, with the best epoch marked. Logarithmic if positive."""
-    ax = ax if ax is not None else _new_axes()
+    ax = ax if ax is not None else new_axes()
     _draw_group(ax, {split: name for split, name in _splits_of("loss", result.history).items()}, result.history)
     _mark_best(ax, result)
     _finish(ax, "loss")
@@ -63,47 +57,6 @@ def save_summary(result: Any, path: str | os.PathLike[str]) -> None:
     terms(result, [figure.add_subplot(grid[1 + i // num_columns, i % num_columns]) for i in range(len(names))])
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     figure.savefig(path, dpi=120)
-
-
-def solution_map(
-    fn: Callable[[np.ndarray, np.ndarray], Any],
-    x_range: tuple[float, float],
-    y_range: tuple[float, float],
-    ax: Axes | None = None,
-    *,
-    num_points: int = 201,
-    levels: int | Sequence[float] = 30,
-    labels: tuple[str, str, str] = ("x", "y", "value"),
-    log: bool = False,
-) -> Axes:
-    """Filled contours of `fn(x, y)` over a rectangle, with a colour bar.
-
-    `fn` gets two arrays of shape (num_points, num_points) and returns one. `labels`: of both axes and of the bar, with
-    units. `log`: logarithmic levels; values that are not positive are drawn like the smallest positive one.
-    """
-    ax = ax if ax is not None else _new_axes()
-    x, y = np.meshgrid(np.linspace(*x_range, num_points), np.linspace(*y_range, num_points))
-    values = np.asarray(fn(x, y), dtype=float)
-    if values.shape != x.shape:
-        raise ValueError(f"solution_map: fn returned shape {values.shape}, expected {x.shape}, one value a point.")
-    options: dict[str, Any] = {"levels": levels, "cmap": "viridis"}
-    ticks = None
-    if log:
-        from matplotlib.colors import LogNorm
-        from matplotlib.ticker import LogLocator
-
-        smallest = values[values > 0].min()
-        values, ticks = np.maximum(values, smallest), LogLocator()
-        if isinstance(levels, int):
-            levels = [float(level) for level in np.geomspace(smallest, values.max(), levels)]
-        options |= {"levels": levels, "norm": LogNorm()}
-    contours = ax.contourf(x, y, values, **options)
-    figure = ax.get_figure()
-    assert figure is not None
-    figure.colorbar(contours, ax=ax, label=labels[2], ticks=ticks)
-    ax.set_xlabel(labels[0])
-    ax.set_ylabel(labels[1])
-    return ax
 
 
 def _splits_of(quantity: str, history: Mapping[str, Any]) -> dict[str, str]:
@@ -147,12 +100,6 @@ def _finish(ax: Axes, ylabel: str) -> None:
     ax.grid(True, which="major", alpha=0.3)
     if ax.lines:
         ax.legend(fontsize="small", framealpha=0.9)
-
-
-def _new_axes() -> Axes:
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(figsize=(6.4, 4.0), layout="constrained")[1]
 
 
 def _new_grid(num_axes: int) -> list[Axes]:
