@@ -37,16 +37,20 @@ def data_of_phase(run: Run) -> Data | None:
 
 
 def in_phase(run: Run) -> bool:
-    """Whether a phase is in force for one more epoch; where one is over the next begins. False after the last."""
+    """Whether a phase is in force for one more epoch; where one is over the next begins. False after the last.
+
+    Its data is there too, made anew if it is time to (`refresh_every`).
+    """
     progress = run.progress
-    if not (progress.phase_ended or (progress.phase_epoch >= run.phase.epochs and len(run.phases) > 1)):
-        return True
-    if progress.phase + 1 == len(run.phases):
-        return False
-    progress.phase, progress.phase_epoch, progress.phase_ended = progress.phase + 1, 0, False
-    if run.phase.data is not None:
+    if progress.phase_ended or (progress.phase_epoch >= run.phase.epochs and len(run.phases) > 1):
+        if progress.phase + 1 == len(run.phases):
+            return False
+        progress.phase, progress.phase_epoch, progress.phase_ended = progress.phase + 1, 0, False
+        if run.phase.data is not None:
+            run.renew_data()
+        begin_phase(run)
+    if run.data.refresh_every and progress.epoch - progress.data_epoch >= run.data.refresh_every:
         run.renew_data()
-    begin_phase(run)
     return True
 
 

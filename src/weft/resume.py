@@ -149,7 +149,7 @@ def restore_run(run: Run, state: Mapping[str, Any], hooks: bool = True) -> None:
     _same_names("hooks with state", own, state["hooks"])
     for name, hook in own.items() if hooks else ():
         hook.load_state_dict(state["hooks"][name])
-    run.kept.notes = dict(state["notes"])
+    run.kept.notes = checkpoint.plain(state["notes"])  # containers of its own: it will be written to
     run.trainer.state.clear()
     run.trainer.state.update(_moved(state["state"], run.fabric.device))
     run.processes.set_own_buffers(run.problem, state["own_buffers"])
@@ -189,8 +189,16 @@ def _restore_optimizers(run: Run, state: Mapping[str, Any]) -> None:
         scaler.load_state_dict(state["scaler"])
 
 
-def go_on(run: Run, state: Mapping[str, Any]) -> None:
-    """Begin a resumed run: its hooks see the state as it was saved, and what they change at the start is put back."""
+def begin(run: Run, state: Mapping[str, Any] | None, carried: Mapping[str, Any] | None) -> None:
+    """Call `on_fit_start`, and go on from the `state` of a checkpoint, or the one `carried` from other processes.
+
+    The hooks of a resumed run see the state as it was saved, and what they change at the start is put back.
+    """
+    if state is None:
+        run.call("on_fit_start")
+        if carried is not None:
+            restore_carried(run, carried)
+        return
     compare(run, state)
     restore_run(run, state, hooks=False)
     run.call("on_fit_start")

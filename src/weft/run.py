@@ -37,7 +37,7 @@ from weft.optimizers import Phase, Scheduled
 from weft.phases import Frozen, data_of_phase, in_phase, unfreeze
 from weft.processes import Processes
 from weft.result import FitResult, result_of
-from weft.resume import Kept, find_state, go_on, restore_carried, state_of_run, train_batches
+from weft.resume import Kept, begin, find_state, state_of_run, train_batches
 from weft.saving import finish_saving, prepare_folder, save_run, saves
 from weft.seams import Seams
 from weft.seeding import data_randomness, order_seed, seed_everything, separate
@@ -182,8 +182,7 @@ class Run(Seams):
             seed_everything(self.config.seed)
         if self.is_new:
             separate(self.seed, self.processes.rank)
-        new_folder = partial(runs.new_folder, self.config, self.trainer.options)
-        self.run_dir = self.run_dir or self.processes.first(new_folder)
+        self.run_dir = self.run_dir or self.processes.first(partial(runs.new_folder, self.config, self.trainer.options))
         self._stack.enter_context(numerics(self.fabric, self.config.deterministic, self.problem))
         self._stack.enter_context(self.interruption.caught())
         self.continues, self.progress.interrupted = self._resumed is not None or self.progress.interrupted, False
@@ -197,12 +196,7 @@ class Run(Seams):
             self.begin_phases(resumed=self._resumed is not None)
             if saves(self):
                 prepare_folder(self)
-            if self._resumed is not None:
-                go_on(self, self._resumed)
-            else:
-                self.call("on_fit_start")
-                if self.carried is not None:
-                    restore_carried(self, self.carried)
+            begin(self, self._resumed, self.carried)
             self._resumed, self.carried, self.begun = None, None, True
         except BaseException as error:
             self.__exit__(type(error), error, None)
@@ -278,8 +272,6 @@ class Run(Seams):
         if not self.reopened:  # of an epoch that a resumed run is in the middle of, this has happened
             if self.stop_reason or progress.epoch >= progress.last_epoch or not in_phase(self):
                 return False
-            if self.data.refresh_every and progress.epoch - progress.data_epoch >= self.data.refresh_every:
-                self.renew_data()
             self.evaluated = {}
         self._open, self._epoch_clock = True, time.perf_counter()
         self.feed.begin()
@@ -501,8 +493,7 @@ class Run(Seams):
     def save(self) -> Path:
         """Write a checkpoint into the run's folder and return its path. Call on every rank, between updates.
 
-        Raises RuntimeError without a folder or in the middle of something, OSError if the disk fails (with `background`
-        at the next save or at the end); the checkpoints before are unharmed.
+        Raises RuntimeError without a folder or in the middle of an update, OSError if the disk fails.
         """
         look_back(self)
         return watched(self.hooks, "checkpoint", save_run)(self)
