@@ -30,6 +30,12 @@ def begin_phases(run: Run, resumed: bool) -> None:
         begin_phase(run, anew=not run.continues or not run.optimizers)
 
 
+def num_epochs(run: Run) -> int:
+    """The epochs of all phases together; with `fast_dev_run` at most one."""
+    planned = sum(phase.epochs for phase in run.trainer.phases) or run.config.epochs
+    return min(1, planned) if run.config.fast_dev_run else planned
+
+
 def data_of_phase(run: Run) -> Data | None:
     """The data of the phase in force, or of the last one before that brought its own; None: those of the fit."""
     given = [phase.data for phase in run.phases[: run.progress.phase + 1] if phase.data is not None]

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Self
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from weft import checkpoint, runs
+from weft import checkpoint, runs, seeding
 from weft.compiled import Graphs
 from weft.data import SPLITS, Data, batches_of, check_finite
 from weft.devices import float_dtype, make_fabric, numerics, start_processes
@@ -34,13 +34,12 @@ from weft.finite import Doubts
 from weft.history import Best, History, Progress
 from weft.metrics import Means, check_scalars, num_examples
 from weft.optimizers import Phase, Scheduled
-from weft.phases import Frozen, data_of_phase, in_phase, unfreeze
+from weft.phases import Frozen, data_of_phase, in_phase, num_epochs, unfreeze
 from weft.processes import Processes
 from weft.result import FitResult, result_of
 from weft.resume import Kept, begin, find_state, state_of_run, train_batches
 from weft.saving import finish_saving, prepare_folder, save_run, saves
 from weft.seams import Seams
-from weft.seeding import data_randomness, order_seed, seed_everything, separate
 from weft.signals import Interruption, SignalExit, interactive
 from weft.update import Combine, Step, Update, look_back, own_backward, own_step, own_update
 from weft.watching import bind_watched, watched, watched_batches
@@ -68,7 +67,7 @@ class Run(Seams):
         self.best = previous.best if previous else Best()
         self.optimizers: dict[str, Optimizer] = previous.optimizers if previous else {}
         self.schedules: dict[str, Scheduled] = previous.schedules if previous else {}
-        self.seed = previous.seed if previous else order_seed(self.config.seed)
+        self.seed = previous.seed if previous else seeding.order_seed(self.config.seed)
         self.run_dir: Path | None = previous.run_dir if previous else None
         self.carried = previous.carried if previous else None  # the state of a run that was in other processes
         self.phases = trainer.phases or [Phase(epochs=max(1, self.config.epochs))]
@@ -143,9 +142,7 @@ class Run(Seams):
 
     def begin_fit(self) -> None:
         """Count how many epochs and steps there are to come, with the options as they are now."""
-        planned = sum(phase.epochs for phase in self.trainer.phases) or self.config.epochs
-        planned = min(1, planned) if self.config.fast_dev_run else planned
-        self.progress.begin_fit(planned, self.config.max_steps, goes_on=self._resumed is not None)
+        self.progress.begin_fit(num_epochs(self), self.config.max_steps, goes_on=self._resumed is not None)
 
     def renew_data(self) -> None:
         """Make the data anew: a refresh, or a phase that brings its own."""
@@ -160,7 +157,7 @@ class Run(Seams):
             self.progress.data_epoch = self.progress.epoch
         self.random_before_data = checkpoint.random_state()
         seed = self.config.seed if self.processes.world == 1 else self.seed
-        with data_randomness(seed, index=self.progress.refreshes):
+        with seeding.data_randomness(seed, index=self.progress.refreshes):
             self.use_data(data_of_phase(self) or self.given_data())
 
     def use_data(self, data: Data) -> None:
@@ -178,10 +175,8 @@ class Run(Seams):
     def __enter__(self) -> Self:
         if not self.has("train"):
             raise ValueError("fit: there is no training data (train=None).")
-        if self.config.seed is not None and self.is_new:
-            seed_everything(self.config.seed)
         if self.is_new:
-            separate(self.seed, self.processes.rank)
+            seeding.begin(self.config.seed, self.seed, self.processes.rank)
         self.run_dir = self.run_dir or self.processes.first(partial(runs.new_folder, self.config, self.trainer.options))
         self._stack.enter_context(numerics(self.fabric, self.config.deterministic, self.problem))
         self._stack.enter_context(self.interruption.caught())

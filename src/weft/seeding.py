@@ -26,8 +26,12 @@ def order_seed(seed: int | None) -> int:
     return (torch.initial_seed() if seed is None else seed) % 2**63
 
 
-def separate(seed: int, rank: int) -> None:
-    """Give every process but the first random numbers of its own, so that each draws other points, masks and noise."""
+def begin(asked: int | None, seed: int, rank: int) -> None:
+    """Seed the process if that was asked for. Of several, every one but the first gets random numbers of its own, made
+    of the run's `seed`, so that each draws other points, masks and noise.
+    """
+    if asked is not None:
+        seed_everything(asked)
     if rank:
         seed_everything(int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
