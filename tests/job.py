@@ -48,7 +48,7 @@ def rank() -> int:
 
 
 class Trouble(weft.Hook):
-    """What goes wrong in process `of` after step `step`: "raise", "exit", "kill" or "hang"; once, if `flag` is a file name."""
+    """What goes wrong in process `of` after step `step`: "raise", "exit", "kill", "term" or "hang"; once, if `flag` is a file name."""
 
     def __init__(self, kind: str, of: int, step: int, flag: Path | None = None) -> None:
         self.kind, self.of, self.step, self.flag = kind, of, step, flag
@@ -62,9 +62,10 @@ class Trouble(weft.Hook):
             raise ValueError("this is the cause")
         if self.kind == "exit":
             os._exit(3)
-        if self.kind == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(1000)
+        if self.kind in ("kill", "term"):
+            os.kill(os.getpid(), signal.SIGKILL if self.kind == "kill" else signal.SIGTERM)
+        if self.kind == "hang":
+            time.sleep(1000)
 
 
 def main(task: str, folder: Path, options: dict[str, Any]) -> None:

@@ -165,6 +165,7 @@ def test_a_job_that_lost_a_process_is_restarted_and_ends_at_the_bits_of_the_undi
         pytest.param("exit", 1, marks=pytest.mark.long),
         pytest.param("kill", 0, marks=pytest.mark.long),
         pytest.param("kill", 1, marks=pytest.mark.long),
+        pytest.param("term", 1, marks=pytest.mark.long),
         pytest.param("hang", 0, marks=pytest.mark.long),
         pytest.param("hang", 1, marks=pytest.mark.long),
     ],
@@ -177,8 +178,10 @@ def test_a_job_ends_when_one_of_its_processes_does(tmp_path: Path, kind: str, of
     if kind == "raise":  # the first traceback is that of the cause
         first = errors.split("Traceback (most recent call last):")[1]
         assert "ValueError: this is the cause" in first, errors
+    if kind == "term":  # of one process: all leave after the same step
+        assert status == 143 and "Traceback" not in errors, errors
     state, _ = load_checkpoint(tmp_path / "run")
-    assert state["progress"]["step"] in (2, 3)
+    assert state["progress"]["step"] in ((2, 3) if kind != "term" else (4,))
 
 
 def test_a_second_machine_that_nobody_starts_is_an_error_at_once() -> None:

@@ -6,6 +6,7 @@ on one device the bare module (32-true), inside autocast (mixed; inputs keep the
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import threading
@@ -99,8 +100,16 @@ def start_processes(fabric: Fabric, timeout: float | None) -> None:
     except ValueError as error:
         raise ValueError(f"{error} (This machine has {_machine()}.)") from error
     _limit_waiting(timeout)
+    if fabric.world_size > 1:
+        atexit.unregister(_leave_group)
+        atexit.register(_leave_group)  # else a process may abort when it ends after the first one
     if fabric.local_rank and os.environ.get("LOCAL_RANK") and isinstance(_environment(fabric), LightningEnvironment):
         _end_after_parent(timeout)
+
+
+def _leave_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _environment(fabric: Fabric) -> Any:
