@@ -23,11 +23,11 @@ MAX_TEXT = 4000  # characters of an output that are kept
 def cells_of(script: str) -> list[tuple[str, str]]:
     """The cells of a py:percent script as ("markdown" or "code", text)."""
     cells = []
-    for kind, body in re.findall(r"^# %%( \[markdown\])?[^\n]*\n(.*?)(?=^# %%|\Z)", script, flags=re.M | re.S):
+    for kind, body in re.findall(r"^# %%( \[markdown\])?[^\n]*\n(.*?)(?=^# %%|\Z)", script, flags=re.MULTILINE | re.DOTALL):
         if kind:
             text = "\n".join(line.removeprefix("#").removeprefix(" ") for line in body.strip().splitlines())
         else:
-            text = re.sub(r"  # noqa: E402$", "", body.strip(), flags=re.M)
+            text = re.sub(r"  # noqa: E402$", "", body.strip(), flags=re.MULTILINE)
         if text:
             cells.append(("markdown" if kind else "code", text))
     return cells

@@ -103,7 +103,7 @@ def test_a_split_of_several_datasets_is_nested_and_the_smaller_ones_start_over()
     assert sorted(torch.cat([b["interior"]["n"] for b in batches]).tolist()) == list(range(40))
     boundary = [b["boundary"]["n"].tolist() for b in batches]
     assert [len(b) for b in boundary] == [3, 3, 1, 3, 3]  # one pass, then a second begins
-    assert sorted(sum(boundary[:3], [])) == list(range(7))
+    assert sorted(row for rows in boundary[:3] for row in rows) == list(range(7))
     assert batches[0]["name"] == "train" and batches[0]["epoch"] == 0
 
 

@@ -14,7 +14,7 @@ def test_every_python_block_of_the_readme_runs_in_order(capsys):
     assert len(blocks) >= 5
     names: dict = {"__name__": "readme"}
     for block in blocks:
-        exec(compile(block.replace("weft.Trainer(", "weft.Trainer(progress=False, "), "README.md", "exec"), names)
+        exec(compile(block.replace("weft.Trainer(", "weft.Trainer(progress=False, "), "README.md", "exec"), names)  # noqa: S102, our own text
     shown = capsys.readouterr().out
     x = torch.tensor([float(v) for v in re.search(r"tensor\(\[\[(.*?)\]\]\)", shown)[1].split(",")])
     assert (x - torch.tensor([1.0, 2.0]) / 5**0.5).abs().max() < 0.05  # the projection onto the unit circle

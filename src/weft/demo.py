@@ -11,6 +11,7 @@ A network 2 -> 80x4 -> 2 learns x(a, p) from objective and penalties alone, with
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -41,7 +42,7 @@ def radius2(x: Tensor) -> Tensor:
 def make_problem() -> weft.Problem:
     """The problem with an untrained network."""
     sizes = [2, 80, 80, 80, 80]
-    hidden = [m for i, o in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(i, o), nn.ReLU())]
+    hidden = [m for i, o in itertools.pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())]
     net = weft.Node(nn.Sequential(*hidden, nn.Linear(80, 2)), ["a", "p"], ["x"], name="solution")
     return weft.Problem(
         [net],

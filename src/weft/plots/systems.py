@@ -107,7 +107,7 @@ def spectrum(matrix: Any, reference: Any = None, ax: Axes | None = None) -> Axes
     ax.plot(np.cos(angle), np.sin(angle), color="0.6", linewidth=1.0, label="unit circle")
     if reference is not None:
         known = array(reference)
-        ax.plot(known.real, known.imag, "o", markersize=12, markerfacecolor="none", color="C3", label="known")
+        ax.plot(np.real(known), np.imag(known), "o", markersize=12, markerfacecolor="none", color="C3", label="known")
     ax.plot(values.real, values.imag, "x", color="k", markersize=7, label="learned")
     ax.set(xlabel="real part", ylabel="imaginary part")
     ax.set_aspect("equal")
