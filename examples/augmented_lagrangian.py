@@ -20,7 +20,9 @@ A, C = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0])
 
 def make_problem(loss):
     torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Linear(1, 40), torch.nn.GELU(), torch.nn.Linear(40, 2))
+    net = torch.nn.Sequential(
+        torch.nn.Linear(1, 40), torch.nn.GELU(), torch.nn.Linear(40, 40), torch.nn.GELU(), torch.nn.Linear(40, 2)
+    )
     return weft.Problem(
         [weft.Node(net, ["p"], ["x"], name="solution")],
         objectives=[weft.objective(lambda x: 0.5 * (x - C).square().sum(dim=1), name="distance")],

@@ -90,7 +90,7 @@ problem = weft.Problem(
 # residual, every few hundred epochs. In the second, an epoch is one call of L-BFGS: up to 100 iterations with line searches.
 
 # %%
-adam_epochs, lbfgs_epochs, num_points = (10, 2, 200) if SMALL else (500, 30, 2000)
+adam_epochs, lbfgs_epochs, num_points = (10, 2, 200) if SMALL else (400, 24, 2000)
 
 
 def lbfgs(params):
