@@ -190,7 +190,12 @@ def _interrupts_go_to_children() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    before = signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+
+    def note(number: int, frame: Any) -> None:
+        asked.append(number)
+
+    note.is_of_weft = True  # type: ignore[attr-defined]: a fit in a forked process may handle the signal itself
+    before = signal.signal(signal.SIGINT, note)
     try:
         yield asked
     finally:
