@@ -259,7 +259,7 @@ def test_weights_and_what_a_method_remembers_survive_a_killed_process_and_a_phas
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
     assert not Path("runs/killed/result.json").exists()
-    resumed, problem = fit_long(method, resume="auto", **saved)
+    resumed, problem = fit_long(method, ({"on_step_start": lambda t, batch: None},), resume="auto", **saved)
     assert weight_values(problem) == weight_values(whole_problem)
     assert same(resumed.last_weights, whole.last_weights)
     assert resumed.history == whole.history

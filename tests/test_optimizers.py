@@ -200,7 +200,11 @@ def test_every_kind_of_scheduler_steps_as_in_a_loop_written_by_hand_and_is_resum
 
     interrupted, resumed = Regression(), Regression()
     options = {"optimizer": sgd, "scheduler": SCHEDULERS[name], "checkpoint": True, "run_name": "it"}
-    fit(interrupted, plain(data), epochs=9, hooks={"on_epoch_end": lambda t, m: t.current_epoch == 4 and t.stop()}, **options)
+    fuse = [5]  # the power goes when this epoch begins
+    options["hooks"] = {"on_epoch_start": lambda t: t.current_epoch in fuse and 1 / 0}
+    with pytest.raises(ZeroDivisionError):
+        fit(interrupted, plain(data), epochs=9, **options)
+    fuse.clear()
     again, _ = fit(resumed, plain(data), epochs=9, resume="auto", **options)
     assert same(again.last_weights, weights(theirs))
 
@@ -400,10 +404,14 @@ def copied(value: Any) -> Any:
 
 def test_lbfgs_is_resumed_to_the_last_bit() -> None:
     data = plain(regression(dtype=torch.float64))
+    fuse: list[int] = []  # the power goes when this epoch begins
     options = {"epochs": 6, "precision": "64-true", "optimizer": lbfgs}
+    options["hooks"] = {"on_epoch_start": lambda t: t.current_epoch in fuse and 1 / 0}
     whole, _ = fit(Regression(torch.float64), data, **options)
-    stop = {"on_epoch_end": lambda t, m: t.current_epoch == 2 and t.stop()}
-    fit(Regression(torch.float64), data, checkpoint=True, run_name="it", hooks=stop, **options)
+    fuse.append(3)
+    with pytest.raises(ZeroDivisionError):
+        fit(Regression(torch.float64), data, checkpoint=True, run_name="it", **options)
+    fuse.clear()
     again, _ = fit(Regression(torch.float64), data, checkpoint=True, run_name="it", resume="auto", **options)
     assert same(again.last_weights, whole.last_weights)
     assert (again.evaluations, again.search_stop) == (whole.evaluations, whole.search_stop)

@@ -94,7 +94,7 @@ class Scheduled:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.asked = state_dict["asked"]
-        self.scheduler.load_state_dict(state_dict["scheduler"])
+        self.scheduler.load_state_dict(dict(state_dict["scheduler"]))  # CyclicLR takes entries out
 
     def step(self, metrics: Mapping[str, float], default_monitor: str | None, complete: bool = True) -> None:
         """Step if it is this schedule's turn; one with a metric only after epochs that measured it.
