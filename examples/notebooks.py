@@ -61,6 +61,8 @@ def execute(notebook: Any, folder: Path = FOLDER, timeout: float = 1800.0) -> di
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         cell.metadata = {}
+        if "outputs" in cell:  # what other libraries say on stderr holds paths and times
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         for output in cell.get("outputs", []):
             if "text" in output and len(output["text"]) > MAX_TEXT:
                 output["text"] = output["text"][:MAX_TEXT] + "\n...\n"

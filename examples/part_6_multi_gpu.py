@@ -56,9 +56,9 @@ two = run_script("--batch-size", "50", "--devices", "2", "--strategy", "ddp")
 by_torchrun = one if SMALL else run_script(
     "--batch-size", "50", "--devices", "2", launcher=(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
 )  # fmt: skip
-apart = max(abs(other[name] / one[name] - 1) for other in (two, by_torchrun) for name in one if abs(one[name]) > 1e-6)
+apart = max(abs(other[name] - one[name]) / one["test_loss"] for other in (two, by_torchrun) for name in one)
 print(f"test loss: one process {one['test_loss']:.8f}, two {two['test_loss']:.8f}, torchrun {by_torchrun['test_loss']:.8f}")
-print(f"largest relative difference of any figure: {apart:.1e}")
+print(f"largest difference of any figure, relative to the loss: {apart:.1e}")
 
 # %% [markdown]
 # ## Killed and resumed
@@ -106,13 +106,17 @@ print(f"killed after {saved[-1]}; weights of the resumed and the uninterrupted r
 
 # %% [markdown]
 # ## Against cvxpy
+#
+# Variances are of the order of 0.001 and returns of 0.01, so the terms get weights that bring them to one scale: a phase may
+# set them by name.
 
 # %%
 torch.manual_seed(0)
-problem, epochs = multi_gpu.make_problem(), 2 if SMALL else 150
+problem, epochs = multi_gpu.make_problem(), 2 if SMALL else 200
 trainer = weft.Trainer(
-    epochs=epochs, seed=0, progress=False,
-    optimizer=lambda params: torch.optim.AdamW(params, lr=5e-3, weight_decay=0.0),
+    phases=[weft.Phase(epochs=epochs, weights={"variance": 1000.0, "return": 1000.0, "invested": 10.0})],
+    seed=0, progress=False,
+    optimizer=lambda params: torch.optim.Adam(params, lr=5e-3),
     scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs),
 )  # fmt: skip
 result = trainer.fit(problem, multi_gpu.data_setup)
@@ -137,7 +141,7 @@ print(f"variance differs from the optimum by {100 * gap:.1f} % on average; fully
 figure, ax = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
 ax.plot(100 * demanded, 100 * np.sqrt(np.abs(variance)), color="C3", linewidth=4, alpha=0.35, label="optimum (cvxpy)")
 ax.plot(100 * demanded, 100 * np.sqrt(found), "k--", label="network")
-ax.set(xlabel="demanded return (%)", ylabel="risk: standard deviation (%)")
+ax.set(ylim=(0, None), xlabel="demanded return (%)", ylabel="risk: standard deviation (%)")
 ax.legend()
 plt.show()
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from browser import CHROMIUM, Browser
 
 import weft
+from browser import CHROMIUM, Browser
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian's package chromium), which is not installed")
 
