@@ -152,7 +152,8 @@ def test_the_commit_is_recorded_and_whether_the_tree_was_clean(here: Path) -> No
     with (here / "run.yaml").open("a") as file:
         file.write("# changed\n")
     assert cli.main(["fit", "--config", "run.yaml", "--epochs", "1"]) == cli.OK
-    first, second = yamlfile.load_file(here / "runs" / "a" / "environment.yaml")["sessions"]
+    runs = (here / "runs" / "a" / "old" / "1", here / "runs" / "a")  # a new run moves the files of the one before
+    first, second = (yamlfile.load_file(folder / "environment.yaml")["sessions"][0] for folder in runs)
     assert first["git"] == {"commit": git("rev-parse", "HEAD"), "clean": True}
     assert second["git"]["clean"] is False and "run.yaml" in second["git"]["changed"][0]
 
@@ -238,7 +239,8 @@ def test_resume_goes_on_from_the_last_checkpoint(here: Path, capsys: pytest.Capt
     assert cli.main(["resume", "runs/a"]) == cli.OK
     whole, resumed = (weft.load_result(here / "runs" / name) for name in ("whole", "a"))
     assert resumed.history == whole.history
-    first, second = yamlfile.load_file(here / "runs" / "a" / "environment.yaml")["sessions"]
+    runs = (here / "runs" / "a" / "old" / "1", here / "runs" / "a")  # a new run moves the files of the one before
+    first, second = (yamlfile.load_file(folder / "environment.yaml")["sessions"][0] for folder in runs)
     assert first["resumed_at_step"] is None and second["resumed_at_step"] in (6, 7)  # 7: saved at the error, too
     assert cli.main(["resume", "runs/nothing"]) == cli.BAD_USAGE
 

@@ -139,9 +139,8 @@ def test_a_run_that_is_still_going_can_be_looked_at(run_folder: Path, tmp_path: 
 
 
 def test_a_failed_report_costs_a_warning_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "report.html").mkdir()  # cannot be written
-    trainer = weft.Trainer(epochs=1, accelerator="cpu", progress=False, root_dir=str(tmp_path), run_name="b")
+    block = {"on_epoch_start": lambda trainer: (tmp_path / "b" / "report.html").mkdir()}  # cannot be written
+    trainer = weft.Trainer(epochs=1, accelerator="cpu", progress=False, root_dir=str(tmp_path), run_name="b", hooks=block)
     with pytest.warns(UserWarning, match=r"No report.html was written"):
         assert trainer.fit(make_problem(), data_setup, nsim=30).stop_reason == "epochs"
 

@@ -663,3 +663,13 @@ def test_weights_are_saved_and_loaded(tmp_path: Path) -> None:
     assert not same(dict(fresh.state_dict()), dict(module.state_dict()))
     assert weft.load_weights(fresh, tmp_path / "w.pt") is fresh
     assert same(dict(fresh.state_dict()), dict(module.state_dict()))
+
+
+def test_a_new_run_under_a_name_that_was_used_keeps_the_files_of_every_run_before(tmp_path: Path) -> None:
+    written = []
+    for epochs in (1, 2, 3):
+        weft.Trainer(epochs=epochs, progress=False, root_dir=str(tmp_path), run_name="same").fit(problem(), data())
+        written.append((tmp_path / "same" / "metrics.csv").read_text())
+    kept = [tmp_path / "same" / "old" / number / "metrics.csv" for number in "12"]
+    assert [path.read_text() for path in kept] == written[:2] and written[0] != written[1]
+    assert weft.load_result(tmp_path / "same").epochs == 3 and weft.load_result(kept[0].parent).epochs == 1

@@ -7,7 +7,6 @@ A run that starts anew under a name that was used before moves the files of the 
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -41,12 +40,13 @@ _OF_A_RUN = (
 
 
 def _set_aside(folder: Path) -> None:
-    """Move what an earlier run of this name left into `old/`, so that no file of one is taken for the other's."""
+    """Move what an earlier run of this name left into `old/1`, `old/2`, ...: no file of one is taken for another's."""
     if left := [path for pattern in _OF_A_RUN for path in folder.glob(pattern)]:
-        shutil.rmtree(folder / "old", ignore_errors=True)
-        (folder / "old").mkdir(exist_ok=True)
+        number = 1 + max((int(p.name) for p in folder.glob("old/*") if p.name.isdigit()), default=0)
+        aside = folder / "old" / str(number)
+        aside.mkdir(parents=True)
         for path in left:
-            path.replace(folder / "old" / path.name)
+            path.replace(aside / path.name)
 
 
 RESUME_WORDS = ("auto", "last", "best")
