@@ -187,17 +187,28 @@ def test_more_steps_and_more_patience_extend_a_resumed_fit(tmp_path: Path) -> No
     assert longer.epochs > first.epochs
 
 
-def test_a_run_that_was_told_to_stop_stays_stopped(tmp_path: Path) -> None:
-    stop = {"hooks": lambda: {"on_step_end": lambda trainer, b, loss: trainer.global_step == 9 and trainer.stop("enough")}}
-    expected = undisturbed(stop, tmp_path / "whole", every=1)
+def test_a_run_that_dies_after_it_was_told_to_stop_stops_there_again_and_a_finished_one_goes_on(tmp_path: Path) -> None:
+    def stop(trainer: Any, batch: Any, loss: Any) -> None:
+        if trainer.global_step == 9:
+            trainer.stop("enough")
+
+    def die(trainer: Any) -> None:
+        if trainer.global_step == 9:
+            FUSE.burn()
+
+    setting = {"hooks": lambda: {"on_step_end": stop, "on_validation_start": die}}
+    expected = undisturbed(setting, tmp_path / "whole", every=1)
     start_alike()
-    fit(tmp_path / "cut", stop, every=1)
-    state, path = checkpoint.load(tmp_path / "cut/run")  # as if it had died right after the step
-    folder = path.parent
-    assert state["progress"]["batch"] == 0 and state["stop_reason"] == "enough"
-    found = summary(tmp_path / "cut", *fit(tmp_path / "cut", stop, every=1))
+    FUSE.set(10)  # nine steps, and the evaluation after the ninth
+    with pytest.raises(Crash):
+        fit(tmp_path / "cut", setting, every=1)
+    FUSE.set(0)
+    state, _ = checkpoint.load(tmp_path / "cut/run")
+    assert state["progress"]["batch"] == 3 and state["stop_reason"] == "enough"
+    found = summary(tmp_path / "cut", *fit(tmp_path / "cut", setting, every=1))
     assert found["result"]["stop_reason"] == "enough" and not differences(expected, found)
-    assert {"step-000000008.ckpt", "step-000000009.ckpt"} <= {p.name for p in folder.glob("step*")}
+    result, _ = fit(tmp_path / "cut", setting, every=1)
+    assert result.stop_reason == "epochs" and result.epochs == 4
 
 
 def test_resuming_the_best_trains_its_future_again(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,10 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from torch import Tensor, nn
 
 import weft
@@ -167,5 +176,26 @@ class Life(RuleBasedStateMachine):
             shutil.rmtree(self.folder)
 
 
+EXAMPLES = int(os.environ.get("WEFT_EXAMPLES", "12"))
 TestLife = Life.TestCase
-TestLife.settings = settings(max_examples=12, stateful_step_count=14, deadline=None)
+TestLife.settings = settings(max_examples=EXAMPLES, stateful_step_count=14, deadline=None)
+
+
+class Forgetful(Life):
+    """One whose new processes forget the random state that was saved."""
+
+    @rule()
+    def crash(self) -> None:
+        assert self.run is not None
+        self.leave()
+        if paths := list((self.folder / "run/checkpoints").glob("step-*.ckpt")):
+            for path in paths:
+                state = checkpoint.read(path)
+                checkpoint.write(path, {**state, "random": checkpoint.random_state()})
+        self.start("auto")
+
+
+def test_the_machine_finds_a_run_that_forgets_its_random_state() -> None:
+    quick = settings(max_examples=30, stateful_step_count=14, deadline=None, phases=[Phase.generate], database=None)
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(Forgetful, settings=quick)

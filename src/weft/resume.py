@@ -92,8 +92,9 @@ def state_of_run(run: Run, error: BaseException | None = None) -> dict[str, Any]
         "schedules": {name: s.state_dict() for name, s in run.schedules.items()},
         "scaler": scaler.state_dict() if (scaler := scaler_of(run.fabric)) is not None else None,
         "progress": {**run.progress.state_dict(), "seconds": run.seconds},
-        # after an error it stands for that; and the clock of max_time starts anew in each process
-        "stop_reason": None if error is not None or run.stop_reason == "max_time" else run.stop_reason,
+        # A process that dies after it was told to stop, and before the end, stops there again. Whoever resumes a fit that
+        # came to its end wants to go on.
+        "stop_reason": None if error is not None or run.ending else run.stop_reason,
         **own,
         "other_processes": run.processes.gather(own)[1:] if error is None else [],
         "evaluated": dict(run.evaluated),
@@ -215,10 +216,10 @@ def restore_numbers(run: Run, state: Mapping[str, Any]) -> None:
     run.progress.load_state_dict(state["progress"])
     run.history.load_state_dict(state["history"])
     run.stop_reason = state["stop_reason"]
-    if run.stop_reason == "patience" and state["options"].get("patience") != repr(run.config.patience):
+    if run.progress.phase_ended and state["options"].get("patience") != repr(run.config.patience):
         run.stop_reason, run.progress.phase_ended = None, False  # more patience than the run that ended had
-    if run.stop_reason == "max_steps":
-        run.stop_reason = None  # found again from the steps there are, which may be more now
+    if run.stop_reason in ("max_steps", "max_time"):
+        run.stop_reason = None  # found again from the steps there are and the new process's time
 
 
 def train_batches(run: Run) -> Iterable[Any]:

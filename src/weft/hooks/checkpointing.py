@@ -32,7 +32,8 @@ class Checkpointing(Hook):
         run, seconds = trainer.run, self.config.every_n_seconds
         seen, self._seen = self._seen, run.progress.place
         by_clock = run.processes.due("save", seconds is not None and self._clock() - self._saved_at >= seconds)
-        if self._seen != self._saved and (by_clock or run.leaving or run.ending or self._is_due(run, seen)):
+        is_new = self._seen != self._saved or (run.ending and run.stop_reason is not None)
+        if is_new and (by_clock or run.leaving or run.ending or self._is_due(run, seen)):
             run.save()
             self._saved, self._saved_at = run.progress.place, self._clock()
 
