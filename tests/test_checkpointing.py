@@ -436,7 +436,7 @@ def test_a_new_run_under_an_old_name_does_not_mix_with_it(tmp_path: Path) -> Non
     assert max(checkpoint.read(p)["progress"]["step"] for p in (tmp_path / "run/checkpoints").glob("step*")) == SIX
     assert weft.load_result(tmp_path / "run").history.keys() == result.history.keys()
     assert len(weft.load_result(tmp_path / "run").history["train_loss"]) == 1
-    assert weft.load_result(tmp_path / "run/old").history == old.history
+    assert weft.load_result(tmp_path / "run/old/1").history == old.history
 
 
 if __name__ == "__main__":  # writes the file of the present format

@@ -159,10 +159,11 @@ class Run(Seams):
         seed = self.config.seed if self.processes.world == 1 else self.seed
         with seeding.data_randomness(seed, index=self.progress.refreshes):
             self.use_data(data_of_phase(self) or self.given_data())
+        self.kept.data_prints = {}
 
     def use_data(self, data: Data) -> None:
         """Train, evaluate and predict with `data` from here on."""
-        fabric, self.data, self.kept.data_prints = self.fabric, data, {}
+        fabric, self.data = self.fabric, data
         check_finite(data, self.config.strict_data)
         self._splits = {
             split: batches_of(

@@ -15,6 +15,7 @@ from weft import checkpoint
 from weft.config import CheckpointConfig
 from weft.data import LoaderBatches
 from weft.resume import state_of_run
+from weft.sameness import data_prints
 
 if TYPE_CHECKING:
     from weft.run import Run
@@ -35,6 +36,7 @@ def prepare_folder(run: Run) -> None:
         why = "keeps random state in its workers from epoch to epoch; pass persistent_workers=False"
     if why:
         raise ValueError(f"Checkpoints are asked for, but the training data {why}, or checkpoint=False.")
+    data_prints(run)  # of the data as it was made: a hook may resample it, and restores that itself
     assert run.run_dir is not None
     if run.is_global_zero:
         folder = run.run_dir / "checkpoints"
