@@ -107,8 +107,9 @@ def kills(wanted: int) -> Iterator[Row]:
     everything = [0, 0, 0]
     for name in PROBES:
         share = max(5, wanted // len(PROBES))
-        started = time.monotonic()
-        done, runs, different = kill_until(Path(name.replace(" ", "-")).resolve(), name, share, seed=1)
+        started, folder = time.monotonic(), Path(name.replace(" ", "-")).resolve()
+        folder.mkdir()
+        done, runs, different = kill_until(folder, name, share, seed=1)
         everything = [a + b for a, b in zip(everything, (done, runs, different), strict=True)]
         seconds = (time.monotonic() - started) / done
         yield f"kill -9 at random moments: {name}", f"{done} kills, {runs} runs, {different} different ({seconds:.2f} s a kill)"

@@ -94,26 +94,26 @@ def undisturbed(root: Path, setting: Setting) -> float:
     return time.monotonic() - started
 
 
-def killed(root: Path, setting: Setting, seconds: float, chance: random.Random, tamper: Any = None) -> tuple[int, int]:
-    """Kills it at random moments until it reaches its end. Returns the number of kills, and of those within an epoch.
+def killed(root: Path, setting: Setting, seconds: float, chance: random.Random, tamper: Any = None) -> int:
+    """Kills it at random moments until it reaches its end. Returns the number of kills.
 
-    The moments lie between a start and the time a whole run takes, so that most processes die, and some come through.
+    The moments lie between a start and a part of the time that a whole run takes, so that one run dies several times.
     """
     root.mkdir()
     kills = 0
     while True:
         child = process(lambda: train(root, setting))
-        deadline = time.monotonic() + chance.uniform(0.005, seconds * (1 + kills / 30))  # longer on a slow machine
+        deadline = time.monotonic() + chance.uniform(0.005, 0.6 * seconds * (1 + kills / 10))  # longer on a slow machine
         while time.monotonic() < deadline:
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
                 assert os.waitstatus_to_exitcode(status) == 0, "a resumed run failed"
-                return kills, 0
+                return kills
             time.sleep(0.001)
         os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
         if os.waitstatus_to_exitcode(status) == 0:
-            return kills, 0
+            return kills
         kills += 1
         if tamper is not None and list(root.glob("run/checkpoints/step-*")):
             tamper(root)
@@ -125,7 +125,7 @@ def kill_until(folder: Path, name: str, kills: int, seed: int = 0) -> tuple[int,
     seconds = undisturbed(folder / "whole", setting)
     while done < kills:
         root = folder / f"run-{runs}"
-        done += killed(root, setting, seconds, chance)[0]
+        done += killed(root, setting, seconds, chance)
         runs, different = runs + 1, different + (hash_of(root) != hash_of(folder / "whole"))
         assert not list((root / "run/checkpoints").glob(".*")), "a temporary file of a killed process is left"
     return done, runs, different

@@ -27,7 +27,8 @@ class Progress:
     phase: int = 0
     phase_epoch: int = 0
     """Epochs of this phase that are over."""
-    phase_ended: bool = False
+    phase_ended: str = ""
+    """Why this phase ended before its epochs were over; "": it did not."""
     refreshes: int = 0
     """How often the data was made anew."""
     data_epoch: int = 0
@@ -59,7 +60,7 @@ class Progress:
         if self.interrupted and self.epoch < self.last_epoch:
             return
         if not goes_on:
-            self.interrupted = self.phase_ended = False
+            self.interrupted, self.phase_ended = False, ""
             self.phase = self.phase_epoch = 0
             self.first_epoch, self.first_step = self.epoch, self.step
         self.last_epoch = self.first_epoch + epochs

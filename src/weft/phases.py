@@ -51,7 +51,7 @@ def in_phase(run: Run) -> bool:
     if progress.phase_ended or (progress.phase_epoch >= run.phase.epochs and len(run.phases) > 1):
         if progress.phase + 1 == len(run.phases):
             return False
-        progress.phase, progress.phase_epoch, progress.phase_ended = progress.phase + 1, 0, False
+        progress.phase, progress.phase_epoch, progress.phase_ended = progress.phase + 1, 0, ""
         if run.phase.data is not None:
             run.renew_data()
         begin_phase(run)

@@ -217,7 +217,9 @@ def restore_numbers(run: Run, state: Mapping[str, Any]) -> None:
     run.history.load_state_dict(state["history"])
     run.stop_reason = state["stop_reason"]
     if run.progress.phase_ended and state["options"].get("patience") != repr(run.config.patience):
-        run.stop_reason, run.progress.phase_ended = None, False  # more patience than the run that ended had
+        run.stop_reason, run.progress.phase_ended = None, ""  # more patience than the run that ended had
+    elif run.progress.phase_ended and run.progress.phase + 1 == len(run.phases):
+        run.stop_reason = run.progress.phase_ended
     if run.stop_reason in ("max_steps", "max_time"):
         run.stop_reason = None  # found again from the steps there are and the new process's time
 

@@ -249,7 +249,7 @@ class Run(Seams):
 
     def end_phase(self, reason: str) -> None:
         """End this phase after the epoch: the next one begins, or training stops if it was the last."""
-        self.progress.phase_ended = True
+        self.progress.phase_ended = reason
         if self.progress.phase + 1 == len(self.phases):
             self.decide_to_stop(reason)
 
