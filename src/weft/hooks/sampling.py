@@ -59,10 +59,12 @@ class Resample(Hook):
         self.version = 0
         self._to_put_back: dict[str, Tensor] | None = None
         self._points: dict[str, Tensor] = {}
+        self._run: Run | None = None
 
     def on_fit_start(self, trainer: Any) -> None:
         if any(isinstance(module, AugmentedLagrangian) for module in trainer.problem.modules()):
             raise ValueError("Resample: an AugmentedLagrangian has multipliers for each row; new points would get old ones.")
+        self._run = trainer.run
         if trainer.run.is_new:
             self.version, self._points, self._to_put_back = 0, {}, None
 
@@ -148,6 +150,10 @@ class Resample(Hook):
         return {"version": self.version, "points": {k: v.clone() for k, v in self._points.items()}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave; the points are put back when the next epoch begins."""
+        """Go on from what `state_dict` gave: the points are put back, at once in a run that goes on within an epoch."""
         self.version = state_dict["version"]
-        self._to_put_back = dict(state_dict["points"]) or None
+        points = dict(state_dict["points"]) or None
+        if points is not None and self._run is not None:
+            self._put(self._run, points)
+        else:
+            self._to_put_back = points
