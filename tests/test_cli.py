@@ -239,8 +239,7 @@ def test_resume_goes_on_from_the_last_checkpoint(here: Path, capsys: pytest.Capt
     assert cli.main(["resume", "runs/a"]) == cli.OK
     whole, resumed = (weft.load_result(here / "runs" / name) for name in ("whole", "a"))
     assert resumed.history == whole.history
-    runs = (here / "runs" / "a" / "old" / "1", here / "runs" / "a")  # a new run moves the files of the one before
-    first, second = (yamlfile.load_file(folder / "environment.yaml")["sessions"][0] for folder in runs)
+    first, second = yamlfile.load_file(here / "runs" / "a" / "environment.yaml")["sessions"]
     assert first["resumed_at_step"] is None and second["resumed_at_step"] in (6, 7)  # 7: saved at the error, too
     assert cli.main(["resume", "runs/nothing"]) == cli.BAD_USAGE
 
