@@ -16,6 +16,7 @@ import weft
 from bitwise import same
 from byhand import BATCH, EPOCHS, OPTIMIZERS, ROWS, by_hand, data, problem, slices, tensors, trained
 from weft.checkpoint import random_state
+from weft.evaluation import evaluating
 
 ADAM, SGD = OPTIMIZERS["adam"], OPTIMIZERS["sgd"]
 
@@ -560,6 +561,33 @@ def test_evaluation_restores_every_mode_and_the_gradient_switch() -> None:
         trainer.validate(broken)
     assert [m.training for m in module.modules()] == modes
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_a_part_with_its_own_eval_or_a_scripted_one_is_put_in_eval_mode_by_it() -> None:
+    class Stubborn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[bool] = []
+
+        def train(self, mode: bool = True) -> Stubborn:
+            self.seen.append(mode)
+            return self  # stays as it was made: in train mode
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    for layer in (Stubborn(), torch.jit.script(nn.Dropout(0.5))):
+        module = nn.Sequential(nn.Linear(2, 2), layer)
+        with evaluating(module):
+            assert not module[0].training
+            assert layer.training == isinstance(layer, Stubborn)
+        assert all(m.training for m in module.modules())
+        assert getattr(layer, "seen", [False]) == [False]
+    plain = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Dropout(0.5)).eval())
+    with evaluating(plain):
+        assert not any(m.training for m in plain.modules())
+    assert [m.training for m in plain.modules()] == [True, True, False, False]
 
 
 def test_predict_gives_what_the_nodes_compute_in_order_without_inputs_losses_and_targets() -> None:

@@ -213,6 +213,8 @@ class Batches:
         self.parts, self.split, self.nested, self.shuffle, self.seed = parts, split, nested, shuffle, seed
         self.require_grad, self.rank, self.world, self.drop_last = set(require_grad), rank, world, drop_last
         self.lengths = {p: next(iter(t.values())).shape[0] for p, t in parts.items()}
+        num_bytes = {p: sum(t.element_size() * t.numel() for t in tensors.values()) for p, tensors in parts.items()}
+        self.row_bytes = {p: num_bytes[p] // max(1, n) for p, n in self.lengths.items()}
         self.sizes = {p: min((sizes[p] or n) * (world if sizes[p] else 1), n) for p, n in self.lengths.items()}
         counts = [n // self.sizes[p] if drop_last else -(-n // self.sizes[p]) for p, n in self.lengths.items()]
         self._num_batches = max(counts)
@@ -262,8 +264,7 @@ class Batches:
     ) -> Iterable[dict[str, Any]]:
         tensors, size, rows = self.parts[part], self.sizes[part], self.lengths[part]
         keys = list(tensors)
-        row_bytes = sum(t.element_size() * t[0].numel() for t in tensors.values())
-        chunk = max(1, CHUNK_BYTES // max(1, row_bytes * size))  # batches gathered at a time
+        chunk = max(1, CHUNK_BYTES // max(1, self.row_bytes[part] * size))  # batches gathered at a time
         grad = [k in self.require_grad or tensors[k].requires_grad for k in keys]
         any_grad, fixed = any(grad), {} if self.nested else {"name": self.split, "epoch": epoch}
         for first in range(batches.start, batches.stop, chunk):

@@ -22,19 +22,37 @@ if TYPE_CHECKING:
 @contextmanager
 def evaluating(problem: nn.Module) -> Iterator[None]:
     """Eval mode without gradients, unless the problem asks for them (`grad_inference`); then all modes as before."""
-    training = [m for m in problem.modules() if m.training]
-    problem.eval()
+    modules = list(problem.modules())
+    training = [m for m in modules if m.training]
+    if all(map(_switches_plainly, modules)):  # what eval() does, without the 2 us that nn.Module takes to set a flag
+        flags = [module.__dict__ for module in training]
+        for flag in flags:
+            flag["training"] = False
+    else:
+        flags = []
+        problem.eval()
     try:
         with torch.set_grad_enabled(needs_grad_in_eval(problem)):
             yield
     finally:
-        for module in training:
+        for flag in flags:
+            flag["training"] = True
+        for module in () if flags else training:
             module.training = True
+
+
+def _switches_plainly(module: nn.Module) -> bool:
+    # Nobody's own train(), eval() or __setattr__ is passed over; scripted modules keep their flag elsewhere.
+    kind, own = type(module), module.__dict__
+    inherits = kind.train is nn.Module.train and kind.eval is nn.Module.eval and kind.__setattr__ is nn.Module.__setattr__
+    return inherits and "training" in own and "train" not in own and "eval" not in own
 
 
 def evaluate(run: Run, split: str) -> dict[str, float]:
     """Means over all examples of `split` as floats, of what the steps return and log. ValueError if that is nothing."""
-    means, forward, alone = Means(), run.graphs.forward(split, forward_of(run, split)), run.processes.world == 1
+    if split not in run.forwards:
+        run.forwards[split] = forward_of(run, split)
+    means, forward, alone = Means(), run.graphs.forward(split, run.forwards[split]), run.processes.world == 1
     run.processes.average_buffers(run.problem)
     with evaluating(run.problem):
         try:

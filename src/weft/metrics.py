@@ -57,10 +57,13 @@ class Means:
 
     def _flush(self) -> None:
         for names, (rows, examples) in self._waiting.items():
-            stacked = _stack(rows)
-            stacked = stacked.to(_widest(stacked.device))
-            weights = torch.tensor(examples, dtype=stacked.dtype).to(stacked.device, non_blocking=True)
-            total, count = (stacked * weights[:, None]).sum(0), sum(examples)  # a plain sum keeps nan visible
+            if len(rows) == 1:
+                total, count = rows[0].to(_widest(rows[0].device)) * examples[0], examples[0]
+            else:
+                stacked = _stack(rows)
+                stacked = stacked.to(_widest(stacked.device))
+                weights = torch.tensor(examples, dtype=stacked.dtype).to(stacked.device, non_blocking=True)
+                total, count = (stacked * weights[:, None]).sum(0), sum(examples)  # a plain sum keeps nan visible
             if names in self._sums:
                 before, earlier = self._sums[names]
                 total, count = before.to(total.device) + total, earlier + count
@@ -80,6 +83,8 @@ class Means:
     def compute(self, gather: Callable[[Sums], list[Sums]] = lambda own: [own]) -> dict[str, float]:
         """The means as floats, by name. `gather` collects the sums of all processes, each of which must call."""
         told = gather(self.totals())
+        if len(told) == 1:
+            return {name: total / examples for name, (total, examples) in told[0].items()}
         parts = {name: [t[name] for t in told if name in t] for name in dict.fromkeys(n for t in told for n in t)}
         return {name: sum(s for s, _ in part) / sum(n for _, n in part) for name, part in parts.items()}
 

@@ -71,7 +71,7 @@ def begin_phase(run: Run, anew: bool = True) -> None:
             phase.setup(run.trainer)
         _make_optimizers(run)
     run.frozen = freeze(run.problem, phase.freeze)
-    run.own_steps, run.plain_update = {}, None
+    run.own_steps, run.plain_update, run.forwards = {}, None, {}
     run.update = compile_update(run, make_update(run))
 
 

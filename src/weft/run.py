@@ -41,6 +41,7 @@ from weft.resume import Kept, begin, find_state, state_of_run, train_batches
 from weft.saving import finish_saving, prepare_folder, save_run, saves
 from weft.seams import Seams
 from weft.signals import Interruption, SignalExit, interactive
+from weft.steps import Forward
 from weft.update import Combine, Step, Update, look_back, own_backward, own_step, own_update
 from weft.watching import bind_watched, watched, watched_batches
 from weft.weights import RunningStatistics
@@ -92,6 +93,7 @@ class Run(Seams):
         self.own_steps = dict[tuple[str, ...], tuple[Step, Combine | None]]()
         self.in_update = self.has_stepped = False
         self.plain_update: Update | None = None
+        self.forwards: dict[str, Forward] = {}  # by split, of evaluations
         self.doubts: Doubts | None = None  # steps on a GPU that are looked at later
         self.measured: list[tuple[dict[str, Tensor], int]] | None = None  # of the last step, if a hook sets it to []
         # of checkpoints: random states, what they need to know, what is under way, which signal ends the run
