@@ -34,7 +34,7 @@ examples: $(VENV)/ready-test
 	$(BIN)/python -m examples
 
 bench: $(VENV)/ready-bench
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks --readme
 
 lint: $(VENV)/ready-test
 	@status=0; $(BIN)/ruff check --output-format concise . || status=1; $(BIN)/basedpyright || status=1; exit $$status

@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks import extra, report
+from benchmarks import extra, report, scaling
 from benchmarks.measure import CLOCKS, measure
 from benchmarks.peers import PEERS
 from benchmarks.workloads import WORKLOADS
@@ -29,6 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="process: CPU time, on a machine that is shared")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: by hand and weft only, no extras")
     parser.add_argument("--quick", action="store_true", help="a smoke test: one round of 4 short epochs, nothing written")
+    parser.add_argument("--readme", action="store_true", help="show the results in the README, too")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     given = parser.parse_args(arguments)
 
@@ -55,6 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
         ("seconds at the start of a fit (Rosenbrock)", extra.first_step),
         ("microseconds per sample, by samples", lambda: extra.samples([10**3, 10**4, 10**5, 10**6, 10**7])),
         ("peak memory of the wide MLP, MiB", extra.memory),
+        ("examples per second, one and two processes", scaling.main),
     ):
         say(title)
         found[title] = run()
@@ -62,6 +64,9 @@ def main(arguments: list[str] | None = None) -> None:
     stem = f"{datetime.date.today():%Y-%m-%d}-{cpu}"
     how = {"rounds": given.rounds, "clock": given.clock}
     path = report.write(given.out, stem, results, found, how)
+    if given.readme:
+        root = Path(__file__).parents[1]
+        report.put_between(root / "README.md", "benchmarks", report.in_short(results, path.relative_to(root).as_posix()))
     print(path.read_text(encoding="utf-8"))
 
 

@@ -11,10 +11,15 @@ from typing import Any
 
 import torch
 
+from benchmarks import claims
+from benchmarks.claims import BASE_NAME
 from benchmarks.measure import AGREE, Timing
-from benchmarks.peers import BASE, PEERS
+from benchmarks.peers import PEERS
 
-BASE_NAME = next(name for name, peer in PEERS.items() if peer is BASE)
+IN_README = (
+    "hand-written, DataLoader", "weft, eager", "weft, compiled", "Lightning, default", "Lightning, barebones",
+    "NeuroMANCER Trainer", "NeuroMANCER LitTrainer", "accelerate",
+)  # fmt: skip
 Results = dict[str, dict[str, Timing]]
 
 
@@ -61,6 +66,37 @@ def extras(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def in_short(results: Results, path: str) -> str:
+    """Time per step over that of hand-written PyTorch: what the README shows. `path` is that of the whole report."""
+    about = hardware()
+    versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "lightning", "neuromancer"))
+    head = (
+        "Time per training step (its share of the dev set included) over that of a loop written by hand over tensors in memory; "
+        "one thread (the wide MLP: two), the smallest of interleaved rounds, losses equal at the end. "
+        f"{about['cpu']}, {versions}. [The whole report]({path}) has the targets, too, those that were missed included."
+    )
+    lines = [
+        head,
+        "",
+        f"| | {' | '.join(IN_README)} |",
+        "|---|" + "---|" * len(IN_README),
+    ]
+    for workload, timings in results.items():
+        base = timings[BASE_NAME].best
+        ratios = [f"{timings[n].best / base:.2f}" if n in timings and timings[n].seconds else "" for n in IN_README]
+        lines.append(f"| {workload} | {' | '.join(ratios)} |")
+    return "\n".join(lines)
+
+
+def put_between(path: Path, mark: str, text: str) -> None:
+    """Put `text` between `<!-- mark -->` and `<!-- /mark -->` of a file. Raises ValueError where they are missing."""
+    before, begin, rest = path.read_text(encoding="utf-8").partition(f"<!-- {mark} -->\n")
+    _, end, after = rest.partition(f"<!-- /{mark} -->")
+    if not (begin and end):
+        raise ValueError(f"{path} has no place for {mark!r}: expected <!-- {mark} --> and <!-- /{mark} --> on lines of their own.")
+    path.write_text(f"{before}{begin}{text}\n{end}{after}", encoding="utf-8")
+
+
 def write(folder: Path, stem: str, results: Results, found: dict[str, Any], how: dict[str, Any]) -> Path:
     """Write `stem`.json, .md and .png into `folder`; returns the path of the .md file."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +109,7 @@ def write(folder: Path, stem: str, results: Results, found: dict[str, Any], how:
         "fit after two; the smallest of all rounds (ratio of medians in brackets). All start from the same weights and see the "
         "same batches in the same order, but LitTrainer: it shuffles, and trains with Adam(1e-3) whatever `custom_optimizer` is. Not measured: CUDA, several processes.\n\n"
     )
-    (folder / f"{stem}.md").write_text(f"{head}![]({stem}.png)\n\n{table(results)}\n{extras(found)}\n", encoding="utf-8")
+    (folder / f"{stem}.md").write_text(f"{head}![]({stem}.png)\n\n## Targets\n\n{claims.table(claims.claims(results, found))}\n\n## All figures\n\n{table(results)}\n{extras(found)}\n", encoding="utf-8")
     _plot(folder / f"{stem}.png", results)
     return folder / f"{stem}.md"
 

@@ -49,3 +49,39 @@ def test_results_read_back(tmp_path: Path) -> None:
     assert "| weft, compiled | 40 | 0.40 | (0.20) | 0.6 (off by 2.0e-01) | 2.00 |" in text
     assert json.loads((tmp_path / "today.json").read_text())["results"]["toy"]["weft, compiled"]["seconds"] == [4e-5]
     assert (tmp_path / "today.png").stat().st_size > 1000
+
+
+def test_targets_are_told_whether_they_were_met_or_missed() -> None:
+    from benchmarks.claims import BASE_NAME, claims, table
+    from benchmarks.measure import Timing
+
+    results = {
+        "closed-loop rollout": {BASE_NAME: Timing([1e-3]), "weft, eager": Timing([1.02e-3]), "weft, compiled": Timing([0.8e-3])},
+        "one batch an epoch": {BASE_NAME: Timing([1e-3]), "weft, eager": Timing([1.1e-3])},
+    }
+    extras = {"us by samples": {10**3: 9.0, 10**4: 1.0, 10**7: 1.2}, "seconds": {"compiled, second process: lost until steady": 0.4}}
+    told = {claim.what: (round(claim.measured, 6), claim.verdict) for claim in claims(results, extras)}
+    assert told == {
+        f"weft, eager / {BASE_NAME}: closed-loop rollout": (1.02, "met"),
+        f"weft, compiled / {BASE_NAME}: closed-loop rollout": (0.8, "missed"),
+        "ms an epoch of one batch beyond 1.05 of hand-written": (0.05, "met"),
+        "us per sample, 10^4 to 10^7 samples: largest / smallest": (1.2, "missed"),
+        "s until the second process runs compiled": (0.4, "met"),
+    }
+    assert "| 0.7 | 0.8 | missed |" in table(claims(results, extras))
+
+
+def test_the_readme_shows_the_newest_results_and_nothing_around_them_changes(tmp_path: Path) -> None:
+    from benchmarks import report
+    from benchmarks.measure import Timing
+
+    results = {"toy": {report.BASE_NAME: Timing([1e-4]), "weft, compiled": Timing([4e-5])}}
+    readme = tmp_path / "README.md"
+    readme.write_text("above\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\nbelow\n")
+    for _ in range(2):
+        report.put_between(readme, "benchmarks", report.in_short(results, "results/new.md"))
+    text = readme.read_text()
+    assert text.startswith("above\n<!-- benchmarks -->\nTime per") and text.endswith("\n<!-- /benchmarks -->\nbelow\n")
+    assert "old" not in text and text.count("| toy |  |  | 0.40 |") == 1
+    with pytest.raises(ValueError, match="'speed'"):
+        report.put_between(readme, "speed", "")
