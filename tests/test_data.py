@@ -8,7 +8,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import weft
-from weft.data import Batches, LoaderBatches, as_data, batches_of
+from weft.batches import Batches, LoaderBatches
+from weft.data import as_data, batches_of
 
 ROWS = 103
 
@@ -78,7 +79,7 @@ def test_without_a_batch_size_all_rows_are_one_batch():
 def test_many_chunks_give_the_same_batches_as_one(monkeypatch):
     found = batches_of(weft.Data(numbered(), batch_size=7), "train", seed=0)
     whole = rows_of(found.epoch(2))
-    monkeypatch.setattr("weft.data.CHUNK_BYTES", 500)
+    monkeypatch.setattr("weft.batches.CHUNK_BYTES", 500)
     assert rows_of(found.epoch(2)) == whole
 
 

@@ -9,17 +9,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
-from weft.prebatch import PLACES, PreBatched, num_workers
-from weft.sharding import SharedBatches, share, share_of_part, shared_loader, without_empty
+from weft.batches import Batches, LoaderBatches, loader_batches, short, wrong_name
+from weft.prebatch import PLACES
 from weft.types import check_count
 
 SPLITS = ("train", "dev", "test", "predict")
@@ -35,7 +35,7 @@ class DictDataset(Dataset):
 
     def __init__(self, tensors: Mapping[str, Any], name: str | None = None) -> None:
         if not isinstance(tensors, Mapping) or not tensors:
-            raise TypeError(f"DictDataset needs a dict of tensors by key, got {_short(tensors)}.")
+            raise TypeError(f"DictDataset needs a dict of tensors by key, got {short(tensors)}.")
         self.datadict: dict[str, Tensor] = {k: _as_tensor(k, v) for k, v in tensors.items()}
         self.name = name
         lengths = {k: t.shape[0] for k, t in self.datadict.items()}
@@ -88,6 +88,8 @@ def windows(series: Any, length: int, stride: int = 1, name: str | None = None) 
 
 
 @dataclass(frozen=True)
+
+
 class Data:
     """The data of a run, by split, and how it is cut into batches.
 
@@ -190,189 +192,11 @@ def _from_setup(returned: Any, name: str) -> Data:
         return returned
     if not isinstance(returned, tuple | list) or len(returned) != 4:
         raise TypeError(
-            f"Data setup function {name!r} returned {_short(returned)}; "
+            f"Data setup function {name!r} returned {short(returned)}; "
             "expected (train, dev, test, batch_size) or a weft.Data."
         )
     train, dev, test, batch_size = returned
     return Data(train, dev, test, batch_size=batch_size)
-
-
-class Batches:
-    """The batches of one split: `len`, `rows`, and `epoch(number, start)` to go through them.
-
-    Resident tensors are gathered a chunk of batches at a time (one index_select per key) and sliced, so that a
-    small batch costs microseconds; what is yielded is a copy, and the dataset itself cannot be changed by a problem.
-    """
-
-    resident = True
-
-    def __init__(
-        self, parts: dict[str, dict[str, Tensor]], sizes: dict[str, int | None], *, split: str, nested: bool,
-        shuffle: bool, drop_last: bool, seed: int, require_grad: Iterable[str] = (), rank: int = 0, world: int = 1,
-    ) -> None:  # fmt: skip
-        self.parts, self.split, self.nested, self.shuffle, self.seed = parts, split, nested, shuffle, seed
-        self.require_grad, self.rank, self.world, self.drop_last = set(require_grad), rank, world, drop_last
-        self.lengths = {p: next(iter(t.values())).shape[0] for p, t in parts.items()}
-        num_bytes = {p: sum(t.element_size() * t.numel() for t in tensors.values()) for p, tensors in parts.items()}
-        self.row_bytes = {p: num_bytes[p] // max(1, n) for p, n in self.lengths.items()}
-        self.sizes = {p: min((sizes[p] or n) * (world if sizes[p] else 1), n) for p, n in self.lengths.items()}
-        counts = [n // self.sizes[p] if drop_last else -(-n // self.sizes[p]) for p, n in self.lengths.items()]
-        self._num_batches = max(counts)
-
-    @property
-    def rows(self) -> int:
-        """Examples in an epoch: rows of the (largest part of the) split."""
-        return max(self.lengths.values())
-
-    def __len__(self) -> int:
-        return self._num_batches
-
-    def epoch(self, number: int, start: int = 0) -> Iterable[dict[str, Any]]:
-        """The batches of epoch `number` from batch `start` on."""
-        streams = [self._stream(i, part, number, start) for i, part in enumerate(self.parts)]
-        if not self.nested:
-            yield from streams[0]
-            return
-        for batches in zip(*streams, strict=False):
-            batch = {part: b for part, b in zip(self.parts, batches, strict=True)}
-            yield {**batch, "name": self.split, "epoch": number}
-
-    def _stream(self, number_of_part: int, part: str, epoch: int, start: int) -> Iterable[dict[str, Any]]:
-        """`len(self)` batches of one part; a part that is smaller than the largest starts over in a new order."""
-        rows, size = self.lengths[part], self.sizes[part]
-        per_cycle = rows // size if self.drop_last else -(-rows // size)
-        done = start
-        while done < self._num_batches:
-            cycle, first = divmod(done, per_cycle)
-            shuffle = self.shuffle and size < rows  # in one batch of all rows the order is of no consequence
-            order = self._order(rows, (epoch, number_of_part, cycle)) if shuffle else None
-            last = min(per_cycle, first + self._num_batches - done)
-            yield from self._slices(part, order, range(first, last), epoch, done)
-            done += last - first
-
-    def _order(self, rows: int, key: tuple[int, ...]) -> Tensor:
-        seed = np.random.SeedSequence([self.seed, *key]).generate_state(1, np.uint64)[0] >> np.uint64(1)
-        generator = torch.Generator().manual_seed(int(seed))
-        order = torch.randperm(rows, generator=generator)
-        return order.to(self._device())
-
-    def _device(self) -> torch.device:
-        return next(iter(next(iter(self.parts.values())).values())).device
-
-    def _slices(
-        self, part: str, order: Tensor | None, batches: range, epoch: int, done: int
-    ) -> Iterable[dict[str, Any]]:
-        tensors, size, rows = self.parts[part], self.sizes[part], self.lengths[part]
-        keys = list(tensors)
-        chunk = max(1, CHUNK_BYTES // max(1, self.row_bytes[part] * size))  # batches gathered at a time
-        grad = [k in self.require_grad or tensors[k].requires_grad for k in keys]
-        any_grad, fixed = any(grad), {} if self.nested else {"name": self.split, "epoch": epoch}
-        for first in range(batches.start, batches.stop, chunk):
-            lo, hi = first * size, min(min(first + chunk, batches.stop) * size, rows)
-            index = order[lo:hi] if order is not None else torch.arange(lo, hi, device=self._device())
-            if self.world > 1:
-                index, local_sizes = self._share(part, index, size, done + first - batches.start)
-            else:
-                local_sizes = size
-            if order is None and self.world == 1:
-                gathered = [tensors[k].detach()[lo:hi].clone() for k in keys]
-            else:
-                gathered = [tensors[k].detach().index_select(0, index) for k in keys]
-            split_rows = [t.split(local_sizes) for t in (*gathered, index)]
-            for *values, rows_index in zip(*split_rows, strict=True):
-                if any_grad:
-                    values = [v.detach().requires_grad_() if g else v for v, g in zip(values, grad, strict=True)]
-                yield {**dict(zip(keys, values, strict=True)), **fixed, "index": rows_index}
-
-    def _share(self, part: str, index: Tensor, size: int, number: int) -> tuple[Tensor, list[int]]:
-        """This process's rows of each global batch of a part; the first one of `index` is batch `number` of the epoch."""
-        main, shares = next(iter(self.parts)), []
-        for i, rows in enumerate(index.split(size)):
-            if part == main:
-                mine = share(len(rows), self.rank, self.world)
-            else:
-                mine = share_of_part(len(rows), self._rows_of(main, number + i), self.rank, self.world)
-            shares.append(rows[mine])
-        return torch.cat(shares), [len(s) for s in shares]
-
-    def _rows_of(self, part: str, number: int) -> int:
-        """Rows that a part has in (global) batch `number` of an epoch."""
-        rows, size = self.lengths[part], self.sizes[part]
-        in_cycle = number % (rows // size if self.drop_last else -(-rows // size))
-        return min(size, rows - in_cycle * size)
-
-
-CHUNK_BYTES = 4 << 20
-
-
-class LoaderBatches:
-    """The batches of a DataLoader or of any iterable, exactly as it yields them (its order, its random numbers).
-
-    A dict gets "name" (the split) and "epoch"; everything else passes unchanged.
-    """
-
-    resident = False
-
-    def __init__(self, loader: Any, *, split: str, to_device: Callable[[Any], Any], sampler: Any = None) -> None:
-        self.loader, self.split, self.to_device, self.sampler = loader, split, to_device, sampler
-        self.one_shot = iter(loader) is loader if not isinstance(loader, DataLoader) else False
-        self._used = False
-
-    @property
-    def rows(self) -> int | None:
-        """Examples in an epoch where the loader's dataset has a length, else None."""
-        dataset = getattr(self.loader, "dataset", None)
-        return len(dataset) if hasattr(dataset, "__len__") else None  # type: ignore[arg-type]
-
-    def __len__(self) -> int:
-        try:
-            return len(self.loader)
-        except TypeError:
-            raise TypeError(
-                f"The {self.split} data ({type(self.loader).__name__}) has no length, so no share of it can be taken; "
-                "give limit_batches as a number of batches."
-            ) from None
-
-    def epoch(self, number: int, start: int = 0) -> Iterable[Any]:
-        """The batches of epoch `number`; the first `start` are drawn and left out."""
-        if self.one_shot and self._used:
-            raise RuntimeError(
-                f"The {self.split} data is a one-shot iterable and was used up by the first epoch; "
-                "pass a list, a DataLoader, or an object whose __iter__ starts anew."
-            )
-        self._used = True
-        if self.sampler is not None:
-            self.sampler.epoch = number
-        batches = iter(self.loader)
-        for _ in range(start):
-            next(batches)
-        if isinstance(sampler := getattr(self.loader, "batch_sampler", None), SharedBatches):
-            batches = without_empty(batches, sampler, start)
-        return (self.to_device(self._named(batch, number)) for batch in batches)
-
-    def _named(self, batch: Any, number: int) -> Any:
-        if not isinstance(batch, dict):
-            return batch
-        name = batch.get("name", self.split)
-        if name != self.split and self.split != "predict":
-            raise ValueError(_wrong_name(name, self.split))
-        return {**batch, "name": self.split, "epoch": number}
-
-
-class SeededOrder(torch.utils.data.Sampler):
-    """Row numbers in an order that is a function of (seed, epoch) alone."""
-
-    def __init__(self, rows: int, seed: int, shuffle: bool) -> None:
-        self.rows, self.seed, self.shuffle, self.epoch = rows, seed, shuffle, 0
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def __iter__(self) -> Any:
-        if not self.shuffle:
-            return iter(range(self.rows))
-        seed = np.random.SeedSequence([self.seed, self.epoch, 0, 0]).generate_state(1, np.uint64)[0] >> np.uint64(1)
-        return iter(torch.randperm(self.rows, generator=torch.Generator().manual_seed(int(seed))).tolist())
 
 
 def batches_of(
@@ -417,43 +241,7 @@ def batches_of(
             moved, sizes, split=split, nested=nested, shuffle=training and data.shuffle,
             drop_last=training and data.drop_last, seed=seed, require_grad=data.inputs_require_grad, rank=rank, world=world,
         )  # fmt: skip
-    return _loader_batches(data, source, split, seed, to_device, rank, world)
-
-
-def _loader_batches(
-    data: Data, source: Any, split: str, seed: int, to_device: Callable, rank: int, world: int
-) -> LoaderBatches:
-    training, sampler = split == "train", None
-    shuffle = training and data.shuffle
-    if not isinstance(source, DataLoader) and hasattr(source, "__getitem__") and isinstance(source, Dataset):
-        size = data.size_of_batch(split)
-        rows = len(source)  # type: ignore[arg-type]
-        if rows == 0:
-            raise ValueError(f"The {split} data is empty: {_short(source)} has no rows.")
-        sampler = SeededOrder(rows, seed, shuffle)
-        source = DataLoader(
-            source, batch_size=size or rows, sampler=sampler, drop_last=training and data.drop_last,
-            num_workers=num_workers(data.num_workers), collate_fn=getattr(source, "collate_fn", None),
-            generator=torch.Generator(),  # its own, so that iterating does not draw from the global random state
-        )  # fmt: skip
-    if not hasattr(source, "__iter__"):
-        raise TypeError(
-            f"The {split} data is {_short(source)}; expected a dataset, a DataLoader or an iterable of batches."
-        )
-    streams = isinstance(source, DataLoader) and isinstance(source.dataset, IterableDataset)  # len() would raise
-    if not streams and hasattr(source, "__len__") and len(source) == 0:
-        raise ValueError(f"The {split} data is empty: {_short(source)} yields no batch.")
-    made_here = sampler is not None
-    if world > 1:
-        source, sampler = shared_loader(
-            source, split, lambda rows, shuffle: SeededOrder(rows, seed, shuffle), rank, world
-        )
-    if data.pre_batch is not None:
-        if not made_here:
-            raise ValueError(f"Data: pre_batch needs a dataset; the {split} data is {_short(source)}, which makes batches.")
-        once = LoaderBatches(source, split=split, to_device=lambda batch: batch, sampler=sampler)
-        sampler = source = PreBatched(lambda: once.epoch(0), len(source), source.dataset, data.pre_batch, seed, shuffle)
-    return LoaderBatches(source, split=split, to_device=to_device, sampler=sampler)
+    return loader_batches(data, source, split, seed=seed, device=device, to_device=to_device, rank=rank, world=world)
 
 
 def _tensors(source: Any, split: str, part: str | None = None) -> dict[str, Tensor] | None:
@@ -465,17 +253,10 @@ def _tensors(source: Any, split: str, part: str | None = None) -> dict[str, Tens
         return None
     name = getattr(source, "name", None)
     if name is not None and name not in (split, part) and not (split == "predict" and name in SPLITS):
-        raise ValueError(_wrong_name(name, split))
+        raise ValueError(wrong_name(name, split))
     if not isinstance(source, DictDataset):
         tensors = DictDataset(tensors).datadict
     return dict(tensors)
-
-
-def _wrong_name(name: str, split: str) -> str:
-    return (
-        f"A dataset named {name!r} was given as the {split} data. "
-        f"Name it {split!r}, or leave the name out."
-    )
 
 
 def check_finite(data: Data, strict: bool) -> None:
@@ -493,8 +274,3 @@ def check_finite(data: Data, strict: bool) -> None:
                         if strict:
                             raise ValueError(message)
                         warnings.warn(message + " (strict_data=True makes this an error.)", stacklevel=3)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text[:60]}{'...' if len(text) > 60 else ''}"

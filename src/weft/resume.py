@@ -23,9 +23,9 @@ from torch.optim import Optimizer
 
 from weft import checkpoint, runs
 from weft.archive import CheckpointError
+from weft.batches import LoaderBatches
 from weft.checkpoint import BackgroundWriter
 from weft.config import TrainerConfig
-from weft.data import LoaderBatches
 from weft.devices import scaler_of
 from weft.problem import set_term_weights, term_weights
 from weft.sameness import compare, fixed_settings, settings

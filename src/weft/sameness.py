@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
-from weft.data import Batches, LoaderBatches
+from weft.batches import Batches, LoaderBatches
 from weft.history import Progress
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weft import checkpoint
+from weft.batches import LoaderBatches
 from weft.config import CheckpointConfig
-from weft.data import LoaderBatches
 from weft.resume import state_of_run
 from weft.sameness import data_prints
 
