@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class PreBatched:
     ) -> None:
         self.make, self.count, self.dataset, self.place = make, count, dataset, place
         self.seed, self.shuffle, self.epoch = seed, shuffle, 0
+        self.within: Callable[[], AbstractContextManager[None]] = nullcontext  # of what they are made: the random state
         self._kept: list[Any] | None = None
         self._folder: Path | None = None
 
@@ -43,7 +45,8 @@ class PreBatched:
             if self.place == "on_disk":
                 self._folder = Path(tempfile.mkdtemp(prefix="weft-batches-"))
                 weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-            self._kept = [self._put(number, batch) for number, batch in enumerate(self.make())]
+            with self.within():
+                self._kept = [self._put(number, batch) for number, batch in enumerate(self.make())]
         order = range(len(self._kept))
         if self.shuffle:
             source = np.random.SeedSequence([self.seed, self.epoch, 1, 0])

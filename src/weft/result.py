@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weft.archive import put
+
 if TYPE_CHECKING:
     import pandas
     from matplotlib.axes import Axes
@@ -83,7 +85,7 @@ class FitResult:
     def save(self, run_dir: Path) -> None:
         """Write everything but weights and history to `run_dir/result.json`; `load_result` reads it back."""
         plain = {k: v for k, v in vars(self).items() if k not in ("history", "last_weights", "run_dir", "profile")}
-        (run_dir / "result.json").write_text(json.dumps(plain, indent=1))
+        put(run_dir / "result.json", json.dumps(plain, indent=1).encode())
 
 
 def result_of(run: Run, last_weights: dict[str, Tensor]) -> FitResult:

@@ -155,7 +155,9 @@ def restore_run(run: Run, state: Mapping[str, Any], hooks: bool = True) -> None:
     run.trainer.state.update(_moved(state["state"], run.fabric.device))
     run.processes.set_own_buffers(run.problem, state["own_buffers"])
     # Putting back is no change; what had changed since the start of the run stays known as changed.
-    run.kept.attributes_at_start = {k: v for k, v in attributes(run.problem).items() if k not in state["module_state"]}
+    flags = {k: v for k, v in run.kept.attributes_at_start.items() if k.endswith(".requires_grad")}
+    now = {k: v for k, v in attributes(run.problem).items() if k not in state["module_state"]}
+    run.kept.attributes_at_start = {**now, **flags}
     run.random_before_data, run.random_before_epoch = state["random_before_data"], state["random_before_epoch"]
     run.kept.generators_before_epoch = state["generators_before_epoch"]
     run.random_to_resume, run.kept.generators_to_resume = state["random"], state["generators"]
@@ -318,11 +320,13 @@ _OF_TORCH = {*vars(nn.Module()), "_is_full_backward_hook", "_compiled_call_impl"
 def attributes(problem: nn.Module) -> dict[str, Any]:
     """Plain values (bool, int, float, str, None) and tensors that modules keep outside of their state dict, by name.
 
-    A tensor comes with its version, which tells whether it was changed in place. Not taken: tensors with a graph, and
+    Also which parameters are trained (`requires_grad`), and which modules a hook has put in eval mode. A tensor comes with its version, which tells whether it was changed in place. Not taken: tensors with a graph, and
     those whose name begins with "_", which are caches (NeuroMANCER's variables keep their last value so).
     """
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {f"{name}.requires_grad": p.requires_grad for name, p in problem.named_parameters()}
     for prefix, module in problem.named_modules():
+        if problem.training and not module.training:  # in training all others are not; so this one is "changed"
+            found[f"{prefix}.training"] = False
         hidden = {name: b for name, b in module._buffers.items() if name in module._non_persistent_buffers_set}
         for name, value in {**vars(module), **hidden}.items():
             if name not in _OF_TORCH and (value is None or type(value) in (bool, int, float, str)):
@@ -336,7 +340,7 @@ def changed_attributes(problem: nn.Module, at_start: Mapping[str, Any]) -> dict[
     """Those that training has changed since they were `at_start` (NeuroMANCER's AugmentedLagrangeLoss has a flag)."""
 
     def changed(name: str, now: Any) -> bool:
-        if name not in at_start:
+        if name not in at_start or name.endswith(".training"):
             return True
         then = at_start[name]
         if isinstance(now, tuple):
@@ -349,12 +353,12 @@ def changed_attributes(problem: nn.Module, at_start: Mapping[str, Any]) -> dict[
 
 def set_attributes(problem: nn.Module, values: Mapping[str, Any]) -> None:
     """Put back what `changed_attributes` gave."""
-    modules = dict(problem.named_modules())
+    holders = {**dict(problem.named_parameters()), **dict(problem.named_modules())}
     for name, value in values.items():
         prefix, _, attribute = name.rpartition(".")
-        if prefix not in modules:
+        if prefix not in holders:
             raise ValueError(f"The checkpoint has {name!r}, but this problem has no module {prefix!r}.")
-        module = modules[prefix]
+        module = holders[prefix]
         own = getattr(module, attribute, None)
         if not isinstance(value, Tensor):
             setattr(module, attribute, value)

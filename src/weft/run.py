@@ -174,6 +174,7 @@ class Run(Seams):
             )
             for split in SPLITS
         }  # fmt: skip
+        seeding.fix_kept_batches(self._splits.values())
 
     def __enter__(self) -> Self:
         if not self.has("train"):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from weft.checkpoint import random_state, set_random_state
+from weft.prebatch import PreBatched
 
 
 def seed_everything(seed: int) -> None:
@@ -52,6 +54,30 @@ def data_randomness(seed: int | None, index: int) -> Iterator[None]:
         yield
     finally:
         set_random_state(before)
+
+
+def fix_kept_batches(sources: Iterable[Any]) -> None:
+    """Let batches that are made once be made in the random state of this moment, whenever they are asked for.
+
+    A resumed run makes them again in the middle of training, and must get the same ones.
+    """
+    for source in sources:
+        loader = getattr(source, "loader", None)
+        if isinstance(loader, PreBatched):
+            own = generators_of(loader)
+            loader.within = partial(_put_back_after, own, random_state(), generator_states(own))
+
+
+@contextmanager
+def _put_back_after(generators: Mapping[str, Any], random: Mapping[str, Any], states: Mapping[str, Any]) -> Iterator[None]:
+    before = random_state(), generator_states(generators)
+    set_random_state(random)
+    set_generator_states(generators, states)
+    try:
+        yield
+    finally:
+        set_random_state(before[0])
+        set_generator_states(generators, before[1])
 
 
 def generators_of(loader: Any) -> dict[str, Any]:

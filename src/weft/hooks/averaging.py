@@ -78,12 +78,14 @@ class WeightAverage(Hook):
             self._live = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages by parameter name, and how many weights went into them."""
-        return {"count": self.count, "averages": {name: a.clone() for name, a in self.averages.items()}}
+        """The averages by parameter name, how many weights went into them, and, while they stand in the problem (which
+        is then saved with them), the trained weights."""
+        live = None if self._live is None else [p.clone() for p in self._live]
+        return {"count": self.count, "averages": {name: a.clone() for name, a in self.averages.items()}, "live": live}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
-        self.count, self.averages = state_dict["count"], dict(state_dict["averages"])
+        self.count, self.averages, self._live = state_dict["count"], dict(state_dict["averages"]), state_dict.get("live")
 
 
 class EMA(WeightAverage):

@@ -10,7 +10,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from weft import yamlfile
+from weft import checkpoint, yamlfile
+from weft.archive import put
 from weft.events import Hook
 from weft.surroundings import config_of, surroundings
 
@@ -24,14 +25,15 @@ class RunFolder(Hook):
         if run.run_dir is None or not run.is_global_zero:
             return
         folder = Path(run.run_dir)
+        checkpoint.clean(folder)
         text = yamlfile.dump(config_of(trainer))
         sessions = read_sessions(folder)
         session = surroundings(trainer)
         if (folder / "config.yaml").is_file() and sessions:
             before = (folder / "config.yaml").read_text(encoding="utf-8")
-            session["config_before"] = yamlfile.load(before) if before != text else "the same"
-        (folder / "config.yaml").write_text(text, encoding="utf-8")
-        (folder / "environment.yaml").write_text(yamlfile.dump({"sessions": [*sessions, session]}), encoding="utf-8")
+            session["config_before"] = _loaded(before) if before != text else "the same"
+        put(folder / "config.yaml", text.encode())  # whole at any moment: a run that is killed here must still resume
+        put(folder / "environment.yaml", yamlfile.dump({"sessions": [*sessions, session]}).encode())
 
     def on_fit_end(self, trainer: Any, result: Any) -> None:
         """Write the report. A report that fails costs a warning, never the run."""
@@ -47,9 +49,21 @@ class RunFolder(Hook):
 
 
 def read_sessions(folder: Path) -> list[dict[str, Any]]:
-    """The entries of `environment.yaml`, oldest first; [] if there is none."""
+    """The entries of `environment.yaml`, oldest first; [] if there is none, with a warning if it is damaged."""
     path = folder / "environment.yaml"
     if not path.is_file():
         return []
-    found = yamlfile.load_file(path)
-    return found.get("sessions", []) if isinstance(found, dict) else []
+    found = _loaded(path.read_text(encoding="utf-8", errors="replace"))
+    sessions = found.get("sessions") if isinstance(found, dict) else None
+    if not isinstance(sessions, list):
+        warnings.warn(f"{path} is damaged: earlier sessions of this run are not known any more.", stacklevel=2)
+        return []
+    return sessions
+
+
+def _loaded(text: str) -> Any:
+    """What the YAML says; the text itself if it is damaged."""
+    try:
+        return yamlfile.load(text)
+    except ValueError:
+        return text

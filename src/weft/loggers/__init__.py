@@ -5,6 +5,7 @@
 
 A logger is any object with `log_metrics(metrics, step)`, `log_hyperparams(params)`, `save()` and `finalize(status)`.
 It may have `rewind(step, epoch, in_epoch)`, called when a run goes on from a checkpoint, and `log_final(metrics, step)`.
+A `rewind` that drops the values of `step` itself returns True, and gets them again.
 """
 
 from __future__ import annotations
@@ -163,7 +164,10 @@ class Logging(Hook):
         settings = hyperparameters(trainer)
         for logger in self._active:
             if run.progress.step > 0 and hasattr(logger, "rewind"):
-                logger.rewind(run.progress.step, run.progress.epoch, run.progress.batch > 0)
+                has_dropped = logger.rewind(run.progress.step, run.progress.epoch, run.progress.batch > 0)
+                again = run.kept.notes.get("step values", {})
+                if has_dropped and again.get("step") == run.progress.step:
+                    logger.log_metrics({**again["values"], "epoch": run.progress.epoch}, step=run.progress.step)
             if hasattr(logger, "log_problem"):
                 logger.log_problem(trainer.problem)
             try:
@@ -178,7 +182,9 @@ class Logging(Hook):
     def on_step_end(self, trainer: Any, batch: Any, loss: Any) -> None:
         """Every `log_every` steps: the means since the last time. All processes take part in the means."""
         if self.log_every is not None and trainer.run.progress.step % self.log_every == 0:
-            self._log(trainer, trainer.run.step_metrics())
+            values = trainer.run.step_metrics()
+            trainer.run.kept.notes["step values"] = {"step": trainer.run.progress.step, "values": dict(values)}
+            self._log(trainer, values)
 
     def on_epoch_end(self, trainer: Any, metrics: Mapping[str, float]) -> None:
         """Write the epoch's metrics with learning rates, speed, seconds spent waiting for data, and `seconds` since the fit began."""

@@ -8,14 +8,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from weft.archive import put
 
 COLUMNS = ("step", "epoch", "name", "value", "time")
 CONTEXT = ("lr", "steps_per_second", "examples_per_second", "wait_seconds", "seconds")
@@ -63,29 +67,35 @@ class CSVLogger:
         if not self._is_checked:
             self._prepare()
         if self._waiting:
-            with self.path.open("a", encoding="utf-8", newline="") as file:
-                file.write(_as_text(self._waiting))
+            size = self.path.stat().st_size
+            try:
+                with self.path.open("a", encoding="utf-8", newline="") as file:
+                    file.write(_as_text(self._waiting))
+            except OSError as error:
+                with contextlib.suppress(OSError):  # what came through would be there twice after the next try
+                    os.truncate(self.path, size)
+                raise OSError(error.errno, f"{self.path} could not be written: {error.strerror}") from error
             self._waiting = []
 
     def rewind(self, step: int, epoch: int, in_epoch: bool = False) -> None:
         """Drop what a run that goes on from a checkpoint at `step` with `epoch` will log again.
 
         That is every row after `step`, and every mean over `epoch` or a later one, which may stand at `step` itself.
-        Step values (names that end in "_step") up to `step` stay. The file is replaced in one operation.
+        Step values (names that end in "_step") up to `step` stay. The file is replaced in one operation. Rows that cannot
+        be read (the disk or its power failed) do not hold the run up: a warning names the copy that is kept of them.
         """
         self._waiting = []
-        if not self.path.exists() or self.path.stat().st_size == 0:
+        if _is_empty(self.path):
             return
-        rows = read_rows(self.path)
+        rows, broken = _split(self.path)
+        if broken:
+            copy = self.path.with_name(f"{self.path.stem}-damaged{self.path.suffix}")
+            put(copy, self.path.read_bytes())
+            warnings.warn(f"{self.path} has {len(broken)} broken rows, left out now: {broken[0]}; {copy} has all.", stacklevel=2)
         kept = [row for row in rows if row.step <= step and (row.epoch < epoch or row.name.endswith("_step"))]
-        if len(kept) == len(rows):
-            return
-        part = self.path.with_name(self.path.name + ".part")
-        with part.open("w", encoding="utf-8", newline="") as file:
-            file.write(_as_text([COLUMNS, *((*row[:3], repr(row.value), row.time) for row in kept)]))
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(self.path)
+        if len(kept) < len(rows) or broken:
+            text = _as_text([COLUMNS, *((*row[:3], repr(row.value), row.time) for row in kept)])
+            put(self.path, text.encode())
 
     def finalize(self, status: str) -> None:
         """Append what waits; `status` is not kept. The logger can be used again."""
@@ -93,7 +103,7 @@ class CSVLogger:
 
     def _prepare(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if not self.path.exists() or self.path.stat().st_size == 0:
+        if _is_empty(self.path):
             self.path.write_text(_as_text([COLUMNS]), encoding="utf-8", newline="")
         _check_header(self.path)
         _cut_torn_line(self.path)
@@ -105,23 +115,27 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
 
     Raises FileNotFoundError, and ValueError naming file and line for a file of another kind.
     """
-    path = Path(path)
+    rows, broken = _split(Path(path))
+    if broken:
+        raise ValueError(f"{path}, {broken[0]}, expected {','.join(COLUMNS)}.")
+    return rows
+
+
+def _split(path: Path) -> tuple[list[Row], list[str]]:
+    """The rows of the file, and where it has others, in words."""
     _check_header(path)
-    text = path.read_bytes().decode("utf-8")
+    text = path.read_bytes().decode("utf-8", errors="replace")
     whole = text[: text.rfind("\n") + 1]
     reader = csv.reader(io.StringIO(whole, newline=""))
     next(reader)
-    rows = []
+    rows, broken = [], []
     for fields in reader:
         try:
             step, epoch, name, value, seconds = fields
             rows.append(Row(int(step), int(epoch), name, float(value), float(seconds)))
         except ValueError:
-            found = ",".join(fields)
-            raise ValueError(
-                f"{path}, line {reader.line_num}: found {found!r}, expected {','.join(COLUMNS)}."
-            ) from None
-    return rows
+            broken.append(f"line {reader.line_num}: found {','.join(fields)[:80]!r}")
+    return rows, broken
 
 
 def read_history(path: str | os.PathLike[str], num_epochs: int) -> dict[str, list[float]]:
@@ -142,8 +156,14 @@ def _as_text(rows: list[tuple[Any, ...]]) -> str:
     return text.getvalue()
 
 
+def _is_empty(path: Path) -> bool:
+    """Whether nothing is there but maybe the beginning of the header: whoever wrote it was killed, or the disk was full."""
+    header = _as_text([COLUMNS]).encode()
+    return not path.exists() or (path.stat().st_size < len(header) and header.startswith(path.read_bytes()))
+
+
 def _check_header(path: Path) -> None:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         header = file.readline().rstrip("\n")
     if header != ",".join(COLUMNS):
         raise ValueError(

@@ -94,14 +94,15 @@ class TensorBoardLogger:
         if self._writer is not None:
             self._writer.flush()
 
-    def rewind(self, step: int, epoch: int, in_epoch: bool = False) -> None:
+    def rewind(self, step: int, epoch: int, in_epoch: bool = False) -> bool:
         """Make TensorBoard forget what a run that goes on from a checkpoint at `step` will log again.
 
         That is every point after `step`; those at `step` too if the checkpoint is from the middle of an epoch
-        (`in_epoch`), whose means may have been logged there.
+        (`in_epoch`), whose means may have been logged there. Returns whether they are.
         """
         self._close()
         self._purge_step = step if in_epoch else step + 1
+        return in_epoch
 
     def finalize(self, status: str) -> None:
         """Write how the run ended ("success", "failed" or "aborted") and close the file. The logger can be used again."""
