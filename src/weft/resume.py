@@ -381,7 +381,7 @@ def find_state(run: Run, resume: str) -> dict[str, Any] | None:
     found = run.processes.first(partial(_load, run.config, resume))
     if found is None:
         return None
-    state, path = found
+    state, path = found[0], found[1].absolute()
     run.kept.resumed_from, run.run_dir = path, runs.folder_of(path) or run.run_dir
     restore_numbers(run, state)
     return state

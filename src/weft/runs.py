@@ -28,6 +28,7 @@ def new_folder(config: TrainerConfig, options: dict[str, Any]) -> Path | None:
     while config.run_name is None and folder.exists():  # two runs in one second
         number += 1
         folder = folder.with_name(f"{folder.name.split('-run')[0]}-run{number}")
+    folder = folder.absolute()  # the same one if the working directory changes
     folder.mkdir(parents=True, exist_ok=True)
     _set_aside(folder)
     return folder
@@ -71,4 +72,5 @@ def where_to_look(config: TrainerConfig) -> Path:
 
 def folder_of(path: Path) -> Path | None:
     """The run folder that a checkpoint lies in; None if it was put somewhere else."""
-    return path.parent.parent if path.parent.name == "checkpoints" else None
+    folder = path.absolute().parent
+    return folder.parent if folder.name == "checkpoints" else None
