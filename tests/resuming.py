@@ -314,6 +314,20 @@ def lagrangian() -> weft.Problem:
     return make_problem(weft.AugmentedLagrangian(every=2))
 
 
+class Freeze(weft.Hook):
+    """Trains one part of the problem in the first epoch only, and its normalisation no longer than that."""
+
+    def on_epoch_end(self, trainer: Any, metrics: Mapping[str, float]) -> None:
+        if trainer.current_epoch == 0:
+            trainer.problem.nodes[0].fn.layers[0].requires_grad_(False)
+            trainer.problem.nodes[0].fn.layers[1].eval()
+
+
+def kept(place: str) -> Callable[[], weft.Data]:
+    """Batches with noise that are made once."""
+    return lambda: weft.Data(Augmented(), Augmented(), batch_size=4, pre_batch=place)
+
+
 def given(value: Any) -> Callable[[], Any]:
     return lambda: value
 
@@ -349,5 +363,9 @@ SETTINGS: dict[str, Setting] = {
     "most steps": {"max_steps": given(15)},
     "validated now and then": {"validate_every": given(2)},
     "in the background": {"checkpoint": given({"background": True})},
+    "frozen by a hook": {"hooks": Freeze},
+    "averaged weights": {"hooks": lambda: weft.hooks.EMA(0.9)},
+    "kept batches": {"data": kept("in_memory")},
+    "kept batches, on disk": {"data": kept("on_disk")},
     "limited": {"limit_batches": given(0.5), "patience": given(2)},
 }

@@ -159,6 +159,40 @@ def test_leaving_out_a_part_of_the_state_would_be_noticed(forget: Callable[[dict
     assert any(text.startswith(".last weights") for text in differences(expected, bad))
 
 
+def forget_flags(state: dict[str, Any]) -> None:
+    for name in [n for n in state["module_state"] if n.endswith(".requires_grad")]:
+        del state["module_state"][name]
+
+
+def forget_modes(state: dict[str, Any]) -> None:
+    del state["module_state"]["nodes.0.fn.layers.1.training"]
+
+
+def forget_making(state: dict[str, Any]) -> None:
+    state["random_before_data"] = checkpoint.random_state()
+
+
+def forget_averages(state: dict[str, Any]) -> None:
+    next(iter(state["hooks"]["EMA"]["averages"].values())).add_(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "forget"),
+    [
+        ("frozen by a hook", forget_flags),
+        ("frozen by a hook", forget_modes),
+        ("kept batches", forget_making),
+        ("averaged weights", forget_averages),
+    ],
+)
+def test_leaving_out_what_only_some_runs_have_would_be_noticed_too(
+    name: str, forget: Callable[[dict[str, Any]], None], tmp_path: Path
+) -> None:
+    expected = undisturbed(SETTINGS[name], tmp_path / "whole")
+    bad = cut_off(SETTINGS[name], tmp_path / "bad", (9,), tamper=rewrite(forget))
+    assert any(text.startswith((".last weights", ".weights")) for text in differences(expected, bad))
+
+
 # ---- what a resumed fit does -----------------------------------------------------------------------------------------
 
 

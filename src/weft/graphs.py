@@ -11,6 +11,7 @@ become inputs, so that later changes in place are seen.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -112,16 +113,21 @@ def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor], moving: int) 
             if inputs[0].is_cuda:
                 return _captured(graph, detached, moving)
             path = cache_folder() / f"{_key(graph, inputs)}.pt2"
-            if not path.exists():
-                _write_package(path, graph, detached)
-            os.utime(path)
-            aoti: Any = torch._C._aoti  # type: ignore[attr-defined]
-            loader = aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
-            return loader.run
+            if path.exists():
+                with contextlib.suppress(Exception):  # damaged where the power went, say: it is made anew
+                    os.utime(path)
+                    return _loaded(path)
+            _write_package(path, graph, detached)
+            return _loaded(path)
     except Exception as error:
         if "InvalidCxxCompiler" in repr(error):
             raise CannotCompile("there is no working C++ compiler (g++ or clang++; CXX names another)") from error
         raise CannotCompile(f"the compiler failed: {_first_line(error)}") from error
+
+
+def _loaded(path: Path) -> Compiled:
+    aoti: Any = torch._C._aoti  # type: ignore[attr-defined]
+    return aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1).run
 
 
 OPTIONS = {"fallback_random": True, "compile_threads": 1, "aot_inductor.package": True}

@@ -88,7 +88,7 @@ def write(folder: str | Path) -> Path:
     """Write `report.html` into the folder of a run and return its path: one page that needs nothing else."""
     run = read_run(folder)
     path = run.folder / "report.html"
-    path.write_text(page(run), encoding="utf-8")
+    path.write_text(page(run), encoding="utf-8", errors="backslashreplace")  # a folder's name may be any bytes
     return path
 
 

@@ -39,7 +39,8 @@ def _fit(call: Call) -> int:
     if made.trainer.run.is_global_zero:
         print(result)
         if result.run_dir is not None:
-            print(f"{result.run_dir}")
+            here = Path.cwd()
+            print(result.run_dir.relative_to(here) if result.run_dir.is_relative_to(here) else result.run_dir)
     return NOT_FINITE if result.stop_reason == "nonfinite" else OK
 
 
