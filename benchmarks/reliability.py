@@ -1,6 +1,7 @@
-"""What a run survives, counted: `python -m benchmarks.reliability` writes results/reliability-<date>.md.
+"""What a run survives, counted: `python -m benchmarks.reliability` writes results/reliability-<date>-<hardware>.md.
 
 The tests say yes or no; this says of how many. It uses their tools (tests/resuming.py and others), with more kills.
+`--readme` puts a short table between the marks in README.md.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import argparse
 import contextlib
 import datetime
 import errno
+import importlib.metadata
 import io
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,6 +30,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -37,7 +41,15 @@ sys.path.insert(0, str(ROOT / "tests"))
 import weft
 from weft import checkpoint, demo
 
-Row = tuple[str, str]
+START, END = "<!-- reliability -->", "<!-- /reliability -->"
+
+
+class Row(NamedTuple):
+    """What was done, what came of it, and whether the README shows it."""
+
+    what: str
+    found: str
+    in_readme: bool = True
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -45,40 +57,66 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reliability", description=__doc__)
     parser.add_argument("--kills", type=int, default=300, help="kills in all (default 300)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--readme", action="store_true", help="also put the short table into README.md")
+    parser.add_argument("--only", default="", help="only the parts whose names hold this text; nothing is written")
     given = parser.parse_args(arguments)
     rows: list[Row] = []
-    parts: list[Callable[[], Iterator[Row]]] = [
-        crash_points, lambda: kills(given.kills), full_disk, damage, hostile_files, signals, not_finite, memory, machine,
-        write_times,
-    ]  # fmt: skip
-    for part in parts:
+    for part in PARTS:
+        if given.only not in part.__name__:
+            continue
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for row in part():
+            for row in part(given.kills):
                 rows.append(row)
-                print(f"{row[0]}: {row[1]}", file=sys.stderr, flush=True)
+                print(f"{row.what}: {row.found}", file=sys.stderr, flush=True)
+    if given.only:
+        return
     date = datetime.date.today().isoformat()
     given.out.mkdir(parents=True, exist_ok=True)
-    path = given.out / f"reliability-{date}.md"
-    table = "\n".join(f"| {what} | {found} |" for what, found in rows)
+    path = given.out / f"reliability-{date}-{re.sub(r'[^a-z0-9]+', '-', cpu().lower()).strip('-')}.md"
     path.write_text(
-        f"# Reliability, {date}\n\n{surroundings()}\n\n`python -m benchmarks.reliability --kills {given.kills}`\n\n"
-        f"| what was done | what came of it |\n|---|---|\n{table}\n"
+        f"# Reliability, {date}\n\n{surroundings()}\n\n`python -m benchmarks.reliability --kills {given.kills}`\n\n{table(rows)}\n"
     )
+    if given.readme:
+        fill(ROOT / "README.md", table([row for row in rows if row.in_readme]), f"benchmarks/results/{path.name}")
     print(path)
+
+
+def table(rows: list[Row]) -> str:
+    """Of Markdown."""
+    lines = [f"| {row.what} | {row.found} |" for row in rows]
+    return "\n".join(["| what was done | what came of it |", "|---|---|", *lines])
+
+
+def fill(path: Path, text: str, source: str) -> None:
+    """Put `text` between the marks in the file at `path`."""
+    before, start, rest = path.read_text().partition(START)
+    _, end, after = rest.partition(END)
+    if not (start and end):
+        raise ValueError(f"{path} has no place for the table: expected the lines {START} and {END}.")
+    path.write_text(f"{before}{START}\n{text}\n\n{surroundings()}; all figures: `{source}`.\n{END}{after}")
+
+
+def cpu() -> str:
+    """The name of the processor, and how many cores are seen."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    name = found.group(1) if found else platform.processor() or platform.machine()
+    return f"{name.replace('(R)', '').replace('(TM)', '')}, {os.cpu_count()} cores"
 
 
 def surroundings() -> str:
     """Hardware and versions."""
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
-    cpu = found.group(1) if found else platform.processor() or platform.machine()
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "lightning", "numpy"))
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    made_by = subprocess.run([compiler, "-dumpfullversion"], capture_output=True, text=True, check=False).stdout.strip() if compiler else ""
     return (
-        f"{cpu}, {os.cpu_count()} cores seen, one thread, {platform.system()} {platform.release()}; "
-        f"weft {weft.__version__}, torch {torch.__version__}, python {platform.python_version()}"
+        f"{cpu()} seen, one used; {platform.system()} {platform.release()}; weft {weft.__version__}, {versions}, "
+        f"python {platform.python_version()}, {f'g++ {made_by}' if made_by else 'no C++ compiler'}"
     )
 
 
-def crash_points() -> Iterator[Row]:
+def crash_points(_: int) -> Iterator[Row]:
     """A process dies at every moment of a save."""
     from test_checkpoint_files import die_at_every_moment, state_of_step
 
@@ -94,30 +132,36 @@ def crash_points() -> Iterator[Row]:
         return checkpoint.load(folder, "best")[0]["step"] in (1, 4) and step in (3, 4)
 
     results = die_at_every_moment(template, lambda f: checkpoint.save(f, 4, state_of_step(4), best=True) and None, whole)
-    yield (
+    yield Row(
         "die before and after every I/O call of a save (torn writes)",
         f"{sum(results)} of {len(results)} load: {seen[3]} the old, {seen[4]} the new state",
     )
 
 
 def kills(wanted: int) -> Iterator[Row]:
-    """SIGKILL at random moments, in chains, of several kinds of runs."""
-    from test_kill import PROBES, kill_until
+    """SIGKILL at random moments, in chains, of several kinds of runs; compiled ones with the real compiler."""
+    from test_kill import PROBES, Count, kill_until
 
-    everything = [0, 0, 0]
+    everything = Count(0, 0, 0, 0)
     for name in PROBES:
-        share = max(5, wanted // len(PROBES))
+        share = max(5, -(-wanted // len(PROBES)))
         started, folder = time.monotonic(), Path(name.replace(" ", "-")).resolve()
         folder.mkdir()
-        done, runs, different = kill_until(folder, name, share, seed=1)
-        everything = [a + b for a, b in zip(everything, (done, runs, different), strict=True)]
-        seconds = (time.monotonic() - started) / done
-        yield f"kill -9 at random moments: {name}", f"{done} kills, {runs} runs, {different} different ({seconds:.2f} s a kill)"
-    done, runs, different = everything
-    yield "kill -9, all together", f"**{done} kills, 0 lost, {different} of {runs} runs different** (sha256 of all state)"
+        if PROBES[name].get("compile"):
+            os.environ["WEFT_CACHE"] = str(folder / "cache")
+            warnings.filterwarnings("error", message=".*stays eager")  # then it would not be what the row says
+        found = kill_until(folder, name, share, seed=1)
+        everything = Count(*(a + b for a, b in zip(everything, found, strict=True)))
+        seconds = (time.monotonic() - started) / found.kills
+        yield Row(f"kill -9 at random moments: {name}", f"{_counted(found)} ({seconds:.2f} s a kill)", False)
+    yield Row("kill -9 at random moments, eager and compiled: sha256 of all state", f"**{_counted(everything)}**")
 
 
-def full_disk() -> Iterator[Row]:
+def _counted(count: tuple[int, int, int, int]) -> str:
+    return "{} kills, {} lost, {} runs, {} different".format(*count)
+
+
+def full_disk(_: int) -> Iterator[Row]:
     """A limit on file sizes, and where it is allowed a small file system."""
     import resource
 
@@ -137,20 +181,20 @@ def full_disk() -> Iterator[Row]:
         code, state = in_child(body), checkpoint.load(folder)[0]
         return "error names the disk, the previous checkpoint loads" if (code, state["step"]) == (10, 1) else f"FAILED ({code})"
 
-    yield "disk full (RLIMIT_FSIZE)", outcome(Path("limit"), lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,) * 2))
+    yield Row("disk full (RLIMIT_FSIZE)", outcome(Path("limit"), lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,) * 2)))
     small = Path("small")
     small.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
-        yield "disk full (tmpfs of 2 MiB)", "not tried: mounting is not allowed here"
+        yield Row("disk full (tmpfs of 2 MiB)", "not tried: mounting is not allowed here", False)
         return
     try:
-        yield "disk full (tmpfs of 2 MiB)", outcome(small / "run", lambda: None)
+        yield Row("disk full (tmpfs of 2 MiB)", outcome(small / "run", lambda: None), False)
     finally:
         subprocess.run(["umount", str(small)], check=True)
 
 
-def damage() -> Iterator[Row]:
+def damage(_: int) -> Iterator[Row]:
     """Flipped bits, zeroed pages, truncations."""
     import random
 
@@ -181,55 +225,75 @@ def damage() -> Iterator[Row]:
                 seen["same" if same(checkpoint.read(path), state) else "WRONG"] += 1
             except CheckpointError:
                 seen["refused"] += 1
-        yield f"{count} {what}", f"{seen['WRONG']} loaded wrong, {seen['refused']} refused" + (
-            f", {seen['same']} without effect" if seen["same"] else ""
+        yield Row(
+            f"{count} {what}",
+            f"{seen['WRONG']} loaded wrong, {seen['refused']} refused" + (f", {seen['same']} without effect" if seen["same"] else ""),
         )
+    yield Row("files that are no checkpoints; flips in zip headers", _pytest("test_checkpoint_files.py", "no_checkpoint or outside"), False)
 
 
-def hostile_files() -> Iterator[Row]:
+def hostile_files(_: int) -> Iterator[Row]:
     """Files that run code when they are loaded without care."""
-    yield "malicious pickles on every load path, unsafe loading forced by the environment", _pytest(
-        "test_checkpoint_contents.py", "runs_code or payloads_do_run"
+    yield Row(
+        "malicious pickles on every load path, unsafe loading forced by the environment",
+        _pytest("test_checkpoint_contents.py", "runs_code or payloads_do_run"),
     )
 
 
-def signals() -> Iterator[Row]:
-    """Signals, also twice and during a save; SLURM."""
-    yield "SIGTERM, SIGUSR1, SIGINT, double SIGINT inside a save, SLURM's requeue", _pytest("test_signals.py")
+def signals(_: int) -> Iterator[Row]:
+    """Signals, also over and over during a save; SLURM."""
+    yield Row(
+        "SIGTERM, SIGUSR1, SIGINT, SIGINT over and over inside a save, SLURM's requeue",
+        _pytest("test_signals.py test_resume_edges.py", "signal or ctrl_c or sigterm or slurm or 143 or handler or fork or worker or fit_within"),
+    )
 
 
-def not_finite() -> Iterator[Row]:
+def not_finite(_: int) -> Iterator[Row]:
     """NaN and infinities in loss, terms, gradients and metrics."""
-    yield "NaN and Inf in loss, term, gradient, metric; 9 ways of updating; raise, skip, stop", _pytest("test_nonfinite.py")
+    yield Row("NaN and Inf in loss, term, gradient, metric; 9 ways of updating; raise, skip, stop", _pytest("test_nonfinite.py"))
+    yield Row("NaN in one process of two", _pytest("test_ddp.py", "not_finite_in_one_process"), False)
 
 
-def memory() -> Iterator[Row]:
+def controls(_: int) -> Iterator[Row]:
+    """Whether the comparisons can fail at all, and the files of earlier formats."""
+    yield Row(
+        "negative controls: random state, position, schedule, order, ... left out of a checkpoint",
+        f"noticed: {_pytest('test_resume.py test_kill.py', 'noticed or forgot or counts_as_lost')}", False,
+    )  # fmt: skip
+    yield Row("a checkpoint of every released format", f"goes on: {_pytest('test_checkpointing.py', 'released_format')}", False)
+
+
+def memory(_: int) -> Iterator[Row]:
     """Ten thousand steps."""
     from test_memory import STEPS, Measure, train
 
     measure = Measure(500, 500 + STEPS)
     train(measure, 500 + STEPS, log_every=100, root_dir="runs", loggers="csv", patience=10**6)
-    yield f"{STEPS:,} steps with logging and validation", f"{measure.new_tensors} new live tensors, RSS grows {measure.new_mib:.2f} MiB"
+    yield Row(
+        f"{STEPS:,} steps with logging and validation", f"{measure.new_tensors} new live tensors, RSS grows {measure.new_mib:.2f} MiB"
+    )
 
 
-def machine() -> Iterator[Row]:
+def machine(_: int) -> Iterator[Row]:
     """The state machine, with many more examples."""
     os.environ["WEFT_EXAMPLES"] = "150"
-    yield "150 random lives (train, save, crash, load, evaluate) against a plain loop", _pytest("test_resume_machine.py")
+    yield Row("150 random lives (train, save, crash, load, evaluate) against a plain loop", _pytest("test_resume_machine.py"))
 
 
-def write_times() -> Iterator[Row]:
+def write_times(_: int) -> Iterator[Row]:
     """What a checkpoint of the demo problem costs the training thread."""
     for background in (True, False):
         seconds: list[float] = []
+        busy: list[float] = []
 
-        def save(trainer: weft.Trainer, batch: object, loss: object, seconds: list[float] = seconds) -> None:
+        def save(trainer: weft.Trainer, batch: object, loss: object, seconds: list[float] = seconds, busy: list[float] = busy) -> None:
             assert trainer.run is not None
             if writer := trainer.run.kept.writer:
                 writer.wait()
-            started = time.perf_counter()
+            started, thread = time.perf_counter(), time.thread_time()
             trainer.run.save()
             seconds.append(time.perf_counter() - started)
+            busy.append(time.thread_time() - thread)
 
         how = {"every_n_epochs": 1000, "best": False, "background": background}
         trainer = weft.Trainer(
@@ -239,18 +303,24 @@ def write_times() -> Iterator[Row]:
             result = trainer.fit(demo.make_problem(), demo.data_setup)
         assert result.run_dir is not None
         size = checkpoint.find(result.run_dir).stat().st_size / 1024
-        times = f"median {statistics.median(seconds) * 1e3:.1f} ms, slowest of {len(seconds)} {max(seconds) * 1e3:.1f} ms"
+        median, slowest = statistics.median(seconds) * 1e3, max(seconds) * 1e3
+        times = f"median {median:.1f} ms, slowest of {len(seconds)} {slowest:.1f} ms; CPU time {statistics.median(busy) * 1e3:.1f} ms"
         where = "in the background" if background else "in the training thread"
-        yield f"a checkpoint of the demo problem ({size:.0f} KiB) written {where}: time of the training thread", times
+        yield Row(f"a checkpoint of the demo problem ({size:.0f} KiB) written {where}: time of the training thread", times, background)
 
 
-def _pytest(file: str, select: str = "") -> str:
-    """The counts that pytest reports for one file of tests."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / file), *(["-k", select] if select else [])]
+def _pytest(files: str, select: str = "") -> str:
+    """The counts that pytest reports for some files of tests."""
+    paths = [str(ROOT / "tests" / file) for file in files.split()]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths, *(["-k", select] if select else [])]
     done = subprocess.run([*command, "-m", "not long"], capture_output=True, text=True, cwd=ROOT, check=False)
     lines = done.stdout.strip().splitlines() or ["no output"]
     return re.sub(r" in .*| *=+ *|, \d+ deselected", "", lines[-1]) + " (tests)"
 
+
+PARTS: list[Callable[[int], Iterator[Row]]] = [
+    crash_points, kills, full_disk, damage, hostile_files, signals, not_finite, memory, machine, write_times, controls,
+]  # fmt: skip
 
 if __name__ == "__main__":
     main()

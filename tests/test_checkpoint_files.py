@@ -30,6 +30,7 @@ from torch import nn
 
 from bitwise import same
 from weft import checkpoint
+from weft.archive import SEALED
 from weft.checkpoint import BackgroundWriter, CheckpointError
 
 # ---- tools -----------------------------------------------------------------------------------------------------------
@@ -286,7 +287,12 @@ def test_no_damaged_file_is_loaded_wrong(tmp_path: Path) -> None:
     for _ in range(200):
         path.write_bytes(data[: chance.randrange(len(data))])
         outcomes[outcome(path, state)] += 1
-    assert outcomes == {"refused": 900}
+    for missing in range(1, SEALED):  # the checksum itself is torn
+        path.write_bytes(data[:-missing])
+        outcomes[outcome(path, state)] += 1
+    path.write_bytes(data + b"\0")
+    outcomes[outcome(path, state)] += 1
+    assert outcomes == {"refused": 900 + SEALED}
     path.write_bytes(data)
     assert outcome(path, state) == "same"
 

@@ -9,10 +9,11 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ from resuming import (
     summary,
 )
 from test_compiled import cache  # noqa: F401 (a fixture)
+from weft import checkpoint
 
 
 def plain_problem() -> weft.Problem:
@@ -101,16 +103,28 @@ def last_of(root: Path) -> str:
     return last.read_text() if last.exists() else ""
 
 
+def is_whole(root: Path, at_least: str) -> bool:
+    """Whether what `last` names loads, and is not older than what it named before; True where nothing was saved yet."""
+    name = last_of(root)
+    if not name:
+        return not at_least
+    with warnings.catch_warnings(record=True) as passed_over:
+        warnings.simplefilter("always")
+        found = checkpoint.find(root / "run").name
+    return found == name.strip() and name >= at_least and not passed_over
+
+
 def killed(
     root: Path, setting: Setting, seconds: float, chance: random.Random, tamper: Any = None, in_training: bool = False
-) -> int:
-    """Kills it at random moments until it reaches its end. Returns the number of kills.
+) -> tuple[int, int]:
+    """Kills it at random moments until it reaches its end. Returns the number of kills, and of those that cost something:
+    after which the newest checkpoint was not the one that `last` names, or not whole, or older than one before.
 
     The moments lie between a start and a part of the time that a whole run takes, so that one run dies several times;
     `in_training`: between the first save of each life and so many seconds later (a start may take longer than the run).
     """
     root.mkdir()
-    kills = 0
+    kills = lost = 0
     while True:
         found, waits = last_of(root), in_training
         child = process(lambda: train(root, setting))
@@ -120,35 +134,46 @@ def killed(
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
                 assert os.waitstatus_to_exitcode(status) == 0, "a resumed run failed"
-                return kills
+                return kills, lost
             time.sleep(0.001)
             if waits and last_of(root) != found:
                 waits, deadline = False, time.monotonic() + span
         os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
         if os.waitstatus_to_exitcode(status) == 0:
-            return kills
+            return kills, lost
         kills += 1
+        lost += not is_whole(root, at_least=found)
         if tamper is not None and list(root.glob("run/checkpoints/step-*")):
             tamper(root)
 
 
-def kill_until(folder: Path, name: str, kills: int, seed: int = 0) -> tuple[int, int, int]:
-    """(kills, runs, runs that ended elsewhere than the undisturbed one) of one probe, with so many kills or more.
+class Count(NamedTuple):
+    """Kills, kills that cost a checkpoint, runs, and runs that ended elsewhere than the undisturbed one."""
+
+    kills: int
+    lost: int
+    runs: int
+    different: int
+
+
+def kill_until(folder: Path, name: str, kills: int, seed: int = 0) -> Count:
+    """What came of one probe, killed so many times or more.
 
     Compiled runs are killed while they train: a start, with its look at the compiler and its cache, takes longer.
     """
-    chance, setting, done, runs, different = random.Random(seed), PROBES[name], 0, 0, 0
+    chance, setting, done, lost, runs, different = random.Random(seed), PROBES[name], 0, 0, 0, 0
     compiled = bool(setting.get("compile"))
     undisturbed(folder / "whole", setting)
     seconds = undisturbed(folder / "again", setting)  # timed here: the first one may have filled a compiler's cache
     assert hash_of(folder / "again") == hash_of(folder / "whole")
     while done < kills:
         root = folder / f"run-{runs}"
-        done += killed(root, setting, 0.2 if compiled else seconds, chance, in_training=compiled)
+        now, gone = killed(root, setting, 0.2 if compiled else seconds, chance, in_training=compiled)
+        done, lost = done + now, lost + gone
         runs, different = runs + 1, different + (hash_of(root) != hash_of(folder / "whole"))
         assert not list((root / "run/checkpoints").glob(".*")), "a temporary file of a killed process is left"
-    return done, runs, different
+    return Count(done, lost, runs, different)
 
 
 @pytest.mark.parametrize("name", PROBES)
@@ -156,17 +181,29 @@ def test_a_run_that_is_killed_again_and_again_ends_where_it_would_have(name: str
     """With `compile=True` in machine code: a fall back to eager steps would warn, which is an error here."""
     if PROBES[name].get("compile") and not shutil.which(os.environ.get("CXX", "g++")):
         pytest.skip("no C++ compiler")
-    kills, runs, different = kill_until(tmp_path, name, kills=5)
-    assert kills >= 5 and runs and not different
+    kills, lost, runs, different = kill_until(tmp_path, name, kills=5)
+    assert kills >= 5 and runs and not lost and not different
     assert not PROBES[name].get("compile") or list(Path(os.environ["WEFT_CACHE"]).glob("*.pt2"))
+
+
+def test_a_checkpoint_that_is_gone_or_damaged_counts_as_lost(tmp_path: Path) -> None:
+    """The negative control of "0 lost"."""
+    fit(tmp_path, {}, every=1, epochs=1)
+    last = last_of(tmp_path)
+    assert is_whole(tmp_path, last) and not is_whole(tmp_path, "step-000000007.ckpt")
+    path = tmp_path / "run/checkpoints" / last.strip()
+    path.write_bytes(path.read_bytes()[:-1])
+    assert not is_whole(tmp_path, last)
+    path.unlink()
+    assert not is_whole(tmp_path, last)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", PROBES)
 def test_hundreds_of_kills_lose_and_change_nothing(name: str, tmp_path: Path) -> None:
     wanted = 20 if name == "compiled" else 60  # there each process compiles its graphs, for some seconds
-    kills, runs, different = kill_until(tmp_path, name, kills=wanted, seed=1)
-    assert kills >= wanted and runs and not different
+    kills, lost, runs, different = kill_until(tmp_path, name, kills=wanted, seed=1)
+    assert kills >= wanted and runs and not lost and not different
 
 
 def test_the_hash_of_a_killed_run_that_forgot_its_random_state_is_another(tmp_path: Path) -> None:

@@ -255,6 +255,28 @@ def test_a_save_while_averages_stand_in_the_problem_keeps_the_trained_weights(fo
     assert bool(differences(expected, averaging_loop(tmp_path / "cut"))) == forgets
 
 
+def test_a_save_that_a_hook_asks_for_after_a_step_waits_for_the_hooks_after_it(tmp_path: Path) -> None:
+    """Else their part of the step would be missing after a resume: of averages, say, or of the numbers logged."""
+    asked: list[Path] = []
+
+    def save(trainer: Any, batch: Any, loss: Any) -> None:
+        if trainer.global_step == 7:
+            asked.append(trainer.run.save())
+            assert not asked[-1].exists()
+
+    setting = {"hooks": lambda: [{"on_step_end": save}, weft.hooks.EMA(0.9)], "log_every": given(1)}
+    start_alike()
+    expected = summary(tmp_path / "whole", *fit(tmp_path / "whole", setting, every=100))
+    start_alike()
+    FUSE.set(9)
+    with pytest.raises(Crash):
+        fit(tmp_path / "cut", setting, every=100)
+    FUSE.set(0)
+    disturb()
+    assert asked[-1].name == checkpoint.find(tmp_path / "cut/run").name == "step-000000007.ckpt"
+    assert not differences(expected, summary(tmp_path / "cut", *fit(tmp_path / "cut", setting, every=100)))
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it interrupts what comes after the save
 @pytest.mark.parametrize("background", [False, True])
 def test_ctrl_c_pressed_over_and_over_during_a_save_does_not_damage_it(background: bool, tmp_path: Path) -> None:

@@ -208,12 +208,14 @@ def _verify(file: IO[bytes], path: Path) -> None:
         raise CheckpointError(f"{path} is damaged: its checksum does not match its content.")
     try:
         with zipfile.ZipFile(file) as archive:
-            entries = archive.infolist()
+            entries, comment = archive.infolist(), archive.comment
             damaged = archive.testzip()
     except Exception as error:  # zipfile raises a dozen types for damaged headers
         raise CheckpointError(f"{path} is damaged or cut off: {type(error).__name__}: {error}.") from error
     if damaged is not None:
         raise CheckpointError(f"{path} is damaged: the checksum of its part {damaged!r} is wrong.")
+    if comment and (comment != tail or not tail.startswith(SEAL)):
+        raise CheckpointError(f"{path} is damaged: bytes at its end are missing or left over.")
     names = [entry.filename for entry in entries]
     top = names[0].split("/")[0] if names else ""
     sane = all(re.fullmatch(r"[^/\\:]+(/[^/\\:]+)+", name) and ".." not in name.split("/") for name in names)

@@ -38,7 +38,7 @@ from weft.phases import Frozen, data_of_phase, in_phase, num_epochs, unfreeze
 from weft.processes import Processes
 from weft.result import FitResult, result_of
 from weft.resume import Kept, begin, find_state, state_of_run, train_batches
-from weft.saving import finish_saving, prepare_folder, save_run, saves
+from weft.saving import STEP_HOOKS, finish_saving, prepare_folder, save_run, saves
 from weft.seams import Seams
 from weft.signals import Interruption, SignalExit, interactive
 from weft.steps import Forward
@@ -48,7 +48,6 @@ from weft.weights import RunningStatistics
 
 if TYPE_CHECKING:
     from weft.trainer import Trainer
-
 
 class Run(Seams):
     """One training run, made by `Trainer.start` and used as a context manager.
@@ -101,7 +100,8 @@ class Run(Seams):
         self.random_before_epoch: dict[str, Any] | None = None
         self.random_to_resume: dict[str, Any] | None = None
         self.kept = Kept.of(self.config, problem, previous.kept if previous else None)
-        self.begun, self.reopened, self.ending, self.busy, self.leaving = False, False, False, "", 0
+        self.begun, self.reopened, self.ending, self.save_wanted = False, False, False, False
+        self.busy, self.leaving = "", 0
         self.interruption, self._stack, self.processes = Interruption(), ExitStack(), Processes()
         self._clock, self._seconds_before = time.perf_counter(), self.progress.seconds
 
@@ -319,6 +319,8 @@ class Run(Seams):
         agreed = processes.world == 1 or ((processes.called() or epoch_over) and processes.agree(self.interruption))
         self.stop_reason = self.stop_reason or processes.granted.pop("stop", None)
         self.busy, self.leaving = "", self.interruption.asked if agreed else 0
+        if self.save_wanted:
+            self.save()
         self.call(AT_REST)
         if self.leaving:
             self.interruption.leave(self.leaving)
@@ -407,13 +409,14 @@ class Run(Seams):
         """What every update does last: count the step, step the schedules, call the hooks."""
         progress = self.progress
         progress.step += 1
-        self.busy = ""
         for schedule in self.schedules.values():
             if schedule.interval == "step":
                 schedule.step({}, None)
         if self.config.log_every and loss is not None:
             self.recent.add({f"{self.config.train_metric}_step": loss}, num_examples(batch))
+        self.busy = STEP_HOOKS
         self.call("on_step_end", batch, loss)
+        self.busy = ""
         if progress.last_step is not None and progress.step >= progress.last_step:
             self.decide_to_stop("max_steps")
 
@@ -492,7 +495,8 @@ class Run(Seams):
     def save(self) -> Path:
         """Write a checkpoint into the run's folder and return its path. Call on every rank, between updates.
 
-        Raises RuntimeError without a folder or in the middle of an update, OSError if the disk fails.
+        Within `on_step_end` it is written as soon as all hooks have seen the step. Raises RuntimeError without a folder or
+        in the middle of an update, OSError if the disk fails.
         """
         look_back(self)
         return watched(self.hooks, "checkpoint", save_run)(self)

@@ -20,6 +20,10 @@ from weft.sameness import data_prints
 if TYPE_CHECKING:
     from weft.run import Run
 
+
+STEP_HOOKS = "the calling of hooks after a step"
+
+
 def saves(run: Run) -> bool:
     """Whether this run writes checkpoints on its own."""
     return run.config.checkpointing is not None and run.run_dir is not None
@@ -49,9 +53,12 @@ def save_run(run: Run) -> Path:
     """Write a checkpoint into the run's folder and return its path. Call on every rank; the first one writes."""
     if run.run_dir is None:
         raise RuntimeError("save: this run has no folder; give the trainer root_dir or checkpoint=True.")
+    folder, step = run.run_dir / "checkpoints", run.progress.step
+    run.save_wanted = run.busy == STEP_HOOKS
+    if run.save_wanted:  # hooks after the one that asks have not seen the step yet; `Run._rest` comes back to it
+        return checkpoint.step_path(folder, step)
     if run.busy:
         raise RuntimeError(f"save: {run.busy} is under way, so the state is not whole; save between updates.")
-    folder, step = run.run_dir / "checkpoints", run.progress.step
     with run.interruption.held():
         state = state_of_run(run)
         best = (run.best.name, run.best.value, run.best.epoch)
