@@ -213,8 +213,8 @@ def test_the_core_does_not_grow_any_more() -> None:
     rooms = {name.split(".")[1]: 0 for name in core}
     for name, path in core.items():
         rooms[name.split(".")[1]] += code_lines(path)
-    assert sum(rooms.values()) < 5920
-    assert sum(lines for room, lines in rooms.items() if room not in ADDED_ROOMS) < 4800
+    assert sum(rooms.values()) < 5980
+    assert sum(lines for room, lines in rooms.items() if room not in ADDED_ROOMS) < 4850
 
 
 def test_lines_of_code_are_counted_without_comments_and_docstrings(tmp_path: Path) -> None:

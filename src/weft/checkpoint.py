@@ -248,12 +248,9 @@ def random_state() -> dict[str, Any]:
     A GPU library that was not started yet has drawn nothing; it is not started for this and counts as no devices.
     """
     version, internal, gauss = random.getstate()
-    generator: dict[str, Any] = np.random.get_state(legacy=False)  # pyright: ignore[reportAssignmentType]
-    inner = generator["state"]
-    keys = {key: torch.from_numpy(np.array(value)) for key, value in inner.items() if isinstance(value, np.ndarray)}
     return {
         "python": [version, torch.tensor(internal, device="cpu"), gauss],
-        "numpy": {**generator, "state": {**inner, **keys}},
+        "numpy": with_tensors(np.random.get_state(legacy=False)),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         "mps": [torch.mps.get_rng_state()] if torch.backends.mps.is_available() else [],
@@ -274,13 +271,26 @@ def set_random_state(state: Mapping[str, Any]) -> None:
             )
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal.tolist()), gauss))
-    inner = {k: v.numpy() if isinstance(v, Tensor) else v for k, v in state["numpy"]["state"].items()}
-    np.random.set_state({**state["numpy"], "state": inner})
+    np.random.set_state(with_arrays(state["numpy"]))
     torch.set_rng_state(state["torch"].cpu())
     for device, device_state in enumerate(state["cuda"]):
         torch.cuda.set_rng_state(device_state.cpu(), device)
     for device_state in state["mps"]:
         torch.mps.set_rng_state(device_state.cpu())
+
+
+def with_tensors(value: Any) -> Any:
+    """The state of a generator of numpy as plain values: tensors in the place of arrays."""
+    if isinstance(value, Mapping):
+        return {name: with_tensors(item) for name, item in value.items()}
+    return torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
+
+
+def with_arrays(value: Any) -> Any:
+    """What `with_tensors` was given."""
+    if isinstance(value, Mapping):
+        return {name: with_arrays(item) for name, item in value.items()}
+    return value.numpy() if isinstance(value, Tensor) else value
 
 
 # ---- weights in files ------------------------------------------------------------------------------------------------

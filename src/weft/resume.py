@@ -62,6 +62,8 @@ class Kept:
     best_saved: tuple[Any, ...] | None = None
     """Name, value and epoch of the best weights that `best` points to."""
     writer: BackgroundWriter | None = None
+    save_wanted: bool = False
+    """A hook has asked for a checkpoint while others had not seen the step yet."""
 
     @classmethod
     def of(cls, config: TrainerConfig, problem: nn.Module, previous: Kept | None) -> Kept:

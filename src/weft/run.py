@@ -100,8 +100,7 @@ class Run(Seams):
         self.random_before_epoch: dict[str, Any] | None = None
         self.random_to_resume: dict[str, Any] | None = None
         self.kept = Kept.of(self.config, problem, previous.kept if previous else None)
-        self.begun, self.reopened, self.ending, self.save_wanted = False, False, False, False
-        self.busy, self.leaving = "", 0
+        self.begun, self.reopened, self.ending, self.busy, self.leaving = False, False, False, "", 0
         self.interruption, self._stack, self.processes = Interruption(), ExitStack(), Processes()
         self._clock, self._seconds_before = time.perf_counter(), self.progress.seconds
 
@@ -319,7 +318,7 @@ class Run(Seams):
         agreed = processes.world == 1 or ((processes.called() or epoch_over) and processes.agree(self.interruption))
         self.stop_reason = self.stop_reason or processes.granted.pop("stop", None)
         self.busy, self.leaving = "", self.interruption.asked if agreed else 0
-        if self.save_wanted:
+        if self.kept.save_wanted:
             self.save()
         self.call(AT_REST)
         if self.leaving:
@@ -493,10 +492,9 @@ class Run(Seams):
         return state_of_run(self)
 
     def save(self) -> Path:
-        """Write a checkpoint into the run's folder and return its path. Call on every rank, between updates.
+        """Write a checkpoint into the run's folder and return its path; in `on_step_end`, once all hooks saw the step.
 
-        Within `on_step_end` it is written as soon as all hooks have seen the step. Raises RuntimeError without a folder or
-        in the middle of an update, OSError if the disk fails.
+        On every rank, between updates. RuntimeError without a folder or in an update, OSError if the disk fails.
         """
         look_back(self)
         return watched(self.hooks, "checkpoint", save_run)(self)

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from weft.checkpoint import random_state, set_random_state
+from weft.checkpoint import random_state, set_random_state, with_arrays, with_tensors
 from weft.prebatch import PreBatched
 
 
@@ -119,9 +118,9 @@ def _set_generator(generator: Any, state: Any) -> None:
     elif isinstance(generator, random.Random):
         generator.setstate((state[0], tuple(state[1].tolist()), state[2]))
     elif isinstance(generator, np.random.RandomState):
-        generator.set_state(_with_arrays(state))
+        generator.set_state(with_arrays(state))
     else:
-        generator.bit_generator.state = _with_arrays(state)
+        generator.bit_generator.state = with_arrays(state)
 
 
 def _state_of(generator: Any) -> Any:
@@ -131,16 +130,4 @@ def _state_of(generator: Any) -> Any:
         version, internal, gauss = generator.getstate()
         return [version, torch.tensor(internal), gauss]
     is_old = isinstance(generator, np.random.RandomState)
-    return _with_tensors(generator.get_state(legacy=False) if is_old else generator.bit_generator.state)
-
-
-def _with_tensors(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _with_tensors(item) for name, item in value.items()}
-    return torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
-
-
-def _with_arrays(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _with_arrays(item) for name, item in value.items()}
-    return value.numpy() if isinstance(value, Tensor) else value
+    return with_tensors(generator.get_state(legacy=False) if is_old else generator.bit_generator.state)
