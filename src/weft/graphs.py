@@ -57,7 +57,7 @@ def trace(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> tupl
         raise CannotCompile(f"{_first_line(error)} ({_where(error)})") from error
     if len(graph.graph.nodes) > MAX_NODES:
         raise CannotCompile(f"its graph has {len(graph.graph.nodes)} nodes, more than {MAX_NODES}")
-    return _lift_constants(_spell_out_alpha(graph))
+    return _lift_constants(_keep_scalars(_spell_out_alpha(graph)))
 
 
 def _spell_out_alpha(graph: fx.GraphModule) -> fx.GraphModule:
@@ -73,6 +73,27 @@ def _spell_out_alpha(graph: fx.GraphModule) -> fx.GraphModule:
             with graph.graph.inserting_before(node):
                 scaled = graph.graph.call_function(aten.mul.Tensor, (node.args[1], alpha))
             node.args, node.kwargs = (node.args[0], scaled), {k: v for k, v in node.kwargs.items() if k != "alpha"}
+    graph.recompile()
+    return graph
+
+
+def _keep_scalars(graph: fx.GraphModule) -> fx.GraphModule:
+    """Have every scalar that tensors are computed with put into memory.
+
+    Inductor computes such a scalar anew for each vector of the tensors: both powers of Adam's bias correction for every
+    16 elements of a weight, which costs as much as the rest of its step. What `as_strided` looks at, it keeps.
+    """
+
+    def is_scalar(node: fx.Node) -> bool:
+        return isinstance(value := node.meta.get("val"), Tensor) and value.dim() == 0
+
+    for node in list(graph.graph.nodes):
+        vectors = [user for user in node.users if not is_scalar(user) and user.op == "call_function"]
+        if node.op == "call_function" and is_scalar(node) and vectors:
+            with graph.graph.inserting_after(node):
+                kept = graph.graph.call_function(torch.ops.aten.as_strided.default, (node, [], []))
+            kept.meta = dict(node.meta)
+            node.replace_all_uses_with(kept, lambda user, vectors=vectors: user in vectors)
     graph.recompile()
     return graph
 
