@@ -207,32 +207,54 @@ def _cpu() -> tuple[str, ...]:
 
 
 def _captured(graph: fx.GraphModule, inputs: Sequence[Tensor], moving: int) -> Compiled:
-    """The compiled graph as a CUDA graph: one launch a call. Moving inputs are copied to where it reads them."""
+    """The compiled graph as a CUDA graph: one launch a call. Moving inputs are copied to where it reads them.
+
+    What it replays are kernels at addresses: its fixed inputs must stay where they are (`addresses`), and of the CPU's
+    tensors only scalars can be part of it, as copies. All graphs share the memory of what is between their kernels, as
+    one runs after the other and what each gives is copied away at once.
+    """
+    from torch.fx._lazy_graph_module import _LazyGraphModule
+
+    if elsewhere := [t for t in inputs if not t.is_cuda and t.dim()]:
+        raise CannotCompile(f"a tensor of shape {tuple(elsewhere[0].shape)} that it needs is on the {elsewhere[0].device}")
+    _LazyGraphModule.force_recompile(graph)
     fused = torch.compile(graph, fullgraph=True, dynamic=False, options={"fallback_random": True})
-    before, random = [t.clone() for t in inputs], torch.cuda.get_rng_state()
-    own = [t.clone() for t in inputs[:moving]]
-    inputs = [*own, *inputs[moving:]]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.no_grad(), torch.cuda.stream(stream):
-        for _ in range(3):  # compile, and let libraries make their workspaces before the capture
-            fused(*inputs)
-        stream.synchronize()
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured, stream=stream):
-            outputs = fused(*inputs)
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.set_rng_state(random)
-    for tensor, value in zip(inputs, before, strict=True):
-        tensor.copy_(value)
+    device, addresses = inputs[0].device, [t.data_ptr() for t in inputs[moving:]]
+    on_cpu = {i: t for i, t in enumerate(inputs) if i >= moving and not t.is_cuda}
+    inputs = [t.clone() if i < moving else t.to(device) for i, t in enumerate(inputs)]
+    own, scalars = inputs[:moving], [(inputs[i], t) for i, t in on_cpu.items()]
+    before, random = [t.clone() for t in inputs], torch.cuda.get_rng_state(device)
+    with torch.no_grad(), torch.cuda.device(device):
+        pool, stream = _apart(device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # compile, and let libraries make their workspaces before the capture
+                fused(*inputs)
+            stream.synchronize()
+            captured = torch.cuda.CUDAGraph()
+            # thread_local: a thread that pins memory or writes a checkpoint must not break the capture
+            with torch.cuda.graph(captured, pool, stream, capture_error_mode="thread_local"):
+                outputs = fused(*inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        for tensor, value in zip(inputs, before, strict=True):
+            tensor.copy_(value)
+    torch.cuda.set_rng_state(random, device)
 
     def run(given: Sequence[Tensor]) -> Sequence[Tensor]:
-        for mine, new in zip(own, given, strict=False):
-            mine.copy_(new, non_blocking=True)
-        captured.replay()
-        return [o.clone() for o in outputs]  # the next replay writes to the same places
+        with torch.no_grad():  # a batch may require grad
+            for mine, new in (*zip(own, given, strict=False), *scalars):
+                mine.copy_(new, non_blocking=True)
+            captured.replay()
+            return [o.clone() for o in outputs]  # the next replay writes to the same places
 
+    run.addresses = addresses  # type: ignore[attr-defined]
     return run
+
+
+@functools.cache
+def _apart(device: torch.device) -> tuple[Any, torch.cuda.Stream]:
+    """Memory and stream for all captures: memory is only shared by captures on the same stream."""
+    return torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
 
 def _first_line(error: BaseException) -> str:
