@@ -77,3 +77,38 @@ def test_a_loss_that_is_not_finite_raises_with_its_step_and_keeps_the_weights() 
     assert step < len(seen)
     if step:
         assert all(torch.equal(seen[step][k], seen[step - 1][k]) for k in seen[step])
+
+
+def test_inputs_that_require_grad_do_not_chain_the_steps() -> None:
+    """Burgers-like: the batch itself requires grad, and is copied to where the graph reads it."""
+
+    def residual(u: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return (torch.autograd.grad(u.sum(), x, create_graph=True)[0] - x.cos()).square()
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1))
+    start = weft.Problem([weft.Node(net, ["x"], ["u"])], [weft.objective(residual, name="pde")], grad_inference=True)
+    given = weft.Data(weft.DictDataset({"x": torch.linspace(0, 3, 96)[:, None]}), batch_size=32, inputs_require_grad=["x"])
+    eager, _ = fit(given, False, start)
+    compiled, trainer = fit(given, True, start)
+    assert trainer.run is not None and min(trainer.run.graphs.made.values()) >= 1
+    assert compiled.history["train_loss"] == pytest.approx(eager.history["train_loss"], rel=1e-4)
+
+
+def test_an_optimizer_that_counts_on_the_cpu_steps_outside_of_the_graph() -> None:
+    make = lambda p: torch.optim.NAdam(p, lr=1e-3)
+    eager, _ = fit(data(), False, problem(), optimizer=make)
+    compiled, trainer = fit(data(), True, problem(), optimizer=make)
+    assert trainer.run is not None and min(trainer.run.graphs.made.values()) >= 1
+    assert compiled.history["train_loss"] == pytest.approx(eager.history["train_loss"], rel=1e-4)
+
+
+def test_weights_that_were_moved_get_a_new_graph() -> None:
+    def move(trainer: weft.Trainer) -> None:
+        if trainer.current_epoch == 3:
+            for p in trainer.problem.parameters():
+                p.data = p.data.clone()
+
+    eager, _ = fit(data(), False, problem(), hooks={"on_epoch_start": move}, epochs=6)
+    compiled, _ = fit(data(), True, problem(), hooks={"on_epoch_start": move}, epochs=6)
+    assert compiled.history["train_loss"] == pytest.approx(eager.history["train_loss"], rel=1e-4)

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import hashlib
 import os
 import platform
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,40 +48,75 @@ def trace(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> tupl
     Nothing is computed: the tensors are fake, so that code outside torch cannot freeze its results into the graph
     without a word. Raises CannotCompile with the reason and the line.
     """
+    from torch.fx._lazy_graph_module import _use_lazy_graph_module
     from torch.fx.experimental.proxy_tensor import make_fx
 
+    with _use_lazy_graph_module(True), _no_garbage_collection():  # half of the time otherwise
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the eager step has shown them
+                graph = make_fx(fn, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+        except CannotCompile:
+            raise
+        except Exception as error:
+            raise CannotCompile(f"{_first_line(error)} ({_where(error)})") from error
+        if len(graph.graph.nodes) > MAX_NODES:
+            raise CannotCompile(f"its graph has {len(graph.graph.nodes)} nodes, more than {MAX_NODES}")
+        _spell_out_alpha(graph.graph)
+        _keep_scalars(graph.graph)
+        return _lift_constants(graph)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Tracing makes many small objects that all stay: looking through them again and again finds nothing."""
+    was_on = gc.isenabled()
+    gc.disable()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the eager step has shown them
-            graph = make_fx(fn, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
-    except CannotCompile:
-        raise
-    except Exception as error:
-        raise CannotCompile(f"{_first_line(error)} ({_where(error)})") from error
-    if len(graph.graph.nodes) > MAX_NODES:
-        raise CannotCompile(f"its graph has {len(graph.graph.nodes)} nodes, more than {MAX_NODES}")
-    return _lift_constants(_spell_out_alpha(graph))
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
-def _spell_out_alpha(graph: fx.GraphModule) -> fx.GraphModule:
+def _spell_out_alpha(graph: fx.Graph) -> None:
     """Write `add(x, y, alpha=k)` as `x + k * y`.
 
     Inductor of torch 2.13 drops alpha where it fuses a matrix product with the addition (addmm in fx_passes/
     post_grad.py), which turns a coupled weight decay of 1e-4 into one of 1. Can go when that is fixed.
     """
     aten = torch.ops.aten
-    for node in list(graph.graph.nodes):
+    for node in list(graph.nodes):
         alpha = node.kwargs.get("alpha", 1) if node.op == "call_function" else 1
         if alpha != 1 and node.target in (aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.sub_.Tensor):
-            with graph.graph.inserting_before(node):
-                scaled = graph.graph.call_function(aten.mul.Tensor, (node.args[1], alpha))
+            with graph.inserting_before(node):
+                scaled = graph.call_function(aten.mul.Tensor, (node.args[1], alpha))
             node.args, node.kwargs = (node.args[0], scaled), {k: v for k, v in node.kwargs.items() if k != "alpha"}
-    graph.recompile()
-    return graph
+
+
+def _keep_scalars(graph: fx.Graph) -> None:
+    """Have every scalar that tensors are computed with put into memory.
+
+    Inductor computes such a scalar anew for each vector of the tensors: both powers of Adam's bias correction for every
+    16 elements of a weight, which costs as much as the rest of its step. What `as_strided` looks at, it keeps.
+    """
+
+    def is_scalar(node: fx.Node) -> bool:
+        return isinstance(value := node.meta.get("val"), Tensor) and value.dim() == 0
+
+    for node in list(graph.nodes):
+        vectors = [user for user in node.users if not is_scalar(user) and user.op == "call_function"]
+        if node.op == "call_function" and is_scalar(node) and vectors:
+            with graph.inserting_after(node):
+                kept = graph.call_function(torch.ops.aten.as_strided.default, (node, [], []))
+            kept.meta = dict(node.meta)
+            node.replace_all_uses_with(kept, lambda user, vectors=vectors: user in vectors)
 
 
 def _lift_constants(graph: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
     """The same graph with the tensors it holds as inputs after its own, and these tensors."""
+    from torch.fx._lazy_graph_module import _make_graph_module  # its code is only compiled where somebody calls it
+
     new, copied, lifted = fx.Graph(), {}, {}
     own = [n for n in graph.graph.nodes if n.op == "placeholder"]
     for node in own:
@@ -98,7 +135,7 @@ def _lift_constants(graph: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]
     for node in graph.graph.nodes:
         if node.op not in ("placeholder", "get_attr"):
             copied[node] = new.node_copy(node, copied.__getitem__)
-    return fx.GraphModule({}, new), [tensor for _, tensor in lifted.values()]
+    return _make_graph_module({}, new), [tensor for _, tensor in lifted.values()]
 
 
 def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor], moving: int) -> Compiled:
@@ -158,7 +195,7 @@ def cache_folder() -> Path:
 def _key(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> str:
     """A hash of all that decides what the compiler makes, so that another machine or torch never loads it."""
     parts = [
-        graph.code,
+        graph.graph.python_code("self").src,
         [(tuple(t.shape), tuple(t.stride()), str(t.dtype), str(t.device)) for t in inputs],
         torch.__version__, torch.version.git_version, torch.get_num_threads(), torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(), OPTIONS, *_cpu(),
@@ -176,32 +213,54 @@ def _cpu() -> tuple[str, ...]:
 
 
 def _captured(graph: fx.GraphModule, inputs: Sequence[Tensor], moving: int) -> Compiled:
-    """The compiled graph as a CUDA graph: one launch a call. Moving inputs are copied to where it reads them."""
+    """The compiled graph as a CUDA graph: one launch a call. Moving inputs are copied to where it reads them.
+
+    What it replays are kernels at addresses: its fixed inputs must stay where they are (`addresses`), and of the CPU's
+    tensors only scalars can be part of it, as copies. All graphs share the memory of what is between their kernels, as
+    one runs after the other and what each gives is copied away at once.
+    """
+    from torch.fx._lazy_graph_module import _LazyGraphModule
+
+    if elsewhere := [t for t in inputs if not t.is_cuda and t.dim()]:
+        raise CannotCompile(f"a tensor of shape {tuple(elsewhere[0].shape)} that it needs is on the {elsewhere[0].device}")
+    _LazyGraphModule.force_recompile(graph)
     fused = torch.compile(graph, fullgraph=True, dynamic=False, options={"fallback_random": True})
-    before, random = [t.clone() for t in inputs], torch.cuda.get_rng_state()
-    own = [t.clone() for t in inputs[:moving]]
-    inputs = [*own, *inputs[moving:]]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.no_grad(), torch.cuda.stream(stream):
-        for _ in range(3):  # compile, and let libraries make their workspaces before the capture
-            fused(*inputs)
-        stream.synchronize()
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured, stream=stream):
-            outputs = fused(*inputs)
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.set_rng_state(random)
-    for tensor, value in zip(inputs, before, strict=True):
-        tensor.copy_(value)
+    device, addresses = inputs[0].device, [t.data_ptr() for t in inputs[moving:]]
+    on_cpu = {i: t for i, t in enumerate(inputs) if i >= moving and not t.is_cuda}
+    inputs = [t.clone() if i < moving else t.to(device) for i, t in enumerate(inputs)]
+    own, scalars = inputs[:moving], [(inputs[i], t) for i, t in on_cpu.items()]
+    before, random = [t.clone() for t in inputs], torch.cuda.get_rng_state(device)
+    with torch.no_grad(), torch.cuda.device(device):
+        pool, stream = _apart(device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # compile, and let libraries make their workspaces before the capture
+                fused(*inputs)
+            stream.synchronize()
+            captured = torch.cuda.CUDAGraph()
+            # thread_local: a thread that pins memory or writes a checkpoint must not break the capture
+            with torch.cuda.graph(captured, pool, stream, capture_error_mode="thread_local"):
+                outputs = fused(*inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        for tensor, value in zip(inputs, before, strict=True):
+            tensor.copy_(value)
+    torch.cuda.set_rng_state(random, device)
 
     def run(given: Sequence[Tensor]) -> Sequence[Tensor]:
-        for mine, new in zip(own, given, strict=False):
-            mine.copy_(new, non_blocking=True)
-        captured.replay()
-        return [o.clone() for o in outputs]  # the next replay writes to the same places
+        with torch.no_grad():  # a batch may require grad
+            for mine, new in (*zip(own, given, strict=False), *scalars):
+                mine.copy_(new, non_blocking=True)
+            captured.replay()
+            return [o.clone() for o in outputs]  # the next replay writes to the same places
 
+    run.addresses = addresses  # type: ignore[attr-defined]
     return run
+
+
+@functools.cache
+def _apart(device: torch.device) -> tuple[Any, torch.cuda.Stream]:
+    """Memory and stream for all captures: memory is only shared by captures on the same stream."""
+    return torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
 
 def _first_line(error: BaseException) -> str:

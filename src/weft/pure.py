@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
+from operator import call, itemgetter
 from typing import Any
 
 import torch
@@ -63,6 +64,7 @@ def rebuild(batch: Any, tensors: Iterator[Tensor], epoch: Any) -> Any:
 # ---- what a problem holds --------------------------------------------------------------------------------------------
 
 
+_OF_MODULES = set(vars(nn.Module())) - {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -83,14 +85,21 @@ class Watch:
             dicts += [(f"{name}.{k}", v) for k, v in held if not k.startswith("_") or k in _HOOKS]
         self._saved = [(name, now, copy(now), _notes(now)) for name, now in dicts]
         near = [owner, problem, *(m for m in problem.modules() if not type(m).__module__.startswith("torch.nn"))]
-        self._near = [saved for saved in self._saved if any(saved[1] is vars(o) for o in near)]
+        self._noted = [saved for saved in self._saved if saved[3]]
+        self._now, self._before = ([saved[i] for saved in self._saved if not saved[3]] for i in (1, 2))
+        self._near = [vars(o) for o in near]  # `_picks` takes the values of their attributes, all in one call
+        notes = {id(now): notes for _, now, _, notes in self._saved}
+        keys = [[k for k in now if k not in _OF_MODULES and k not in notes[id(now)]] for now in self._near]
+        self._picks = [itemgetter(*k, k[0]) if k else len for k in keys]
+        self._picked, self._sizes = list(map(call, self._picks, self._near)), list(map(len, self._near))
         self._parameters = list(problem.parameters())
         self._requires = [p.requires_grad for p in self._parameters]
         self._tensors = [v for _, d in dicts if isinstance(d, dict) for v in d.values() if type(v) is Tensor]
 
     def changed(self) -> str | None:
         """What is no longer as it was, None if all is."""
-        for name, now, before, notes in self._saved:
+        same = _same(self._now, self._before, set())  # one comparison of all is quick
+        for name, now, before, notes in self._noted if same else self._saved:
             if not _same(now, before, notes):
                 return next((f"{name}.{k}" for k in _keys_that_differ(now, before) if k not in notes), name)
         if [p.requires_grad for p in self._parameters] != self._requires:
@@ -99,7 +108,10 @@ class Watch:
 
     def glance(self) -> bool:
         """Whether the attributes of all but torch's own layers are as they were. Cheap enough for every step."""
-        return all([_same(now, before, notes) for _, now, before, notes in self._near])
+        try:
+            return list(map(call, self._picks, self._near)) == self._picked and list(map(len, self._near)) == self._sizes
+        except (KeyError, RuntimeError, ValueError):
+            return False
 
     @contextmanager
     def untouched(self) -> Iterator[None]:

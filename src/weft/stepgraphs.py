@@ -112,6 +112,9 @@ class EvaluationGraph:
 
     def changed(self) -> str | None:
         """What the graph was made for and is no longer so, None if all is."""
+        addresses = getattr(self.outputs, "addresses", None)  # a CUDA graph reads and writes at these
+        if addresses is not None and [t.data_ptr() for t in self.fixed] != addresses:
+            return "the place of a tensor in memory"
         return self.watch.changed()
 
     def still_fits(self) -> bool:
@@ -280,14 +283,18 @@ class UpdateGraph(GradientGraph):
         if any(not isinstance(v, Tensor) and v is not None for s in self.states for v in s.values()):
             raise CannotCompile(f"{type(optimizer).__name__} keeps numbers in its state")
         self.rates = [_rate(group["lr"], run.fabric.device) for group in optimizer.param_groups]
+        if any(t.device != run.fabric.device for t in (*self.rates, *self._held_by_optimizer())):
+            raise CannotCompile(f"{type(optimizer).__name__} keeps some of its state on another device")
         self.settings = [dict(group) for group in optimizer.param_groups]
         self.clip, self.by_value = run.config.clip, run.config.clip_algorithm == "value"
         super().__init__(run, forward, batch, tensors)
         optimizer._opt_called = True  # type: ignore[attr-defined]  # a scheduler asks whether it has stepped
 
     def groups(self) -> list[Sequence[Tensor]]:
-        states = [v for s in self.states for v in s.values() if v is not None]
-        return [*super().groups(), self.rates, states]
+        return [*super().groups(), self.rates, self._held_by_optimizer()]
+
+    def _held_by_optimizer(self) -> list[Tensor]:
+        return [v for s in self.states for v in s.values() if v is not None]
 
     def compute(self, batch: Any, *groups: list[Tensor]) -> list[Tensor]:
         moved, parameters, buffers, counters, _, rates, flat = groups
