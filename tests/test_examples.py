@@ -31,7 +31,7 @@ def tool(name: str) -> ModuleType:
 
 
 NAMES = tool("__main__").NAMES
-TIMED = {"faster_by", "share_of_slowest_node", "items_in_trace", "slowest_node"}  # what a clock has a say in
+TIMED = {"faster_by", "share_of_slowest_node", "items_in_trace"}  # what a clock has a say in
 SLOW_TO_START = {"part_6_multi_gpu"}  # it starts five processes
 
 # What holds whatever the settings.
@@ -54,7 +54,7 @@ ALWAYS: dict[str, Callable[[Figures], bool]] = {
 # - part 6: a penalty is exact, so the loss with the problem's weights may exceed cvxpy's by 5 %, the solution's by 1 %;
 # - augmented Lagrangian: it converges to the closed form, the largest multiplier is 0.6: 0.2 % of it;
 # - curriculum: 0.05 is a rhythm that is shifted by 0.05 radians, less than 1 % of a period;
-# - digits: the standard error of the difference of two classifiers on 450 digits is 1 %: two of them;
+# - digits: the standard error of the difference of two classifiers on 300 digits is 1 %: two of them;
 # - GAN: no nearer to the distribution than the samples it learned from, so at most twice as far;
 # - own loop: least squares leave about a tenth of the noise's variance, 0.05**2, with 40 effective parameters for 400 rows.
 FULL: dict[str, Callable[[Figures], bool]] = {
