@@ -117,7 +117,7 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constraine
 for name in ("train_discriminator", "train_generator", "dev_distance"):
     left.plot(result.history[name], label=name.split("_")[1])
 left.set(xlabel="epoch", ylabel="losses; Wasserstein distance")
-left.legend(fontsize="small")
+left.legend(fontsize="small", loc=(0.62, 0.64))
 bins = np.linspace(-3.5, 3, 60)
 right.hist(held_out["sample"][:, 0].numpy(), bins, density=True, alpha=0.4, label="real")
 right.hist(trainer.predict({"noise": held_out["noise"]})["sample"][:, 0].numpy(), bins, density=True, histtype="step", color="k", label="generated")

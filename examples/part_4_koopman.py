@@ -215,7 +215,7 @@ print(f"open-loop error: {error:.4f} (linear model of the states: {error_linear:
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.0), layout="constrained", width_ratios=[1, 1.6])
 weft.plot.spectrum(model.K.weight, true_spectrum, ax=left)
-left.set_title("eigenvalues")
+left.set(title="eigenvalues (part of the unit circle)", xlim=(0.75, 1.05), ylim=(-0.15, 0.15))
 seconds = DT * np.arange(61)
 for i in range(2):
     right.plot(seconds, test["x"][i, :, 1], color=f"C{i}", linewidth=4, alpha=0.35, label=f"simulator, {i}")

@@ -23,8 +23,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-import weft
-
 sys.path.insert(0, str(Path(__file__).parent if "__file__" in globals() else Path.cwd()))
 import multi_gpu  # noqa: E402
 
