@@ -178,6 +178,9 @@ def test_notebooks_execute_in_a_clean_kernel(name: str, monkeypatch: pytest.Monk
     figures = notebooks.execute(notebook, EXAMPLES)
     assert figures and ALWAYS.get(name, lambda f: True)(figures), figures
     of_script = small_figures(name)
-    assert {k: v for k, v in figures.items() if k not in TIMED} == {k: v for k, v in of_script.items() if k not in TIMED}
+    assert figures.keys() == of_script.keys()
+    for key in figures.keys() - TIMED:  # the last digits of a least squares solution depend on where memory is aligned
+        same = isinstance(figures[key], float) and figures[key] == pytest.approx(of_script[key], rel=1e-6, abs=1e-12)
+        assert same or figures[key] == of_script[key], (key, figures[key], of_script[key])
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert any("image/png" in output.get("data", {}) for output in outputs)
