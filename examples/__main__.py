@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import runpy
 import subprocess
 import sys
@@ -47,8 +48,8 @@ def run(name: str, picture: Path | None = None) -> dict[str, Any]:
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Run one example in a process of its own, as a user does; figures and seconds."""
-    began = time.perf_counter()
+    """Run one example in a process of its own, as a user does; figures, seconds, and seconds of processor time."""
+    began, used = time.perf_counter(), used_by_children()
     code = f"import json; from examples.__main__ import FOLDER, run; print(json.dumps(run({name!r}, FOLDER / 'pictures' / '{name}.png')))"
     environment = {"MPLBACKEND": "agg", "NUMBA_DISABLE_JIT": "1", **os.environ}
     done = subprocess.run(
@@ -56,15 +57,24 @@ def measure(name: str) -> dict[str, Any]:
     )
     if done.returncode:
         raise SystemExit(f"{name} failed with status {done.returncode}:\n{done.stdout[-2000:]}")
-    return {"figures": json.loads(done.stdout.strip().splitlines()[-1]), "seconds": time.perf_counter() - began}
+    seconds = {"seconds": time.perf_counter() - began, "processor_seconds": used_by_children() - used}
+    return {"figures": json.loads(done.stdout.strip().splitlines()[-1]), **seconds}
+
+
+def used_by_children() -> float:
+    """Processor time in seconds of all processes that this one started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
     """The measured figures in Markdown."""
-    rows = ["| example | run time | figures |", "|---|---|---|"]
+    rows = ["| example | run time | processor time | figures |", "|---|---|---|---|"]
     for name, one in found.items():
         shown = ", ".join(f"{key.replace('_', ' ')} {_short(value)}" for key, value in one["figures"].items())
-        rows.append(f"| [{name}]({name}.py) | {one['seconds']:.0f} s | {shown} |")
+        rows.append(f"| [{name}]({name}.py) | {one['seconds']:.0f} s | {one['processor_seconds']:.0f} s | {shown} |")
+    total, used = (sum(one[key] for one in found.values()) for key in ("seconds", "processor_seconds"))
+    rows.append(f"| all, one after the other | {total:.0f} s | {used:.0f} s | |")
     return "\n".join(rows)
 
 

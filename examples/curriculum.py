@@ -69,7 +69,7 @@ def make_problem():
     )
 
 
-epochs = 4 if SMALL else 100
+epochs = 4 if SMALL else 600
 data = weft.Data(trajectories(64 if SMALL else 300, LONG, 1), trajectories(50, LONG, 2), batch_size=50)
 test = trajectories(20 if SMALL else 100, 2 * LONG, 3).datadict
 
@@ -92,7 +92,7 @@ def train(*hooks):
     problem = make_problem()
     trainer = weft.Trainer(
         epochs=epochs, seed=0, progress=False, clip=1.0, hooks=[*hooks, WholeHorizon()],
-        optimizer=lambda params: torch.optim.AdamW(params, lr=5e-3, weight_decay=0.0),
+        optimizer=lambda params: torch.optim.Adam(params, lr=5e-3, fused=True),
         scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, 1e-4),
     )  # fmt: skip
     result = trainer.fit(problem, data)
@@ -103,8 +103,19 @@ def train(*hooks):
     return result, x, error
 
 
+def rolled_out(result):
+    """How many steps of the model were computed, which is what the training costs."""
+    lengths = result.history.get("rollout.steps", [LONG] * result.epochs)
+    return int(sum(lengths)) * result.steps // result.epochs
+
+
 with_curriculum, x, error = train(weft.hooks.Curriculum(lengthen))
 at_once, _, error_at_once = train()
+print(f"steps of the model in training: {rolled_out(with_curriculum)} with the curriculum, {rolled_out(at_once)} at once")
+
+# %% [markdown]
+# A shift of a rhythm by $\delta$ radians is a relative error of about $\delta$: an error of 0.05 over twice the trained horizon
+# is a clock that is off by less than 1 % of a period.
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
@@ -120,5 +131,5 @@ plt.show()
 figures = {
     "error": error, "error_at_once": error_at_once,
     "first_and_last_length": [with_curriculum.history["rollout.steps"][i] for i in (0, -1)],
-    "seconds": [with_curriculum.seconds, at_once.seconds],
+    "steps_rolled_out": [rolled_out(result) for result in (with_curriculum, at_once)],
 }  # fmt: skip

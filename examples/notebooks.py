@@ -72,14 +72,15 @@ def execute(notebook: Any, folder: Path = FOLDER, timeout: float = 1800.0) -> di
 def write_notebook(name: str) -> dict[str, Any]:
     """Make and execute `<name>.ipynb` beside `<name>.py`; its figures and seconds. Its last picture goes to `pictures/`."""
     import nbformat
+    from examples.__main__ import used_by_children
 
     notebook = notebook_of((FOLDER / f"{name}.py").read_text(encoding="utf-8"), name)
-    began = time.perf_counter()
+    began, used = time.perf_counter(), used_by_children()
     figures = execute(notebook)
-    seconds = time.perf_counter() - began
+    seconds = {"seconds": time.perf_counter() - began, "processor_seconds": used_by_children() - used}
     nbformat.write(notebook, FOLDER / f"{name}.ipynb")
     outputs = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
     pictures = [data["image/png"] for data in outputs if "image/png" in data]
     (FOLDER / "pictures").mkdir(exist_ok=True)
     (FOLDER / "pictures" / f"{name}.png").write_bytes(base64.b64decode(pictures[-1]))
-    return {"figures": figures, "seconds": seconds}
+    return {"figures": figures, **seconds}

@@ -118,7 +118,8 @@ print("largest difference of any weight to weft.Trainer's:", apart)
 # ## 4. The problem in weft's own words
 #
 # Functions instead of symbols: the names of their arguments are the keys that they read. A misspelt key is an error with
-# a suggestion, and `problem.describe()` says what is read and written.
+# a suggestion, and `problem.describe()` says what is read and written. With `compile=True` an update is one graph, which makes
+# such a small network several times faster.
 
 # %%
 torch.manual_seed(0)
@@ -139,10 +140,11 @@ problem = weft.Problem(
     ],
 )
 print(problem.describe())
-epochs = 3 if SMALL else 150
+epochs = 3 if SMALL else 1000
 trainer = weft.Trainer(
-    epochs=epochs, optimizer=adam, seed=0, progress=False,
-    scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs),
+    epochs=epochs, seed=0, progress=False, compile=not SMALL,
+    optimizer=lambda params: torch.optim.Adam(params, lr=3e-3),
+    scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, 1e-6),
 )  # fmt: skip
 result = trainer.fit(problem, data_setup, nsim=256 if SMALL else 4000)
 print(result)

@@ -2,8 +2,8 @@
 # # Part 4: deep Koopman operators, watched in TensorBoard
 #
 # A nonlinear system becomes linear in the right coordinates: find an encoder $z = \phi(x)$ in which
-# $z_{t+1} = K z_t + B u_t$, and a decoder back. First on a linear system, whose spectrum is known; then on a pendulum that
-# is driven from outside, which is a *non-autonomous* system.
+# $z_{t+1} = K z_t + B u_t$, and a decoder back. First on a linear system, whose spectrum is known; then on a nonlinear system
+# that is driven from outside, which makes it *non-autonomous*, and whose exact operator is known, too.
 
 # %%
 import os
@@ -73,7 +73,7 @@ def adam(rate, epochs):
 
 # %%
 A = torch.tensor([[0.95, 0.25], [-0.25, 0.9]])
-true_spectrum = np.linalg.eigvals(A.numpy())
+linear_spectrum = np.linalg.eigvals(A.numpy())
 rows, steps = (64, 5) if SMALL else (400, 15)
 x = [2 * torch.rand(rows, 2) - 1]
 for _ in range(steps):
@@ -85,30 +85,44 @@ linear = Koopman(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=F
 trainer = weft.Trainer(epochs=epochs, progress=False, seed=0, **adam(1e-2, epochs))
 trainer.fit(make_problem(linear), weft.Data(data, batch_size=50))
 spectrum = np.linalg.eigvals(linear.K.weight.detach().numpy())
-spectrum_error = float(max(np.abs(true_spectrum - value).min() for value in spectrum))
-print(f"eigenvalues {np.round(spectrum, 4)}, true {np.round(true_spectrum, 4)}")
+
+
+def distance(found, true):
+    """The largest distance of a true eigenvalue from the nearest found one."""
+    return float(max(np.abs(found - value).min() for value in true))
+
+
+spectrum_error = distance(spectrum, linear_spectrum)
+print(f"eigenvalues {np.round(spectrum, 4)}, true {np.round(linear_spectrum, 4)}")
 
 # %% [markdown]
-# ## A driven pendulum
+# ## A driven nonlinear system whose operator is known
 #
-# $\ddot\theta = -\sin\theta - 0.2\,\dot\theta + u$, with a torque $u$ that changes at random. The simulator is the truth.
-
+# $\dot x_1 = \mu x_1$, $\dot x_2 = \lambda (x_2 - x_1^2) + u$ with an input $u$ that changes at random. It is nonlinear, but
+# linear in $(x_1, x_2, x_1^2)$ (Brunton et al., PLoS ONE 11(2), 2016): three coordinates are enough, and the eigenvalues of the
+# exact operator over a step of $\Delta t$ are $e^{\mu \Delta t}$, $e^{2 \mu \Delta t}$ and $e^{\lambda \Delta t}$. The network is told
+# none of this but the number three. (Most systems have no such finite form, a pendulum for one: its frequency depends on the
+# amplitude. There more coordinates only come closer.)
 
 # %%
-def simulate(x0, u, dt=0.2, substeps=4):
-    """Runge-Kutta 4; x0: (batch, 2), u: (batch, steps, 1), held constant over each step of dt seconds."""
+MU, LAMBDA, DT = -0.2, -1.0, 0.2
+true_spectrum = np.exp(DT * np.array([MU, 2 * MU, LAMBDA]))
 
-    def slope(x, torque):
-        return torch.stack([x[:, 1], -torch.sin(x[:, 0]) - 0.2 * x[:, 1] + torque[:, 0]], dim=1)
 
-    states, h = [x0], dt / substeps
-    for torque in u.unbind(1):
+def simulate(x0, u, substeps=4):
+    """Runge-Kutta 4; x0: (batch, 2), u: (batch, steps, 1), held constant over each step of DT seconds."""
+
+    def slope(x, drive):
+        return torch.stack([MU * x[:, 0], LAMBDA * (x[:, 1] - x[:, 0] ** 2) + drive[:, 0]], dim=1)
+
+    states, h = [x0], DT / substeps
+    for drive in u.unbind(1):
         x = states[-1]
         for _ in range(substeps):
-            k1 = slope(x, torque)
-            k2 = slope(x + h / 2 * k1, torque)
-            k3 = slope(x + h / 2 * k2, torque)
-            k4 = slope(x + h * k3, torque)
+            k1 = slope(x, drive)
+            k2 = slope(x + h / 2 * k1, drive)
+            k3 = slope(x + h / 2 * k2, drive)
+            k4 = slope(x + h * k3, drive)
             x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
         states.append(x)
     return torch.stack(states, dim=1)
@@ -116,8 +130,8 @@ def simulate(x0, u, dt=0.2, substeps=4):
 
 def trajectories(n, steps, seed):
     g = torch.Generator().manual_seed(seed)
-    x0 = (2 * torch.rand(n, 2, generator=g) - 1) * torch.tensor([2.2, 1.0])
-    u = 0.3 * (2 * torch.rand(n, (steps + 4) // 5, 1, generator=g) - 1).repeat_interleave(5, dim=1)[:, :steps]
+    x0 = 4 * torch.rand(n, 2, generator=g) - 2
+    u = (4 * torch.rand(n, (steps + 4) // 5, 1, generator=g) - 2).repeat_interleave(5, dim=1)[:, :steps]
     return weft.DictDataset({"x": simulate(x0, u), "u": u})
 
 
@@ -149,7 +163,7 @@ def spectrum_figure(trainer):
 
 folder = tempfile.TemporaryDirectory()
 epochs = 4 if SMALL else 120
-model = Koopman(mlp(2, 12), mlp(12, 2), size=12, inputs=1)
+model = Koopman(mlp(2, 3), torch.nn.Linear(3, 2), size=3, inputs=1)
 trainer = weft.Trainer(
     epochs=epochs, progress=False, seed=0, clip=1.0, root_dir=folder.name, run_name="koopman", loggers="tensorboard",
     hooks=[
@@ -172,9 +186,9 @@ print("images:", tags["images"], "histograms:", len(tags["histograms"]))
 points = len(events.Scalars("loss/train"))
 
 # %% [markdown]
-# ## Open loop, against the simulator
+# ## Against the known operator, and the simulator in open loop
 #
-# 60 steps (12 s) from the first state and the torque alone, twice what it was trained on. For comparison: the best
+# 60 steps (12 s) from the first state and the input alone, twice what it was trained on. For comparison: the best
 # linear model of the states themselves (least squares, DMD with control).
 
 # %%
@@ -192,24 +206,27 @@ def relative(found):
     return float((found - test["x"]).norm() / test["x"].norm())
 
 
+learned_spectrum = np.linalg.eigvals(model.K.weight.detach().numpy())
+driven_spectrum_error = distance(learned_spectrum, true_spectrum)
+print(f"eigenvalues {np.sort(learned_spectrum)}, true {np.sort(true_spectrum)}")
 error, error_linear = relative(predicted), relative(torch.stack(dmd, dim=1))
-print(f"open-loop error: {error:.3f} (linear model of the states: {error_linear:.3f})")
+print(f"open-loop error: {error:.4f} (linear model of the states: {error_linear:.3f})")
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.0), layout="constrained", width_ratios=[1, 1.6])
-weft.plot.spectrum(linear.K.weight, true_spectrum, ax=left)
-left.set_title("linear system")
-seconds = 0.2 * np.arange(61)
+weft.plot.spectrum(model.K.weight, true_spectrum, ax=left)
+left.set(title="eigenvalues (part of the unit circle)", xlim=(0.75, 1.05), ylim=(-0.15, 0.15))
+seconds = DT * np.arange(61)
 for i in range(2):
-    right.plot(seconds, test["x"][i, :, 0], color=f"C{i}", label=f"simulator, {i}")
-    right.plot(seconds, predicted[i, :, 0], "--", color=f"C{i}", label=f"Koopman, {i}")
-right.set(xlabel="time (s)", ylabel="angle (rad)", title="driven pendulum, open loop")
+    right.plot(seconds, test["x"][i, :, 1], color=f"C{i}", linewidth=4, alpha=0.35, label=f"simulator, {i}")
+    right.plot(seconds, predicted[i, :, 1], "--", color=f"C{i}", label=f"Koopman, {i}")
+right.set(xlabel="time (s)", ylabel="$x_2$", title="driven system, open loop")
 right.legend(fontsize="small", ncol=2)
 plt.show()
 
 # %%
 folder.cleanup()
 figures = {
-    "spectrum_error": spectrum_error, "open_loop_error": error, "open_loop_error_linear": error_linear,
+    "spectrum_error": spectrum_error, "driven_spectrum_error": driven_spectrum_error, "open_loop_error": error, "open_loop_error_linear": error_linear,
     "points_in_tensorboard": points, "images_in_tensorboard": len(tags["images"]),
 }  # fmt: skip

@@ -4,7 +4,7 @@
 # Some constraints must hold exactly, not on average. Here the last layer of the network is itself an optimization
 # problem: the projection onto a polytope. cvxpylayers differentiates through it, so it trains like any other layer.
 #
-# The task: for every $p$ find $\min_x \|x - c(p)\|_4^4$ subject to $\mathbf 1^T x = 1$, $0 \le x \le 0.6$.
+# The task: for every $p$ find $\min_x \|x - c(p)\|_4$ subject to $\mathbf 1^T x = 1$, $0 \le x \le 0.6$.
 
 # %%
 import os
@@ -47,7 +47,7 @@ def target(p):
 net = torch.nn.Sequential(torch.nn.Linear(1, 24), torch.nn.GELU(), torch.nn.Linear(24, 24), torch.nn.GELU(), torch.nn.Linear(24, SIZE))
 problem = weft.Problem(
     [weft.Node(net, ["p"], ["y"], name="proposal"), weft.Node(project, ["y"], ["x"], name="projection")],
-    objectives=[weft.objective(lambda x, p: (x - target(p)).pow(4).sum(1), weight=10.0, name="distance")],
+    objectives=[weft.objective(lambda x, p: (x - target(p)).pow(4).sum(1).add(1e-12).pow(0.25), name="distance")],
 )
 print(problem.describe())
 
@@ -89,7 +89,7 @@ distance = float(np.abs(optimum - found["x"]).max())
 
 
 def cost(x):
-    return ((x - target(p)) ** 4).sum(1).mean()
+    return np.linalg.norm(x - target(p), 4, axis=1).mean()
 
 
 excess = float(cost(found["x"]) / cost(optimum) - 1)

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Part 7: profiling. Where does the time go?
 #
-# A problem trains ten times slower than it should. `profiler="simple"` says which part and which node; `profiler="pytorch"`
+# A problem trains several times slower than it should. `profiler="simple"` says which part and which node; `profiler="pytorch"`
 # shows what that node does; then it is mended, and measured again.
 
 # %%

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -37,17 +38,45 @@ def test_the_text_has_a_line_for_each_node_and_term() -> None:
 
 def test_a_drawing_is_saved_as_its_ending_says(tmp_path: Path) -> None:
     drawing = make_problem().show()
-    assert '"map" -> "sine" [label="x"];' in drawing.save(tmp_path / "a.dot").read_text()
+    assert '  0 -> 1 [label="x"];' in drawing.save(tmp_path / "a.dot").read_text()
     assert drawing.save(tmp_path / "a.txt").read_text() == f"{drawing}\n"
     with pytest.raises(ValueError, match="got '.pdf'"):
         drawing.save(tmp_path / "a.pdf")
-    if shutil.which("dot") is None:
-        with pytest.raises(RuntimeError, match="graphviz"):
-            drawing.save(tmp_path / "a.svg")
-        assert drawing._repr_html_().startswith("<pre>")
-    else:
-        assert "<svg" in drawing.save(tmp_path / "a.svg").read_text()
 
+
+def test_without_graphviz_a_drawing_is_text_and_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    drawing = make_problem().show()
+    with pytest.raises(RuntimeError, match="graphviz"):
+        drawing.save(tmp_path / "a.svg")
+    assert drawing._repr_html_().startswith("<pre>Problem &#x27;problem&#x27;")
+
+
+def picture_of(problem: weft.Problem) -> tuple[set[str], list[str]]:
+    """What graphviz drew: the words of its boxes and edges, and its edges as "from->to" by graphviz's own titles."""
+    root = ElementTree.fromstring(problem.show()._repr_html_())
+    name = "{http://www.w3.org/2000/svg}"
+    titles = [group.findtext(f"{name}title") or "" for group in root.iter(f"{name}g") if group.get("class") == "edge"]
+    return {text.text or "" for text in root.iter(f"{name}text")}, titles
+
+
+@pytest.mark.skipif(shutil.which("dot") is None, reason="needs graphviz's program dot (Debian's package graphviz)")
+def test_graphviz_draws_every_node_term_and_edge_once() -> None:
+    words, edges = picture_of(make_problem())
+    assert words == {"data", "map", "sine", "fit: objective", "limit: constraint <=", "p", "x", "y"}
+    assert sorted(edges) == ["-1->0", "-1->2", "0->1", "0->3", "1->2"]
+
+
+@pytest.mark.skipif(shutil.which("dot") is None, reason="needs graphviz's program dot (Debian's package graphviz)")
+def test_names_with_marks_of_their_own_and_names_used_twice_are_drawn_as_they_are() -> None:
+    name = 'Zähler "a" \\ <b> & data'
+    problem = weft.Problem(
+        [weft.Node(torch.nn.Linear(1, 1), ["p"], ["x"], name=name), weft.Node(torch.sin, ["x"], ["y"], name="data")],
+        [weft.objective(lambda y: y, name="data")],
+    )
+    words, edges = picture_of(problem)
+    assert words == {"data", name, "data: objective", "p", "x", "y"} and sorted(edges) == ["-1->0", "0->1", "1->2"]
+    assert str(problem.show()).splitlines()[1].split() == ["p", "of", "data", "-->", *f"[{name}]".split(), "-->", "x"]
 
 def test_a_neuromancer_problem_is_drawn_by_its_keys() -> None:
     problems = pytest.importorskip("neuromancer_problems")

@@ -7,9 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import weft
 from weft.hooks import timing
@@ -123,6 +125,53 @@ def test_hooks_checkpoints_rollouts_and_line_searches_have_their_rows(tmp_path: 
     assert "slow_hook" in str(result.profile) and found["parts"]["hooks"]["seconds"] >= 0.004
     assert json.loads((result.run_dir / "profile" / "profile.json").read_text()) == found  # type: ignore[operator]
     assert weft.load_result(result.run_dir).steps == 2  # type: ignore[arg-type]
+
+
+class Module(pl.LightningModule):
+    """By automatic or manual optimization, the net on two outputs of one."""
+
+    def __init__(self, manual: bool) -> None:
+        super().__init__()
+        self.net, self.automatic_optimization = nn.Linear(2, 1), not manual
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = self(batch[0]).square().mean()
+        if not self.automatic_optimization:
+            optimizer: Any = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self(batch[0]).square().mean())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters())
+
+
+def fit_module(manual: bool, profiler: str | None) -> tuple[weft.FitResult, Module]:
+    torch.manual_seed(0)
+    rows, module = TensorDataset(torch.rand(40, 2, generator=torch.Generator().manual_seed(1))), Module(manual)
+    loaders = {f"{split}_dataloaders": DataLoader(rows, batch_size=8) for split in ("train", "val")}
+    return weft.Trainer(epochs=3, progress=False, seed=0, profiler=profiler).fit(module, **loaders), module
+
+
+@pytest.mark.parametrize("manual", [False, True])
+@pytest.mark.filterwarnings("ignore:.*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
+def test_of_a_lightning_module_the_parts_are_those_of_any_problem(manual: bool) -> None:
+    result, module = fit_module(manual, "simple")
+    found = result.profile.to_dict()
+    assert sum(part["seconds"] for part in found["parts"].values()) == pytest.approx(found["seconds"], rel=1e-9)
+    calls = {name: part["calls"] for name, part in found["parts"].items()}
+    assert calls["forward"] == calls["backward"] == calls["optimizer"] == found["steps"] == 15
+    assert calls["evaluation"] == 3 and calls["data"] == 18
+    assert found["nodes"]["net"]["calls"] == 30 and not result.profile.parts["optimizer"].parts
+    _, other = fit_module(manual, None)
+    assert torch.equal(module.net.weight, other.net.weight)
 
 
 def test_a_loop_of_ones_own_and_an_own_update_are_timed_too() -> None:

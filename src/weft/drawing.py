@@ -13,27 +13,38 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+DATA = -1  # where a key comes from that no node writes
+
 
 class Drawing:
     """The graph as text (`str`), as source for graphviz (`dot`), and in a notebook as a picture if graphviz is there.
 
     `parts`: (name, kind, keys read, keys written) of each node and term, in order; kind is "node" or the term's.
-    `edges`: (from, key, to) by name, from "data" where no node writes the key.
+    `edges`: (from, key, to) by name, from "data" where no node writes the key (then the data must bring it).
     """
 
     def __init__(self, title: str, parts: list[tuple[str, str, list[str], list[str]]]) -> None:
         self.title, self.parts = title, parts
-        self.edges: list[tuple[str, str, str]] = []
-        writer: dict[str, str] = {}
-        for name, _, reads, writes in parts:
-            self.edges += [(writer.get(key, "data"), key, name) for key in reads]
-            writer |= dict.fromkeys(writes, name)
+        self._edges: list[tuple[int, str, int]] = []  # by number, since a node and a term may have one name; -1: data
+        writer: dict[str, int] = {}
+        for number, (_, _, reads, writes) in enumerate(parts):
+            self._edges += [(writer.get(key, DATA), key, number) for key in reads]
+            writer |= dict.fromkeys(writes, number)
+
+    @property
+    def edges(self) -> list[tuple[str, str, str]]:
+        """(from, key, to) of each edge, by name."""
+        return [(self._name(a), key, self._name(b)) for a, key, b in self._edges]
+
+    def _name(self, number: int) -> str:
+        return "data" if number == DATA else self.parts[number][0]
 
     def __str__(self) -> str:
         rows = []
-        for name, kind, reads, writes in self.parts:
+        for number, (name, kind, _, writes) in enumerate(self.parts):
             shown = f"[{name}]" if kind == "node" else f"({name}, {kind})"
-            rows.append((", ".join(f"{k} of {f}" for f, k, to in self.edges if to == name), shown, ", ".join(writes)))
+            read = ", ".join(f"{key} of {self._name(a)}" for a, key, b in self._edges if b == number)
+            rows.append((read, shown, ", ".join(writes)))
         width = max((len(row[0]) for row in rows), default=0)
         middle = max((len(row[1]) for row in rows if row[2]), default=0)
         lines = [f"{a:>{width}} --> {b:{middle}} --> {c}" if c else f"{a:>{width}} --> {b}" for a, b, c in rows]
@@ -45,12 +56,12 @@ class Drawing:
     def dot(self) -> str:
         """The graph in graphviz's language."""
         lines = ["digraph {", "  rankdir=LR; node [fontname=sans, fontsize=11]; edge [fontname=sans, fontsize=10];"]
-        if any(source == "data" for source, _, _ in self.edges):
-            lines.append("  data [shape=cylinder];")
-        for name, kind, _, _ in self.parts:
+        if any(source == DATA for source, _, _ in self._edges):
+            lines.append(f"  {DATA} [shape=cylinder, label=data];")
+        for number, (name, kind, _, _) in enumerate(self.parts):
             look = "shape=box, style=rounded" if kind == "node" else "shape=ellipse, style=filled, fillcolor=gray92"
-            lines.append(f"  {_quoted(name)} [{look}, label={_quoted(name if kind == 'node' else f'{name}: {kind}')}];")
-        lines += [f"  {_quoted(a)} -> {_quoted(b)} [label={_quoted(key)}];" for a, key, b in self.edges]
+            lines.append(f"  {number} [{look}, label={_quoted(name if kind == 'node' else f'{name}: {kind}')}];")
+        lines += [f"  {a} -> {b} [label={_quoted(key)}];" for a, key, b in self._edges]
         return "\n".join([*lines, "}"])
 
     def svg(self) -> str | None:
@@ -58,8 +69,8 @@ class Drawing:
         program = shutil.which("dot")
         if program is None:
             return None
-        done = subprocess.run([program, "-Tsvg"], input=self.dot, capture_output=True, text=True, check=True, timeout=60)
-        return done.stdout
+        done = subprocess.run([program, "-Tsvg"], input=self.dot.encode(), capture_output=True, check=True, timeout=60)
+        return done.stdout.decode()  # UTF-8, whatever the machine's language
 
     def save(self, path: str | Path) -> Path:
         """Write an `.svg` (needs graphviz), `.dot` or `.txt` file; its ending says which. Raises ValueError for others."""
@@ -69,7 +80,7 @@ class Drawing:
             raise ValueError(f"{path}: a drawing is saved as .svg, .dot or .txt; got {path.suffix!r}.")
         if (content := text()) is None:
             raise RuntimeError(f"{path}: an svg needs graphviz's program 'dot', which is not installed; .dot and .txt do not.")
-        path.write_text(content + "\n")
+        path.write_text(content + "\n", encoding="utf-8")
         return path
 
     def _repr_html_(self) -> str:

@@ -8,8 +8,8 @@
 
 Whatever can be watched is known by name: the phases of a step ("data", "forward", "backward", "optimizer"), "evaluation",
 "checkpoint", each hook, and the nodes of the problem. A run folder also gets what was found, under `profile/`.
-A LightningModule goes its own way through a step: of it forward, submodules and hooks are known, the rest is in "loop". In a
-compiled run the nodes are one graph and have no times of their own.
+Of a LightningModule the parts are the same, its submodules are the nodes; in manual optimization "forward" is what calls the
+module itself. In a compiled run the nodes are one graph and have no times of their own.
 """
 
 from __future__ import annotations

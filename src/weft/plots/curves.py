@@ -96,7 +96,7 @@ def _finish(ax: Axes, ylabel: str) -> None:
 
     ax.set_xlabel("epoch")
     ax.set_ylabel(ylabel)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     ax.grid(True, which="major", alpha=0.3)
     if ax.lines:
         ax.legend(fontsize="small", framealpha=0.9)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from weft import checkpoint
 from weft.data import Data, DictDataset
-from weft.events import Hook, bind
+from weft.events import Hook
 from weft.integrations.lightning.data import STAGES, STEPS, Source, Stream, Tape, Transfer, generators_of, is_datamodule
 from weft.integrations.lightning.hooks import Hooks, with_model_callbacks
 from weft.integrations.lightning.log import Results, uses_own_log
@@ -34,6 +34,7 @@ from weft.integrations.lightning.update import make_update
 from weft.integrations.lightning.view import TrainerView
 from weft.optimizers import DEFAULT
 from weft.run import Run
+from weft.watching import bind_watched, watched, watched_batches
 
 if TYPE_CHECKING:
     from weft.trainer import Trainer
@@ -212,7 +213,7 @@ class LightningRun(Run):
     def begin_phases(self, resumed: bool) -> None:
         """Optimizers and the update; a second fit goes on with those it has. The module's own hooks come first."""
         self.hooks.insert(0, Events(self))
-        self._bound = {event: bind(self.hooks, event) for event in self._bound}
+        self._bound = {event: bind_watched(self.hooks, event) for event in self._bound}
         restore_modes(self._modes)  # modules that were put into eval mode stay there
         torch.set_default_dtype(self._dtype)  # of 64-true: only within steps, hooks and loaders keep theirs
         if resumed or not self.optimizers:
@@ -263,7 +264,7 @@ class LightningRun(Run):
                 yield transfer(batch, loader)
             return
         stream = self._stream_of_epoch()  # its worker processes end with this generator
-        for batch, number, _ in stream:
+        for batch, number, _ in watched_batches(self.hooks, stream):
             self.batch_idx, self.is_last_batch = number, stream.is_last
             if transfer.is_needed:
                 batch = transfer(batch, 0)
@@ -338,7 +339,7 @@ class LightningRun(Run):
         if not self.is_accumulating:
             self.hooks_of.call_module("on_validation_model_zero_grad")
         self.results = self.results_of_evaluation
-        metrics = evaluate(self, self.sources["dev"])
+        metrics = watched(self.hooks, "evaluation", evaluate)(self, self.sources["dev"])
         self.results, self.at_epoch_end = self.results_of_training, False
         self.view.enter("fit", "train")
         if self._plateau_waits:

@@ -18,6 +18,7 @@ from weft.devices import scaler_of
 from weft.integrations.lightning.names import lightning_class
 from weft.optimizers import needs_closure, parameters_of
 from weft.update import finite_check, not_finite
+from weft.watching import watched
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -60,7 +61,10 @@ class Strategy:
         self._before_backward, self._after_backward = hooks.bind("on_before_backward"), hooks.bind("on_after_backward")
         automatic = self._run.module.automatic_optimization
         # in manual optimization what backward logs counts as logged in training_step
-        self._own_backward = hooks.bind("backward", callbacks=False, always=True, as_hook=automatic)
+        own_backward = hooks.bind("backward", callbacks=False, always=True, as_hook=automatic)
+        assert own_backward is not None
+        self._own_backward = watched(self._run.hooks, "backward", own_backward)
+        self._step = watched(self._run.hooks, "optimizer", self._step_with)
         self.precision_plugin.bind()
 
     def backward(self, loss: Tensor, optimizer: Any = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -73,7 +77,6 @@ class Strategy:
             loss = self.precision_plugin.scaler.scale(loss)
         if self._before_backward is not None:
             self._before_backward(loss)
-        assert self._own_backward is not None
         self._own_backward(loss, *args, **kwargs)
         if self._after_backward is not None:
             self._after_backward()
@@ -81,9 +84,12 @@ class Strategy:
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Step an optimizer with a closure: what `LightningOptimizer.step` calls."""
+        return self._step(optimizer, closure, kwargs)
+
+    def _step_with(self, optimizer: Any, closure: Callable[[], Any], kwargs: dict[str, Any]) -> Any:
         scaler = self.precision_plugin.scaler
         if scaler is not None:
-            return self._scaled_step(scaler, optimizer, closure, kwargs)
+            return self._scaled_step(scaler, optimizer, watched(self._run.hooks, "loop", closure), kwargs)
         if needs_closure(optimizer):
             return self._search(optimizer, closure, kwargs)
         checked = self.checked(optimizer, closure)
@@ -99,6 +105,7 @@ class Strategy:
     def checked(self, optimizer: Any, closure: Callable[[], Any]) -> Callable[[], Any]:
         """`closure`, then the hooks, clipping and the check of the gradients. It raises NotFinite."""
         after = self.precision_plugin.after_closure
+        closure = watched(self._run.hooks, "loop", closure)  # forward and backward are no parts of the optimizer's step
 
         def call() -> Any:
             loss = closure()

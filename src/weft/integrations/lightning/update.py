@@ -23,6 +23,7 @@ from weft.integrations.lightning.strategy import NotFinite, step_context
 from weft.metrics import num_examples
 from weft.optimizers import needs_closure
 from weft.update import Update, not_finite
+from weft.watching import watched
 
 if TYPE_CHECKING:
     from weft.integrations.lightning.run import LightningRun
@@ -67,7 +68,7 @@ def make_update(run: LightningRun) -> Update:
 def automatic(run: LightningRun) -> Callable[[Any, int], tuple[Tensor | None, dict[str, Any]]]:
     """A function (batch, its number) -> (loss, what on_train_batch_end gets): the optimizer steps by itself."""
     module, hooks, strategy, view = run.module, run.hooks_of, run.strategy, run.view
-    step = training_step(run)
+    step = watched(run.hooks, "forward", training_step(run))
     optimizer = strategy.optimizers[0] if strategy.optimizers else None
     wrapped = strategy._lightning_optimizers[0] if strategy.optimizers else None
     before_zero_grad, own_zero_grad = hooks.bind("on_before_zero_grad"), hooks.bind("optimizer_zero_grad", callbacks=False)
@@ -102,6 +103,7 @@ def automatic(run: LightningRun) -> Callable[[Any, int], tuple[Tensor | None, di
         return state["loss"]
 
     guarded = strategy.checked(optimizer, closure) if quick else None
+    step_quickly = watched(run.hooks, "optimizer", lambda: optimizer.step(closure=guarded))  # type: ignore[union-attr]
 
     def optimize(batch: Any, number: int) -> tuple[Tensor | None, dict[str, Any]]:
         state["batch"], state["number"] = batch, number
@@ -114,7 +116,7 @@ def automatic(run: LightningRun) -> Callable[[Any, int], tuple[Tensor | None, di
                 elif own_step is not None:
                     own_step(progress.epoch, number, wrapped, closure)
                 elif guarded is not None:
-                    optimizer.step(closure=guarded)  # type: ignore[arg-type]
+                    step_quickly()
                 else:
                     strategy.optimizer_step(optimizer, closure)
             except NotFinite as found:
