@@ -323,6 +323,31 @@ class Freeze(weft.Hook):
             trainer.problem.nodes[0].fn.layers[1].eval()
 
 
+class Mindful(nn.Module):
+    """Keeps what it saw in a list and a dict, and draws from generators of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.seen, self.counts = Net(), list[float](), {"calls": 0.0}
+        self.own, self.other = torch.Generator().manual_seed(3), np.random.default_rng(4)
+
+    def forward(self, p: Tensor) -> Tensor:
+        if self.training:
+            p = p + 0.1 * torch.rand(p.shape, generator=self.own) + 0.1 * float(self.other.random())
+            self.seen.append(float(p.detach().mean()))
+            self.counts["calls"] += 1
+        return self.net(p) + 0.01 * sum(self.seen[-3:]) + 0.01 * self.counts["calls"]
+
+
+def mindful() -> weft.Problem:
+    before = torch.get_rng_state()
+    torch.manual_seed(0)
+    problem = make_problem()
+    problem.nodes[0] = weft.Node(Mindful(), ["p"], ["x"], name="first")
+    torch.set_rng_state(before)
+    return problem
+
+
 def kept(place: str) -> Callable[[], weft.Data]:
     """Batches with noise that are made once."""
     return lambda: weft.Data(Augmented(), Augmented(), batch_size=4, pre_batch=place)
@@ -364,6 +389,7 @@ SETTINGS: dict[str, Setting] = {
     "validated now and then": {"validate_every": given(2)},
     "in the background": {"checkpoint": given({"background": True})},
     "frozen by a hook": {"hooks": Freeze},
+    "lists and generators of a module": {"problem": mindful},
     "averaged weights": {"hooks": lambda: weft.hooks.EMA(0.9)},
     "kept batches": {"data": kept("in_memory")},
     "kept batches, on disk": {"data": kept("on_disk")},

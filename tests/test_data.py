@@ -1,6 +1,7 @@
 """Data: what is in a batch, in which order, and that nothing is lost, doubled or changed."""
 
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -349,3 +350,23 @@ def test_nan_and_inf_are_counted_by_key():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         weft.Trainer(epochs=1, progress=False).fit(Mean(), weft.DictDataset({"x": torch.ones(4, 1)}))
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("batch_size", [4, 22, None])
+def test_a_problem_that_changes_its_batch_in_place_does_not_change_the_data(shuffle: bool, batch_size: int | None) -> None:
+    class Doubles(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.seen = torch.nn.Linear(2, 1), list[float]()
+
+        def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+            self.seen.append(batch["p"].mul_(2.0).abs().max().item())
+            return {f"{batch['name']}_loss": (self.layer(batch["p"]) - 1).square().mean()}
+
+    train, dev = torch.randn(22, 2), torch.randn(6, 2)
+    before, problem = (train.clone(), dev.clone()), Doubles()
+    data = weft.Data({"p": train}, {"p": dev}, batch_size=batch_size, shuffle=shuffle)
+    weft.Trainer(epochs=3, progress=False).fit(problem, data)
+    assert torch.equal(train, before[0]) and torch.equal(dev, before[1])
+    assert max(problem.seen) == 2 * max(float(train.abs().max()), float(dev.abs().max()))  # and it did change its batches

@@ -168,6 +168,14 @@ def forget_modes(state: dict[str, Any]) -> None:
     del state["module_state"]["nodes.0.fn.layers.1.training"]
 
 
+def forget_list(state: dict[str, Any]) -> None:
+    del state["module_state"]["nodes.0.fn.seen"]
+
+
+def forget_generator(state: dict[str, Any]) -> None:
+    state["generators"]["problem.nodes.0.fn.own"] = torch.Generator().get_state()
+
+
 def forget_making(state: dict[str, Any]) -> None:
     state["random_before_data"] = checkpoint.random_state()
 
@@ -181,6 +189,8 @@ def forget_averages(state: dict[str, Any]) -> None:
     [
         ("frozen by a hook", forget_flags),
         ("frozen by a hook", forget_modes),
+        ("lists and generators of a module", forget_list),
+        ("lists and generators of a module", forget_generator),
         ("kept batches", forget_making),
         ("averaged weights", forget_averages),
     ],

@@ -20,10 +20,12 @@ import torch
 
 import weft
 from resuming import FUSE, Crash, differences, disturb, fit, given, make_data, make_problem, start_alike, summary
+from test_checkpoint_contents import evil_files
 from test_checkpoint_files import IO_CALLS, in_child, state_of_step
 from test_compiled import cache  # noqa: F401 (a fixture)
 from test_kill import plain_data, plain_problem
 from weft import checkpoint, yamlfile
+from weft.archive import CheckpointError
 from weft.loggers import CSVLogger, read_rows
 
 
@@ -149,6 +151,27 @@ def test_a_full_disk_in_metrics_csv_names_it_and_leaves_no_half_rows(tmp_path: P
 
     assert in_child(body) == 0
     assert [(row.step, row.name, row.value) for row in read_rows(path)] == [(1, "a", 1.0), (2, "b", 2.0), (2, "c", 3.0)]
+
+
+def test_no_way_to_a_run_folder_runs_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that would, in the place of every checkpoint of a run: resumed by word, by folder and by path, and read back."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    marker = tmp_path / "executed"
+    fit(tmp_path, {}, epochs=1)
+    (tmp_path / "evil").mkdir()
+    run = tmp_path / "run"
+    for path in evil_files(tmp_path / "evil", str(marker)):
+        for step in (run / "checkpoints").glob("step-*.ckpt"):
+            shutil.copy(path, step)
+        for resume in ("last", "best", str(run), str(run / "checkpoints"), str(step), str(path)):
+            with pytest.raises(CheckpointError):
+                fit(tmp_path, {}, epochs=2, resume=resume)
+        for load in (lambda: weft.load_result(run).last_weights, lambda: weft.load_weights(make_problem(), run)):
+            with pytest.raises(CheckpointError):
+                load()
+    with pytest.warns(UserWarning, match="no checkpoint that can be loaded.*starts anew"):
+        fit(tmp_path, {}, epochs=1)
+    assert not marker.exists()
 
 
 # ---- places ----------------------------------------------------------------------------------------------------------

@@ -220,7 +220,8 @@ def _verify(file: IO[bytes], path: Path) -> None:
     top = names[0].split("/")[0] if names else ""
     sane = all(re.fullmatch(r"[^/\\:]+(/[^/\\:]+)+", name) and ".." not in name.split("/") for name in names)
     stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-    if not (sane and stored and len(set(names)) == len(names) and f"{top}/data.pkl" in names):
+    is_script = f"{top}/constants.pkl" in names  # which torch.load would hand on to torch.jit.load
+    if is_script or not (sane and stored and len(set(names)) == len(names) and f"{top}/data.pkl" in names):
         raise CheckpointError(f"{path} is no file of torch.save: its parts are {names[:5]}.")
 
 

@@ -9,6 +9,7 @@ changed otherwise is named in one warning. What a checkpoint lacks is an error, 
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,7 +30,7 @@ from weft.config import TrainerConfig
 from weft.devices import scaler_of
 from weft.problem import set_term_weights, term_weights
 from weft.sameness import compare, fixed_settings, settings
-from weft.seeding import generator_states, generators_of, set_generator_states
+from weft.seeding import generator_states, generators_of, own_generators, set_generator_states
 
 if TYPE_CHECKING:
     from weft.run import Run
@@ -255,7 +256,8 @@ def train_batches(run: Run) -> Iterable[Any]:
 
 def _generators(run: Run) -> dict[str, Any]:
     source = run.source("train")
-    return generators_of(source.loader) if isinstance(source, LoaderBatches) else {}
+    of_data = generators_of(source.loader) if isinstance(source, LoaderBatches) else {}
+    return of_data | own_generators((f"problem.{name}", module) for name, module in run.problem.named_modules())
 
 
 def _same_names(what: str, here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
@@ -320,7 +322,8 @@ _OF_TORCH = {*vars(nn.Module()), "_is_full_backward_hook", "_compiled_call_impl"
 
 
 def attributes(problem: nn.Module) -> dict[str, Any]:
-    """Plain values (bool, int, float, str, None) and tensors that modules keep outside of their state dict, by name.
+    """Plain values (bool, int, float, str, None; lists, dicts and sets of them) and tensors that modules keep outside of
+    their state dict, by name.
 
     Also which parameters are trained (`requires_grad`), and which modules a hook has put in eval mode. A tensor comes with its version, which tells whether it was changed in place. Not taken: tensors with a graph, and
     those whose name begins with "_", which are caches (NeuroMANCER's variables keep their last value so).
@@ -331,11 +334,18 @@ def attributes(problem: nn.Module) -> dict[str, Any]:
             found[f"{prefix}.training"] = False
         hidden = {name: b for name, b in module._buffers.items() if name in module._non_persistent_buffers_set}
         for name, value in {**vars(module), **hidden}.items():
-            if name not in _OF_TORCH and (value is None or type(value) in (bool, int, float, str)):
-                found[f"{prefix}.{name}" if prefix else name] = value
+            if name not in _OF_TORCH and _is_plain(value):
+                found[f"{prefix}.{name}" if prefix else name] = copy.deepcopy(value)  # of now: a list may grow
             elif type(value) is Tensor and not name.startswith("_") and value.grad_fn is None:
                 found[f"{prefix}.{name}" if prefix else name] = (value, value._version)
     return found
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) in (list, tuple, set, dict):
+        items = [*value, *value.values()] if isinstance(value, dict) else value
+        return all(map(_is_plain, items))
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def changed_attributes(problem: nn.Module, at_start: Mapping[str, Any]) -> dict[str, Any]:
@@ -362,7 +372,10 @@ def set_attributes(problem: nn.Module, values: Mapping[str, Any]) -> None:
             raise ValueError(f"The checkpoint has {name!r}, but this problem has no module {prefix!r}.")
         module = holders[prefix]
         own = getattr(module, attribute, None)
-        if not isinstance(value, Tensor):
+        if type(value) is type(own) and isinstance(own, list | dict | set):  # in place: others may hold it too
+            own.clear()
+            own.extend(value) if isinstance(own, list) else own.update(value)
+        elif not isinstance(value, Tensor):
             setattr(module, attribute, value)
         elif isinstance(own, Tensor) and own.shape == value.shape and own.dtype == value.dtype:
             with torch.no_grad():

@@ -87,10 +87,15 @@ def generators_of(loader: Any) -> dict[str, Any]:
         "batch_sampler.sampler": getattr(batch_sampler, "sampler", None),
         "dataset": dataset, "dataset.dataset": getattr(dataset, "dataset", None),
     }  # fmt: skip
+    return own_generators(places.items())
+
+
+def own_generators(things: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """The random generators that objects hold as attributes, by the objects' names and the attributes'."""
     kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
     return {
         f"{place}.{name}": value
-        for place, thing in places.items()
+        for place, thing in things
         for name, value in getattr(thing, "__dict__", {}).items()
         if isinstance(value, kinds)
     }
@@ -105,8 +110,8 @@ def set_generator_states(generators: Mapping[str, Any], states: Mapping[str, Any
     """Put back what `generator_states` gave. Raises ValueError for a generator that is missing here or there."""
     if set(generators) != set(states):
         raise ValueError(
-            f"The training data has the random generators {sorted(generators)}; the checkpoint has the states of "
-            f"{sorted(states)}."
+            f"The training data and the problem have the random generators {sorted(generators)}; the checkpoint has the "
+            f"states of {sorted(states)}."
         )
     for name, generator in generators.items():
         _set_generator(generator, states[name])
