@@ -48,16 +48,21 @@ def rank() -> int:
 
 
 class Trouble(weft.Hook):
-    """What goes wrong in process `of` after step `step`: "raise", "exit", "kill", "term" or "hang"; once, if `flag` is a file name."""
+    """What goes wrong in process `of` after step `step`: "raise", "exit", "kill", "term" or "hang"; once, if asked for.
 
-    def __init__(self, kind: str, of: int, step: int, flag: Path | None = None) -> None:
-        self.kind, self.of, self.step, self.flag = kind, of, step, flag
+    The file `trouble` keeps its time.
+    """
+
+    def __init__(self, kind: str, of: int, step: int, folder: Path, once: bool) -> None:
+        self.kind, self.of, self.step, self.folder = kind, of, step, folder
+        self.flag = folder / "once" if once else None
 
     def on_step_end(self, trainer: Any, batch: Any, loss: Any) -> None:
         if rank() != self.of or trainer.global_step != self.step or (self.flag is not None and self.flag.exists()):
             return
         if self.flag is not None:
             self.flag.write_text("done")
+        (self.folder / "trouble").touch()
         if self.kind == "raise":
             raise ValueError("this is the cause")
         if self.kind == "exit":
@@ -74,7 +79,7 @@ def main(task: str, folder: Path, options: dict[str, Any]) -> None:
     (folder / f"pid-{rank()}-{os.getpid()}").touch()
     if "trouble" in options:
         kind, of, step, once = options.pop("trouble")
-        options["hooks"] = Trouble(kind, of, step, folder / "once" if once else None)
+        options["hooks"] = Trouble(kind, of, step, folder, once)
     defaults = {"epochs": 4, "seed": 1, "precision": "64-true", "accelerator": "cpu", "progress": False, "timeout": 20}
     trainer = weft.Trainer(**{**defaults, **options})
     result = trainer.fit(problem, setup)

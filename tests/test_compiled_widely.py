@@ -54,7 +54,7 @@ def both(problem: nn.Module, data: Any, **options: Any) -> tuple[weft.FitResult,
 
 # ---- twenty epochs -----------------------------------------------------------------------------------------------------
 
-WORKLOADS = "rosenbrock_weft rosenbrock_neuromancer rosenbrock_sgd rollout pinn neural_ode one_batch wide".split()
+WORKLOADS = ["rosenbrock_weft", "rosenbrock_neuromancer", "rosenbrock_sgd", "rollout", "pinn", "neural_ode", "one_batch", "wide"]
 
 
 @pytest.fixture

@@ -142,6 +142,63 @@ def test_several_optimizers_and_updates_of_your_own_work_in_two_processes() -> N
     torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=1e-10)
 
 
+def slow(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=0.05)
+
+
+class Alone(weft.AugmentedLagrangian):
+    """Tells nobody what it has seen."""
+
+    def _share_values(self, processes: Any) -> None:
+        pass
+
+
+def constrained(loss: type[weft.AugmentedLagrangian] = weft.AugmentedLagrangian) -> nn.Module:
+    net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
+    return weft.Problem(
+        [weft.Node(net, ["x"], ["y"], name="net")],
+        objectives=[weft.objective(lambda x, y: ((y - x) ** 2).sum(1), name="near")],
+        constraints=[
+            weft.equal(lambda y: y.sum(1), 0.3, name="sum"),
+            weft.less_equal(lambda y: y[:, :1], lambda x: x[:, 1:], name="below"),
+        ],
+        loss=loss(mu=2.0, every=2),
+    )
+
+
+@pytest.mark.parametrize("rows", [51, 49])
+def test_multipliers_of_an_augmented_lagrangian_are_those_of_one_process(rows: int) -> None:
+    one, two = one_and_two(constrained, rows=rows, epochs=7, optimizer=slow)
+    assert_same_end(one, two)
+    for name in ("mu", "violation", "multipliers"):
+        found, expected = getattr(two[0].loss, name), getattr(one[0].loss, name)
+        assert expected.shape[0] == rows and expected.abs().sum() > 0
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    if rows == 51:
+        with pytest.raises((AssertionError, RuntimeError)):
+            assert_same_end(one, one_and_two(lambda: constrained(Alone), rows=rows, epochs=7, optimizer=slow)[1])
+
+
+def test_an_augmented_lagrangian_in_two_processes_is_resumed_bitwise_within_an_epoch(tmp_path: Path) -> None:
+    def run(resume: str | None, folder: str) -> tuple[Tensor, dict[str, Any]]:
+        torch.manual_seed(0)
+        problem = constrained()
+        options = {"epochs": 6, "checkpoint": {"every_n_steps": 3, "keep": 99}, "root_dir": str(tmp_path), "run_name": folder}
+        result, _ = fit(2, problem, weft.Data(points(51), points(13, 1), batch_size=8), resume=resume, **options)
+        return weights(problem), {name: value for name, value in result.last_weights.items() if "loss" in name}
+
+    straight = run(None, "run")
+    path = tmp_path / "run" / "checkpoints" / "step-000000009.ckpt"
+    state = load_checkpoint(path)[0]
+    assert (state["progress"]["epoch"], state["progress"]["batch"]) == (2, 1)
+    seen = [state["own_buffers"]["loss.newest"], state["other_processes"][0]["own_buffers"]["loss.newest"]]
+    assert [int(s.sum()) for s in seen] == [8, 8] and not (seen[0] * seen[1]).any()
+    resumed = run(str(path), "run")
+    assert torch.equal(resumed[0], straight[0])
+    for name, value in straight[1].items():
+        assert torch.equal(resumed[1][name].nan_to_num(), value.nan_to_num()), name
+
+
 def test_a_parameter_that_no_process_uses_keeps_no_gradient() -> None:
     class Spare(Fit):
         def __init__(self) -> None:

@@ -172,9 +172,9 @@ def test_a_job_that_lost_a_process_is_restarted_and_ends_at_the_bits_of_the_undi
 )
 def test_a_job_ends_when_one_of_its_processes_does(tmp_path: Path, kind: str, of: int) -> None:
     folder = {"root_dir": str(tmp_path), "run_name": "run", "checkpoint": {"every_n_steps": 1}}
-    began = time.monotonic()
     status, errors = run([sys.executable], "fit", tmp_path, {**DDP, **folder, "timeout": 5, "trouble": [kind, of, 3, False]})
-    assert status != 0 and time.monotonic() - began < LIMIT
+    # The timeout plus 5 s, and as much again for a machine that has something else to do.
+    assert status != 0 and time.time() - (tmp_path / "trouble").stat().st_mtime < 2 * (5 + 5)
     if kind == "raise":  # the first traceback is that of the cause
         first = errors.split("Traceback (most recent call last):")[1]
         assert "ValueError: this is the cause" in first, errors

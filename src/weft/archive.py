@@ -247,7 +247,7 @@ def put(path: Path, data: bytes | memoryview) -> None:
             if _crc32(file, len(data) + 1) != zlib.crc32(data):
                 raise OSError(errno.EIO, "what was read back differs from what was written")
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
         text = f"{path} could not be written: {error.strerror} ({len(data)} bytes needed, {free} free on the disk)"
@@ -258,7 +258,7 @@ def put(path: Path, data: bytes | memoryview) -> None:
             temporary.unlink()
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     if os.name == "nt":  # folders cannot be opened there
         return
     handle = os.open(folder, os.O_RDONLY)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.archive import CheckpointError, local, plain, put, read, write
+from weft.shardfiles import complete, is_in_parts, is_torchs, read_any, read_tensors, remove
 from weft.weights import Snapshot, few, load_into, state_of
 
 WEIGHTS_FORMAT = "weft-weights-1"
@@ -44,11 +45,11 @@ __all__ = [
 
 
 def save(
-    folder: str | os.PathLike[str], step: int, state: Mapping[str, Any], *, keep: int = 2, best: bool = False
+    folder: str | os.PathLike[str], step: int, state: Mapping[str, Any], *, keep: int = 2, best: bool = False, write: Any = write
 ) -> Path:
     """Write `step-<step>.ckpt` and return its path; then move `last` (and `best` if asked), then delete old ones.
 
-    Call on one rank. Kept are the `keep` newest (at least 2: the newest may be damaged after it was verified) and what
+    Call on one rank. `write(path, state)`: what writes, else the function of that name. Kept are the `keep` newest (at least 2: the newest may be damaged after it was verified) and what
     `best` points to. Raises like `write`; then nothing was moved or deleted.
     If `best` points to a higher step, one that was given up, it moves here too: each checkpoint carries its best weights.
     """
@@ -93,13 +94,18 @@ def latest(folder: str | os.PathLike[str]) -> Path:
     return find(folder, "last")
 
 
-def load(place: str | os.PathLike[str], which: str = "last", map_location: Any = "cpu") -> tuple[dict[str, Any], Path]:
-    """The state and the path it came from: of the file `place`, or, in a folder, of what `find` finds.
+def load(
+    place: str | os.PathLike[str], which: str = "last", map_location: Any = "cpu", *, with_shards: bool = True
+) -> tuple[dict[str, Any], Path]:
+    """The state and the path it came from: of the checkpoint `place`, or, in a folder of some, of what `find` finds.
 
-    A file that was named is never replaced by another: it loads or raises CheckpointError.
+    One that was named is never replaced by another: it loads or raises CheckpointError. Of a checkpoint in parts the
+    sharded tensors are whole, or, without `with_shards`, left to `complete`.
     """
     place = local(place)
-    return _first_whole(place, which, map_location) if place.is_dir() else (read(place, map_location), place)
+    is_one = not place.is_dir() or is_in_parts(place)
+    state, path = (read_any(place, map_location), place) if is_one else _first_whole(place, which, map_location)
+    return complete(state, path) if with_shards else state, path
 
 
 def clean(folder: str | os.PathLike[str]) -> list[str]:
@@ -111,7 +117,7 @@ def clean(folder: str | os.PathLike[str]) -> list[str]:
     for path in sorted(local(folder).glob(".*.tmp")):
         made_by = TEMPORARY_FILE.fullmatch(path.name)
         if made_by and not _may_be_writing(path, int(made_by.group(1)), made_by.group(2)):
-            path.unlink(missing_ok=True)
+            remove(path)
             removed.append(path.name)
     return removed
 
@@ -164,7 +170,7 @@ def _prune(folder: Path, keep: int) -> None:
         best, last = _pointed(folder, "best"), _pointed(folder, "last")
         for name in _newest_first(folder, last)[keep:]:
             if name != best:
-                (folder / name).unlink(missing_ok=True)
+                remove(folder / name)
     except (CheckpointError, OSError) as error:
         warnings.warn(f"Old checkpoints in {folder} were not deleted: {error}", stacklevel=3)
 
@@ -187,7 +193,7 @@ def _first_whole(folder: str | os.PathLike[str], which: str, map_location: Any) 
     names = [name for name in pointed[:1] if name] + _newest_first(folder, pointed[1])
     for name in dict.fromkeys(names):
         try:
-            state = read(folder / name, map_location)
+            state = read_any(folder / name, map_location)
         except CheckpointError as error:
             damaged.append(str(error))
             continue
@@ -312,12 +318,12 @@ def load_weights(
     the problem is unchanged); `strict=False` warns of names that do not fit instead. All name the file.
     """
     path = local(path)
-    of_best = path.is_dir()
+    of_best = path.is_dir() and not is_in_parts(path) and not is_torchs(path)
     if of_best:
         folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         state, path = load(folder, "best" if (folder / "best").exists() else "last")
     else:
-        state = read(path)
+        state = read_tensors(path) if is_torchs(path) else load(path)[0]
     own = problem.state_dict()
     weights = _weights_in(state, of_best, path)
     if "state_dict" in state and not any(name.startswith("problem.") for name in own):

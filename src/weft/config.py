@@ -94,7 +94,7 @@ class TrainerConfig:
     num_nodes: int = 1
     """Machines (>= 1)."""
     strategy: str = "auto"
-    """"auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook" or "ddp_find_unused_parameters_true"."""
+    """"auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook", "ddp_find_unused_parameters_true" or "fsdp" (in shards)."""
     precision: Precision | int = "32-true"
     """"32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true", ...; inputs keep their dtype under "-mixed"."""
     timeout: float | None = None

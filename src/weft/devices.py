@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from weft.constants import constants_on
+from weft.strategies import sharding_strategy
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -46,7 +48,7 @@ def make_fabric(config: TrainerConfig, strategy: Any = None, plugins: Any = None
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     plugins = [] if plugins is None else list(plugins) if isinstance(plugins, list | tuple) else [plugins]
-    asked = strategy if strategy is not None else config.strategy
+    asked: Any = copy(strategy) if strategy is not None else config.strategy  # Fabric writes into it; the next fit gives it again
     devices: Any = list(config.devices) if isinstance(config.devices, list | tuple) else config.devices
     if not any(isinstance(p, ClusterEnvironment) for p in plugins):
         _check_launch(config, asked)
@@ -61,8 +63,8 @@ def make_fabric(config: TrainerConfig, strategy: Any = None, plugins: Any = None
     try:
         with _without_overrides():
             fabric = Fabric(
-                accelerator=config.accelerator, devices=devices, num_nodes=config.num_nodes, strategy=asked,
-                precision=precision, plugins=plugins or None,
+                accelerator=config.accelerator, devices=devices, num_nodes=config.num_nodes,
+                strategy=sharding_strategy(asked), precision=precision, plugins=plugins or None,
             )  # fmt: skip
         _check_strategy(fabric)
     except (ValueError, RuntimeError, TypeError, MisconfigurationException) as error:
@@ -84,7 +86,7 @@ def start_processes(fabric: Fabric, timeout: float | None) -> None:
     Raises TypeError for strategies that run one function in other processes: only `fit` and its like can do that.
     """
     if fabric._launched:
-        _limit_waiting(timeout)
+        _limit_waiting(fabric, timeout)
         return
     from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
@@ -99,7 +101,7 @@ def start_processes(fabric: Fabric, timeout: float | None) -> None:
             fabric.launch()
     except ValueError as error:
         raise ValueError(f"{error} (This machine has {_machine()}.)") from error
-    _limit_waiting(timeout)
+    _limit_waiting(fabric, timeout)
     if fabric.world_size > 1:
         atexit.unregister(_leave_group)
         atexit.register(_leave_group)  # else a process may abort when it ends after the first one
@@ -133,9 +135,11 @@ def _end_after_parent(timeout: float | None) -> None:
         threading.Thread(target=watch, name=WATCH, daemon=True).start()
 
 
-def _limit_waiting(timeout: float | None) -> None:
+def _limit_waiting(fabric: Fabric, timeout: float | None) -> None:
     if timeout is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout))
+        mesh = getattr(fabric._strategy, "_device_mesh", None)  # of a problem in shards: it has groups of its own
+        for group in (None, *(mesh.get_all_groups() if mesh is not None else ())):
+            torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)
 
 
 @contextmanager
@@ -194,11 +198,14 @@ def _check_precision(config: TrainerConfig) -> None:
 
 def _check_strategy(fabric: Fabric) -> None:
     from lightning.fabric.strategies.ddp import DDPStrategy
+    from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
     from lightning.fabric.strategies.single_device import SingleDeviceStrategy
 
     strategy = fabric._strategy
-    if not isinstance(strategy, DDPStrategy | SingleDeviceStrategy):
-        raise TypeError(f"{type(strategy).__name__} is not supported; use 'ddp' or one of its like.")
+    if not isinstance(strategy, DDPStrategy | SingleDeviceStrategy | ModelParallelStrategy):
+        raise TypeError(f"{type(strategy).__name__} is not supported; use 'ddp' or one of its like, or 'fsdp'.")
+    if isinstance(strategy, ModelParallelStrategy) and strategy.num_processes * strategy.num_nodes == 1:
+        raise ValueError("There is one process (devices=1), so there is nobody to share a problem with; use strategy='auto'.")
     unused = set(getattr(strategy, "_ddp_kwargs", {})) - {"find_unused_parameters"}
     if unused:
         raise ValueError(

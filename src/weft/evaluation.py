@@ -52,12 +52,12 @@ def evaluate(run: Run, split: str) -> dict[str, float]:
     """Means over all examples of `split` as floats, of what the steps return and log. ValueError if that is nothing."""
     if split not in run.forwards:
         run.forwards[split] = forward_of(run, split)
-    means, forward, alone = Means(), run.graphs.forward(split, run.forwards[split]), run.processes.world == 1
+    means, forward, skips = Means(), run.graphs.forward(split, run.forwards[split]), run.processes.skips_empty
     run.processes.average_buffers(run.problem)
-    with evaluating(run.problem):
+    with evaluating(run.problem), run.processes.gathered(run.problem):
         try:
             for batch in run.batches_of(split):
-                if (examples := num_examples(batch)) or alone:  # of several processes one may have no row of a short batch
+                if (examples := num_examples(batch)) or not skips:  # of several processes one may have no row of a short batch
                     run.evaluating = (means, examples)  # where `log` adds to until the step is over
                     means.add(forward(batch)[1], examples)
         finally:
@@ -90,11 +90,13 @@ def monitored_metric(run: Run, metrics: Mapping[str, float]) -> str | None:
 def predict(run: Run, step: Callable[[Any], Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """What `step` returns for each batch of the predict set, concatenated in order on the CPU, by key."""
     found: list[dict[str, Tensor]] = []
-    step, alone = in_precision(run.fabric, step), run.processes.world == 1
-    with numerics(run.fabric, run.config.deterministic, run.problem), evaluating(run.problem):
+    step, processes = in_precision(run.fabric, step), run.processes
+    with numerics(run.fabric, run.config.deterministic, run.problem), evaluating(run.problem), processes.gathered(run.problem):
         for batch in run.batches_of("predict"):
-            rows = step(batch) if num_examples(batch) or alone else {}
+            rows = step(batch) if num_examples(batch) or not processes.skips_empty else {}
             found.append({key: value.detach().cpu() for key, value in rows.items() if value.dim()})
+    if processes.repeats:
+        found = [{} for _ in found]
     # of each batch first the rows of process 0, then those of process 1, ...: their order in the data
     parts = [part for batch in zip(*run.processes.gather(found), strict=True) for part in batch if part]
     return {key: torch.cat([part[key] for part in parts]) for key in (parts[0] if parts else {})}

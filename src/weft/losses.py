@@ -127,17 +127,21 @@ class AugmentedLagrangian(PenaltyLoss, Hook):
     multiplier (with norm 1; ch. 17.2), so choose weights above.
 
     The forward reads `batch["index"]` in training and changes nothing but `values` (the last values of the rows seen).
-    `update()` does the rest; the trainer calls it through `on_epoch_end`.
+    `update()` does the rest; the trainer calls it through `on_epoch_end`. Several processes tell each other the values of
+    the rows that each has seen, at the end of each epoch, so all hold the multipliers of all rows.
 
     rows: number of training rows. None: what the trainer says; outside of a trainer, as many as the largest index seen
         (finding it waits for the GPU in every step and cannot be compiled).
     Raises KeyError for a batch without "index", ValueError for a constraint without one value a row.
     """
 
+    of_each_process = ("values", "newest")  # these are no means over processes
+
     multipliers: Tensor  # (rows, entries)
     mu: Tensor  # (rows, 1)
     values: Tensor  # (rows, entries); nan: not seen since the last update
     violation: Tensor  # (rows, 1), norm of t at the last update
+    newest: Tensor  # (rows, 1), of several processes: 1 where this one has seen the row in this epoch
     is_equality: Tensor  # (entries,)
     num_epochs: Tensor  # epochs ended so far
 
@@ -160,7 +164,7 @@ class AugmentedLagrangian(PenaltyLoss, Hook):
                     f"every={every}, rows={rows}."
                 )
         self.mu_start, self.growth, self.mu_max, self.eta, self.every, self.rows = mu, growth, mu_max, eta, every, rows
-        self._rows_to_come = 0  # training rows, as the trainer tells them
+        self._rows_to_come, self._shared = 0, False  # training rows, as the trainer tells them; whether others see some
         self.register_buffer("num_epochs", torch.tensor(0))
         self._new_buffers(0, torch.empty(0, 0), torch.zeros(0, dtype=torch.bool))
 
@@ -201,6 +205,8 @@ class AugmentedLagrangian(PenaltyLoss, Hook):
             out[c.name], out[f"{c.name}_violation"] = contribution, c.violation(v).mean()
             penalties.append(contribution)
         self.values[index] = values.detach().to(self.values.dtype)
+        if self._shared:
+            self.newest[index] = 1.0
         return _totals(out, objective_terms, penalties)
 
     @torch.no_grad()
@@ -216,20 +222,25 @@ class AugmentedLagrangian(PenaltyLoss, Hook):
         self.values.fill_(torch.nan)
 
     def on_fit_start(self, trainer: Any) -> None:
-        """Learn the number of training rows. Refuses several processes: each would know those of its own share alone."""
+        """Learn the number of training rows, and whether other processes see some of them."""
         self._rows_to_come = trainer.run.rows("train") or 0
-        started = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if started and (size := torch.distributed.get_world_size()) > 1:
-            raise RuntimeError(
-                f"AugmentedLagrangian keeps the multipliers of all rows in one process, but {size} are training; "
-                "use devices=1, or PenaltyLoss."
-            )
+        self._shared = trainer.run.processes.world > 1
 
     def on_epoch_end(self, trainer: Any, metrics: Mapping[str, float]) -> None:
         """Count the epoch, and update after every `every` of them."""
+        if self._shared:
+            self._share_values(trainer.run.processes)
         self.num_epochs += 1
         if int(self.num_epochs) % self.every == 0:
             self.update()
+
+    @torch.no_grad()
+    def _share_values(self, processes: Any) -> None:
+        """Give every process the values of the rows that others saw in this epoch. Every process must call."""
+        share = processes.mean(self.newest)
+        values = processes.mean(torch.where(self.newest > 0, self.values, 0.0)) / share
+        self.values.copy_(torch.where(share > 0, values, self.values))
+        self.newest.zero_()
 
     def _new_buffers(self, rows: int, like: Tensor, is_equality: Tensor) -> None:
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32  # half is too short for a sum
@@ -239,6 +250,7 @@ class AugmentedLagrangian(PenaltyLoss, Hook):
         self.register_buffer("mu", blank.new_full((rows, 1), self.mu_start))
         self.register_buffer("violation", torch.full_like(self.mu, torch.inf))
         self.register_buffer("is_equality", is_equality.to(like.device))
+        self.register_buffer("newest", torch.zeros_like(self.mu), persistent=False)
 
     def _fit_buffers(self, index: Tensor, values: Tensor, flat: list[Tensor], constraints: list[Constraint]) -> None:
         """Make room for the rows of `index`. Kept: what is known of earlier rows, if the entries are as many."""
@@ -268,6 +280,7 @@ class AugmentedLagrangian(PenaltyLoss, Hook):
             loaded, own = state_dict.get(prefix + key), getattr(self, key)
             if isinstance(loaded, Tensor) and loaded.shape != own.shape:
                 self.register_buffer(key, torch.empty(loaded.shape, dtype=own.dtype, device=own.device))
+        self.register_buffer("newest", torch.zeros_like(self.mu), persistent=False)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -88,6 +88,7 @@ def _make_optimizers(run: Run) -> None:
         given = phase.optimizer if phase.optimizer is not None else run.trainer.configure_optimizers()
         # before anything is frozen: what trains in a later phase must be in the optimizer
         run.optimizers, run.schedules = build_optimizers(given, run.problem), {}
+        run.processes.arrange(run.optimizers)
     # read after configure_optimizers, which may have set it
     scheduler = options["scheduler"] if phase.scheduler is None and is_first else phase.scheduler
     if scheduler is not None:

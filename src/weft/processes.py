@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import copyreg
 import pickle
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -43,10 +44,16 @@ class Processes:
     one number; where that is not zero, all of them ask each other at the end of the step, and act together.
     """
 
+    in_shards = False
+    """Whether each process holds only a part of the problem (`weft.sharded`)."""
+
     def __init__(self, fabric: Fabric | None = None, interrupted: Callable[[], bool] = bool) -> None:
         self.rank = fabric.global_rank if fabric is not None else 0
         self.world = fabric.world_size if fabric is not None else 1
+        self.data_rank, self.data_world = self.rank, self.world  # which rows of a global batch are this process's
         self.device = fabric.device if fabric is not None else torch.device("cpu")
+        self.skips_empty = self.world > 1  # a process without a row of a short batch does nothing
+        self.repeats = False  # another process computes the same rows, and tells of them
         self.together = True
         self.wishes: dict[str, Any] = {}
         """What this process wants, by name; `agree` grants it to all."""
@@ -54,6 +61,7 @@ class Processes:
         self._interrupted = interrupted
         self._called, self._num_combined = False, 0
         self._buffers: dict[str, Tensor] = {}
+        self.num_rows = torch.ones(())  # of the last update, in all processes; on the device
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes, in order of rank. Every process must call."""
@@ -85,6 +93,10 @@ class Processes:
             raise error
         return value
 
+    def leave(self, error: BaseException | None) -> None:
+        """The end of a run: with an `error` this process is on its own way."""
+        self.together = error is None
+
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a tensor over all processes. Every process must call."""
         if self.world == 1 or not self.together:
@@ -112,7 +124,7 @@ class Processes:
                 )
         for tensor in tensors.values():
             if tensor.layout is torch.strided and tensor.device.type != "meta":
-                value = tensor.detach().contiguous()
+                value = tensor.detach().contiguous().to(self.device)  # a problem in shards is whole on the CPU before
                 with self._contact():
                     dist.broadcast(_real(value), src=0)
                 if value.data_ptr() != tensor.data_ptr():
@@ -123,12 +135,14 @@ class Processes:
     def average_buffers(self, problem: nn.Module) -> None:
         """Make buffers that training changes (running means) those of the whole batch: their mean over the processes.
 
-        Means of running means are the running means of the means, so once before they are used is enough.
+        Means of running means are the running means of the means, so once before they are used is enough. Left out are
+        the buffers that a module names in `of_each_process`.
         """
         if self.world == 1:
             return
         now = dict(_float_buffers(problem))
-        changed = {n: tuple(b.shape) for n, b in now.items() if not _equal(b, self._buffers.get(n))}
+        own = {f"{p}.{name}".lstrip(".") for p, m in problem.named_modules() for name in getattr(m, "of_each_process", ())}
+        changed = {n: tuple(b.shape) for n, b in now.items() if n not in own and not _equal(b, self._buffers.get(n))}
         told = self.gather(changed)
         names = sorted(set().union(*told))
         if uneven := [n for n in names if len({t.get(n, tuple(now[n].shape)) for t in told}) > 1]:
@@ -155,17 +169,49 @@ class Processes:
             now[name].copy_(value)
         self._buffers = {name: buffer.clone() for name, buffer in now.items() if name not in own}
 
+    # ---- what is different where the problem is in shards
+
+    def holding(self, problem: nn.Module) -> AbstractContextManager[Any]:
+        """While `problem` is used: where it is in shards it comes whole out of this."""
+        return nullcontext()
+
+    def gathered(self, problem: nn.Module) -> AbstractContextManager[Any]:
+        """While parts of `problem` are called one by one."""
+        return nullcontext()
+
+    def arrange(self, optimizers: Mapping[str, Optimizer]) -> None:
+        """Make new optimizers fit for parameters in shards."""
+
+    def whole(self, weights: dict[str, Any]) -> dict[str, Any]:
+        """A state dict without shards."""
+        return weights
+
+    def norm(self, params: Sequence[Tensor]) -> Tensor:
+        """The 2-norm of all gradients. Every process must call."""
+        return nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+
+    def clip(self, params: Sequence[Tensor], limit: float, by_value: bool) -> Tensor | None:
+        """Clip gradients in shards, and return their norm if it is known."""
+        raise NotImplementedError  # whole ones are clipped by torch
+
+    def all_of(self, is_so: bool) -> bool:
+        """Whether something is so in every process, where each sees other numbers."""
+        return is_so
+
     # ---- gradients
 
-    def combiner(self, params: Sequence[nn.Parameter]) -> Callable[[Tensor, int], Tensor] | None:
+    def combiner(
+        self, params: Sequence[nn.Parameter], shards: Sequence[nn.Parameter] = ()
+    ) -> Callable[[Tensor, int], Tensor] | None:
         """A function (loss, examples) -> the loss of the global batch, which makes the gradients of `params` those of it.
 
         `loss` is the mean over this process's `examples` rows, as its gradients are; with 0 rows both are left out.
-        A parameter that no process used keeps the gradient None. None in a single process.
+        A parameter that no process used keeps the gradient None. None in a single process. `shards`: further parameters,
+        whose gradients are left alone.
         """
         if self.world == 1:
             return None
-        widest = torch.float64 if any(p.dtype in (torch.float64, torch.complex128) for p in params) else torch.float32
+        widest = torch.float64 if any(p.dtype in (torch.float64, torch.complex128) for p in (*params, *shards)) else torch.float32
 
         def combine(loss: Tensor, examples: int) -> Tensor:
             trained = [p for p in params if p.requires_grad]
@@ -178,9 +224,11 @@ class Processes:
             values.append(loss.reshape(1).to(self.device, widest))
             flags = torch.tensor([*used, bool(self.wishes) or self._interrupted(), examples], dtype=widest)
             flat = torch.cat([*values, flags.to(self.device, non_blocking=True)])
-            flat[: -len(flags)] *= examples
+            if not self.in_shards:  # else the loss was multiplied before backward
+                flat[: -len(flags)] *= examples
             with self._contact():
                 dist.all_reduce(flat)
+            self.num_rows = flat[-1]
             means = flat[: -len(flags)].div_(flat[-1])
             anywhere = self._read(flat[-len(flags) : -1], used)
             sizes = [v.numel() for v in values]
@@ -251,6 +299,11 @@ def _reduced(tensor: Tensor) -> Any:
 
 def _viewed(data: Tensor, dtype: torch.dtype) -> Tensor:
     return data.view(dtype)
+
+
+def own_part(tensor: Any) -> Tensor:
+    """The part of a sharded tensor that this process holds, sharing its memory; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _real(tensor: Any) -> Tensor:

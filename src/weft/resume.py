@@ -31,6 +31,7 @@ from weft.devices import scaler_of
 from weft.problem import set_term_weights, term_weights
 from weft.sameness import compare, fixed_settings, settings
 from weft.seeding import generator_states, generators_of, own_generators, set_generator_states
+from weft.shardfiles import complete
 
 if TYPE_CHECKING:
     from weft.run import Run
@@ -206,6 +207,7 @@ def begin(run: Run, state: Mapping[str, Any] | None, carried: Mapping[str, Any] 
             restore_carried(run, carried)
         return
     compare(run, state)
+    state = complete(state, run.kept.resumed_from, run.processes)
     restore_run(run, state, hooks=False)
     run.call("on_fit_start")
     run.reopened = run.progress.batch > 0
@@ -318,7 +320,9 @@ def _load_optimizer(name: str, optimizer: Optimizer, saved: Mapping[str, Any], p
 # ---- what modules keep outside of their state dict -------------------------------------------------------------------
 
 
-_OF_TORCH = {*vars(nn.Module()), "_is_full_backward_hook", "_compiled_call_impl"}
+_OF_TORCH = {
+    *vars(nn.Module()), "_is_full_backward_hook", "_compiled_call_impl", "_is_fsdp_managed_module", "_fsdp_use_orig_params",
+}  # fmt: skip
 
 
 def attributes(problem: nn.Module) -> dict[str, Any]:
@@ -393,7 +397,7 @@ def find_state(run: Run, resume: str) -> dict[str, Any] | None:
 
     Raises CheckpointError if there is nothing for "last" and "best", or what a path names cannot be resumed.
     """
-    found = run.processes.first(partial(_load, run.config, resume))
+    found = run.processes.first(partial(_load, run.config, resume))  # tensors in shards are read later, by each process
     if found is None:
         return None
     state, path = found[0], found[1].absolute()
@@ -412,7 +416,7 @@ def _load(config: TrainerConfig, resume: str) -> tuple[dict[str, Any], Path] | N
             "'auto' starts anew where there are none."
         )
     try:
-        state, path = checkpoint.load(folder or resume, "best" if resume == "best" else "last")
+        state, path = checkpoint.load(folder or resume, "best" if resume == "best" else "last", with_shards=False)
     except CheckpointError as error:
         if resume != "auto":
             raise

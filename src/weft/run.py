@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from weft import checkpoint, runs, seeding
 from weft.compiled import Graphs
 from weft.data import SPLITS, Data, batches_of, check_finite
-from weft.devices import float_dtype, make_fabric, numerics, start_processes
+from weft.devices import float_dtype, make_fabric, start_processes
 from weft.evaluation import evaluate, monitored_metric
 from weft.events import AT_REST, EVENTS, Hook, listeners
 from weft.feed import Feed, in_lists, num_batches, within
@@ -131,7 +131,7 @@ class Run(Seams):
         options = self.trainer.options
         self.fabric = self.trainer.launched or make_fabric(self.config, options["strategy"], options["plugins"])
         start_processes(self.fabric, self.config.timeout)
-        self.processes = Processes(self.fabric, lambda: bool(self.interruption.asked))
+        self.processes = self.meet()
         self.problem = self.place(self.problem)
         self.processes.share_weights(self.problem)
         self.seed = self.processes.first(lambda: self.seed)
@@ -169,7 +169,7 @@ class Run(Seams):
         self._splits = {
             split: batches_of(
                 data, split, seed=self.seed, device=fabric.device, dtype=float_dtype(fabric),
-                to_device=fabric.to_device, rank=fabric.global_rank, world=fabric.world_size,
+                to_device=fabric.to_device, rank=self.processes.data_rank, world=self.processes.data_world,
             )
             for split in SPLITS
         }  # fmt: skip
@@ -179,9 +179,9 @@ class Run(Seams):
         if not self.has("train"):
             raise ValueError("fit: there is no training data (train=None).")
         if self.is_new:
-            seeding.begin(self.config.seed, self.seed, self.processes.rank)
+            seeding.begin(self.config.seed, self.seed, self.processes.data_rank)
         self.run_dir = self.run_dir or self.processes.first(partial(runs.new_folder, self.config, self.trainer.options))
-        self._stack.enter_context(numerics(self.fabric, self.config.deterministic, self.problem))
+        self._stack.enter_context(self.in_use())
         self._stack.enter_context(self.interruption.caught())
         self.continues, self.progress.interrupted = self._resumed is not None or self.progress.interrupted, False
         self._clock, self._seconds_before = time.perf_counter(), self.progress.seconds
@@ -221,11 +221,11 @@ class Run(Seams):
 
     def _finish(self, error: BaseException | None) -> None:
         """Put the best weights back, make the result, call the last hooks. Called always, exactly once."""
-        self.processes.together = error is None
+        self.processes.leave(error)
         progress, interrupted = self.progress, isinstance(error, KeyboardInterrupt | SignalExit)
         progress.interrupted, progress.seconds, self._open = interrupted, self.seconds, False
         self.stop_reason = "interrupted" if interrupted else "error" if error else self.stop_reason or "epochs"
-        last_weights = checkpoint.state_of(self.problem)
+        last_weights = self.processes.whole(checkpoint.state_of(self.problem))
         if self.best.weights is not None and (error is None or interrupted):
             self.best.weights.restore(self.problem)
         unfreeze(self.frozen)

@@ -56,6 +56,8 @@ def fixed_settings(run: Run) -> dict[str, str]:
         "shuffle": run.data.shuffle,
         "drop_last": run.data.drop_last,
     }
+    if run.processes.in_shards:
+        found["problem"] = "in shards"
     return {name: str(value) for name, value in found.items()}
 
 

@@ -16,6 +16,7 @@ from weft.batches import LoaderBatches
 from weft.config import CheckpointConfig
 from weft.resume import state_of_run
 from weft.sameness import data_prints
+from weft.shardfiles import write_parts
 
 if TYPE_CHECKING:
     from weft.run import Run
@@ -64,8 +65,10 @@ def save_run(run: Run) -> Path:
         best = (run.best.name, run.best.value, run.best.epoch)
         # `best` names a file that carries the best weights; it moves when there are new ones.
         moves_best = run.best.epoch is not None and best != run.kept.best_saved
-        options = {"keep": (run.config.checkpointing or CheckpointConfig()).keep, "best": moves_best}
+        options: dict[str, Any] = {"keep": (run.config.checkpointing or CheckpointConfig()).keep, "best": moves_best}
         write: Any = checkpoint.save
+        if run.processes.in_shards:
+            state, options["write"] = write_parts(checkpoint.step_path(folder, step), state, run.processes)
         if run.kept.writer is not None and (run.leaving or run.ending):
             run.processes.first(run.kept.writer.wait)
         elif run.kept.writer is not None:

@@ -6,19 +6,23 @@ and the methods of `Run` itself. Here stands what holds for a plain problem.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from weft.data import Data, as_data, evaluation_data
+from weft.devices import numerics
 from weft.evaluation import predict
 from weft.phases import begin_phases
+from weft.sharded import processes_of
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
+    from weft.processes import Processes
     from weft.run import Run
 
 
@@ -33,15 +37,27 @@ class Seams:
     """Whether the dev loss (or the training loss) is monitored without being named."""
 
     fabric: Fabric
+    processes: Processes
 
     @property
     def settings(self) -> dict[str, Any]:
         """Settings of the problem itself, which loggers record beside the trainer's."""
         return {}
 
+    def meet(self: Run) -> Processes:  # type: ignore[misc]
+        """The processes of the run, as its strategy has them."""
+        return processes_of(self)
+
     def place(self, problem: nn.Module) -> nn.Module:
-        """The problem on the run's device and in its precision."""
-        return self.fabric._precision.convert_module(problem).to(self.fabric.device)
+        """The problem in the run's precision and on its device (one to be sharded stays where it is)."""
+        problem = self.fabric._precision.convert_module(problem)
+        return problem if self.processes.in_shards else problem.to(self.fabric.device)
+
+    @contextmanager
+    def in_use(self: Run) -> Iterator[None]:  # type: ignore[misc]
+        """While the problem trains or is evaluated: the run's numbers, and a sharded problem in shards."""
+        with numerics(self.fabric, self.config.deterministic, self.problem), self.processes.holding(self.problem):
+            yield
 
     def data_of_fit(self, data: Any, dev: Any, datamodule: Any, setup_kwargs: Mapping[str, Any]) -> Callable[[], Data]:
         """What makes the data of a fit from what `Trainer.fit` was given."""

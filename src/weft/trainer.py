@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from weft import checkpoint
 from weft.config import TrainerConfig, build
 from weft.data import Data
-from weft.devices import numerics
 from weft.events import as_hooks
 from weft.hooks import hooks_from
 from weft.launch import call, fabric_for_calls
@@ -314,7 +313,7 @@ class Trainer:
         assert run is not None
         self.run = run
         try:
-            with numerics(run.fabric, self.config.deterministic, run.problem):
+            with run.in_use():
                 yield run
         finally:
             self.run = last

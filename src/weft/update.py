@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from weft.devices import scaler_of, stepping
 from weft.finite import READS_ARE_FREE, Doubts, skips_by_itself
 from weft.metrics import num_examples
 from weft.optimizers import SearchReport, needs_closure, parameters_of, shared_parameters
+from weft.processes import own_part
 from weft.steps import forward_of, metric_of, reader
 from weft.watching import watched
 
@@ -62,7 +64,8 @@ def _single(run: Run, begin: Callable, end: Callable) -> Update:
             if share != 1.0:
                 loss = loss * share
             backward(loss)
-            losses.append(loss.detach())
+            if share:  # the mean over no rows is nan
+                losses.append(loss.detach())
             read.append((scalars, examples))
         loss = losses[0] if len(losses) == 1 else _sum(run, losses)
         if combine is not None:
@@ -115,16 +118,18 @@ def _several(run: Run, begin: Callable, end: Callable) -> Update:
 def _parts(run: Run) -> Callable[[Any], list[tuple[Any, int, float]]]:
     """A function of what `run.batches` yields: its batches, each with its number of examples and its share of all.
 
-    Of several processes one may have no row of a short batch; such a batch is left out.
+    Of several processes one may have no row of a short batch; such a batch is left out. Where the problem is in shards
+    all must compute together, and gradients are summed in backward: there a batch's share is its number of examples.
     """
-    least = 1 if run.processes.world > 1 else 0
+    in_shards, least = run.processes.in_shards, 1 if run.processes.skips_empty else 0
 
     def one(batch: Any) -> list[tuple[Any, int, float]]:
-        return [(batch, n, 1.0)] if (n := num_examples(batch)) >= least else []
+        n = num_examples(batch)
+        return [(batch, n, float(n) if in_shards else 1.0)] if n >= least else []
 
     def several(batches: Any) -> list[tuple[Any, int, float]]:
         examples = [num_examples(batch) for batch in batches]
-        total = max(1, sum(examples))
+        total = 1 if in_shards else max(1, sum(examples))
         return [(batch, n, n / total) for batch, n in zip(batches, examples, strict=True) if n >= least]
 
     return several if run.config.accumulate > 1 else one
@@ -287,7 +292,12 @@ def own_backward(run: Run, loss: Tensor, **kwargs: Any) -> None:
     run.last_loss, run.has_stepped = loss.detach(), False
     if not run.in_update and len(run.optimizers) == 1:
         run.means.add({metric_of(run, "train"): loss}, num_examples(run.batch))
-    watched(run.hooks, "backward", run.fabric.backward)(loss, **kwargs)
+    scaled = loss * _rows_of(run) if run.processes.in_shards else loss
+    watched(run.hooks, "backward", run.fabric.backward)(scaled, **kwargs)
+
+
+def _rows_of(run: Run) -> int:
+    return sum(map(num_examples, run.batch)) if isinstance(run.batch, list) else num_examples(run.batch)
 
 
 def own_update(run: Run, batch: Any) -> Tensor:
@@ -312,8 +322,8 @@ def own_step(run: Run, optimizer: Optimizer | str | None) -> bool:
         run.own_steps[key] = make_step(run, [run.optimizers[name] for name in names]), combiner(run, names)
     step, combine = run.own_steps[key]
     if combine is not None:
-        examples = sum(map(num_examples, run.batch)) if isinstance(run.batch, list) else num_examples(run.batch)
-        loss = combine(_sum(run, []) if run.last_loss is None else run.last_loss, examples)
+        examples, loss = _rows_of(run), _sum(run, []) if run.last_loss is None else run.last_loss
+        loss = combine(loss * examples if run.processes.in_shards else loss, examples)
         run.last_loss = None if run.last_loss is None else loss
     done, run.has_stepped = step(run.last_loss, ()), True
     if not run.in_update and names[0] == next(iter(run.optimizers)):
@@ -360,7 +370,7 @@ def make_step(run: Run, optimizers: Sequence[Optimizer]) -> Step:
             doubts.guard(progress.step, loss, norms, params, guarded)
             finite = True
         else:
-            finite = is_finite(loss, norms)
+            finite = run.processes.all_of(is_finite(loss, norms))
         if finite:
             if clip is not None and by_value:  # after the check: it makes infinite gradients finite
                 clip(params)
@@ -377,7 +387,7 @@ def make_step(run: Run, optimizers: Sequence[Optimizer]) -> Step:
 
 def _doubts(run: Run, optimizers: Sequence[Optimizer], scaled: bool) -> Doubts | None:
     """Where steps that are not finite are noted for later, on a GPU; None where each step is looked at by itself."""
-    if run.fabric.device.type in READS_ARE_FREE:
+    if run.fabric.device.type in READS_ARE_FREE or run.processes.in_shards:  # there all ask each other anyhow
         return None
     names = [type(o).__name__ for o in optimizers if not (scaled or skips_by_itself(o))]
     if run.config.on_nonfinite == "skip" or names:
@@ -399,6 +409,8 @@ def _clip(run: Run) -> Callable[[Sequence[Tensor]], Tensor | None] | None:
     limit = run.config.clip
     if limit is None:
         return None
+    if run.processes.in_shards:
+        return partial(run.processes.clip, limit=limit, by_value=run.config.clip_algorithm == "value")
     if run.config.clip_algorithm == "value":
         return lambda params: torch.nn.utils.clip_grad_value_(params, limit)
     return lambda params: torch.nn.utils.clip_grad_norm_(params, limit)
@@ -425,7 +437,8 @@ def finite_check(params: Sequence[Tensor], scaled: bool) -> Callable[[Tensor | N
         if norms and norms[0] is not None:
             return all(math.isfinite(norm.item()) for norm in norms if norm is not None)
         for alike, found in kinds:
-            grads = [g.coalesce().values() if g.is_sparse else g for p in alike if (g := p.grad) is not None]
+            own = [own_part(p.grad) for p in alike if p.grad is not None]
+            grads = [g.coalesce().values() if g.is_sparse else g for g in own]
             if alike[0].is_complex():
                 grads = [torch.view_as_real(grad) for grad in grads]
             check(grads, found.zero_(), one[found.device])

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weft.processes import own_part
+
 
 def state_of(module: nn.Module) -> dict[str, Any]:
     """Copies of the module's parameters and persistent buffers by name, detached, on their devices."""
@@ -43,7 +45,7 @@ class Snapshot:
             live = _walk(module, "", {})
             if live.keys() == self._kept.keys() and all(map(_alike, self._kept.values(), live.values())):
                 with torch.no_grad():
-                    torch._foreach_copy_(list(self._kept.values()), list(live.values()))  # pyright: ignore[reportPrivateImportUsage]
+                    torch._foreach_copy_(list(map(own_part, self._kept.values())), list(map(own_part, live.values())))  # pyright: ignore[reportPrivateImportUsage]
                 return
         live = module.state_dict(keep_vars=True)
         old, self._kept = self._kept, {}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.events import Hook
+from weft.processes import own_part
 
 
 class WeightAverage(Hook):
@@ -63,7 +64,8 @@ class WeightAverage(Hook):
             self.averages = {name: p.detach().clone() for name, p in parameters.items()}
             return
         averages = [self.averages[name].to(p.device) for name, p in parameters.items()]
-        torch._foreach_lerp_(averages, [p.detach() for p in parameters.values()], share)  # pyright: ignore[reportPrivateImportUsage]
+        now = [own_part(p.detach()) for p in parameters.values()]
+        torch._foreach_lerp_([own_part(a) for a in averages], now, share)  # pyright: ignore[reportPrivateImportUsage]
         self.averages = dict(zip(parameters, averages, strict=True))
 
     def _swap_in(self, problem: nn.Module) -> None:

@@ -26,8 +26,7 @@ class GradientNorms(Hook):
         if trainer.global_step % self.every == 0:
             names = {id(o): name for name, o in trainer.optimizers.items()}
             key = "grad_norm" if len(names) == 1 else f"grad_norm_{names[id(optimizer)]}"
-            grads = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
-            trainer.log({key: torch.nn.utils.get_total_norm(grads)})
+            trainer.log({key: trainer.run.processes.norm(parameters_of(optimizer))})
 
     def on_fit_start(self, trainer: Any) -> None:
         self.names = list(term_weights(trainer.problem)) if self.terms else []

@@ -91,7 +91,9 @@ def flat_gradient(value: Tensor, params: Sequence[Tensor]) -> Tensor:
 
 
 def trained_parameters(run: Run, of: str | None) -> list[nn.Parameter]:
-    """The parameters that train, of the whole problem or of the node or submodule `of`."""
+    """The parameters that train, of the whole problem or of the node or submodule `of`. ValueError if they are in shards."""
+    if run.processes.in_shards:
+        raise ValueError("Gradients of single terms need whole parameters, and the problem is in shards; use strategy='ddp'.")
     owner = run.problem if of is None else submodule(run.problem, of)
     return [p for p in owner.parameters() if p.requires_grad]
 

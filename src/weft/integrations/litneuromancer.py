@@ -319,7 +319,7 @@ class WeightsFile(Hook):
         run = trainer.run
         if run.improved or run.best.weights is None:
             self.values, self.is_current = {**metrics, "epoch": trainer.current_epoch, "step": run.progress.step}, False
-        if run.improved and self.spent <= 0.1 * (time.perf_counter() - self.started):
+        if run.improved and not run.processes.in_shards and self.spent <= 0.1 * (time.perf_counter() - self.started):
             self.write(trainer)
 
     def state_dict(self) -> dict[str, Any]:
@@ -339,9 +339,9 @@ class WeightsFile(Hook):
     def write(self, trainer: Any) -> None:
         """Write the weights that the name tells of, and remove the file before."""
         run, began = trainer.run, time.perf_counter()
-        if not run.is_global_zero or run.config.fast_dev_run:
+        weights = run.processes.whole(run.best.weights.state_dict() if run.best.weights is not None else state_of(run.problem))
+        if not run.is_global_zero or run.config.fast_dev_run or not weights:
             return
-        weights = run.best.weights.state_dict() if run.best.weights is not None else state_of(run.problem)
         state = {
             "state_dict": {f"problem.{name}": value for name, value in weights.items()},
             "epoch": self.values["epoch"],
