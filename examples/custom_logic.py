@@ -128,5 +128,5 @@ ax.plot(x, torch.sin(3 * x), color="0.7", linewidth=4, label="sin 3x")
 for name, problem in (("without penalty", plain), ("with penalty", by_step)):
     ax.plot(x, problem.step({"x": x})["y"].detach(), label=name)
 ax.set(xlabel="x", ylabel="y")
-ax.legend(loc="upper right")
+ax.legend(loc=(0.5, 0.04))
 plt.show()

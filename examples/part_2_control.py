@@ -158,7 +158,7 @@ left.set(xlabel="position", ylabel="velocity", title="closed loop, phase plane")
 right.axhline(U_MAX, color="0.5", linestyle="--")
 right.axhline(-U_MAX, color="0.5", linestyle="--", label="bounds")
 right.set(xlabel="time step", ylabel="control", xlim=(0, 25), title="controls")
-right.legend(fontsize="small", loc="center right")
+right.legend(fontsize="small", loc=(0.62, 0.58))
 plt.show()
 
 # %% [markdown]

@@ -63,7 +63,7 @@ data = weft.Data(ends, weft.DictDataset({"ends": ends.datadict["ends"][:64]}), b
 # pays for again in `backward`.
 
 # %%
-epochs = 4 if SMALL else 10
+epochs = 12 if SMALL else 20
 before = weft.Trainer(epochs=epochs, profiler="simple", progress=False).fit(make_problem(slow_tension), data)
 print(before.profile)
 culprit = before.profile.slowest_node

@@ -180,7 +180,7 @@ def test_notebooks_execute_in_a_clean_kernel(name: str, monkeypatch: pytest.Monk
     of_script = small_figures(name)
     assert figures.keys() == of_script.keys()
     for key in figures.keys() - TIMED:  # the last digits of a least squares solution depend on where memory is aligned
-        same = isinstance(figures[key], float) and figures[key] == pytest.approx(of_script[key], rel=1e-6, abs=1e-12)
+        same = isinstance(figures[key], float) and figures[key] == pytest.approx(of_script[key], rel=1e-5, abs=1e-12)
         assert same or figures[key] == of_script[key], (key, figures[key], of_script[key])
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert any("image/png" in output.get("data", {}) for output in outputs)

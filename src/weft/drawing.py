@@ -30,20 +30,14 @@ class Drawing:
         for number, (_, _, reads, writes) in enumerate(parts):
             self._edges += [(writer.get(key, DATA), key, number) for key in reads]
             writer |= dict.fromkeys(writes, number)
-
-    @property
-    def edges(self) -> list[tuple[str, str, str]]:
-        """(from, key, to) of each edge, by name."""
-        return [(self._name(a), key, self._name(b)) for a, key, b in self._edges]
-
-    def _name(self, number: int) -> str:
-        return "data" if number == DATA else self.parts[number][0]
+        names = {DATA: "data"} | {number: part[0] for number, part in enumerate(parts)}
+        self.edges = [(names[a], key, names[b]) for a, key, b in self._edges]
 
     def __str__(self) -> str:
         rows = []
         for number, (name, kind, _, writes) in enumerate(self.parts):
             shown = f"[{name}]" if kind == "node" else f"({name}, {kind})"
-            read = ", ".join(f"{key} of {self._name(a)}" for a, key, b in self._edges if b == number)
+            read = ", ".join(f"{key} of {a}" for (a, key, _), (_, _, b) in zip(self.edges, self._edges, strict=True) if b == number)
             rows.append((read, shown, ", ".join(writes)))
         width = max((len(row[0]) for row in rows), default=0)
         middle = max((len(row[1]) for row in rows if row[2]), default=0)
@@ -66,8 +60,7 @@ class Drawing:
 
     def svg(self) -> str | None:
         """The picture by graphviz's `dot`, None where it is not installed."""
-        program = shutil.which("dot")
-        if program is None:
+        if (program := shutil.which("dot")) is None:
             return None
         done = subprocess.run([program, "-Tsvg"], input=self.dot.encode(), capture_output=True, check=True, timeout=60)
         return done.stdout.decode()  # UTF-8, whatever the machine's language
