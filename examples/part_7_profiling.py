@@ -107,7 +107,7 @@ for row, (name, profile) in enumerate([("mended", after.profile), ("before", bef
         ax.barh(row, width, left=left, color=f"C{i}", label=part if row else None)
         left += width
 ax.set(yticks=[0, 1], yticklabels=["mended", "before"], xlabel="time per step (ms)")
-ax.legend(ncol=4, fontsize="small", loc="lower right")
+ax.legend(ncol=8, fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.2), columnspacing=1.0)
 plt.show()
 
 # %%
