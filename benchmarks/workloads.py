@@ -219,7 +219,7 @@ def wide() -> Workload:
         return {"x": torch.randn(rows, 16, generator=torch.Generator().manual_seed(seed))}
 
     return Workload(
-        "wide MLP", make, points(2048, 1), points(512, 2), batch_size=512, epochs=5, threads=2,
+        "wide MLP", make, points(2048, 1), points(512, 2), batch_size=512, epochs=9, threads=2,
         optimizer=lambda p: torch.optim.AdamW(p, lr=1e-4, fused=True),
     )  # fmt: skip
 
