@@ -7,7 +7,7 @@ state, learning rates, the numbers of epoch and step. Called on such tensors it 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from operator import call, itemgetter
@@ -90,7 +90,7 @@ class Watch:
         self._near = [vars(o) for o in near]  # `_picks` takes the values of their attributes, all in one call
         notes = {id(now): notes for _, now, _, notes in self._saved}
         keys = [[k for k in now if k not in _OF_MODULES and k not in notes[id(now)]] for now in self._near]
-        self._picks = [itemgetter(*k, k[0]) if k else len for k in keys]
+        self._picks: list[Callable[..., Any]] = [itemgetter(*k, k[0]) if k else len for k in keys]
         self._picked, self._sizes = list(map(call, self._picks, self._near)), list(map(len, self._near))
         self._parameters = list(problem.parameters())
         self._requires = [p.requires_grad for p in self._parameters]
