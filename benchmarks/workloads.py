@@ -172,22 +172,24 @@ def pinn() -> Workload:
 def neural_ode() -> Workload:
     """The right-hand side of an ODE, learned through ten steps of Runge and Kutta."""
 
-    def make() -> nn.Module:
-        right = mlp(2, 32, 2, nonlinear=nn.Tanh)
+    class Integrated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.right = mlp(2, 32, 2, nonlinear=nn.Tanh)  # not in a closure, which would not be copied with the problem
 
-        def integrate(x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> Tensor:
             path, h = [], 0.1
             for _ in range(10):
-                k1 = right(x)
-                k2 = right(x + h / 2 * k1)
-                k3 = right(x + h / 2 * k2)
-                k4 = right(x + h * k3)
+                k1 = self.right(x)
+                k2 = self.right(x + h / 2 * k1)
+                k3 = self.right(x + h / 2 * k2)
+                k4 = self.right(x + h * k3)
                 x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
                 path.append(x)
             return torch.stack(path, 1)
 
-        node = weft.Node(integrate, ["x"], ["path"], name="ode")
-        node.right = right  # so that its parameters are the problem's
+    def make() -> nn.Module:
+        node = weft.Node(Integrated(), ["x"], ["path"], name="ode")
         return weft.Problem([node], [weft.objective(lambda path, y: (path - y) ** 2, name="fit")])
 
     def paths(rows: int, seed: int) -> Tensors:
@@ -219,7 +221,7 @@ def wide() -> Workload:
         return {"x": torch.randn(rows, 16, generator=torch.Generator().manual_seed(seed))}
 
     return Workload(
-        "wide MLP", make, points(2048, 1), points(512, 2), batch_size=512, epochs=5, threads=2,
+        "wide MLP", make, points(2048, 1), points(512, 2), batch_size=512, epochs=9, threads=2,
         optimizer=lambda p: torch.optim.AdamW(p, lr=1e-4, fused=True),
     )  # fmt: skip
 

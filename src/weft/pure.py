@@ -7,10 +7,10 @@ state, learning rates, the numbers of epoch and step. Called on such tensors it 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from operator import call, itemgetter
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -87,11 +87,11 @@ class Watch:
         near = [owner, problem, *(m for m in problem.modules() if not type(m).__module__.startswith("torch.nn"))]
         self._noted = [saved for saved in self._saved if saved[3]]
         self._now, self._before = ([saved[i] for saved in self._saved if not saved[3]] for i in (1, 2))
-        self._near = [vars(o) for o in near]  # `_picks` takes the values of their attributes, all in one call
+        self._near = [vars(o) for o in near]  # of each, one of `_picks` takes all values in one call
         notes = {id(now): notes for _, now, _, notes in self._saved}
         keys = [[k for k in now if k not in _OF_MODULES and k not in notes[id(now)]] for now in self._near]
-        self._picks = [itemgetter(*k, k[0]) if k else len for k in keys]
-        self._picked, self._sizes = list(map(call, self._picks, self._near)), list(map(len, self._near))
+        self._picks: list[Callable[..., Any]] = [itemgetter(*k, k[0]) if k else len for k in keys]
+        self._picked, self._sizes = self._pick(), list(map(len, self._near))
         self._parameters = list(problem.parameters())
         self._requires = [p.requires_grad for p in self._parameters]
         self._tensors = [v for _, d in dicts if isinstance(d, dict) for v in d.values() if type(v) is Tensor]
@@ -109,9 +109,12 @@ class Watch:
     def glance(self) -> bool:
         """Whether the attributes of all but torch's own layers are as they were. Cheap enough for every step."""
         try:
-            return list(map(call, self._picks, self._near)) == self._picked and list(map(len, self._near)) == self._sizes
+            return self._pick() == self._picked and list(map(len, self._near)) == self._sizes
         except (KeyError, RuntimeError, ValueError):
             return False
+
+    def _pick(self) -> list[Any]:
+        return [pick(now) for pick, now in zip(self._picks, self._near, strict=True)]
 
     @contextmanager
     def untouched(self) -> Iterator[None]:

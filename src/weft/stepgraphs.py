@@ -7,7 +7,7 @@ also clips, checks and steps the optimizer. Each is traced from pure functions o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -149,6 +149,10 @@ class EvaluationGraph:
             scalars = self.forward(batch)[1]
         return {"a reported scalar": vector(list(scalars.values()), self.epoch.device)}
 
+    def repeated(self, batch: Any, parameters: list[Tensor], buffers: list[Tensor]) -> dict[str, Tensor]:
+        """As much of it as must come out the same when it is done again."""
+        return self.eager(batch, parameters, buffers)
+
     def outcome(self, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
         """What the graph has made, by the same names; called right after it ran."""
         return {"a reported scalar": outputs[0][: len(self.names)]}
@@ -159,21 +163,18 @@ class EvaluationGraph:
         They may differ by rounding: by as much as the eager step does when its weights change in their last bits.
         """
         self.num_checks -= 1
-        expected = self._eagerly(batch)
+        expected, allowed = self._eagerly(batch, self.eager), math.sqrt(self._eps())
         self.refresh()
         with undone(self.run), torch.no_grad():
             before = [t.detach().clone() for t in self.fixed]
             try:
-                outputs = self.call(tensors)
-                buffers = {f"buffer {i}": b.detach().clone() for i, b in enumerate(self.held.buffers)}
-                found = {k: v.clone() for k, v in self.outcome(outputs).items()} | buffers
+                found = self.outcome(self.call(tensors)) | {f"buffer {i}": b for i, b in enumerate(self.held.buffers)}
+                gaps = {name: gap for name, value in expected.items() if not (gap := _gap(found[name], value)) <= allowed}
             finally:
                 for tensor, value in zip(self.fixed, before, strict=True):
                     tensor.copy_(value)
-        allowed = math.sqrt(self._eps())
-        gaps = {name: gap for name, value in expected.items() if not (gap := _gap(found[name], value)) <= allowed}
         if gaps:
-            shifted = self._eagerly(batch, shift=8 * self._eps())
+            shifted = self._eagerly(batch, self.eager, shift=8 * self._eps())
             for name, gap in gaps.items():
                 if not gap <= allowed + 10 * _gap(shifted[name], expected[name]):
                     return f"{name} differs by {gap:.1e} of its size"
@@ -182,25 +183,25 @@ class EvaluationGraph:
     def side_effect(self, batch: Any) -> str | None:
         """What the eager step changes every time and a graph would not, None if there is no such thing."""
         with undone(self.run):
-            self._eagerly(batch, keep=True)  # what is set once and for all may be
+            self._eagerly(batch, self.repeated, keep=True)  # what is set once and for all may be
             random, once = checkpoint.random_state(), Watch(self.run.problem, self.run.trainer)
-            first = self._eagerly(batch, keep=True)
+            first = self._eagerly(batch, self.repeated, keep=True)
             checkpoint.set_random_state(random)
-            second = self._eagerly(batch, keep=True)
+            second = self._eagerly(batch, self.repeated, keep=True)
             if (attribute := once.changed()) is not None:
                 return f"the step sets {attribute} anew every time"
         if any(_gap(second[name], value) > 0 for name, value in first.items()):
             return "the step gives something else when it is repeated: it depends on what it did before"
         return None
 
-    def _eagerly(self, batch: Any, shift: float = 0.0, keep: bool = False) -> dict[str, Tensor]:
+    def _eagerly(self, batch: Any, step: Callable[..., dict[str, Tensor]], shift: float = 0.0, keep: bool = False) -> dict[str, Tensor]:
         parameters = [
             (p.detach() * (1 + shift) if p.is_floating_point() else p.detach().clone()).requires_grad_(p.requires_grad)
             for p in self.held.parameters
         ]
         buffers = [b.detach().clone() for b in self.held.buffers]
         with nullcontext() if keep else undone(self.run):
-            found = self.eager(batch, parameters, buffers)
+            found = step(batch, parameters, buffers)
         return found | {f"buffer {i}": b for i, b in enumerate(buffers)}
 
     def _eps(self) -> float:
@@ -258,6 +259,9 @@ class GradientGraph(EvaluationGraph):
         loss, found = self._eager_loss(batch, parameters, buffers)
         grads = torch.autograd.grad(loss, [parameters[i] for i in self.numbers], allow_unused=True)
         return found | {f"the gradient of parameter {i}": g for i, g in zip(self.numbers, grads, strict=True) if g is not None}
+
+    def repeated(self, batch: Any, parameters: list[Tensor], buffers: list[Tensor]) -> dict[str, Tensor]:
+        return GradientGraph.eager(self, batch, parameters, buffers)  # what the optimizer makes of it, takes memory
 
     def _eager_loss(self, batch: Any, parameters: list[Tensor], buffers: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         with self.held.replaced([*parameters, *buffers]):
