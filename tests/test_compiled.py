@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor  # pyright: ignore[reportPrivateImportUsage]
 
 import weft
 from bitwise import same
@@ -411,8 +412,8 @@ def test_an_update_of_ones_own_stays_eager() -> None:
 
 def test_without_a_compiler_the_run_stays_eager(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WEFT_CACHE", str(tmp_path / "empty"))
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    with pytest.warns(UserWarning, match=r"stays eager: there is no working C\+\+ compiler"):
+    absent = inductor.patch({"cpp.cxx": ("no-such-compiler",)})  # monkeypatch would leave the setting deleted
+    with absent, pytest.warns(UserWarning, match=r"stays eager: there is no working C\+\+ compiler"):
         result, trainer = fit(rosenbrock(), weft.Data(rows(20), batch_size=10), True, epochs=2)
     assert result.steps == 4
     assert made(trainer) == [-1]
