@@ -433,13 +433,12 @@ def test_a_plain_module_has_no_term_weights():
 
 
 def test_gradients_in_evaluation_are_asked_for_by_any_part():
-    assert needs_grad_in_eval(small_problem(grad_inference=True)) and not needs_grad_in_eval(small_problem())
-    assert needs_grad_in_eval(neuromancer_problem(grad_inference=True)) and not needs_grad_in_eval(
-        neuromancer_problem()
-    )
+    for make in (small_problem, neuromancer_problem):
+        assert needs_grad_in_eval(make(grad_inference=True).modules())
+        assert not needs_grad_in_eval(make().modules())
     inner = Plain()
     inner.grad_inference = True  # type: ignore[assignment]
-    assert needs_grad_in_eval(nn.Sequential(inner))
+    assert needs_grad_in_eval(nn.Sequential(inner).modules())
 
 
 def test_prediction_gives_the_tensors_of_the_nodes_without_inputs_and_losses():

@@ -103,7 +103,8 @@ class Batches:
                 gathered = [tensors[k].detach()[lo:hi].clone() for k in keys]
             else:
                 gathered = [tensors[k].detach().index_select(0, index) for k in keys]
-            split_rows = [t.split(local_sizes) for t in (*gathered, index)]
+            is_one = hi - lo <= size and self.world == 1
+            split_rows = [(t,) if is_one else t.split(local_sizes) for t in (*gathered, index)]
             for *values, rows_index in zip(*split_rows, strict=True):
                 if any_grad:
                     values = [v.detach().requires_grad_() if g else v for v, g in zip(values, grad, strict=True)]

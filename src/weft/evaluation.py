@@ -32,7 +32,7 @@ def evaluating(problem: nn.Module) -> Iterator[None]:
         flags = []
         problem.eval()
     try:
-        with torch.set_grad_enabled(needs_grad_in_eval(problem)):
+        with torch.set_grad_enabled(needs_grad_in_eval(modules)):
             yield
     finally:
         for flag in flags:

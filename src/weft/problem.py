@@ -364,10 +364,10 @@ def set_term_weights(problem: nn.Module, weights: Mapping[str, float | Tensor]) 
                 terms[name].weight = value
 
 
-def needs_grad_in_eval(problem: nn.Module) -> bool:
-    """Whether a part of the problem asks for autograd in evaluation, by a true `grad_inference`."""
+def needs_grad_in_eval(modules: Iterable[nn.Module]) -> bool:
+    """Whether one of a problem's modules asks for autograd in evaluation, by a true `grad_inference`."""
     # not getattr: where there is no such attribute, nn.Module takes 1.4 us a module to say so
-    return any(vars(m).get("grad_inference", getattr(type(m), "grad_inference", False)) for m in problem.modules())
+    return any(vars(m).get("grad_inference", getattr(type(m), "grad_inference", False)) for m in modules)
 
 
 def forward_nodes(problem: nn.Module) -> Callable[[Batch], dict[str, Tensor]]:

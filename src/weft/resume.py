@@ -237,14 +237,15 @@ def train_batches(run: Run) -> Iterable[Any]:
     A loader starts over in the random state of the epoch's start, and is skipped to its place; then the random state is
     again what it was, or what a checkpoint says.
     """
-    start, own, kept = run.progress.batch, _generators(run), run.kept
+    start, kept = run.progress.batch, run.kept
     random, generators = run.random_to_resume, kept.generators_to_resume
     run.random_to_resume, kept.generators_to_resume = None, {}
     if start == 0:
-        is_loader = isinstance(run.source("train"), LoaderBatches)
-        run.random_before_epoch = checkpoint.random_state() if is_loader else None
-        kept.generators_before_epoch = generator_states(own)
+        run.random_before_epoch, kept.generators_before_epoch = None, {}
+        if isinstance(run.source("train"), LoaderBatches):  # tensors know their order
+            run.random_before_epoch, kept.generators_before_epoch = checkpoint.random_state(), generator_states(_generators(run))
         return run.batches_of("train")
+    own = _generators(run)
     if random is None:
         random, generators = checkpoint.random_state(), generator_states(own)
     if run.random_before_epoch is not None:

@@ -24,7 +24,7 @@ def evaluate(run: LightningRun, source: Source) -> dict[str, float]:
     Without gradients unless the module asks for them (`grad_inference`); modes of submodules are as before after it.
     """
     event, results, hooks = EVENTS[source.split], run.results, run.hooks_of
-    with torch.set_grad_enabled(needs_grad_in_eval(run.module)):
+    with torch.set_grad_enabled(needs_grad_in_eval(run.module.modules())):
         source.load()
         if sum(source.limits) == 0:
             return {}
@@ -78,7 +78,7 @@ def predict(run: LightningRun, source: Source) -> list[Any]:
     hooks = run.hooks_of
     if writers := [type(c).__name__ for c in run.callbacks if is_a(c, "BasePredictionWriter")]:
         raise NotImplementedError(f"{writers} ask the trainer for the rows of each batch, which weft does not track.")
-    with torch.set_grad_enabled(needs_grad_in_eval(run.module)):
+    with torch.set_grad_enabled(needs_grad_in_eval(run.module.modules())):
         source.load()
         stream, several = source.open(), _several(run, source)
         modes = _to_eval(run, "predict")
