@@ -27,6 +27,7 @@ from test_kill import plain_data, plain_problem
 from weft import checkpoint, yamlfile
 from weft.archive import CheckpointError
 from weft.loggers import CSVLogger, read_rows
+from weft.resume import attributes, changed_attributes
 
 
 @pytest.fixture(autouse=True)
@@ -354,3 +355,24 @@ def test_random_numbers_of_an_apple_gpu_go_on_where_the_file_left_them(tmp_path:
     expected = torch.rand(5, device="mps").cpu()
     checkpoint.set_random_state(checkpoint.read(tmp_path / "r.ckpt")["random"])
     assert torch.equal(torch.rand(5, device="mps").cpu(), expected)
+
+
+# ---- what modules keep -----------------------------------------------------------------------------------------------
+
+
+def test_a_change_of_what_modules_keep_is_noticed_and_what_cannot_be_written_holds_nothing_up(tmp_path: Path) -> None:
+    problem = plain_problem()
+    problem.table, problem.rate = {n: "x" for n in range(10**5)}, float("nan")
+    problem.mixed = {"a": [1, 2.0, True, None], "b": ({3}, "c")}
+    problem.ring: list[Any] = []
+    problem.ring.append(problem.ring)  # no end to it
+    before = attributes(problem)
+    assert changed_attributes(problem, before) == {}
+    assert not any("ring" in name for name in before)
+    problem.table[7] = "y"
+    problem.mixed["a"][2] = 1  # equal to True, and another value
+    found = changed_attributes(problem, before)
+    assert found == {"table": problem.table, "mixed": problem.mixed}
+    assert found["table"] is not problem.table and found["mixed"]["a"][2] is not True
+    weft.Trainer(epochs=1, progress=False, root_dir=str(tmp_path), run_name="run", checkpoint=True).fit(problem, plain_data())
+    assert checkpoint.load(tmp_path / "run" / "checkpoints")[0]["module_state"] == {}

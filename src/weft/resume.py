@@ -9,7 +9,7 @@ changed otherwise is named in one warning. What a checkpoint lacks is an error, 
 
 from __future__ import annotations
 
-import copy
+import marshal
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -330,8 +330,10 @@ def attributes(problem: nn.Module) -> dict[str, Any]:
     """Plain values (bool, int, float, str, None; lists, dicts and sets of them) and tensors that modules keep outside of
     their state dict, by name.
 
-    Also which parameters are trained (`requires_grad`), and which modules a hook has put in eval mode. A tensor comes with its version, which tells whether it was changed in place. Not taken: tensors with a graph, and
-    those whose name begins with "_", which are caches (NeuroMANCER's variables keep their last value so).
+    Also which parameters are trained (`requires_grad`), and which modules a hook has put in eval mode. A plain value comes
+    as its bytes (10^6 numbers in a list take 20 ms), a tensor with its version: both tell a change in place. Not taken:
+    tensors with a graph, and those whose name begins with "_", which are caches (NeuroMANCER's variables keep their last
+    value so).
     """
     found: dict[str, Any] = {f"{name}.requires_grad": p.requires_grad for name, p in problem.named_parameters()}
     for prefix, module in problem.named_modules():
@@ -340,17 +342,20 @@ def attributes(problem: nn.Module) -> dict[str, Any]:
         hidden = {name: b for name, b in module._buffers.items() if name in module._non_persistent_buffers_set}
         for name, value in {**vars(module), **hidden}.items():
             if name not in _OF_TORCH and _is_plain(value):
-                found[f"{prefix}.{name}" if prefix else name] = copy.deepcopy(value)  # of now: a list may grow
+                found[f"{prefix}.{name}" if prefix else name] = marshal.dumps(value, 2)  # of now: a list may grow
             elif type(value) is Tensor and not name.startswith("_") and value.grad_fn is None:
                 found[f"{prefix}.{name}" if prefix else name] = (value, value._version)
     return found
 
 
-def _is_plain(value: Any) -> bool:
-    if type(value) in (list, tuple, set, dict):
-        items = [*value, *value.values()] if isinstance(value, dict) else value
-        return all(map(_is_plain, items))
-    return value is None or type(value) in (bool, int, float, str)
+_PLAIN = {type(None), bool, int, float, str}
+
+
+def _is_plain(value: Any, depth: int = 20) -> bool:
+    if type(value) not in (list, tuple, set, dict):
+        return type(value) in _PLAIN
+    items = [*value, *value.values()] if isinstance(value, dict) else value
+    return set(map(type, items)) <= _PLAIN or (depth > 0 and all(_is_plain(item, depth - 1) for item in items))
 
 
 def changed_attributes(problem: nn.Module, at_start: Mapping[str, Any]) -> dict[str, Any]:
@@ -362,10 +367,12 @@ def changed_attributes(problem: nn.Module, at_start: Mapping[str, Any]) -> dict[
         then = at_start[name]
         if isinstance(now, tuple):
             return not isinstance(then, tuple) or now[0] is not then[0] or now[1] != then[1]
-        return type(now) is not type(then) or repr(now) != repr(then)  # nan is as it was
+        return now != then
 
-    now = attributes(problem)
-    return {name: v[0] if isinstance(v, tuple) else v for name, v in now.items() if changed(name, v)}
+    def value_of(found: Any) -> Any:
+        return found[0] if isinstance(found, tuple) else marshal.loads(found) if isinstance(found, bytes) else found
+
+    return {name: value_of(now) for name, now in attributes(problem).items() if changed(name, now)}
 
 
 def set_attributes(problem: nn.Module, values: Mapping[str, Any]) -> None:
