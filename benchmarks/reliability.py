@@ -285,22 +285,21 @@ def write_times(_: int) -> Iterator[Row]:
     for background in (True, False):
         seconds: list[float] = []
         busy: list[float] = []
-
-        def save(trainer: weft.Trainer, batch: object, loss: object, seconds: list[float] = seconds, busy: list[float] = busy) -> None:
-            assert trainer.run is not None
-            if writer := trainer.run.kept.writer:
-                writer.wait()
-            started, thread = time.perf_counter(), time.thread_time()
-            trainer.run.save()
-            seconds.append(time.perf_counter() - started)
-            busy.append(time.thread_time() - thread)
-
         how = {"every_n_epochs": 1000, "best": False, "background": background}
-        trainer = weft.Trainer(
-            epochs=3, progress=False, root_dir="runs", run_name=str(background), checkpoint=how, hooks={"on_step_end": save}
-        )
-        with contextlib.redirect_stdout(io.StringIO()):
-            result = trainer.fit(demo.make_problem(), demo.data_setup)
+        trainer = weft.Trainer(epochs=3, progress=False, root_dir="runs", run_name=str(background), checkpoint=how)
+        with contextlib.redirect_stdout(io.StringIO()), trainer.start(demo.make_problem(), demo.data_setup) as run:
+            for _ in run.epochs():
+                for batch in run.batches("train"):
+                    run.update(batch)
+                    if writer := run.kept.writer:
+                        writer.wait()
+                    started, thread = time.perf_counter(), time.thread_time()
+                    path = run.save()
+                    seconds.append(time.perf_counter() - started)
+                    busy.append(time.thread_time() - thread)
+                    assert background or path.exists()
+        result = run.result
+        assert result is not None
         assert result.run_dir is not None
         size = checkpoint.find(result.run_dir).stat().st_size / 1024
         median, slowest = statistics.median(seconds) * 1e3, max(seconds) * 1e3
