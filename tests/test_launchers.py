@@ -231,12 +231,16 @@ def test_the_stop_button_ends_processes_of_a_notebook_after_the_step_and_they_go
     from test_notebook import run_notebook
 
     press = """
-import os, signal, threading, time
+import multiprocessing, os, signal, threading
+steps_begin = multiprocessing.Event()
 def press():
-    time.sleep(3.0)
+    assert steps_begin.wait(60)
     os.killpg(os.getpgid(0), signal.SIGINT)  # as Jupyter does
 threading.Thread(target=press).start()
-trainer = weft.Trainer(epochs=10**6, devices=2, accelerator="cpu", strategy="ddp_notebook", progress=False, timeout=60)
+trainer = weft.Trainer(
+    epochs=10**6, devices=2, accelerator="cpu", strategy="ddp_notebook", progress=False, timeout=60,
+    hooks={"on_step_end": lambda trainer, *_: trainer.run.progress.step == 20 and steps_begin.set()},
+)
 result = trainer.fit(problem, weft.Data({"x": torch.rand(64, 2)}, batch_size=4))
 assert result.stop_reason == "interrupted" and 0 < result.steps, result
 steps = result.steps
