@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,8 @@ from torch import Tensor, nn
 
 import weft
 from bitwise import same
+from test_compiled import cache  # noqa: F401 (a fixture)
 from weft import graphs
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    patch = pytest.MonkeyPatch()
-    folder = Path(os.environ.get("KEEP") or tmp_path_factory.mktemp("weft-cache"))
-    patch.setenv("WEFT_CACHE", str(folder))
-    yield folder
-    patch.undo()
 
 
 @pytest.fixture

@@ -279,6 +279,20 @@ def test_a_save_while_averages_stand_in_the_problem_keeps_the_trained_weights(fo
     assert bool(differences(expected, averaging_loop(tmp_path / "cut"))) == forgets
 
 
+def test_a_save_that_a_hook_asks_for_is_there_after_the_update_in_a_loop_over_batches_of_ones_own(tmp_path: Path) -> None:
+    asked: list[Path] = []
+    trainer = weft.Trainer(
+        epochs=1, progress=False, root_dir=str(tmp_path), run_name="run", checkpoint={"every_n_epochs": 100},
+        hooks={"on_step_end": lambda trainer, *_: asked.append(trainer.run.save())},
+    )  # fmt: skip
+    with trainer.start(plain_problem(), plain_data()) as run:
+        for _ in run.epochs():
+            for number, batch in enumerate(list(run.batches_of("train"))):
+                run.update(batch)
+                assert len(asked) == number + 1
+                assert checkpoint.read(asked[-1])["progress"]["step"] == number + 1
+
+
 def test_a_save_that_a_hook_asks_for_after_a_step_waits_for_the_hooks_after_it(tmp_path: Path) -> None:
     """Else their part of the step would be missing after a resume: of averages, say, or of the numbers logged."""
     asked: list[Path] = []

@@ -163,6 +163,7 @@ def read(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, A
 
 
 def local(path: str | os.PathLike[str]) -> Path:
+    """`path`, if it is one on this machine. Raises CheckpointError for a URL."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(path)):  # Path("http://x") has one slash left
         raise CheckpointError(f"{os.fspath(path)} is a URL; download it and pass the file's path.")
     return Path(path)
@@ -259,6 +260,7 @@ def put(path: Path, data: bytes | memoryview) -> None:
 
 
 def sync_folder(folder: Path) -> None:
+    """Have the names in `folder` on the disk before anything goes on; nothing where a system cannot do that."""
     if os.name == "nt":  # folders cannot be opened there
         return
     handle = os.open(folder, os.O_RDONLY)

@@ -45,12 +45,14 @@ __all__ = [
 
 
 def save(
-    folder: str | os.PathLike[str], step: int, state: Mapping[str, Any], *, keep: int = 2, best: bool = False, write: Any = write
-) -> Path:
+    folder: str | os.PathLike[str], step: int, state: Mapping[str, Any], *, keep: int = 2, best: bool = False,
+    write: Any = write,
+) -> Path:  # fmt: skip
     """Write `step-<step>.ckpt` and return its path; then move `last` (and `best` if asked), then delete old ones.
 
-    Call on one rank. `write(path, state)`: what writes, else the function of that name. Kept are the `keep` newest (at least 2: the newest may be damaged after it was verified) and what
-    `best` points to. Raises like `write`; then nothing was moved or deleted.
+    Call on one rank. `write(path, state)`: what writes, else the function of that name. Kept are the `keep` newest (at
+    least 2: the newest may be damaged after it was verified) and what `best` points to. Raises like `write`; then nothing
+    was moved or deleted.
     If `best` points to a higher step, one that was given up, it moves here too: each checkpoint carries its best weights.
     """
     if keep < 2:

@@ -64,7 +64,11 @@ class Graphs:
         if not self.run.config.compile:
             return forward
         if split not in self.chosen:
-            self.chosen[split] = Chosen(self, split, lambda batch, tensors, counting=False: EvaluationGraph(self.run, forward, batch, tensors))
+
+            def make(batch: Any, tensors: list[Tensor], counting: bool = False) -> EvaluationGraph:
+                return EvaluationGraph(self.run, forward, batch, tensors)
+
+            self.chosen[split] = Chosen(self, split, make)
         chosen = self.chosen[split]
         chosen.look_over()
 

@@ -318,8 +318,6 @@ class Run(Seams):
         agreed = processes.world == 1 or ((processes.called() or epoch_over) and processes.agree(self.interruption))
         self.stop_reason = self.stop_reason or processes.granted.pop("stop", None)
         self.busy, self.leaving = "", self.interruption.asked if agreed else 0
-        if self.kept.save_wanted:
-            self.save()
         self.call(AT_REST)
         if self.leaving:
             self.interruption.leave(self.leaving)
@@ -416,6 +414,8 @@ class Run(Seams):
         self.busy = STEP_HOOKS
         self.call("on_step_end", batch, loss)
         self.busy = ""
+        if self.kept.save_wanted:
+            self.save()
         if progress.last_step is not None and progress.step >= progress.last_step:
             self.decide_to_stop("max_steps")
 

@@ -56,7 +56,7 @@ def save_run(run: Run) -> Path:
         raise RuntimeError("save: this run has no folder; give the trainer root_dir or checkpoint=True.")
     folder, step = run.run_dir / "checkpoints", run.progress.step
     run.kept.save_wanted = run.busy == STEP_HOOKS
-    if run.kept.save_wanted:  # hooks after the one that asks have not seen the step yet; `Run._rest` comes back to it
+    if run.kept.save_wanted:  # hooks after the one that asks have not seen the step yet; `Run.end_step` comes back to it
         return checkpoint.step_path(folder, step)
     if run.busy:
         raise RuntimeError(f"save: {run.busy} is under way, so the state is not whole; save between updates.")
