@@ -72,7 +72,8 @@ def in_short(results: Results, path: str) -> str:
     versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "lightning", "neuromancer"))
     head = (
         "Time per training step (its share of the dev set included) over that of a loop written by hand over tensors in memory; "
-        "one thread (the wide MLP: two), the smallest of interleaved rounds, losses equal at the end. "
+        "one thread (the wide MLP: two), the smallest of interleaved rounds. All end at the same loss but LitTrainer, which "
+        "shuffles and brings its own optimizer (the report gives the losses). "
         f"{about['cpu']}, {versions}. [The whole report]({path}) has the targets, too, those that were missed included."
     )
     lines = [
@@ -107,7 +108,7 @@ def write(folder: Path, stem: str, results: Results, found: dict[str, Any], how:
     head = (
         f"# Benchmarks, {stem}\n\n{about}\n\nTime per training step, its share of the dev set included: the median epoch of a "
         "fit after two; the smallest of all rounds (ratio of medians in brackets). All start from the same weights and see the "
-        "same batches in the same order, but LitTrainer: it shuffles, and trains with Adam(1e-3) whatever `custom_optimizer` is. Not measured: CUDA, several processes.\n\n"
+        "same batches in the same order, but LitTrainer: it shuffles, and trains with Adam(1e-3) whatever `custom_optimizer` is. Not measured: CUDA.\n\n"
     )
     (folder / f"{stem}.md").write_text(f"{head}![]({stem}.png)\n\n## Targets\n\n{claims.table(claims.claims(results, found))}\n\n## All figures\n\n{table(results)}\n{extras(found)}\n", encoding="utf-8")
     _plot(folder / f"{stem}.png", results)
