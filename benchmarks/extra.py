@@ -31,7 +31,7 @@ print(made - begin, ticks[0] - made, lost[0], sum(lost))
 
 MEMORY = """
 import ctypes, pathlib, re, resource, torch; torch.set_num_threads(1)
-import lightning.fabric, weft.compiled, weft.trainer  # the same modules for all: training is compared, not imports
+import lightning.fabric, weft.compile.choosing, weft.loop.trainer  # the same modules for all: training is compared, not imports
 from benchmarks.workloads import wide
 from benchmarks import peers
 workload, status, begun, peaks = wide(), pathlib.Path("/proc/self/status"), [], []

@@ -39,7 +39,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import weft
-from weft import checkpoint, demo
+from weft import demo
+from weft.checkpoint import archive
+from weft.checkpoint import folder as checkpoints
 
 START, END = "<!-- reliability -->", "<!-- /reliability -->"
 
@@ -122,16 +124,16 @@ def crash_points(_: int) -> Iterator[Row]:
 
     template = Path("template").resolve()
     for step in (1, 2, 3):
-        checkpoint.save(template, step, state_of_step(step), best=step == 1)
+        checkpoints.save(template, step, state_of_step(step), best=step == 1)
     seen = Counter[int]()
 
     def whole(folder: Path) -> bool:
-        checkpoint.clean(folder)
-        step = checkpoint.load(folder)[0]["step"]
+        checkpoints.clean(folder)
+        step = checkpoints.load(folder)[0]["step"]
         seen[step] += 1
-        return checkpoint.load(folder, "best")[0]["step"] in (1, 4) and step in (3, 4)
+        return checkpoints.load(folder, "best")[0]["step"] in (1, 4) and step in (3, 4)
 
-    results = die_at_every_moment(template, lambda f: checkpoint.save(f, 4, state_of_step(4), best=True) and None, whole)
+    results = die_at_every_moment(template, lambda f: checkpoints.save(f, 4, state_of_step(4), best=True) and None, whole)
     yield Row(
         "die before and after every I/O call of a save (torn writes)",
         f"{sum(results)} of {len(results)} load: {seen[3]} the old, {seen[4]} the new state",
@@ -168,17 +170,17 @@ def full_disk(_: int) -> Iterator[Row]:
     from test_checkpoint_files import in_child, state_of_step
 
     def outcome(folder: Path, limited: Callable[[], None]) -> str:
-        checkpoint.save(folder, 1, state_of_step(1))
+        checkpoints.save(folder, 1, state_of_step(1))
 
         def body() -> None:
             limited()
             try:
-                checkpoint.save(folder, 2, state_of_step(2, 1_000_000))
+                checkpoints.save(folder, 2, state_of_step(2, 1_000_000))
             except OSError as error:
                 named = str(folder) in str(error) and "bytes needed" in str(error)
                 os._exit(10 if named and error.errno in (errno.EFBIG, errno.ENOSPC) else 11)
 
-        code, state = in_child(body), checkpoint.load(folder)[0]
+        code, state = in_child(body), checkpoints.load(folder)[0]
         return "error names the disk, the previous checkpoint loads" if (code, state["step"]) == (10, 1) else f"FAILED ({code})"
 
     yield Row("disk full (RLIMIT_FSIZE)", outcome(Path("limit"), lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,) * 2)))
@@ -199,11 +201,11 @@ def damage(_: int) -> Iterator[Row]:
     import random
 
     from bitwise import same
-    from weft.checkpoint import CheckpointError
+    from weft.checkpoint.archive import CheckpointError
 
     state = {"x": torch.randn(200, 1100), "many": [torch.randn(3) for _ in range(10)], "step": 7}
     path, chance = Path("a.ckpt"), random.Random(0)
-    checkpoint.write(path, state)
+    archive.write(path, state)
     data = path.read_bytes()
 
     def flipped() -> bytes:
@@ -222,7 +224,7 @@ def damage(_: int) -> Iterator[Row]:
         for _ in range(count):
             path.write_bytes(make())
             try:
-                seen["same" if same(checkpoint.read(path), state) else "WRONG"] += 1
+                seen["same" if same(archive.read(path), state) else "WRONG"] += 1
             except CheckpointError:
                 seen["refused"] += 1
         yield Row(
@@ -301,7 +303,7 @@ def write_times(_: int) -> Iterator[Row]:
         result = run.result
         assert result is not None
         assert result.run_dir is not None
-        size = checkpoint.find(result.run_dir).stat().st_size / 1024
+        size = checkpoints.find(result.run_dir).stat().st_size / 1024
         median, slowest = statistics.median(seconds) * 1e3, max(seconds) * 1e3
         times = f"median {median:.1f} ms, slowest of {len(seconds)} {slowest:.1f} ms; CPU time {statistics.median(busy) * 1e3:.1f} ms"
         where = "in the background" if background else "in the training thread"

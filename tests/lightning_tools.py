@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import weft
-from weft.seeding import seed_everything
+from weft.devices.seeding import seed_everything
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 

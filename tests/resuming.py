@@ -17,8 +17,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 import weft
 from bitwise import same
-from weft import checkpoint
-from weft.loggers import read_rows
+from weft.checkpoint import archive
+from weft.checkpoint import folder as checkpoints
+from weft.devices import seeding
+from weft.loggers.csv import read_rows
 
 CLOCKS = {"seconds", "steps_per_second", "examples_per_second", "wait_seconds"}  # what no run repeats
 
@@ -157,7 +159,7 @@ def fit(
 
 def last_state(root: Path) -> dict[str, Any]:
     """Everything in the last checkpoint but the seconds."""
-    state, _ = checkpoint.load(root / "run")
+    state, _ = checkpoints.load(root / "run")
     del state["progress"]["seconds"]
     return state
 
@@ -220,15 +222,15 @@ def rewrite(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
     """Changes the state in the last checkpoint."""
 
     def tamper(root: Path) -> None:
-        state, path = checkpoint.load(root / "run")
+        state, path = checkpoints.load(root / "run")
         change(state)
-        checkpoint.write(path, state)
+        archive.write(path, state)
 
     return tamper
 
 
 def forget_random(state: dict[str, Any]) -> None:
-    state["random"] = checkpoint.random_state()
+    state["random"] = seeding.random_state()
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------

@@ -12,9 +12,10 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 
 from weft.events import Hook
-from weft.losses import AugmentedLagrangian
-from weft.problem import Node, Problem
-from weft.terms import equal, greater_equal, less_equal, objective
+from weft.problem.lagrangian import AugmentedLagrangian
+from weft.problem.nodes import Node
+from weft.problem.problem import Problem
+from weft.problem.terms import equal, greater_equal, less_equal, objective
 
 
 class Free(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import weft
 from bitwise import same
 from weft.hooks.balancing import Balancing
-from weft.problem import set_term_weights, term_weights
+from weft.problem.reading import set_term_weights, term_weights
 
 DTYPE = torch.float64
 

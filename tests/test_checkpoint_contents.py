@@ -25,8 +25,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bitwise import same
-from weft import checkpoint
-from weft.checkpoint import BackgroundWriter, CheckpointError
+from weft.checkpoint import archive
+from weft.checkpoint import folder as checkpoints
+from weft.checkpoint.archive import CheckpointError
+from weft.checkpoint.folder import BackgroundWriter
+from weft.checkpoint.weights_files import load_weights
+from weft.devices import seeding
 
 # ---- safety ----------------------------------------------------------------------------------------------------------
 
@@ -85,23 +89,23 @@ def _no_load_runs_code(tmp_path: Path) -> None:
         (folder / "best").write_text("step-000000001.ckpt")
         problem = nn.Linear(1, 1)
         calls: list[Callable[[], object]] = [
-            partial(checkpoint.read, path),
-            partial(checkpoint.read, path, "meta"),
-            partial(checkpoint.load, path),
-            partial(checkpoint.load, folder),
-            partial(checkpoint.load, folder, "best"),
-            partial(checkpoint.find, folder),
-            partial(checkpoint.latest, folder),
-            partial(checkpoint.load_weights, problem, path),
-            partial(checkpoint.load_weights, problem, folder),
+            partial(archive.read, path),
+            partial(archive.read, path, "meta"),
+            partial(checkpoints.load, path),
+            partial(checkpoints.load, folder),
+            partial(checkpoints.load, folder, "best"),
+            partial(checkpoints.find, folder),
+            partial(checkpoints.latest, folder),
+            partial(load_weights, problem, path),
+            partial(load_weights, problem, folder),
         ]
         for call in calls:
             with pytest.raises(CheckpointError, match=r"\.ckpt"):
                 call()
     assert not marker.exists()
     good = {"problem": nn.Linear(2, 2).state_dict(), "hyper_parameters": {"_instantiator": "os.system", "x": [1.0]}}
-    checkpoint.write(tmp_path / "good.ckpt", good)
-    assert same(checkpoint.read(tmp_path / "good.ckpt"), good)
+    archive.write(tmp_path / "good.ckpt", good)
+    assert same(archive.read(tmp_path / "good.ckpt"), good)
 
 
 @pytest.mark.parametrize("name", ["reduce", "eval", "nested", "legacy"])
@@ -174,21 +178,21 @@ def nested(leaves: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 @given(st.dictionaries(st.text(), nested(plain_leaves), max_size=4))
 @settings(max_examples=150)
 def test_every_plain_state_reads_back_equal(state: dict[str, Any]) -> None:
-    checkpoint.write("a.ckpt", state)
-    for read_back in (checkpoint.read("a.ckpt"), torch.load("a.ckpt", weights_only=True)):
-        assert same(read_back, checkpoint.plain(state))
+    archive.write("a.ckpt", state)
+    for read_back in (archive.read("a.ckpt"), torch.load("a.ckpt", weights_only=True)):
+        assert same(read_back, archive.plain(state))
 
 
 @given(st.dictionaries(st.text(), nested(st.one_of(plain_leaves, st.sampled_from(UNSAFE))), min_size=1, max_size=4))
 @settings(max_examples=150)
 def test_a_state_is_refused_by_key_or_reads_back_equal(state: dict[str, Any]) -> None:
     try:
-        checkpoint.write("b.ckpt", state)
+        archive.write("b.ckpt", state)
     except TypeError as error:
         assert str(error).startswith(("state[", "key ")) and ";" in str(error)
         assert not Path("b.ckpt").exists()
     else:
-        assert same(checkpoint.read("b.ckpt"), checkpoint.plain(state))
+        assert same(archive.read("b.ckpt"), archive.plain(state))
         Path("b.ckpt").unlink()
 
 
@@ -199,7 +203,7 @@ def test_what_could_not_be_loaded_is_refused_when_saving_and_its_key_named(value
         ({"t": (1, value)}, "state['t'][1] is a "),
     ):
         with pytest.raises(TypeError, match="no checkpoint can hold") as caught:
-            checkpoint.write("a.ckpt", state)
+            archive.write("a.ckpt", state)
         assert str(caught.value).startswith(key)
     assert not os.listdir()
 
@@ -212,48 +216,48 @@ def test_refusals_say_what_to_use_instead_and_find_cycles_and_attributes() -> No
         (Colour.RED, ".value"),
     ):
         with pytest.raises(TypeError, match="use") as caught:
-            checkpoint.plain({"a": value})
+            archive.plain({"a": value})
         assert advice in str(caught.value)
     loop: list[Any] = []
     loop.append(loop)
     with pytest.raises(TypeError, match="contains itself"):
-        checkpoint.plain({"a": loop})
+        archive.plain({"a": loop})
     marked = OrderedDict(a=1)
     vars(marked)["extra"] = Path("x")
     with pytest.raises(TypeError, match="__dict__"):
-        checkpoint.plain({"a": marked})
+        archive.plain({"a": marked})
     with pytest.raises(TypeError, match="a key of state"):
-        checkpoint.plain({torch.ones(1): 1})
+        archive.plain({torch.ones(1): 1})
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize", "ignore:ComplexHalf", "ignore:Sparse")
 def test_every_dtype_and_sparse_layout_of_torch_is_written_and_read_or_refused() -> None:
     refused = 0
     for dtype in {value for value in vars(torch).values() if isinstance(value, torch.dtype)}:
-        checkpoint.write("d.ckpt", {"d": dtype})
-        assert checkpoint.read("d.ckpt")["d"] is dtype
+        archive.write("d.ckpt", {"d": dtype})
+        assert archive.read("d.ckpt")["d"] is dtype
         try:
-            checkpoint.write("d.ckpt", {"t": torch.empty(2, dtype=dtype)})
+            archive.write("d.ckpt", {"t": torch.empty(2, dtype=dtype)})
         except TypeError as error:
             assert "state['t']" in str(error)
             refused += 1
         else:
-            assert checkpoint.read("d.ckpt")["t"].dtype is dtype
+            assert archive.read("d.ckpt")["t"].dtype is dtype
     assert refused <= 19  # the quantized ones and those of less than a byte
     dense = torch.eye(4)
     for t in (dense.to_sparse(), dense.to_sparse_csr(), dense.to_sparse_csc(), dense.to_sparse_bsr((2, 2))):
-        checkpoint.write("s.ckpt", {"t": t})
-        assert same(checkpoint.read("s.ckpt"), {"t": t})
+        archive.write("s.ckpt", {"t": t})
+        assert same(archive.read("s.ckpt"), {"t": t})
 
 
 def test_a_slice_does_not_bring_the_whole_tensor_into_the_file() -> None:
-    checkpoint.write("a.ckpt", {"x": torch.zeros(1_000_000)[:10]})
+    archive.write("a.ckpt", {"x": torch.zeros(1_000_000)[:10]})
     assert os.path.getsize("a.ckpt") < 10_000
 
 
 def test_a_module_state_keeps_its_versions_and_loads_anywhere() -> None:
     module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
-    checkpoint.write("a.ckpt", {"problem": module.state_dict()})
+    archive.write("a.ckpt", {"problem": module.state_dict()})
     read_back = torch.load("a.ckpt", weights_only=True)["problem"]
     assert same(read_back, module.state_dict()) and read_back._metadata == module.state_dict()._metadata  # pyright: ignore
 
@@ -285,8 +289,8 @@ def test_an_optimizer_goes_on_bit_for_bit_from_a_file(make: int, dtype: torch.dt
     weight, optimizer, closure = build()
     for _ in range(3):
         optimizer.step(closure)
-    checkpoint.write("o.ckpt", {"w": weight, "optimizer": optimizer.state_dict()})
-    read_back = checkpoint.read("o.ckpt")
+    archive.write("o.ckpt", {"w": weight, "optimizer": optimizer.state_dict()})
+    read_back = archive.read("o.ckpt")
     assert same(read_back["optimizer"], optimizer.state_dict())
     other, resumed, other_closure = build()
     other.data.copy_(read_back["w"])
@@ -306,27 +310,27 @@ def draws() -> list[Any]:
 def test_random_numbers_go_on_where_the_file_left_them() -> None:
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     draws()  # leaves half a pair of normal numbers behind in python and numpy
-    checkpoint.write("r.ckpt", {"random": checkpoint.random_state()})
+    archive.write("r.ckpt", {"random": seeding.random_state()})
     expected = draws()
     assert not same(draws(), expected)
-    checkpoint.set_random_state(checkpoint.read("r.ckpt")["random"])
+    seeding.set_random_state(archive.read("r.ckpt")["random"])
     assert same(draws(), expected)
 
 
 def test_a_missing_part_of_the_random_state_is_an_error_before_anything_is_set() -> None:
-    state = checkpoint.random_state()
+    state = seeding.random_state()
     for part in state:
         with pytest.raises(ValueError, match="has the parts"):
-            checkpoint.set_random_state({key: value for key, value in state.items() if key != part})
+            seeding.set_random_state({key: value for key, value in state.items() if key != part})
     before = draws()
-    checkpoint.set_random_state(state)
+    seeding.set_random_state(state)
     too_many = [torch.zeros(16, dtype=torch.uint8)] * (torch.cuda.device_count() + 1)
     random.random()
-    now = checkpoint.random_state()
+    now = seeding.random_state()
     with pytest.raises(ValueError, match="cuda devices, this process sees"):
-        checkpoint.set_random_state({**state, "cuda": too_many})
-    assert same(checkpoint.random_state(), now)
-    checkpoint.set_random_state(state)
+        seeding.set_random_state({**state, "cuda": too_many})
+    assert same(seeding.random_state(), now)
+    seeding.set_random_state(state)
     assert same(draws(), before)
 
 
@@ -334,10 +338,10 @@ def test_a_missing_part_of_the_random_state_is_an_error_before_anything_is_set()
 def test_cuda_states_and_tensors_survive_the_file() -> None:
     x = torch.rand(1000, device="cuda")
     writer = BackgroundWriter()
-    writer.save("c", 1, {"x": x, "random": checkpoint.random_state()})
+    writer.save("c", 1, {"x": x, "random": seeding.random_state()})
     expected, kept = torch.rand(1000, device="cuda"), x.cpu().clone()
     x.zero_()
     writer.wait()
-    state, _ = checkpoint.load("c")
-    checkpoint.set_random_state(state["random"])
+    state, _ = checkpoints.load("c")
+    seeding.set_random_state(state["random"])
     assert same(state["x"], kept) and same(torch.rand(1000, device="cuda").cpu(), expected.cpu())

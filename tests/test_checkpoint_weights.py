@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from bitwise import same
-from weft import checkpoint
-from weft.checkpoint import CheckpointError, Snapshot
+from weft.checkpoint import archive
+from weft.checkpoint import folder as checkpoints
+from weft.checkpoint.archive import CheckpointError
+from weft.checkpoint.weights import Snapshot, state_of
+from weft.checkpoint.weights_files import load_weights, save_weights
 
 
 class Growing(nn.Module):
@@ -138,7 +141,7 @@ def test_sparse_tied_and_extra_state_are_kept() -> None:
         module.count["calls"].append(2)
         assert same(snapshot.state_dict(), before)
         snapshot.restore(module)
-        assert same(checkpoint.state_of(module), before)
+        assert same(state_of(module), before)
         assert module.second.weight is module.first.weight and module.count == {"calls": [1]}
 
 
@@ -153,11 +156,11 @@ def test_an_empty_snapshot_says_so() -> None:
 def test_weights_come_back_from_every_kind_of_file() -> None:
     source = Growing().grow()
     best, last = state(source), None
-    checkpoint.save_weights(source, "w.pt")
-    checkpoint.save("run/checkpoints", 1, {"problem": best, "best": {"weights": None}, "optimizer": {}}, best=True)
+    save_weights(source, "w.pt")
+    checkpoints.save("run/checkpoints", 1, {"problem": best, "best": {"weights": None}, "optimizer": {}}, best=True)
     disturb(source)
     last = state(source)
-    checkpoint.save("run/checkpoints", 2, {"problem": last, "best": {"weights": best}})
+    checkpoints.save("run/checkpoints", 2, {"problem": last, "best": {"weights": best}})
     torch.save(best, "bare.pt")
     lightning = {
         "state_dict": {f"problem.{name}": value for name, value in best.items()},
@@ -177,35 +180,35 @@ def test_weights_come_back_from_every_kind_of_file() -> None:
     for path, expected in cases.items():
         fresh = Growing()
         assert not same(state(fresh), expected)
-        assert checkpoint.load_weights(fresh, path) is fresh
+        assert load_weights(fresh, path) is fresh
         assert same(state(fresh), expected), path
     os.remove("run/checkpoints/best")  # a run that monitored nothing keeps its last
-    assert same(state(checkpoint.load_weights(Growing(), "run")), best)  # that is in "best"
-    checkpoint.save("plain/checkpoints", 2, {"problem": last})
-    assert same(state(checkpoint.load_weights(Growing(), "plain")), last)
+    assert same(state(load_weights(Growing(), "run")), best)  # that is in "best"
+    checkpoints.save("plain/checkpoints", 2, {"problem": last})
+    assert same(state(load_weights(Growing(), "plain")), last)
 
 
 def test_the_best_of_a_run_survives_the_damage_of_its_file() -> None:
     source = nn.Linear(2, 2)
     best = state(source)
-    checkpoint.save("c", 1, {"problem": best, "best": {"weights": None}}, best=True)
+    checkpoints.save("c", 1, {"problem": best, "best": {"weights": None}}, best=True)
     disturb(source)
-    checkpoint.save("c", 2, {"problem": state(source), "best": {"weights": best}})
-    checkpoint.step_path("c", 1).write_bytes(b"PK\x03\x04 damaged")
+    checkpoints.save("c", 2, {"problem": state(source), "best": {"weights": best}})
+    checkpoints.step_path("c", 1).write_bytes(b"PK\x03\x04 damaged")
     with pytest.warns(UserWarning, match=r"step-000000001.ckpt is damaged"):
-        loaded = checkpoint.load_weights(nn.Linear(2, 2), "c")
+        loaded = load_weights(nn.Linear(2, 2), "c")
     assert same(state(loaded), best)
 
 
 def unchanged(module: nn.Module, error: type[Exception], message: str, *args: Any, **kwargs: Any) -> None:
     before = state(module)
     with pytest.raises(error, match=message):
-        checkpoint.load_weights(module, *args, **kwargs)
+        load_weights(module, *args, **kwargs)
     assert same(state(module), before)
 
 
 def test_weights_that_do_not_fit_are_named_with_the_file_and_change_nothing() -> None:
-    checkpoint.write("step-0300.ckpt", {"problem": nn.Sequential(nn.Linear(2, 64), nn.Linear(64, 1)).state_dict()})
+    archive.write("step-0300.ckpt", {"problem": nn.Sequential(nn.Linear(2, 64), nn.Linear(64, 1)).state_dict()})
     wide = nn.Sequential(nn.Linear(2, 128), nn.Linear(128, 1))
     unchanged(
         wide,
@@ -222,18 +225,18 @@ def test_weights_that_do_not_fit_are_named_with_the_file_and_change_nothing() ->
     unchanged(more, ValueError, r"lacks 2.weight, 2.bias and has nothing", "step-0300.ckpt")
     unchanged(nn.Bilinear(1, 1, 1), ValueError, "lacks weight, bias", "step-0300.ckpt", strict=False)
     norm = nn.BatchNorm1d(4, affine=False)
-    checkpoint.save_weights(nn.BatchNorm1d(3, affine=False), "n.pt")
+    save_weights(nn.BatchNorm1d(3, affine=False), "n.pt")
     unchanged(norm, ValueError, r"n.pt has running_mean of shape \(3,\), this problem has \(4,\)", "n.pt")
-    checkpoint.write("numbers.pt", {"epoch": 3})
+    archive.write("numbers.pt", {"epoch": 3})
     unchanged(half, CheckpointError, "numbers.pt holds no weights", "numbers.pt")
     unchanged(half, CheckpointError, "nothing.pt does not exist", "nothing.pt")
 
 
 def test_strict_false_loads_what_fits_and_warns_of_the_rest() -> None:
     source, target = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), nn.Sequential(nn.Linear(2, 3))
-    checkpoint.save_weights(source, "w.pt")
+    save_weights(source, "w.pt")
     with pytest.warns(UserWarning, match=r"w.pt: not in it.* nothing; not used: 1.weight, 1.bias"):
-        checkpoint.load_weights(target, "w.pt", strict=False)
+        load_weights(target, "w.pt", strict=False)
     assert same(state(target[0]), state(source[0]))
 
 
@@ -241,13 +244,13 @@ def test_match_loads_parts_under_new_names_many_from_one() -> None:
     source = nn.ModuleDict({"net": nn.Linear(2, 2), "other": nn.Linear(5, 5)})
     target = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2), "ab": nn.Linear(2, 2)})
     untouched = state(target["ab"])
-    checkpoint.save_weights(source, "w.pt")
-    checkpoint.load_weights(target, "w.pt", match={"a": "net", "b": "net"})
+    save_weights(source, "w.pt")
+    load_weights(target, "w.pt", match={"a": "net", "b": "net"})
     assert same(state(target["a"]), state(source["net"])) and same(state(target["b"]), state(source["net"]))
     assert same(state(target["ab"]), untouched)  # not "a": prefixes end at a dot
     whole = nn.Linear(2, 2)
-    assert same(state(checkpoint.load_weights(whole, "w.pt", match={"": "net"})), state(source["net"]))
-    checkpoint.load_weights(target, "w.pt", match={"ab.bias": "net.bias"})
+    assert same(state(load_weights(whole, "w.pt", match={"": "net"})), state(source["net"]))
+    load_weights(target, "w.pt", match={"ab.bias": "net.bias"})
     assert target["ab"].bias.equal(source["net"].bias) and target["ab"].weight.equal(untouched["weight"])
     unchanged(target, ValueError, r"this problem has nothing under 'c'", "w.pt", match={"c": "net"})
     unchanged(target, ValueError, r"w.pt has nothing under 'nett'", "w.pt", match={"a": "nett"})
@@ -267,11 +270,11 @@ def test_a_module_that_resizes_in_its_own_loading_is_left_to_it() -> None:
 
     source = nn.Sequential(Own(), nn.Linear(1, 1))
     source[0].table = torch.ones(5)
-    checkpoint.save_weights(source, "w.pt")
+    save_weights(source, "w.pt")
     target = nn.Sequential(Own(), nn.Linear(1, 1))
-    assert same(state(checkpoint.load_weights(target, "w.pt")), state(source))
+    assert same(state(load_weights(target, "w.pt")), state(source))
     source[1] = nn.Linear(2, 1)
-    checkpoint.save_weights(source, "w.pt")
+    save_weights(source, "w.pt")
     fresh = nn.Sequential(Own(), nn.Linear(1, 1))
     unchanged(fresh, ValueError, r"1.weight of shape \(1, 2\), this problem has \(1, 1\)", "w.pt")
 

@@ -32,10 +32,12 @@ from resuming import (
     rows,
 )
 from test_checkpoint_files import in_child
-from weft import checkpoint
-from weft.checkpoint import CheckpointError
-from weft.hooks.checkpointing import Checkpointing
-from weft.resume import FORMAT, PARTS
+from weft.checkpoint import archive
+from weft.checkpoint import folder as checkpoints
+from weft.checkpoint.archive import CheckpointError
+from weft.checkpoint.weights_files import save_weights
+from weft.loop.resume import FORMAT, PARTS
+from weft.loop.saving import Checkpointing
 
 SIX = 6  # batches in an epoch of `make_data`
 
@@ -62,7 +64,7 @@ class Watch(weft.Hook):
     def look(self, trainer: Any) -> None:
         for path in sorted(Path(trainer.run.run_dir, "checkpoints").glob("step-*.ckpt")):
             if self.seen.get(path.name) != path.stat().st_ino:
-                progress = checkpoint.read(path)["progress"]
+                progress = archive.read(path)["progress"]
                 self.saved.append((progress["step"], progress["epoch"], progress["batch"]))
                 self.seen[path.name] = path.stat().st_ino
 
@@ -93,10 +95,10 @@ def test_checkpoints_are_written_when_they_were_asked_for(tmp_path: Path) -> Non
 def test_the_best_is_written_when_it_is_found_and_carries_its_weights(tmp_path: Path) -> None:
     setting: dict[str, Any] = {"checkpoint": lambda: {"every_n_epochs": 100}}
     result, problem = fit(tmp_path, setting, epochs=8, every=None, optimizer=lambda p: torch.optim.SGD(p, lr=0.2))
-    state, path = checkpoint.load(tmp_path / "run", "best")
+    state, path = checkpoints.load(tmp_path / "run", "best")
     assert state["progress"]["epoch"] == (result.best_epoch or 0) + 1 and state["best"]["weights"] is None
     assert same(dict(state["problem"]), dict(problem.state_dict()))
-    last, _ = checkpoint.load(tmp_path / "run", "last")
+    last, _ = checkpoints.load(tmp_path / "run", "last")
     assert last["progress"]["epoch"] == 8 and path.name != "step-000000048.ckpt"
     assert same(dict(last["best"]["weights"]), dict(problem.state_dict()))
     fresh = weft.load_weights(make_problem(seed=3), tmp_path / "run")
@@ -128,7 +130,7 @@ def test_the_same_step_saved_twice_keeps_the_later_state_which_can_be_told(tmp_p
     """The last step of an epoch: first before, then after the dev set was seen and the epoch closed."""
     how = {"every_n_steps": SIX, "every_n_epochs": 1, "best": False, "keep": 50}
     assert places(tmp_path, how, epochs=1, run_name="r") == [(6, 1, 0)]  # the first was replaced before it was looked at
-    state, path = checkpoint.load(tmp_path / "r")
+    state, path = checkpoints.load(tmp_path / "r")
     assert path.name == "step-000000006.ckpt" and state["progress"]["batch"] == 0 and state["history"]["num_epochs"] == 1
 
 
@@ -157,7 +159,7 @@ def test_saving_in_the_middle_of_something_is_refused(tmp_path: Path) -> None:
         for _ in run.epochs():
             for batch in run.batches():
                 run.update(batch)
-                assert checkpoint.read(run.save())["progress"]["step"] == 1
+                assert archive.read(run.save())["progress"]["step"] == 1
 
 
 # ---- what is in it ---------------------------------------------------------------------------------------------------
@@ -165,7 +167,7 @@ def test_saving_in_the_middle_of_something_is_refused(tmp_path: Path) -> None:
 
 def test_a_checkpoint_holds_everything_and_only_plain_values(tmp_path: Path) -> None:
     fit(tmp_path, {"hooks": Average, "scheduler": SETTINGS["plateau"]["scheduler"]}, epochs=1)
-    _, path = checkpoint.load(tmp_path / "run")
+    _, path = checkpoints.load(tmp_path / "run")
     state = torch.load(path, weights_only=True)
     assert set(state) == set(PARTS) and state["format"] == FORMAT
     assert state["hooks"].keys() == {"Average"} and state["state"]["steps"] == SIX
@@ -288,7 +290,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_one_warning_and_the_end_is_the
     with pytest.raises(Crash):
         fit(tmp_path / "b", {})
     FUSE.set(0)
-    newest = checkpoint.find(tmp_path / "b/run")
+    newest = checkpoints.find(tmp_path / "b/run")
     flip(newest)
     with pytest.raises(CheckpointError, match=f"{newest.name} is damaged"):
         fit(tmp_path / "b", {}, resume=str(newest))
@@ -325,7 +327,7 @@ def test_what_there_is_not_cannot_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is a URL"):
         fit(tmp_path, {}, resume="https://host/step-000000001.ckpt")
     weft.Trainer(epochs=1, progress=False).fit(problem := make_problem(), make_data())
-    checkpoint.save_weights(problem, tmp_path / "w.pt")
+    save_weights(problem, tmp_path / "w.pt")
     with pytest.raises(CheckpointError, match=r"no checkpoint of a run but a file of format 'weft-weights-1'.*load_weights"):
         fit(tmp_path, {}, resume=str(tmp_path / "w.pt"))
     torch.save({"state_dict": problem.state_dict()}, tmp_path / "lightning.ckpt")
@@ -335,12 +337,12 @@ def test_what_there_is_not_cannot_be_resumed(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_a_newer_format_or_without_a_part_says_so(tmp_path: Path) -> None:
     fit(tmp_path, {}, epochs=1)
-    state, path = checkpoint.load(tmp_path / "run")
-    checkpoint.write(path, state | {"format": FORMAT + 1})
+    state, path = checkpoints.load(tmp_path / "run")
+    archive.write(path, state | {"format": FORMAT + 1})
     with pytest.raises(CheckpointError, match=rf"written by a newer weft \(format {FORMAT + 1}, known here: up to {FORMAT}\)"):
         fit(tmp_path, {}, resume=str(path))
     for part in PARTS:
-        checkpoint.write(path, {k: v for k, v in state.items() if k != part})
+        archive.write(path, {k: v for k, v in state.items() if k != part})
         with pytest.raises(CheckpointError, match="no checkpoint of a run" if part == "format" else rf"lacks \['{part}'\]"):
             fit(tmp_path, {}, resume=str(path))
 
@@ -363,7 +365,7 @@ def tiny(root: Path, **options: Any) -> weft.FitResult:
 @pytest.mark.parametrize("path", OLD, ids=lambda path: path.stem)
 def test_checkpoints_of_every_released_format_load_for_ever(path: Path, tmp_path: Path) -> None:
     """Written by `python tests/test_checkpointing.py`, once for each format."""
-    state = checkpoint.read(path)
+    state = archive.read(path)
     assert f"format-{state['format']}" == path.stem and state["progress"]["batch"] == 2
     result = tiny(tmp_path, resume=str(path))
     assert result.epochs == 3 and result.steps == 9 and len(result.history["dev_loss"]) == 3
@@ -386,9 +388,9 @@ def test_an_error_leaves_its_own_file_which_only_its_path_resumes(tmp_path: Path
         fit(tmp_path, {})
     FUSE.set(0)
     folder = tmp_path / "run/checkpoints"
-    state = checkpoint.read(folder / "exception.ckpt")
+    state = archive.read(folder / "exception.ckpt")
     assert state["error"] == "Crash: " and state["progress"]["step"] == 8 and state["progress"]["batch"] == 3
-    assert checkpoint.find(folder).name == "step-000000008.ckpt" and checkpoint.read(checkpoint.find(folder))["error"] is None
+    assert checkpoints.find(folder).name == "step-000000008.ckpt" and archive.read(checkpoints.find(folder))["error"] is None
     with pytest.warns(UserWarning, match="saved at an error, maybe in the middle of a step"):
         result, _ = fit(tmp_path, {}, resume=str(folder / "exception.ckpt"), epochs=2)
     assert result.epochs == 2 and result.steps == 11  # the batch at which it happened is left out
@@ -433,7 +435,7 @@ def test_a_new_run_under_an_old_name_does_not_mix_with_it(tmp_path: Path) -> Non
     old = weft.load_result(tmp_path / "run")
     result, problem = fit(tmp_path, {}, epochs=1, resume=None)
     assert same(dict(weft.load_weights(make_problem(seed=9), tmp_path / "run").state_dict()), dict(problem.state_dict()))
-    assert max(checkpoint.read(p)["progress"]["step"] for p in (tmp_path / "run/checkpoints").glob("step*")) == SIX
+    assert max(archive.read(p)["progress"]["step"] for p in (tmp_path / "run/checkpoints").glob("step*")) == SIX
     assert weft.load_result(tmp_path / "run").history.keys() == result.history.keys()
     assert len(weft.load_result(tmp_path / "run").history["train_loss"]) == 1
     assert weft.load_result(tmp_path / "run/old/1").history == old.history

@@ -19,10 +19,11 @@ import pytest
 import torch
 
 import weft
-from weft import cli, signals, yamlfile
+from weft import cli, yamlfile
 from weft.cli.help import completions
-from weft.data import as_data
-from weft.loggers import read_rows
+from weft.data.data import as_data
+from weft.devices import signals
+from weft.loggers.csv import read_rows
 
 PDE = '''
 import torch, time, weft
@@ -192,7 +193,7 @@ def test_a_run_started_from_python_describes_itself_too(tmp_path: Path) -> None:
         "root_dir": str(tmp_path),
         "run_name": "p",
     }
-    assert config["objects"]["problem"] == "weft.problem.Problem 'rosenbrock'"
+    assert config["objects"]["problem"] == "weft.problem.problem.Problem 'rosenbrock'"
     assert "<lambda> (test_cli.py, line" in config["objects"]["optimizer"]
 
 

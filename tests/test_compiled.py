@@ -16,7 +16,7 @@ from torch._inductor import config as inductor  # pyright: ignore[reportPrivateI
 
 import weft
 from bitwise import same
-from weft import graphs
+from weft.compile import graph as graphs
 
 # A graph takes about 5 s to make, and tests that need the same one find it in the cache of the session.
 

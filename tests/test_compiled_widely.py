@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import weft
 from bitwise import same
 from test_compiled import cache  # noqa: F401 (a fixture)
-from weft import graphs
+from weft.compile import graph as graphs
 
 
 @pytest.fixture

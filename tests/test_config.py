@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from weft import cli, yamlfile
 from weft.config import CheckpointConfig, DataConfig, TrainerConfig, complaints
-from weft.schema import ConfigError, Text, merge, normal, with_option
+from weft.recipes.schema import ConfigError, Text, merge, normal, with_option
 
 # ------------------------------------------------------------------------------------------------ round trips
 

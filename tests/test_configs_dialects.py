@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import weft
-from weft import recipe, schema, yamlfile
-from weft.integrations.configs import translate
-from weft.schema import ConfigError
+from weft import yamlfile
+from weft.recipes import recipe, schema
+from weft.recipes.dialects import translate
+from weft.recipes.schema import ConfigError
 
 PHYSICSML = """
 name: my.models:make

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import weft
-from weft.constants import constants_of, constants_on, misplaced
+from weft.problem.hardcoded import constants_of, constants_on, misplaced
 
 META = torch.device("meta")
 A = torch.tensor([[1.2, 1.0], [0.0, 1.0]])

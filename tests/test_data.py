@@ -9,8 +9,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import weft
-from weft.batches import Batches, LoaderBatches
-from weft.data import as_data, batches_of
+from weft.data.batches import Batches
+from weft.data.data import as_data
+from weft.data.loaders import LoaderBatches
+from weft.data.splits import batches_of
 
 ROWS = 103
 
@@ -80,7 +82,7 @@ def test_without_a_batch_size_all_rows_are_one_batch():
 def test_many_chunks_give_the_same_batches_as_one(monkeypatch):
     found = batches_of(weft.Data(numbered(), batch_size=7), "train", seed=0)
     whole = rows_of(found.epoch(2))
-    monkeypatch.setattr("weft.batches.CHUNK_BYTES", 500)
+    monkeypatch.setattr("weft.data.batches.CHUNK_BYTES", 500)
     assert rows_of(found.epoch(2)) == whole
 
 

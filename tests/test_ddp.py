@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
 
 import weft
-from weft.checkpoint import load as load_checkpoint
-from weft.checkpoint import write as write_checkpoint
-from weft.feed import Feed
-from weft.loggers import read_rows
-from weft.sharding import share
+from weft.checkpoint.archive import write as write_checkpoint
+from weft.checkpoint.folder import load as load_checkpoint
+from weft.data.shares import share
+from weft.loggers.csv import read_rows
+from weft.step.throughput import Feed
 
 F64 = "64-true"
 

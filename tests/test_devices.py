@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import weft
 from weft.config import TrainerConfig
-from weft.devices import make_fabric, start_method
+from weft.devices.fabric import make_fabric, start_method
 
 NO_GPU = not torch.cuda.is_available()
 
@@ -86,7 +86,7 @@ def test_names_of_strategies_are_those_of_fabric(strategy: str, method: str | No
 
 
 def test_several_devices_in_a_notebook_are_forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    from weft.launch import fabric_for_calls
+    from weft.loop.launch import fabric_for_calls
 
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
     trainer = weft.Trainer(devices=2, accelerator="cpu", strategy="ddp_notebook")

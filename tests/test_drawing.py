@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import weft
-from weft.drawing import draw
+from weft.problem.drawing import draw
 
 
 def make_problem() -> weft.Problem:

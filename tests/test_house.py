@@ -176,17 +176,17 @@ def test_a_module_imports_only_from_the_floors_below_it() -> None:
 
 
 def test_the_check_of_floors_can_fail() -> None:
-    now, later = imports_of("from weft.trainer import Trainer", "weft.data", is_package=False)
-    assert upward_imports("weft.data", now, later) == ["weft.data imports weft.trainer"]
+    now, later = imports_of("from weft.loop.trainer import Trainer", "weft.data.data", is_package=False)
+    assert upward_imports("weft.data.data", now, later) == ["weft.data.data imports weft.loop.trainer"]
     now, later = imports_of("from . import hooks", "weft.loggers", is_package=True)
     assert upward_imports("weft.loggers", now, later) == []  # the loggers' own folder has no `hooks`
-    now, later = imports_of("def f():\n    from weft import run", "weft.data", is_package=False)
-    assert upward_imports("weft.data", now, later) == ["weft.data imports weft.run"]
-    now, later = imports_of("from weft import Trainer", "weft.data", is_package=False)
-    assert upward_imports("weft.data", now, later) == ["weft.data imports the package weft itself"]
-    code = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from weft.run import Run"
-    now, later = imports_of(code, "weft.data", is_package=False)
-    assert upward_imports("weft.data", now, later) == []
+    now, later = imports_of("def f():\n    from weft import run", "weft.data.data", is_package=False)
+    assert upward_imports("weft.data.data", now, later) == ["weft.data.data imports weft.loop.run"]
+    now, later = imports_of("from weft import Trainer", "weft.data.data", is_package=False)
+    assert upward_imports("weft.data.data", now, later) == ["weft.data.data imports the package weft itself"]
+    code = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from weft.loop.run import Run"
+    now, later = imports_of(code, "weft.data.data", is_package=False)
+    assert upward_imports("weft.data.data", now, later) == []
 
 
 def test_there_are_no_import_cycles() -> None:
@@ -267,7 +267,7 @@ def test_importing_weft_loads_neither_fabric_nor_the_compiler() -> None:
 
 
 def test_the_loop_of_fit_fits_one_screen() -> None:
-    from weft.trainer import Trainer
+    from weft.loop.trainer import Trainer
 
     tree = ast.parse(textwrap.dedent(inspect.getsource(Trainer.fit)))
     function = tree.body[0]
@@ -292,8 +292,8 @@ def uses_of_backward(source: str) -> list[str]:
 
 def test_only_the_update_calls_backward() -> None:
     found = {name: uses_of_backward(path.read_text(encoding="utf-8")) for name, path in modules().items()}
-    assert {name: uses for name, uses in found.items() if uses and name != "weft.update"} == {}
-    assert found["weft.update"]
+    assert {name: uses for name, uses in found.items() if uses and name != "weft.step.update"} == {}
+    assert found["weft.step.update"]
 
 
 def test_the_check_of_backward_can_fail() -> None:

@@ -35,7 +35,7 @@ from resuming import (
     summary,
 )
 from test_compiled import cache  # noqa: F401 (a fixture)
-from weft import checkpoint
+from weft.checkpoint import folder as checkpoints
 
 
 def plain_problem() -> weft.Problem:
@@ -58,7 +58,7 @@ PROBES: dict[str, Setting] = {
     "resampled data": SETTINGS["refresh"] | {"scheduler": SETTINGS["plateau"]["scheduler"]},
     "in the background": SETTINGS["in the background"] | {"accumulate": given(2)},
 }
-if find_spec("weft.compiled") is not None:
+if find_spec("weft.compile.choosing") is not None:
     PROBES["compiled"] = {"compile": given(True), "scheduler": cosine, "problem": plain_problem, "data": plain_data}
 
 
@@ -110,7 +110,7 @@ def is_whole(root: Path, at_least: str) -> bool:
         return not at_least
     with warnings.catch_warnings(record=True) as passed_over:
         warnings.simplefilter("always")
-        found = checkpoint.find(root / "run").name
+        found = checkpoints.find(root / "run").name
     return found == name.strip() and name >= at_least and not passed_over
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import weft
-from weft.checkpoint import load as load_checkpoint
+from weft.checkpoint.folder import load as load_checkpoint
 
 JOB = Path(__file__).with_name("job.py")
 DDP = {"devices": 2, "strategy": "ddp"}

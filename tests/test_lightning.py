@@ -32,8 +32,8 @@ from lightning_tools import (
     weft_trainer,
     weights,
 )
-from weft.integrations import adapter_for, split_hooks
-from weft.seeding import seed_everything
+from weft.devices.seeding import seed_everything
+from weft.loop.adapters import adapter_for, split_hooks
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in LIGHTNING_WARNINGS]
 

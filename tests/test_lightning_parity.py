@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from bitwise import same
 from lightning_tools import LIGHTNING_WARNINGS, both, weft_trainer, weights
-from weft.seeding import seed_everything
+from weft.devices.seeding import seed_everything
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in LIGHTNING_WARNINGS]
 

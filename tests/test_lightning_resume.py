@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset, random_
 import weft
 from bitwise import same
 from lightning_tools import LIGHTNING_WARNINGS, weights
-from weft.seeding import seed_everything
+from weft.devices.seeding import seed_everything
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in LIGHTNING_WARNINGS]
 

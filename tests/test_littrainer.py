@@ -25,7 +25,7 @@ from neuromancer_problems import (
     loader,
     rosenbrock_rows,
 )
-from weft.integrations.lithooks import HOOKS, INSTEAD, LightningHooks, LitModel, from_configure_optimizers
+from weft.integrations.neuromancer.lithooks import HOOKS, INSTEAD, LightningHooks, LitModel, from_configure_optimizers
 
 pytestmark = [
     pytest.mark.filterwarnings(

@@ -18,17 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 import weft
-from weft.loggers import (
-    CSVLogger,
-    Logging,
-    TensorBoardLogger,
-    hyperparameters,
-    learning_rates,
-    make_loggers,
-    read_history,
-    read_rows,
-)
-from weft.loggers.tensorboard import tag_of
+from weft.loggers import Logging, hyperparameters, learning_rates, make_loggers
+from weft.loggers.csv import CSVLogger, read_history, read_rows
+from weft.loggers.tensorboard import TensorBoardLogger, tag_of
 
 TIMES = ("seconds", "steps_per_second", "examples_per_second", "wait_seconds")
 

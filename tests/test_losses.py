@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from weft.losses import AugmentedLagrangian, BarrierLoss, PenaltyLoss
-from weft.problem import Node, Problem, set_term_weights
-from weft.terms import equal, greater_equal, less_equal, objective
+from weft.problem.lagrangian import AugmentedLagrangian
+from weft.problem.losses import BarrierLoss, PenaltyLoss
+from weft.problem.nodes import Node
+from weft.problem.problem import Problem
+from weft.problem.reading import set_term_weights
+from weft.problem.terms import equal, greater_equal, less_equal, objective
 
 
 def rows_of(n: int, **tensors: Tensor) -> dict[str, Any]:

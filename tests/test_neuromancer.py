@@ -20,7 +20,7 @@ from neuromancer_problems import (
     rosenbrock_rows,
     splits,
 )
-from weft.trainer import Trainer
+from weft.loop.trainer import Trainer
 
 # What NeuroMANCER's constraints and cvxpylayers say of themselves.
 pytestmark = [pytest.mark.filterwarnings("ignore:Using a target size", "ignore:__array__ implementation")]

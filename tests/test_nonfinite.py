@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import weft
 from bitwise import same
-from weft import checkpoint
+from weft.checkpoint import archive
+from weft.checkpoint import folder as checkpoints
 
 
 class InfiniteGradient(torch.autograd.Function):
@@ -72,7 +73,7 @@ class Notes(weft.Hook):
     @staticmethod
     def state(trainer: Any) -> Any:
         optimizers = [o.state_dict()["state"] for o in trainer.optimizers.values()]
-        return checkpoint.plain([dict(trainer.problem.state_dict()), optimizers], clone=True)
+        return archive.plain([dict(trainer.problem.state_dict()), optimizers], clone=True)
 
     def on_step_start(self, trainer: Any, batch: Any) -> None:
         self.before = self.state(trainer)
@@ -148,10 +149,10 @@ def test_the_error_names_the_step_and_nothing_was_changed(way: str, kind: str, t
     assert is_finite(problem)
     if step:
         for which in ("last", "best"):
-            state, _ = checkpoint.load(tmp_path / "run", which)
+            state, _ = checkpoints.load(tmp_path / "run", which)
             assert all(value.isfinite().all() for value in state["problem"].values())
             assert state["progress"]["step"] == (step if which == "last" else steps)
-        assert same(dict(checkpoint.load(tmp_path / "run")[0]["problem"]), dict(problem.state_dict()))
+        assert same(dict(checkpoints.load(tmp_path / "run")[0]["problem"]), dict(problem.state_dict()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -188,7 +189,7 @@ def test_a_hundred_skipped_steps_in_a_row_are_an_error_also_over_a_resume(tmp_pa
     options: dict[str, Any] = {"on_nonfinite": "skip", "checkpoint": True, "epochs": 100, "resume": "auto"}
     with pytest.warns(UserWarning, match="skipped"):
         train(bad(), tmp_path, max_steps=60, **options)
-    assert checkpoint.load(tmp_path / "run")[0]["progress"]["skipped"] == 55
+    assert checkpoints.load(tmp_path / "run")[0]["progress"]["skipped"] == 55
     trainer_steps = {"max_steps": 1000}
     with pytest.raises(FloatingPointError, match=r"in step 104 .*100 steps in a row"):  # 5 good ones, then the hundredth
         train(bad(), tmp_path, **trainer_steps, **options)
@@ -200,7 +201,7 @@ def test_stop_ends_the_run_with_its_best_weights(tmp_path: Path) -> None:
         _, result = train(problem, tmp_path, hooks=notes, on_nonfinite="stop", checkpoint=True)
     assert result.stop_reason == "nonfinite" and not notes.changed[-1] and len(notes.changed) == 7
     assert is_finite(problem) and result.best_epoch is not None
-    state, _ = checkpoint.load(tmp_path / "run")
+    state, _ = checkpoints.load(tmp_path / "run")
     assert all(v.isfinite().all() for v in state["problem"].values())
 
 
@@ -209,7 +210,7 @@ def test_a_metric_that_is_not_finite_is_never_the_best(bad: float, tmp_path: Pat
     problem = Fragile(dev=[bad, 0.5, bad, 0.0, bad])
     _, result = train(problem, tmp_path, epochs=5, checkpoint=True)
     assert result.best_epoch == 3 and result.best_metric is not None and math.isfinite(result.best_metric)
-    state, path = checkpoint.load(tmp_path / "run", "best")
+    state, path = checkpoints.load(tmp_path / "run", "best")
     assert path.name == "step-000000016.ckpt" and same(dict(state["problem"]), dict(problem.state_dict()))
 
 
@@ -238,10 +239,10 @@ def test_a_skip_is_resumed_bitwise(tmp_path: Path) -> None:
         train(Fragile({3: "loss", 5: "gradient"}), tmp_path / "whole", **options)
     with pytest.warns(UserWarning, match="skipped"):
         train(Fragile({3: "loss", 5: "gradient"}), tmp_path / "cut", max_steps=4, **options)
-    state, _ = checkpoint.load(tmp_path / "cut/run")
+    state, _ = checkpoints.load(tmp_path / "cut/run")
     assert state["progress"]["skipped_total"] == 1 and state["progress"]["step"] == 4
     train(Fragile({3: "loss", 5: "gradient"}), tmp_path / "cut", resume="last", **options)
-    ends = [checkpoint.load(tmp_path / name / "run")[0] for name in ("whole", "cut")]
+    ends = [checkpoints.load(tmp_path / name / "run")[0] for name in ("whole", "cut")]
     for end in ends:
         del end["progress"]["seconds"]
     assert ends[0]["progress"]["skipped_total"] == 2 and same(*[e["problem"] for e in ends])

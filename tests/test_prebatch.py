@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import weft
-from weft.data import batches_of
+from weft.data.splits import batches_of
 
 
 class Rows(Dataset):

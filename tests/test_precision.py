@@ -99,7 +99,7 @@ class Breaks(Net):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU counts as a device where reading a number waits for what was queued."""
-    monkeypatch.setattr("weft.update.READS_ARE_FREE", ())
+    monkeypatch.setattr("weft.step.update.READS_ARE_FREE", ())
 
 
 def adam(params: Any) -> torch.optim.Optimizer:
@@ -126,7 +126,7 @@ def test_steps_that_are_looked_at_later_train_as_those_that_are_looked_at_one_by
     later = Net()
     now = copy.deepcopy(later)
     trained("32-true", later, optimizer=adam, clip=0.5)
-    monkeypatch.setattr("weft.update.READS_ARE_FREE", ("cpu",))
+    monkeypatch.setattr("weft.step.update.READS_ARE_FREE", ("cpu",))
     trained("32-true", now, optimizer=adam, clip=0.5)
     assert all(torch.equal(a, b) for a, b in zip(later.parameters(), now.parameters(), strict=True))
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from weft.losses import AugmentedLagrangian, PenaltyLoss
-from weft.problem import (
-    Node,
-    Problem,
-    Rollout,
+from weft.problem.lagrangian import AugmentedLagrangian
+from weft.problem.losses import PenaltyLoss
+from weft.problem.nodes import Node, Rollout
+from weft.problem.problem import Problem
+from weft.problem.reading import (
     forward_nodes,
     is_neuromancer,
     needs_grad_in_eval,
@@ -22,7 +22,7 @@ from weft.problem import (
     term_keys,
     term_weights,
 )
-from weft.terms import equal, greater_equal, less_equal, objective
+from weft.problem.terms import equal, greater_equal, less_equal, objective
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import weft
 from weft.hooks import timing
 from weft.hooks.profiling import PyTorchProfiler
-from weft.watching import watched
+from weft.step.instrument import watched
 
 
 class Slow(nn.Module):
@@ -247,7 +247,7 @@ def test_what_is_no_profiler_is_refused(profiler: Any, error: type[Exception]) -
 
 
 def test_the_report_shows_where_the_time_went(tmp_path: Path) -> None:
-    from weft import report
+    from weft.records import report
 
     result = fit(profiler="simple", root_dir=str(tmp_path))
     text = report.page(report.read_run(result.run_dir))  # type: ignore[arg-type]

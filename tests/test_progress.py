@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import weft
-from weft.hooks.progress import PLAIN_SECONDS, REFRESH_SECONDS, ProgressLine, duration
+from weft.loop.progress_line import PLAIN_SECONDS, REFRESH_SECONDS, ProgressLine, duration
 
 
 class Clock:

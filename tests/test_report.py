@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import weft
-from weft import charts, report
-from weft.charts import Line, chart
 from weft.demo import data_setup, make_problem
-from weft.loggers import read_rows
+from weft.loggers.csv import read_rows
+from weft.records import charts, report
+from weft.records.charts import Line, chart
 
 
 @pytest.fixture(scope="module")

@@ -29,8 +29,9 @@ from resuming import (
     start_alike,
     summary,
 )  # fmt: skip
-from weft import checkpoint
-from weft.loggers import read_rows
+from weft.checkpoint import folder as checkpoints
+from weft.devices import seeding
+from weft.loggers.csv import read_rows
 
 
 def undisturbed(setting: dict[str, Any], root: Path, **changes: Any) -> dict[str, Any]:
@@ -132,7 +133,7 @@ def forget_schedule(state: dict[str, Any]) -> None:
 
 
 def forget_order(state: dict[str, Any]) -> None:
-    state["random_before_epoch"] = checkpoint.random_state()
+    state["random_before_epoch"] = seeding.random_state()
 
 
 def forget_optimizer(state: dict[str, Any]) -> None:
@@ -177,7 +178,7 @@ def forget_generator(state: dict[str, Any]) -> None:
 
 
 def forget_making(state: dict[str, Any]) -> None:
-    state["random_before_data"] = checkpoint.random_state()
+    state["random_before_data"] = seeding.random_state()
 
 
 def forget_averages(state: dict[str, Any]) -> None:
@@ -247,7 +248,7 @@ def test_a_run_that_dies_after_it_was_told_to_stop_stops_there_again_and_a_finis
     with pytest.raises(Crash):
         fit(tmp_path / "cut", setting, every=1)
     FUSE.set(0)
-    state, _ = checkpoint.load(tmp_path / "cut/run")
+    state, _ = checkpoints.load(tmp_path / "cut/run")
     assert state["progress"]["batch"] == 3 and state["stop_reason"] == "enough"
     found = summary(tmp_path / "cut", *fit(tmp_path / "cut", setting, every=1))
     assert found["result"]["stop_reason"] == "enough" and not differences(expected, found)
@@ -351,7 +352,7 @@ def test_a_run_that_goes_on_before_the_end_of_its_first_epoch_is_not_told_that_i
     with pytest.raises(Crash):
         fit(tmp_path / "cut", {"scheduler": cosine, "hooks": lambda: strike}, every=6)
     FUSE.set(0)
-    assert checkpoint.load(tmp_path / "cut/run")[0]["progress"]["batch"] == 6
+    assert checkpoints.load(tmp_path / "cut/run")[0]["progress"]["batch"] == 6
     with pytest.warns(UserWarning, match="hooks: ") as caught:
         _, problem = fit(tmp_path / "cut", {"scheduler": cosine}, every=6)
     assert len(caught) == 1 and not differences(expected["weights"], dict(problem.state_dict()))

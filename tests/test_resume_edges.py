@@ -24,10 +24,13 @@ from test_checkpoint_contents import evil_files
 from test_checkpoint_files import IO_CALLS, in_child, state_of_step
 from test_compiled import cache  # noqa: F401 (a fixture)
 from test_kill import plain_data, plain_problem
-from weft import checkpoint, yamlfile
-from weft.archive import CheckpointError
-from weft.loggers import CSVLogger, read_rows
-from weft.resume import attributes, changed_attributes
+from weft import yamlfile
+from weft.checkpoint import archive
+from weft.checkpoint import folder as checkpoints
+from weft.checkpoint.archive import CheckpointError
+from weft.checkpoint.hidden import attributes, changed_attributes
+from weft.devices import seeding
+from weft.loggers.csv import CSVLogger, read_rows
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +91,7 @@ def test_config_and_environment_are_replaced_in_one_operation(tmp_path: Path) ->
                     if moments == number:
                         os._exit(0)
 
-            from weft.hooks.folder import RunFolder
+            from weft.records.describe import RunFolder
 
             class Stop(weft.Hook):
                 def on_fit_start(self, trainer: Any) -> None:
@@ -187,7 +190,7 @@ def test_a_folder_that_was_moved_or_lies_behind_links_is_gone_on_with_in_its_new
     assert {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()} == untouched
 
     checkpoints, elsewhere = tmp_path / "a/run/checkpoints", tmp_path / "scratch"
-    newest = checkpoint.find(checkpoints).name
+    newest = checkpoints.find(checkpoints).name
     checkpoints.rename(elsewhere)
     checkpoints.symlink_to(elsewhere)
     (elsewhere / "last").unlink()
@@ -195,7 +198,7 @@ def test_a_folder_that_was_moved_or_lies_behind_links_is_gone_on_with_in_its_new
     with pytest.warns(UserWarning, match="last cannot be read.*is used instead"):
         found = summary(tmp_path / "a", *fit(tmp_path / "a", {}))
     assert not differences(expected, found) and not (elsewhere / "last").is_symlink()
-    assert (elsewhere / newest).exists() or checkpoint.find(elsewhere).name > newest
+    assert (elsewhere / newest).exists() or checkpoints.find(elsewhere).name > newest
 
 
 def test_names_of_folders_may_hold_anything(tmp_path: Path) -> None:
@@ -226,10 +229,10 @@ def test_a_disk_that_is_really_full_spares_what_is_there_and_the_run_goes_on_whe
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=False).returncode:
         pytest.skip("mounting is not allowed here")
     try:
-        checkpoint.save(disk / "save", 1, state_of_step(1))
+        checkpoints.save(disk / "save", 1, state_of_step(1))
         with pytest.raises(OSError, match=r"step-000000002.ckpt could not be written: No space left .* bytes needed, \d+ free"):
-            checkpoint.save(disk / "save", 2, state_of_step(2, 1_000_000))
-        assert checkpoint.load(disk / "save")[0]["step"] == 1 and not list((disk / "save").glob(".*"))
+            checkpoints.save(disk / "save", 2, state_of_step(2, 1_000_000))
+        assert checkpoints.load(disk / "save")[0]["step"] == 1 and not list((disk / "save").glob(".*"))
         expected = whole(tmp_path / "whole")
         die(disk)
         with pytest.raises(OSError, match="No space left"), (disk / "filler").open("wb", buffering=0) as filler:
@@ -237,7 +240,7 @@ def test_a_disk_that_is_really_full_spares_what_is_there_and_the_run_goes_on_whe
                 pass
         with pytest.raises(OSError, match="could not be written: No space left"):
             fit(disk, {})
-        assert checkpoint.load(disk / "run")[0]["progress"]["step"] == 8
+        assert checkpoints.load(disk / "run")[0]["progress"]["step"] == 8
         os.truncate(disk / "filler", 0)
         assert not differences(expected, summary(disk, *fit(disk, {})))
     finally:
@@ -273,9 +276,9 @@ def test_a_save_while_averages_stand_in_the_problem_keeps_the_trained_weights(fo
     FUSE.set(0)
     disturb()
     if forgets:
-        state, path = checkpoint.load(tmp_path / "cut/run")
+        state, path = checkpoints.load(tmp_path / "cut/run")
         state["hooks"]["EMA"]["live"] = None
-        checkpoint.write(path, state)
+        archive.write(path, state)
     assert bool(differences(expected, averaging_loop(tmp_path / "cut"))) == forgets
 
 
@@ -290,7 +293,7 @@ def test_a_save_that_a_hook_asks_for_is_there_after_the_update_in_a_loop_over_ba
             for number, batch in enumerate(list(run.batches_of("train"))):
                 run.update(batch)
                 assert len(asked) == number + 1
-                assert checkpoint.read(asked[-1])["progress"]["step"] == number + 1
+                assert archive.read(asked[-1])["progress"]["step"] == number + 1
 
 
 def test_a_save_that_a_hook_asks_for_after_a_step_waits_for_the_hooks_after_it(tmp_path: Path) -> None:
@@ -311,7 +314,7 @@ def test_a_save_that_a_hook_asks_for_after_a_step_waits_for_the_hooks_after_it(t
         fit(tmp_path / "cut", setting, every=100)
     FUSE.set(0)
     disturb()
-    assert asked[-1].name == checkpoint.find(tmp_path / "cut/run").name == "step-000000007.ckpt"
+    assert asked[-1].name == checkpoints.find(tmp_path / "cut/run").name == "step-000000007.ckpt"
     assert not differences(expected, summary(tmp_path / "cut", *fit(tmp_path / "cut", setting, every=100)))
 
 
@@ -340,7 +343,7 @@ def test_ctrl_c_pressed_over_and_over_during_a_save_does_not_damage_it(backgroun
             fit(root, how, every=3, epochs=2)
         sys.setprofile(None)
         assert calls[0] > 10
-        state, path = checkpoint.load(root / "run")
+        state, path = checkpoints.load(root / "run")
         assert state["progress"]["step"] in (3, 4) and not list(path.parent.glob(".*"))
         FUSE.set(0)
         result, _ = fit(root, how, every=3, epochs=2)
@@ -365,9 +368,9 @@ def test_a_damaged_package_in_the_cache_of_compiled_graphs_is_made_anew(
 
 @pytest.mark.skipif(not torch.backends.mps.is_available(), reason="needs an Apple GPU")
 def test_random_numbers_of_an_apple_gpu_go_on_where_the_file_left_them(tmp_path: Path) -> None:
-    checkpoint.write(tmp_path / "r.ckpt", {"random": checkpoint.random_state()})
+    archive.write(tmp_path / "r.ckpt", {"random": seeding.random_state()})
     expected = torch.rand(5, device="mps").cpu()
-    checkpoint.set_random_state(checkpoint.read(tmp_path / "r.ckpt")["random"])
+    seeding.set_random_state(archive.read(tmp_path / "r.ckpt")["random"])
     assert torch.equal(torch.rand(5, device="mps").cpu(), expected)
 
 
@@ -389,4 +392,4 @@ def test_a_change_of_what_modules_keep_is_noticed_and_what_cannot_be_written_hol
     assert found == {"table": problem.table, "mixed": problem.mixed}
     assert found["table"] is not problem.table and found["mixed"]["a"][2] is not True
     weft.Trainer(epochs=1, progress=False, root_dir=str(tmp_path), run_name="run", checkpoint=True).fit(problem, plain_data())
-    assert checkpoint.load(tmp_path / "run" / "checkpoints")[0]["module_state"] == {}
+    assert checkpoints.load(tmp_path / "run" / "checkpoints")[0]["module_state"] == {}

@@ -28,7 +28,9 @@ from torch import Tensor, nn
 
 import weft
 from bitwise import same
-from weft import checkpoint
+from weft.checkpoint import archive
+from weft.checkpoint import folder as checkpoints
+from weft.devices import seeding
 
 SEED, ROWS, SIZE, STEPS = 5, 14, 4, 60  # 4 batches in an epoch, the last one short
 P = torch.randn(ROWS, 2, generator=torch.Generator().manual_seed(1))
@@ -147,9 +149,9 @@ class Life(RuleBasedStateMachine):
             self.start("auto")
             assert self.step == 0
             return
-        newest = checkpoint.find(folder)
+        newest = checkpoints.find(folder)
         self.start(str(paths[0]) if resume == "path" else resume)
-        assert self.step == checkpoint.read(paths[0] if resume == "path" else newest)["progress"]["step"]
+        assert self.step == archive.read(paths[0] if resume == "path" else newest)["progress"]["step"]
 
     @invariant()
     def the_weights_are_those_of_the_plain_loop(self) -> None:
@@ -190,8 +192,8 @@ class Forgetful(Life):
         self.leave()
         if paths := list((self.folder / "run/checkpoints").glob("step-*.ckpt")):
             for path in paths:
-                state = checkpoint.read(path)
-                checkpoint.write(path, {**state, "random": checkpoint.random_state()})
+                state = archive.read(path)
+                archive.write(path, {**state, "random": seeding.random_state()})
         self.start("auto")
 
 

@@ -19,9 +19,11 @@ from torch.distributed.checkpoint import state_dict_saver
 import weft
 from bitwise import same
 from shards import Fit, in_shards, in_two, options, points, shard_all, shard_net, start, state
-from weft import archive, checkpoint, shardfiles
-from weft.checkpoint import CheckpointError
-from weft.seeding import seed_everything
+from weft.checkpoint import archive
+from weft.checkpoint import folder as checkpoints
+from weft.checkpoint import parts as shardfiles
+from weft.checkpoint.archive import CheckpointError
+from weft.devices.seeding import seed_everything
 
 CLOCKS = {"seconds", "examples_per_second"}
 
@@ -51,7 +53,7 @@ def fit(given: dict[str, Any], folder: Path, resume: str | None = None, after: C
 
 
 def stored(folder: Path, which: str = "last") -> dict[str, Any]:
-    state = checkpoint.load(folder, which)[0]
+    state = checkpoints.load(folder, which)[0]
     return {**state, "progress": {k: v for k, v in state["progress"].items() if k not in CLOCKS}}
 
 
@@ -90,7 +92,7 @@ def test_forgetting_the_random_state_of_the_second_process_would_be_noticed(tmp_
     given = in_shards(checkpoint=True)
     straight = in_two(fit, given | {"epochs": 3}, tmp_path / "straight")
     in_two(fit, given | {"epochs": 2}, tmp_path / "cut")
-    path = checkpoint.find(tmp_path / "cut")
+    path = checkpoints.find(tmp_path / "cut")
     state = shardfiles.read_parts(path)
     state["other_processes"][0]["random"] = state["random"]
     files = {name: shardfiles._size_and_checksum(path / name) for name in (".metadata", "__0_0.distcp", "__1_0.distcp")}
@@ -105,7 +107,7 @@ def test_another_number_of_processes_is_refused_and_one_process_loads_the_weight
     best, last, history, _ = told[0]
     loaded = weft.load_weights(Noisy(), tmp_path / "run")
     assert same(state(loaded), best)
-    assert same(state(weft.load_weights(Noisy(), checkpoint.find(tmp_path / "run"))), dict(last))
+    assert same(state(weft.load_weights(Noisy(), checkpoints.find(tmp_path / "run"))), dict(last))
     result = weft.load_result(tmp_path / "run")
     assert same(dict(result.last_weights), dict(last)) and result.history["train_loss"] == history["train_loss"]
     with pytest.raises(ValueError, match="problem: None there, in shards here|cannot be resumed"):
@@ -136,7 +138,7 @@ def test_a_checkpoint_in_parts_holds_a_shard_of_each_process_and_keeps_to_its_nu
     found = sorted(path.name for path in folder.iterdir())
     assert {"best", "last"} < set(found) and not [name for name in found if name.endswith(".tmp")]
     assert len(found) <= 5
-    path = checkpoint.find(folder)
+    path = checkpoints.find(folder)
     assert sorted(file.name for file in path.iterdir()) == [".metadata", "__0_0.distcp", "__1_0.distcp", "state.ckpt"]
     assert {tuple(part.shape) for part in own_shards(path, "problem/net.0.weight")} == {(4, 2), (3, 2)}
 
@@ -156,7 +158,7 @@ def own_shards(path: Path, name: str) -> list[Tensor]:
 @pytest.mark.parametrize("how", ["one bit", "cut off", "missing"])
 def test_a_damaged_file_is_noticed_and_the_checkpoint_before_is_used(name: str, how: str, tmp_path: Path) -> None:
     folder = made(tmp_path)
-    path, before = checkpoint.find(folder), sorted(folder.glob("step-*"))[-2]
+    path, before = checkpoints.find(folder), sorted(folder.glob("step-*"))[-2]
     data = bytearray((path / name).read_bytes())
     data[len(data) // 2] ^= 1
     if how == "missing":
@@ -166,15 +168,15 @@ def test_a_damaged_file_is_noticed_and_the_checkpoint_before_is_used(name: str, 
     with pytest.raises(CheckpointError, match=path.name):
         shardfiles.read_parts(path)
     with pytest.warns(UserWarning, match=f"{before.name} is used instead"):
-        state, found = checkpoint.load(folder)
-    assert found == before and same(state, checkpoint.load(before)[0])
+        state, found = checkpoints.load(folder)
+    assert found == before and same(state, checkpoints.load(before)[0])
 
 
 def test_what_was_put_there_by_others_is_noticed(tmp_path: Path) -> None:
-    path = checkpoint.find(made(tmp_path))
+    path = checkpoints.find(made(tmp_path))
     (path / "__2_0.distcp").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="does not belong there"):
-        checkpoint.load(path)
+        checkpoints.load(path)
 
 
 MADE: dict[str, Path] = {}
@@ -204,7 +206,7 @@ class Harm:
 
 def test_metadata_that_would_run_code_runs_nothing(tmp_path: Path) -> None:
     path = made(tmp_path) / "../checkpoints"
-    metadata = checkpoint.find(path) / ".metadata"
+    metadata = checkpoints.find(path) / ".metadata"
     entries = shardfiles.read_metadata(metadata)  # a good one is read
     assert "problem/net.0.weight" in entries.state_dict_metadata
     entries.planner_data = Harm(tmp_path / "harm")
@@ -224,7 +226,7 @@ def test_metadata_may_name_no_other_function_or_class(value: Any, tmp_path: Path
 
 
 def test_metadata_may_not_point_out_of_its_folder(tmp_path: Path) -> None:
-    metadata = checkpoint.find(made(tmp_path)) / ".metadata"
+    metadata = checkpoints.find(made(tmp_path)) / ".metadata"
     entries = shardfiles.read_metadata(metadata)
     next(iter(entries.storage_data.values())).relative_path = "../../other"
     metadata.write_bytes(pickle.dumps(entries))
@@ -269,7 +271,7 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(where: str, tmp_path: 
         in_two(killed)
     folder = tmp_path / "run" / "checkpoints"
     assert [path.name for path in folder.iterdir() if path.suffix == ".tmp"]
-    assert checkpoint.load(folder)[0]["progress"]["epoch"] == 1
+    assert checkpoints.load(folder)[0]["progress"]["epoch"] == 1
     straight = in_two(fit, in_shards(epochs=3), tmp_path / "straight")
     resumed = in_two(fit, in_shards(epochs=3, checkpoint=True), tmp_path / "run", "auto")
     assert same(resumed, straight)
@@ -328,4 +330,4 @@ def test_a_process_that_fails_ends_both_and_leaves_the_last_checkpoint(kind: str
         in_two(fails)
     if kind == "raise":
         assert "No checkpoint was written at this error" in raised.value.__notes__[-1]
-    assert checkpoint.load(tmp_path / "run")[0]["progress"]["step"] == 4
+    assert checkpoints.load(tmp_path / "run")[0]["progress"]["step"] == 4

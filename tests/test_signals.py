@@ -18,8 +18,8 @@ import weft
 from bitwise import same
 from resuming import FUSE, SETTINGS, differences, fit, last_state, make_data, make_problem, summary
 from test_checkpoint_files import IO_CALLS, in_child
-from weft import checkpoint
-from weft.signals import SIGNALS, SignalExit
+from weft.checkpoint import folder as checkpoints
+from weft.devices.signals import SIGNALS, SignalExit
 
 EXIT = {"SIGTERM": 143, "SIGUSR1": 138}
 
@@ -142,7 +142,7 @@ def test_a_second_ctrl_c_during_the_save_does_not_damage_it(tmp_path: Path) -> N
             fit(root, {}, every=100, epochs=1)
         sys.setprofile(None)
         assert moments[0] > 40
-        state, path = checkpoint.load(root / "run")
+        state, path = checkpoints.load(root / "run")
         assert state["progress"]["step"] == 4 and path.name == "step-000000004.ckpt"
         assert not list((root / "run/checkpoints").glob(".*"))
         FUSE.set(0)

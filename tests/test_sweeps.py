@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 import weft
-from weft import cli, sweeps, yamlfile
-from weft.schema import ConfigError
+from weft import cli, yamlfile
+from weft.recipes.schema import ConfigError
+from weft.sweeps.sweep import sweep_from_file
 
 pytest.importorskip("optuna", reason="needs Optuna (weft[sweep])")
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -241,7 +242,7 @@ def test_learning_rate_and_batch_size_are_tuned_from_a_file(
             config["batches"]["batch_size"] in (16, 32, 64) and 1e-4 <= config["optimizer"]["init_args"]["lr"] <= 1e-1
         )
         values[folder.name] = json.loads((folder / "result.json").read_text())["best_metric"]
-    told = sweeps.sweep_from_file(tmp_path / "small.yaml", {"trials": 3, "name": "osc"})  # nothing is left to do
+    told = sweep_from_file(tmp_path / "small.yaml", {"trials": 3, "name": "osc"})  # nothing is left to do
     assert told.best_value == min(values.values()) and f"trial-{told.best_trial:04d}" == min(
         values, key=lambda k: values[k]
     )
@@ -283,7 +284,7 @@ def test_an_unknown_option_of_the_run_is_refused_before_a_worker_starts(tmp_path
     with pytest.raises(ConfigError, match="a trial runs in one process"):
         weft.sweep({**run, "trainer": {"devices": 2}}, {"trainer.epochs": [1, 2]}, root_dir=str(tmp_path))
     with pytest.raises(ConfigError, match="there is no file"):
-        sweeps.sweep_from_file(tmp_path / "nothing.yaml")
+        sweep_from_file(tmp_path / "nothing.yaml")
     (tmp_path / "ring.yaml").write_text("run: ring.yaml\nspace: {x: [1]}\n")
     with pytest.raises(ConfigError, match="there is no such section"):
-        sweeps.sweep_from_file(tmp_path / "ring.yaml")
+        sweep_from_file(tmp_path / "ring.yaml")

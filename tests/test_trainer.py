@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 import weft
 from bitwise import same
 from byhand import BATCH, EPOCHS, OPTIMIZERS, ROWS, by_hand, data, problem, slices, tensors, trained
-from weft.checkpoint import random_state
-from weft.evaluation import evaluating
+from weft.devices.seeding import random_state
+from weft.step.evaluation import evaluating
 
 ADAM, SGD = OPTIMIZERS["adam"], OPTIMIZERS["sgd"]
 

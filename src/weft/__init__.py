@@ -11,42 +11,50 @@ __version__ = "0.1.0"
 
 # every public name and the module it lives in; a module is imported when a name of it is first used
 _HOME = {
-    "weft.problem": ("Node", "Problem", "Rollout"),
-    "weft.terms": ("equal", "greater_equal", "less_equal", "objective"),
-    "weft.losses": ("AugmentedLagrangian", "BarrierLoss", "PenaltyLoss"),
-    "weft.data": ("Data", "DictDataset", "windows"),
+    "weft.problem.nodes": ("Node", "Rollout"),
+    "weft.problem.problem": ("Problem",),
+    "weft.problem.terms": ("equal", "greater_equal", "less_equal", "objective"),
+    "weft.problem.losses": ("BarrierLoss", "PenaltyLoss"),
+    "weft.problem.lagrangian": ("AugmentedLagrangian",),
+    "weft.data.datasets": ("DictDataset", "windows"),
+    "weft.data.data": ("Data",),
     "weft.config": ("CheckpointConfig", "DataConfig", "TrainerConfig"),
     "weft.events": ("Hook",),
-    "weft.optimizers": ("Phase", "Schedule"),
-    "weft.checkpoint": ("load_weights", "save_weights"),
-    "weft.archive": ("CheckpointError",),
-    "weft.result": ("FitResult", "load_result"),
-    "weft.run": ("Run",),
-    "weft.trainer": ("Trainer",),
-    "weft.integrations.litneuromancer": ("LitTrainer",),
-    "weft.sweeps": ("sweep",),
+    "weft.step.phase": ("Phase",),
+    "weft.step.optimizers": ("Schedule",),
+    "weft.checkpoint.weights_files": ("load_weights", "save_weights"),
+    "weft.checkpoint.archive": ("CheckpointError",),
+    "weft.loop.result": ("FitResult", "load_result"),
+    "weft.loop.run": ("Run",),
+    "weft.loop.trainer": ("Trainer",),
+    "weft.integrations.neuromancer.littrainer": ("LitTrainer",),
+    "weft.sweeps.sweep": ("sweep",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-_MODULES = {"hooks": "weft.hooks", "plot": "weft.plots"}  # weft.hooks.EMA(0.999), weft.plot.curves(result)
+_MODULES = {"hooks": "weft.hooks", "plot": "weft.plots", "integrations": "weft.integrations"}
 __all__ = sorted(_MODULE_OF)
 
 if TYPE_CHECKING:
     from weft import hooks
     from weft import plots as plot
-    from weft.archive import CheckpointError
-    from weft.checkpoint import load_weights, save_weights
+    from weft.checkpoint.archive import CheckpointError
+    from weft.checkpoint.weights_files import load_weights, save_weights
     from weft.config import CheckpointConfig, DataConfig, TrainerConfig
-    from weft.data import Data, DictDataset, windows
+    from weft.data.data import Data
+    from weft.data.datasets import DictDataset, windows
     from weft.events import Hook
-    from weft.integrations.litneuromancer import LitTrainer
-    from weft.losses import AugmentedLagrangian, BarrierLoss, PenaltyLoss
-    from weft.optimizers import Phase, Schedule
-    from weft.problem import Node, Problem, Rollout
-    from weft.result import FitResult, load_result
-    from weft.run import Run
-    from weft.sweeps import sweep
-    from weft.terms import equal, greater_equal, less_equal, objective
-    from weft.trainer import Trainer
+    from weft.integrations.neuromancer.littrainer import LitTrainer
+    from weft.loop.result import FitResult, load_result
+    from weft.loop.run import Run
+    from weft.loop.trainer import Trainer
+    from weft.problem.lagrangian import AugmentedLagrangian
+    from weft.problem.losses import BarrierLoss, PenaltyLoss
+    from weft.problem.nodes import Node, Rollout
+    from weft.problem.problem import Problem
+    from weft.problem.terms import equal, greater_equal, less_equal, objective
+    from weft.step.optimizers import Schedule
+    from weft.step.phase import Phase
+    from weft.sweeps.sweep import sweep
 
 
 def __getattr__(name: str) -> Any:
@@ -56,10 +64,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(_MODULE_OF[name]), name)
         globals()[name] = value
         return value
-    if name == "integrations":
-        return import_module("weft.integrations")
     raise AttributeError(f"module 'weft' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*__all__, *_MODULES, "__version__"]
+    return [*__all__, "hooks", "plot", "__version__"]

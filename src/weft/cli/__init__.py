@@ -17,8 +17,8 @@ import warnings
 from collections.abc import Sequence
 
 from weft.cli.commands import COMMANDS
-from weft.cli.words import parse
-from weft.schema import ConfigError
+from weft.cli.parsing import parse
+from weft.recipes.schema import ConfigError
 from weft.types import suggest
 
 OK, FAILED, BAD_USAGE, NOT_FINITE, INTERRUPTED = 0, 1, 2, 3, 130
@@ -102,7 +102,7 @@ def _failed(error: Exception, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     else:
-        from weft.recipe import users_line
+        from weft.recipes.recipe import users_line
 
         where = users_line(error)
         text = str(error) if isinstance(error, FloatingPointError) else f"{type(error).__name__}: {error}"

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from weft import yamlfile
-from weft.cli.words import Call, Command
-from weft.schema import ConfigError, merge
+from weft.cli.parsing import Call, Command
+from weft.recipes.schema import ConfigError, merge
+from weft.sweeps.sweep import sweep_from_file
 from weft.types import suggest
 
 OK, NOT_FINITE = 0, 3
@@ -17,7 +18,7 @@ OK, NOT_FINITE = 0, 3
 
 def _checked(call: Call, needed: Sequence[str]) -> Any:
     """The config of a call, checked together with what was wrong on the command line itself."""
-    from weft import recipe
+    from weft.recipes import recipe
 
     return recipe.check(recipe.Source(call.config, call.wrong, []), needed)
 
@@ -45,7 +46,7 @@ def _fit(call: Call) -> int:
 
 
 def _made(checked: Any) -> Any:
-    from weft import recipe
+    from weft.recipes import recipe
 
     with _refused(lambda: True):
         return recipe.make(checked)
@@ -54,14 +55,14 @@ def _made(checked: Any) -> Any:
 @contextmanager
 def _refused(before_training: Callable[[], bool]) -> Iterator[None]:
     """Within: what weft refuses in the first epoch, or before, is a mistake in the config or on the command line."""
-    from weft.archive import CheckpointError
+    from weft.checkpoint.archive import CheckpointError
 
     try:
         yield
     except ConfigError:
         raise
     except (TypeError, ValueError, FileNotFoundError, CheckpointError) as error:
-        from weft.recipe import users_line
+        from weft.recipes.recipe import users_line
 
         if not before_training() or users_line(error):  # raised in the user's own code
             raise
@@ -179,7 +180,7 @@ def _config(call: Call) -> int:
 def _runs(call: Call) -> int:
     if call.wrong:
         raise ConfigError(call.wrong)
-    from weft import report
+    from weft.records import report
 
     print(report.runs_table(call.places[0] if call.places else "runs"))
     return OK
@@ -188,7 +189,7 @@ def _runs(call: Call) -> int:
 def _compare(call: Call) -> int:
     if call.wrong:
         raise ConfigError(call.wrong)
-    from weft import report
+    from weft.records import report
 
     a, b = call.places
     try:
@@ -203,9 +204,9 @@ def _compare(call: Call) -> int:
 def _sweep(call: Call) -> int:
     if call.wrong:
         raise ConfigError(call.wrong)
-    from weft import sweeps
+    
 
-    result = sweeps.sweep_from_file(call.places[0], {k: yamlfile.load(v) for k, v in call.others.items()})
+    result = sweep_from_file(call.places[0], {k: yamlfile.load(v) for k, v in call.others.items()})
     print(result)
     return OK
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from weft.cli.commands import COMMANDS
-from weft.cli.words import FLAGS, SHORT, Call, parse
-from weft.schema import SECTIONS, named, normal
+from weft.cli.parsing import FLAGS, SHORT, Call, parse
+from weft.recipes.schema import SECTIONS, named, normal
 
 COMMON = {
     "config FILE": "a YAML file; several are merged, later ones and options go before earlier ones",
@@ -50,8 +50,8 @@ def option_groups(call: Call) -> list[tuple[str, list[tuple[str, str]]]]:
     """The options of a command by group: (title, [(name, what it means)]); those of named functions included."""
     if not COMMANDS[call.command].takes_config:
         return []
-    from weft.arguments import fields
     from weft.config import DataConfig, TrainerConfig
+    from weft.recipes.arguments import fields
 
     own = [(f"--{name}", text) for name, text in SECTIONS.items() if name not in ("trainer", "batches")]
     groups = [("what is run", own)]
@@ -62,7 +62,7 @@ def option_groups(call: Call) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def _option(section: str, parameter: Any) -> tuple[str, str]:
-    from weft.arguments import NO_DEFAULT
+    from weft.recipes.arguments import NO_DEFAULT
 
     default = "required" if parameter.default is NO_DEFAULT else f"default: {_shown(parameter.default)}"
     kind = f"{parameter.type_name}; " if parameter.type_name else ""
@@ -79,14 +79,14 @@ def _shown(value: Any) -> str:
 
 def _named_groups(call: Call) -> list[tuple[str, list[tuple[str, str]]]]:
     """The parameters of what the config and the command line name; what cannot be imported is left out."""
-    from weft import recipe, references
-    from weft.arguments import parameters
+    from weft.recipes import class_paths, recipe
+    from weft.recipes.arguments import parameters
 
     config, _ = normal(recipe.rooted(call.config, Path.cwd()))
     groups = []
     for thing in named(config):
         try:
-            target = references.load(thing.spec["class_path"], thing.section)
+            target = class_paths.load(thing.spec["class_path"], thing.section)
             found = parameters(target, recipe.PARTIAL.get(thing.section, 0)) if callable(target) else []
         except Exception as error:  # noqa: BLE001 - importing runs the user's code
             groups.append(

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weft.devices.processes import own_part
 from weft.events import Hook
-from weft.processes import own_part
 
 
 class WeightAverage(Hook):

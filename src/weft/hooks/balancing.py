@@ -30,10 +30,10 @@ from weft.hooks.terms import (
     trained_parameters,
     weights_of,
 )
-from weft.problem import set_term_weights
+from weft.problem.reading import set_term_weights
 
 if TYPE_CHECKING:
-    from weft.run import Run
+    from weft.loop.run import Run
 
 
 class Balancing(Hook):

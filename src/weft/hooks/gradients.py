@@ -8,8 +8,8 @@ import torch
 
 from weft.events import Hook
 from weft.hooks.terms import term_gradients, trained_parameters
-from weft.optimizers import parameters_of
-from weft.problem import term_weights
+from weft.problem.reading import term_weights
+from weft.step.optimizers import parameters_of
 
 
 class GradientNorms(Hook):

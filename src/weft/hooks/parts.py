@@ -10,8 +10,8 @@ import os
 
 from torch import nn
 
-from weft.checkpoint import load_weights
-from weft.optimizers import submodule
+from weft.checkpoint.weights_files import load_weights
+from weft.step.optimizers import submodule
 
 
 def load_node(problem: nn.Module, node: str, path: str | os.PathLike[str], source: str | None = None) -> nn.Module:

@@ -191,7 +191,7 @@ class Profiling(Hook):
         self._started = False
 
     def watch_part(self, name: str, function: Callable[..., T]) -> Callable[..., T]:
-        """`function` as the profiler wants it called; see `weft.watching`."""
+        """`function` as the profiler wants it called; see `weft.step.instrument`."""
         return function if self._watch is None else self._watch(name, function)
 
     def on_fit_start(self, trainer: Any) -> None:

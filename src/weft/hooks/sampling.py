@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from weft.data import DictDataset
+from weft.data.datasets import DictDataset
 from weft.events import Hook
 from weft.hooks.terms import KeyFunction, key_function
-from weft.losses import AugmentedLagrangian
+from weft.problem.lagrangian import AugmentedLagrangian
 
 if TYPE_CHECKING:
-    from weft.run import Run
+    from weft.loop.run import Run
 
 
 class Resample(Hook):

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from weft.events import Hook
-from weft.optimizers import submodule
-from weft.problem import set_term_weights, term_weights
+from weft.problem.reading import set_term_weights, term_weights
+from weft.step.optimizers import submodule
 from weft.types import suggest
 
 

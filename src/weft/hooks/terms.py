@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from weft.metrics import num_examples
-from weft.optimizers import submodule
-from weft.problem import forward_nodes, term_weights
-from weft.steps import forward_of
-from weft.terms import argument_keys
+from weft.data.batches import num_examples
+from weft.problem.reading import forward_nodes, term_weights
+from weft.problem.terms import argument_keys
+from weft.step.forward import forward_of
+from weft.step.optimizers import submodule
 from weft.types import suggest
 
 if TYPE_CHECKING:
-    from weft.run import Run
+    from weft.loop.run import Run
 
 KeyFunction = Callable[..., Tensor] | str
 """A key, or a function whose argument names are the keys it reads; the argument `problem` is the problem itself."""

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from weft.archive import put
+from weft.checkpoint.archive import put
 
 COLUMNS = ("step", "epoch", "name", "value", "time")
 CONTEXT = ("lr", "steps_per_second", "examples_per_second", "wait_seconds", "seconds")

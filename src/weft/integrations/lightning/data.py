@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader
 
-from weft import checkpoint
+from weft.devices import seeding
 from weft.integrations.lightning.names import is_a, lightning_class, overrides
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ class Tape:
 
     def now(self) -> dict[str, Any]:
         """The random state of the process and of the loaders' own generators."""
-        return {"global": checkpoint.random_state(), "own": [g.get_state() for g in self._generators()]}
+        return {"global": seeding.random_state(), "own": [g.get_state() for g in self._generators()]}
 
     def play(self, states: list[dict[str, Any]]) -> None:
         """Go through `states` again with the next marks."""
@@ -227,7 +227,7 @@ class Tape:
             generator.set_state(state)
 
     def _put(self, state: dict[str, Any]) -> None:
-        checkpoint.set_random_state(state["global"])
+        seeding.set_random_state(state["global"])
         self.set_own(state["own"])
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from weft.integrations.lightning.data import STEPS, Source, Transfer
 from weft.integrations.lightning.names import is_a, names_explicitly, overrides, refuse_log_dict, takes
 from weft.integrations.lightning.update import step_of
-from weft.problem import needs_grad_in_eval
+from weft.problem.reading import needs_grad_in_eval
 
 if TYPE_CHECKING:
     from weft.integrations.lightning.run import LightningRun

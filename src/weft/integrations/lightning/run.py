@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from weft import checkpoint
-from weft.data import Data, DictDataset
+from weft.data.data import Data
+from weft.data.datasets import DictDataset
+from weft.devices import seeding
 from weft.events import Hook
 from weft.integrations.lightning.data import STAGES, STEPS, Source, Stream, Tape, Transfer, generators_of, is_datamodule
 from weft.integrations.lightning.hooks import Hooks, with_model_callbacks
@@ -32,12 +33,12 @@ from weft.integrations.lightning.states import resume_module, resume_training, s
 from weft.integrations.lightning.strategy import Strategy
 from weft.integrations.lightning.update import make_update
 from weft.integrations.lightning.view import TrainerView
-from weft.optimizers import DEFAULT
-from weft.run import Run
-from weft.watching import bind_watched, watched, watched_batches
+from weft.loop.run import Run
+from weft.step.instrument import bind_watched, watched, watched_batches
+from weft.step.optimizers import DEFAULT
 
 if TYPE_CHECKING:
-    from weft.trainer import Trainer
+    from weft.loop.trainer import Trainer
 
 FNS = {"dev": "validate", "test": "test", "predict": "predict"}
 
@@ -252,7 +253,7 @@ class LightningRun(Run):
 
     def _put_random(self) -> None:
         self.tape.set_own(self.generators_to_resume)
-        checkpoint.set_random_state(self.random_to_resume or {})
+        seeding.set_random_state(self.random_to_resume or {})
         self.random_to_resume, self.generators_to_resume = None, []
 
     def batches(self, split: str = "train") -> Iterator[Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torchmetrics import Metric
 
-from weft import checkpoint
+from weft.checkpoint.weights import load_into
 from weft.integrations.lightning.log import Logged
 from weft.integrations.lightning.names import is_a, package_of
 
@@ -48,7 +48,7 @@ def resume_module(run: LightningRun, state: dict[str, Any], weights: dict[str, A
     """Weights, callbacks and data module, before optimizers are made; the module's on_load_checkpoint comes first."""
     seen = {**head(run), "state_dict": dict(weights), **state["module"]}
     run.hooks_of.call_module("on_load_checkpoint", seen)
-    checkpoint.load_into(run.module, seen["state_dict"], source="the checkpoint")
+    load_into(run.module, seen["state_dict"], source="the checkpoint")
     if run.datamodule is not None and state["datamodule"]:
         run.datamodule.load_state_dict(state["datamodule"])
     known = {c.state_key: c for c in run.callbacks}

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from weft.devices import scaler_of
+from weft.devices.precision import scaler_of
 from weft.integrations.lightning.names import lightning_class
-from weft.optimizers import needs_closure, parameters_of
-from weft.update import finite_check, not_finite
-from weft.watching import watched
+from weft.step.instrument import watched
+from weft.step.nonfinite import finite_check, not_finite
+from weft.step.optimizers import needs_closure, parameters_of
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from weft.data.batches import num_examples
 from weft.integrations.lightning.names import refuse_log_dict, takes
 from weft.integrations.lightning.strategy import NotFinite, step_context
-from weft.metrics import num_examples
-from weft.optimizers import needs_closure
-from weft.update import Update, not_finite
-from weft.watching import watched
+from weft.step.instrument import watched
+from weft.step.microbatches import Update
+from weft.step.nonfinite import not_finite
+from weft.step.optimizers import needs_closure
 
 if TYPE_CHECKING:
     from weft.integrations.lightning.run import LightningRun

@@ -1,0 +1,1 @@
+"""Files and weights: written whole, verified, read without running code. Knows no run."""

@@ -1,0 +1,89 @@
+"""What modules keep outside of their state dict: found, compared, put back."""
+
+from __future__ import annotations
+
+import marshal
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# ---- what modules keep outside of their state dict -------------------------------------------------------------------
+
+
+_OF_TORCH = {
+    *vars(nn.Module()), "_is_full_backward_hook", "_compiled_call_impl", "_is_fsdp_managed_module", "_fsdp_use_orig_params",
+}  # fmt: skip
+
+
+def attributes(problem: nn.Module) -> dict[str, Any]:
+    """Plain values (bool, int, float, str, None; lists, dicts and sets of them) and tensors that modules keep outside of
+    their state dict, by name.
+
+    Also which parameters are trained (`requires_grad`), and which modules a hook has put in eval mode. A plain value comes
+    as its bytes (10^6 numbers in a list take 20 ms), a tensor with its version: both tell a change in place. Not taken:
+    tensors with a graph, and those whose name begins with "_", which are caches (NeuroMANCER's variables keep their last
+    value so).
+    """
+    found: dict[str, Any] = {f"{name}.requires_grad": p.requires_grad for name, p in problem.named_parameters()}
+    for prefix, module in problem.named_modules():
+        if problem.training and not module.training:  # in training all others are not; so this one is "changed"
+            found[f"{prefix}.training"] = False
+        hidden = {name: b for name, b in module._buffers.items() if name in module._non_persistent_buffers_set}
+        for name, value in {**vars(module), **hidden}.items():
+            if name not in _OF_TORCH and _is_plain(value):
+                found[f"{prefix}.{name}" if prefix else name] = marshal.dumps(value, 2)  # of now: a list may grow
+            elif type(value) is Tensor and not name.startswith("_") and value.grad_fn is None:
+                found[f"{prefix}.{name}" if prefix else name] = (value, value._version)
+    return found
+
+
+_PLAIN = {type(None), bool, int, float, str}
+
+
+def _is_plain(value: Any, depth: int = 20) -> bool:
+    if type(value) not in (list, tuple, set, dict):
+        return type(value) in _PLAIN
+    items = [*value, *value.values()] if isinstance(value, dict) else value
+    return set(map(type, items)) <= _PLAIN or (depth > 0 and all(_is_plain(item, depth - 1) for item in items))
+
+
+def changed_attributes(problem: nn.Module, at_start: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that training has changed since they were `at_start` (NeuroMANCER's AugmentedLagrangeLoss has a flag)."""
+
+    def changed(name: str, now: Any) -> bool:
+        if name not in at_start or name.endswith(".training"):
+            return True
+        then = at_start[name]
+        if isinstance(now, tuple):
+            return not isinstance(then, tuple) or now[0] is not then[0] or now[1] != then[1]
+        return now != then
+
+    def value_of(found: Any) -> Any:
+        return found[0] if isinstance(found, tuple) else marshal.loads(found) if isinstance(found, bytes) else found
+
+    return {name: value_of(now) for name, now in attributes(problem).items() if changed(name, now)}
+
+
+def set_attributes(problem: nn.Module, values: Mapping[str, Any]) -> None:
+    """Put back what `changed_attributes` gave."""
+    holders = {**dict(problem.named_parameters()), **dict(problem.named_modules())}
+    for name, value in values.items():
+        prefix, _, attribute = name.rpartition(".")
+        if prefix not in holders:
+            raise ValueError(f"The checkpoint has {name!r}, but this problem has no module {prefix!r}.")
+        module = holders[prefix]
+        own = getattr(module, attribute, None)
+        if type(value) is type(own) and isinstance(own, list | dict | set):  # in place: others may hold it too
+            own.clear()
+            own.extend(value) if isinstance(own, list) else own.update(value)
+        elif not isinstance(value, Tensor):
+            setattr(module, attribute, value)
+        elif isinstance(own, Tensor) and own.shape == value.shape and own.dtype == value.dtype:
+            with torch.no_grad():
+                own.copy_(value)  # in place: a term's weight may be bound elsewhere
+        else:
+            device = next((p.device for p in problem.parameters()), value.device)
+            setattr(module, attribute, value.detach().clone().to(device))
+

@@ -1,0 +1,1 @@
+"""A wing: the same update once more, as a graph."""

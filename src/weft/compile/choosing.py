@@ -1,0 +1,287 @@
+"""The same update as one graph, checked against the eager one.
+
+    run.update = compile_update(run, make_update(run))     # Trainer(compile=True)
+
+A graph is traced from the step itself, not from its source, so that it need not be written for a compiler. It stands in
+for one kind of batch (shapes, dtypes, split) and for the problem's attributes as they are. The first batch of a kind
+is done eagerly, so that lazy layers and the optimizer's state exist. Before a graph takes over, and again on the next
+batch, in epochs 1, 2, 4, 8, ... and after every change of an attribute, loss and gradients (or what the optimizer
+made of them) are compared with the eager ones. Where anything stands against a graph, or it does not agree, the
+update stays eager, and one warning says why.
+
+Which kinds of batch run as graphs is checkpointed: a resumed run takes the same path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from weft.compile import graph as graphs
+from weft.compile.functional import flatten
+from weft.compile.graph import CannotCompile, NotYet
+from weft.compile.stepgraphs import EvaluationGraph, GradientGraph, UpdateGraph
+from weft.data.batches import num_examples
+from weft.devices.precision import scaler_of
+from weft.step.forward import Forward, forward_of
+from weft.step.microbatches import Step, Update, combiner, record
+from weft.step.nonfinite import READS_ARE_FREE, Doubts, not_finite
+from weft.step.optimizer_step import make_step
+from weft.step.optimizers import needs_closure
+
+if TYPE_CHECKING:
+    from weft.loop.run import Run
+
+MAX_GRAPHS = 8  # for one kind of batch, or for one split; further ones are done eagerly
+EAGER = -1
+
+# compile="auto", from counts alone: on a small problem an eager operation costs this much more than one in a graph, and
+# a graph costs this much to make. It must win twice what it costs.
+SECONDS_SAVED_PER_NODE = 1.5e-6
+SECONDS_PER_GRAPH, SECONDS_PER_NODE = 8.0, 0.03
+
+
+class Graphs:
+    """The graphs of a run. `made` says for each kind of batch how many were made so far, or EAGER if it stays eager."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.chosen: dict[str, Chosen] = {}
+
+    @property
+    def made(self) -> dict[str, int]:
+        """By kind of batch; part of every checkpoint."""
+        return self.run.kept.notes.setdefault("graphs", {})
+
+    def all(self) -> list[EvaluationGraph]:
+        """Every graph that was made and is still known."""
+        return [g for chosen in self.chosen.values() for known in chosen.known.values() for g in known]
+
+    def forward(self, split: str, forward: Forward) -> Forward:
+        """`forward`, the evaluation of a batch of `split`, by graphs where there are some."""
+        if not self.run.config.compile:
+            return forward
+        if split not in self.chosen:
+
+            def make(batch: Any, tensors: list[Tensor], counting: bool = False) -> EvaluationGraph:
+                return EvaluationGraph(self.run, forward, batch, tensors)
+
+            self.chosen[split] = Chosen(self, split, make)
+        chosen = self.chosen[split]
+        chosen.look_over()
+
+        def compiled(batch: Any) -> tuple[Any, Any]:
+            graph, tensors = chosen.find(batch)
+            return forward(batch) if graph is None else (None, graph(tensors)[0])
+
+        return compiled
+
+
+def compile_update(run: Run, eager: Update) -> Update:
+    """`eager`, or a function that does the same by graphs, and calls `eager` where there is none."""
+    if not run.config.compile:
+        return eager
+    if reason := _obstacle(run):
+        if run.config.compile is True:
+            run.warn_once(f"compile=True: the update stays eager: {reason}.")
+        return eager
+    run.kept.compile_choice = str(run.config.compile)
+    (optimizer,) = run.optimizers.values()
+    forward, begin, end = forward_of(run, "train"), run.begin_step, run.end_step
+    several, combine, finish = run.config.accumulate > 1, combiner(run), _finisher(run)
+    step: Step | None = None
+
+    def make(batch: Any, tensors: list[Tensor], counting: bool = False) -> EvaluationGraph:
+        if not counting and _may_be_in_graph(run, optimizer):
+            try:
+                return UpdateGraph(run, forward, batch, tensors)
+            except NotYet:
+                raise
+            except CannotCompile:  # the optimizer reads values, say
+                pass
+        return GradientGraph(run, forward, batch, tensors)
+
+    chosen = run.graphs.chosen["train"] = Chosen(run.graphs, "train", make)
+
+    def update(batch: Any) -> Tensor:
+        nonlocal step
+        found = [(part, *chosen.find(part)) for part in (batch if several else (batch,))]
+        if any(graph is None for _, graph, _ in found):
+            return eager(batch)
+        begin(batch)
+        _, graph, tensors = found[0]
+        if isinstance(graph, UpdateGraph):
+            scalars, loss, finite = graph(tensors)
+            read = [(scalars, num_examples(batch))]
+            done = finish(finite, loss, read)
+        else:
+            loss, read = _gradients(found)
+            if combine is not None:
+                loss = combine(loss, sum(examples for _, examples in read))
+            step = step or make_step(run, [optimizer])
+            done = step(loss, read)
+        if done:
+            record(run, read)
+        end(batch, loss)
+        return loss
+
+    return update
+
+
+def _finisher(run: Run) -> Callable[[Tensor, Tensor, list[Any]], bool]:
+    """A function (flag, loss, what was read) -> whether a graph's update is to be counted. It was, if it was finite."""
+    progress = run.progress
+    waits = run.fabric.device.type in READS_ARE_FREE or run.config.on_nonfinite == "skip"
+
+    def finish(finite: Tensor, loss: Tensor, read: list[Any]) -> bool:
+        if not waits:  # `look_back` raises later; until then the graph leaves such steps out
+            run.doubts = run.doubts or Doubts(run.fabric.device)
+            run.doubts.note(progress.step, finite)
+        elif not finite.item():
+            not_finite(run, loss, read)
+            return False
+        progress.skipped = 0
+        return True
+
+    return finish
+
+
+def _gradients(found: list[tuple[Any, Any, list[Tensor]]]) -> tuple[Tensor, list[tuple[Any, int]]]:
+    """Gradients of the parts of a batch, weighted by their examples, in `.grad`; the loss, and what was read."""
+    examples = [num_examples(part) for part, _, _ in found]
+    losses, read = [], []
+    for (_, graph, tensors), n in zip(found, examples, strict=True):
+        graph.share.fill_(n / max(1, sum(examples)))
+        scalars, loss, *grads = graph(tensors)
+        for p, grad in zip(graph.trained, grads, strict=True):
+            p.grad = grad if p.grad is None else p.grad.add_(grad)
+        losses.append(loss)
+        read.append((scalars, n))
+    return losses[0] if len(losses) == 1 else torch.stack(losses).sum(), read
+
+
+def _may_be_in_graph(run: Run, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer's step may be part of the graph; else it steps as always, after gradients from a graph."""
+    hooked = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    listened = run.listeners("on_before_optimizer_step")
+    alone = run.config.accumulate == 1 and run.fabric.world_size == 1
+    return type(optimizer).__module__.startswith("torch.optim") and alone and not (hooked or listened)
+
+
+def _obstacle(run: Run) -> str | None:
+    """Why no update of this run can be a graph, None if nothing is known to stand against it."""
+    if run.trainer.overrides("update"):
+        return f"{type(run.trainer).__name__} has its own update"
+    if len(run.optimizers) > 1:
+        return f"there are several optimizers ({', '.join(run.optimizers)})"
+    if any(needs_closure(o) for o in run.optimizers.values()):
+        return f"{type(next(iter(run.optimizers.values()))).__name__} evaluates the loss in a line search"
+    if scaler_of(run.fabric) is not None:
+        return f"precision={run.config.precision!r} scales the loss"
+    return None
+
+
+class Chosen:
+    """Which graph, if any, fits a batch: looked up by its shapes, made when needed, looked over once an epoch."""
+
+    def __init__(self, graphs: Graphs, split: str, make: Callable[..., EvaluationGraph]) -> None:
+        self.graphs, self.run, self.split, self.make = graphs, graphs.run, split, make
+        self.known: dict[str, list[EvaluationGraph]] = {}
+        self._current: dict[tuple[Any, ...], EvaluationGraph | None] = {}
+        self._first_seen: dict[str, int] = {}
+        self._epoch = -1
+
+    def look_over(self) -> None:
+        """The problem's attributes may have changed: choose again."""
+        self._current.clear()
+        self._epoch = self.run.progress.epoch
+
+    def find(self, batch: Any) -> tuple[EvaluationGraph | None, list[Tensor]]:
+        """The graph for `batch`, None if it is to be done eagerly, and the tensors of the batch."""
+        if self.run.progress.epoch != self._epoch:
+            self.look_over()
+        tensors: list[Tensor] = []
+        shapes: list[Any] = [self.split, self.run.progress.phase]
+        try:
+            flatten(batch, tensors, shapes)
+        except CannotCompile as reason:
+            self._give_up(self.split, str(reason))
+            return None, tensors
+        key = tuple(shapes)
+        graph, is_chosen = self._current.get(key), key in self._current
+        if not is_chosen or (graph is not None and not graph.still_fits()):
+            graph = self._choose(key, batch, tensors)
+        if graph is not None and graph.num_checks and (difference := graph.difference(batch, tensors)) is not None:
+            self._give_up(repr(key), f"the graph does not agree with the eager step: {difference}")
+            graph = self._current[key] = None
+        return graph, tensors
+
+    def _choose(self, key: tuple[Any, ...], batch: Any, tensors: list[Tensor]) -> EvaluationGraph | None:
+        kind, made, progress = repr(key), self.graphs.made, self.run.progress
+        if kind not in made:
+            made[kind], self._first_seen[kind] = 0, progress.step
+            if sum(k.startswith(f"({self.split!r}, {progress.phase}") for k in made) > MAX_GRAPHS:
+                self._give_up(kind, f"its batches have more than {MAX_GRAPHS} different shapes")
+            elif self.run.config.compile == "auto" and not self._pays(batch, tensors):
+                made[kind] = EAGER
+        if self._first_seen.get(kind) == progress.step:
+            return None  # the first is done eagerly
+        self._current[key] = None
+        if made[kind] == EAGER:
+            return None
+        known = self.known.setdefault(kind, [])
+        graph = next((g for g in known if g.changed() is None), None)
+        if graph is not None:
+            if progress.epoch & (progress.epoch - 1) == 0:
+                graph.num_checks = max(graph.num_checks, 1)
+        elif made[kind] > MAX_GRAPHS and known:
+            self._give_up(kind, f"{known[-1].changed()} has changed {MAX_GRAPHS} times, and each needs a graph")
+            return None
+        else:
+            try:
+                graph = self.make(batch, tensors)
+                if (effect := graph.side_effect(batch)) is not None:
+                    raise CannotCompile(effect)
+                graph.compile()
+            except NotYet:
+                del self._current[key]
+                return None
+            except CannotCompile as reason:
+                self._give_up(kind, str(reason))
+                return None
+            made[kind] += bool(known) or not made[kind]  # after a resume the first was counted before
+            known.append(graph)
+        self._current[key] = graph
+        return graph
+
+    def _give_up(self, kind: str, reason: str) -> None:
+        self.graphs.made[kind] = EAGER
+        what = "the update" if self.split == "train" else f"the evaluation of {self.split!r}"
+        self.run.warn_once(f"compile={self.run.config.compile!r}: {what} stays eager: {reason}.")
+
+    def _pays(self, batch: Any, tensors: list[Tensor]) -> bool:
+        """Whether a graph wins twice what it costs, from counts alone: the same answer in every run."""
+        steps = steps_to_come(self.run, self.split)
+        if steps * graphs.MAX_NODES * SECONDS_SAVED_PER_NODE < SECONDS_PER_GRAPH:
+            return False  # not even the largest would: do not trace
+        try:
+            nodes = self.make(batch, tensors, counting=True).num_nodes
+        except CannotCompile:
+            return False
+        return steps * nodes * SECONDS_SAVED_PER_NODE > 2 * (SECONDS_PER_GRAPH + nodes * SECONDS_PER_NODE)
+
+
+def steps_to_come(run: Run, split: str) -> int:
+    """How often a batch of `split` will be seen in this fit; 0 if that is not known."""
+    progress, config = run.progress, run.config
+    epochs = progress.last_epoch - progress.epoch
+    if split != "train":
+        epochs //= config.validate_every
+    if (batches := run.num_batches(split)) is None:
+        return 0
+    steps = epochs * (-(-batches // config.accumulate) if split == "train" else batches)
+    return steps if split != "train" or progress.last_step is None else min(steps, progress.last_step - progress.step)
+

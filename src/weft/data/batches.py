@@ -1,0 +1,161 @@
+"""The batches of a split: slices of tensors that are in memory, or what a DataLoader yields.
+
+    for batch in Batches(parts, sizes, split="train", ...).epoch(3, start=20):      # epoch 3 from its batch 20 on
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from weft.data.shares import share, share_of_part
+
+CHUNK_BYTES = 4 << 20
+
+
+def seeded_order(rows: int, seed: int, key: tuple[int, ...]) -> Tensor:
+    """The row numbers in an order that is a function of `seed` and `key` alone, on the CPU."""
+    state = np.random.SeedSequence([seed, *key]).generate_state(1, np.uint64)[0] >> np.uint64(1)
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(int(state)))
+
+
+class Batches:
+    """The batches of one split: `len`, `rows`, and `epoch(number, start)` to go through them.
+
+    Resident tensors are gathered a chunk of batches at a time (one index_select per key) and sliced, so that a
+    small batch costs microseconds; what is yielded is a copy, and the dataset itself cannot be changed by a problem.
+    """
+
+    resident = True
+
+    def __init__(
+        self, parts: dict[str, dict[str, Tensor]], sizes: dict[str, int | None], *, split: str, nested: bool,
+        shuffle: bool, drop_last: bool, seed: int, require_grad: Iterable[str] = (), rank: int = 0, world: int = 1,
+    ) -> None:  # fmt: skip
+        self.parts, self.split, self.nested, self.shuffle, self.seed = parts, split, nested, shuffle, seed
+        self.require_grad, self.rank, self.world, self.drop_last = set(require_grad), rank, world, drop_last
+        self.lengths = {p: next(iter(t.values())).shape[0] for p, t in parts.items()}
+        num_bytes = {p: sum(t.element_size() * t.numel() for t in tensors.values()) for p, tensors in parts.items()}
+        self.row_bytes = {p: num_bytes[p] // max(1, n) for p, n in self.lengths.items()}
+        self.sizes = {p: min((sizes[p] or n) * (world if sizes[p] else 1), n) for p, n in self.lengths.items()}
+        counts = [n // self.sizes[p] if drop_last else -(-n // self.sizes[p]) for p, n in self.lengths.items()]
+        self._num_batches = max(counts)
+
+    @property
+    def rows(self) -> int:
+        """Examples in an epoch: rows of the (largest part of the) split."""
+        return max(self.lengths.values())
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def epoch(self, number: int, start: int = 0) -> Iterable[dict[str, Any]]:
+        """The batches of epoch `number` from batch `start` on."""
+        streams = [self._stream(i, part, number, start) for i, part in enumerate(self.parts)]
+        if not self.nested:
+            yield from streams[0]
+            return
+        for batches in zip(*streams, strict=False):
+            batch = {part: b for part, b in zip(self.parts, batches, strict=True)}
+            yield {**batch, "name": self.split, "epoch": number}
+
+    def _stream(self, number_of_part: int, part: str, epoch: int, start: int) -> Iterable[dict[str, Any]]:
+        """`len(self)` batches of one part; a part that is smaller than the largest starts over in a new order."""
+        rows, size = self.lengths[part], self.sizes[part]
+        per_cycle = rows // size if self.drop_last else -(-rows // size)
+        done = start
+        while done < self._num_batches:
+            cycle, first = divmod(done, per_cycle)
+            shuffle = self.shuffle and size < rows  # in one batch of all rows the order is of no consequence
+            order = seeded_order(rows, self.seed, (epoch, number_of_part, cycle)).to(self._device()) if shuffle else None
+            last = min(per_cycle, first + self._num_batches - done)
+            yield from self._slices(part, order, range(first, last), epoch, done)
+            done += last - first
+
+    def _device(self) -> torch.device:
+        return next(iter(next(iter(self.parts.values())).values())).device
+
+    def _slices(
+        self, part: str, order: Tensor | None, batches: range, epoch: int, done: int
+    ) -> Iterable[dict[str, Any]]:
+        tensors, size, rows = self.parts[part], self.sizes[part], self.lengths[part]
+        keys = list(tensors)
+        chunk = max(1, CHUNK_BYTES // max(1, self.row_bytes[part] * size))  # batches gathered at a time
+        grad = [k in self.require_grad or tensors[k].requires_grad for k in keys]
+        any_grad, fixed = any(grad), {} if self.nested else {"name": self.split, "epoch": epoch}
+        for first in range(batches.start, batches.stop, chunk):
+            lo, hi = first * size, min(min(first + chunk, batches.stop) * size, rows)
+            index = order[lo:hi] if order is not None else torch.arange(lo, hi, device=self._device())
+            if self.world > 1:
+                index, local_sizes = self._share(part, index, size, done + first - batches.start)
+            else:
+                local_sizes = size
+            if order is None and self.world == 1:
+                gathered = [tensors[k].detach()[lo:hi].clone() for k in keys]
+            else:
+                gathered = [tensors[k].detach().index_select(0, index) for k in keys]
+            is_one = hi - lo <= size and self.world == 1
+            split_rows = [(t,) if is_one else t.split(local_sizes) for t in (*gathered, index)]
+            for *values, rows_index in zip(*split_rows, strict=True):
+                if any_grad:
+                    values = [v.detach().requires_grad_() if g else v for v, g in zip(values, grad, strict=True)]
+                yield {**dict(zip(keys, values, strict=True)), **fixed, "index": rows_index}
+
+    def _share(self, part: str, index: Tensor, size: int, number: int) -> tuple[Tensor, list[int]]:
+        """This process's rows of each global batch of a part; the first one of `index` is batch `number` of the epoch."""
+        main, shares = next(iter(self.parts)), []
+        for i, rows in enumerate(index.split(size)):
+            if part == main:
+                mine = share(len(rows), self.rank, self.world)
+            else:
+                mine = share_of_part(len(rows), self._rows_of(main, number + i), self.rank, self.world)
+            shares.append(rows[mine])
+        return torch.cat(shares), [len(s) for s in shares]
+
+    def _rows_of(self, part: str, number: int) -> int:
+        """Rows that a part has in (global) batch `number` of an epoch."""
+        rows, size = self.lengths[part], self.sizes[part]
+        in_cycle = number % (rows // size if self.drop_last else -(-rows // size))
+        return min(size, rows - in_cycle * size)
+
+
+def in_lists(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of `size` batches; the last may be shorter."""
+    iterator = iter(batches)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def within(limit: float | None, source: Any) -> int | None:
+    """A limit on batches as a number of them; a share is one of all that `source` has. None: no limit."""
+    return max(1, int(limit * len(source))) if isinstance(limit, float) else limit
+
+
+def num_batches(source: Any, limit: float | None) -> int | None:
+    """Batches in an epoch of `source` within a limit; None if there are none, or nobody knows."""
+    if source is None or not hasattr(getattr(source, "loader", []), "__len__"):
+        return None
+    most = within(limit, source)
+    return len(source) if most is None else min(most, len(source))
+
+
+def num_examples(batch: Any) -> int:
+    """The first dimension of the first tensor found in `batch` (dict, list, tuple or tensor), 1 if there is none."""
+    found = _first_tensor(batch)
+    return 1 if found is None or found.dim() == 0 else found.shape[0]
+
+
+def _first_tensor(batch: Any) -> Tensor | None:
+    if isinstance(batch, Tensor):
+        return batch
+    for item in batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ():
+        found = _first_tensor(item)
+        if found is not None:
+            return found
+    return None
+

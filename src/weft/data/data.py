@@ -1,0 +1,134 @@
+"""Data: what trains, and in which batches. Tensors stay where they are used and are sliced; nothing is collated.
+
+    def data_setup(nsim=5000):
+        p = torch.rand(nsim, 2)
+        train, dev = weft.DictDataset({"p": p[100:]}), weft.DictDataset({"p": p[:100]})
+        return train, dev, None, 64                      # train, dev, test, batch size (None: one batch)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from weft.data.datasets import short
+from weft.data.prebatch import PLACES
+from weft.types import check_count
+
+SPLITS = ("train", "dev", "test", "predict")
+
+
+@dataclass(frozen=True)
+
+
+class Data:
+    """The data of a run, by split, and how it is cut into batches.
+
+    Each split is a `DictDataset` (or NeuroMANCER's), a dict of tensors, a dict of datasets of different sizes
+    (`{"interior": ..., "boundary": ...}`: the batch is nested by these names, and the smaller ones start over until
+    the largest is through), any map-style dataset, a `DataLoader`, or an iterable of batches, which pass unchanged.
+    """
+
+    train: Any
+    dev: Any = None
+    test: Any = None
+    predict: Any = None
+    batch_size: Any = None
+    """Rows per batch and process (>= 1); None: all rows in one batch. A dict by split, by part of a split, or both."""
+    shuffle: bool = True
+    """Training rows in a new order each epoch, a function of (seed, epoch) alone."""
+    drop_last: bool = False
+    """Leave out a short last training batch."""
+    num_workers: int | str = 0
+    """Processes that read a dataset which is not made of tensors; "all": one per core."""
+    pre_batch: str | None = None
+    """Make the batches of a map-style dataset once: "in_memory" or "on_disk". Tensors stay in memory in any case."""
+    refresh_every: int | None = None
+    """Call the data setup function again every n epochs (resampled collocation points)."""
+    inputs_require_grad: tuple[str, ...] | list[str] = ()
+    """Keys that derivatives are taken with respect to; their batches require grad in every split."""
+
+    def __post_init__(self) -> None:
+        if all(getattr(self, split) is None for split in SPLITS):
+            raise ValueError("Data: there is no training data (train=None), and nothing to evaluate.")
+        for size in _numbers(self.batch_size):
+            check_count("Data", "batch_size", size, optional=True)
+        check_count("Data", "refresh_every", self.refresh_every, optional=True)
+        if self.num_workers != "all":
+            check_count("Data", "num_workers", self.num_workers, least=0)
+        if self.pre_batch not in (None, *PLACES):
+            raise ValueError(f"Data: pre_batch={self.pre_batch!r}; expected one of {PLACES}, or None.")
+        for name in ("shuffle", "drop_last"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"Data: {name}={getattr(self, name)!r}; expected True or False.")
+        if isinstance(self.inputs_require_grad, str):
+            raise TypeError(f"Data: inputs_require_grad={self.inputs_require_grad!r}; expected a list of keys.")
+
+    def size_of_batch(self, split: str, part: str | None = None) -> int | None:
+        """The batch size of a split, or of one part of it."""
+        size = self.batch_size
+        for name in (split, part):
+            if isinstance(size, Mapping) and name is not None and name in size:
+                size = size[name]
+        if isinstance(size, Mapping):
+            if part is None and split in ("test", "predict"):
+                return None  # a dict that does not name these splits: they go through in one batch
+            raise ValueError(f"Data: batch_size={self.batch_size!r} has no entry for {part or split!r}.")
+        return size
+
+
+def _numbers(size: Any) -> list[Any]:
+    if isinstance(size, Mapping):
+        return [n for v in size.values() for n in _numbers(v)]
+    return [] if size is None else [size]
+
+
+def as_data(data: Any, dev: Any = None, setup_kwargs: Mapping[str, Any] | None = None) -> Data:
+    """`Data` made of whatever `fit` was given: a setup function, a Data, a 4-tuple, a dataset, a loader, batches."""
+    kwargs = dict(setup_kwargs or {})
+    if callable(data) and not isinstance(data, Dataset | DataLoader):
+        if dev is not None:
+            raise TypeError("fit: a data setup function returns its own dev set; `dev` cannot be given as well.")
+        return _from_setup(data(**kwargs), getattr(data, "__name__", "data_setup"))
+    if kwargs:
+        raise TypeError(f"fit: unknown arguments {sorted(kwargs)}; only a data setup function takes further arguments.")
+    if data is None:
+        raise TypeError("fit: no data given. Pass a data setup function, weft.Data, a dataset or a loader.")
+    if isinstance(data, Data):
+        return data if dev is None else replace(data, dev=dev)
+    if isinstance(data, tuple) and len(data) == 4 and (data[3] is None or isinstance(data[3], int | Mapping)):
+        if dev is not None:
+            raise TypeError("fit: the tuple (train, dev, test, batch_size) holds a dev set; `dev` was given as well.")
+        return Data(*data[:3], batch_size=data[3])
+    return Data(data, dev)
+
+
+def evaluation_data(split: str, data: Any, setup_kwargs: Mapping[str, Any], batch_size: Any = None) -> Data:
+    """`Data` to evaluate one split with: of a setup function or a Data that split; anything else is that split itself.
+
+    `batch_size` (that of the last fit) cuts a dataset; None: all rows in one batch.
+    """
+    if isinstance(data, Data) or setup_kwargs or (callable(data) and not isinstance(data, Dataset | DataLoader)):
+        data = as_data(data, None, setup_kwargs)
+        if getattr(data, split) is None:
+            raise ValueError(f"{split}: these data have no {split} split.")
+        return replace(data, **{other: None for other in SPLITS if other != split})
+    if isinstance(batch_size, Mapping) and split not in batch_size:
+        batch_size = None
+    return Data(**{"train": None, split: data, "batch_size": batch_size})
+
+
+def _from_setup(returned: Any, name: str) -> Data:
+    if isinstance(returned, Data):
+        return returned
+    if not isinstance(returned, tuple | list) or len(returned) != 4:
+        raise TypeError(
+            f"Data setup function {name!r} returned {short(returned)}; "
+            "expected (train, dev, test, batch_size) or a weft.Data."
+        )
+    train, dev, test, batch_size = returned
+    return Data(train, dev, test, batch_size=batch_size)
+

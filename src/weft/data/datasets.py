@@ -1,0 +1,87 @@
+"""Datasets of tensors by key, and windows of time series."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+
+def wrong_name(name: str, split: str) -> str:
+    """What to say to a dataset that was named for another split."""
+    return (
+        f"A dataset named {name!r} was given as the {split} data. "
+        f"Name it {split!r}, or leave the name out."
+    )
+
+
+def short(value: Any) -> str:
+    """Type and beginning of a value, for a message."""
+    text = repr(value)
+    return f"{type(value).__name__} {text[:60]}{'...' if len(text) > 60 else ''}"
+
+
+class DictDataset(Dataset):
+    """Tensors by key with equal first dimensions: one row is one example.
+
+    `tensors` may hold tensors, numpy arrays or lists; dtypes are kept (a list of floats gets torch's default).
+    `name` need not be given: the slot a dataset is put in (train, dev, test) names it; only an explicit other name
+    is an error. Raises ValueError for unequal lengths or no rows, naming keys and lengths.
+    """
+
+    def __init__(self, tensors: Mapping[str, Any], name: str | None = None) -> None:
+        if not isinstance(tensors, Mapping) or not tensors:
+            raise TypeError(f"DictDataset needs a dict of tensors by key, got {short(tensors)}.")
+        self.datadict: dict[str, Tensor] = {k: _as_tensor(k, v) for k, v in tensors.items()}
+        self.name = name
+        lengths = {k: t.shape[0] for k, t in self.datadict.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"DictDataset: the tensors have unequal lengths {lengths}; each row is one example.")
+        if not next(iter(lengths.values())):
+            raise ValueError(f"DictDataset is empty: its tensors {list(lengths)} have no rows.")
+
+    def __len__(self) -> int:
+        return next(iter(self.datadict.values())).shape[0]
+
+    def __getitem__(self, index: Any) -> dict[str, Tensor]:
+        return {k: t[index] for k, t in self.datadict.items()}
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{k}: {tuple(t.shape)}" for k, t in self.datadict.items())
+        return f"DictDataset({shapes})"
+
+
+def _as_tensor(key: str, value: Any) -> Tensor:
+    try:
+        tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"DictDataset: {key!r} cannot be made a tensor: {error}") from error
+    if tensor.dim() == 0:
+        raise ValueError(f"DictDataset: {key!r} is a single number; expected one row per example.")
+    return tensor
+
+
+def windows(series: Any, length: int, stride: int = 1, name: str | None = None) -> DictDataset:
+    """Time series cut into a DictDataset of (batch, time, features) with `length` time entries each.
+
+    `series`: a dict of tensors (time, features) of equal duration, or a list of such dicts (several experiments).
+    A window starts every `stride` entries; windows that would run over the end are left out.
+    Raises ValueError if a series is shorter than `length`.
+    """
+    if length < 1 or stride < 1:
+        raise ValueError(f"windows: length and stride must be at least 1, got length={length}, stride={stride}.")
+    cut: dict[str, list[Tensor]] = {}
+    for experiment in series if isinstance(series, Sequence) else [series]:
+        tensors = {k: _as_tensor(k, v) for k, v in experiment.items()}
+        durations = {k: t.shape[0] for k, t in tensors.items()}
+        if len(set(durations.values())) > 1 or min(durations.values()) < length:
+            raise ValueError(f"windows: the series last {durations} entries; expected equal, at least {length}.")
+        for key, tensor in tensors.items():
+            if tensor.dim() == 1:
+                tensor = tensor[:, None]
+            cut.setdefault(key, []).append(tensor.unfold(0, length, stride).movedim(-1, 1))  # (windows, time, ...)
+    return DictDataset({k: torch.cat(v).contiguous() for k, v in cut.items()}, name)
+

@@ -1,0 +1,128 @@
+"""Batches from a DataLoader or any other iterable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from weft.data.batches import seeded_order
+from weft.data.datasets import short, wrong_name
+from weft.data.prebatch import PreBatched, num_workers
+from weft.data.shares import SharedBatches, shared_loader, without_empty
+
+if TYPE_CHECKING:
+    from weft.data.data import Data
+
+
+class LoaderBatches:
+    """The batches of a DataLoader or of any iterable, exactly as it yields them (its order, its random numbers).
+
+    A dict gets "name" (the split) and "epoch"; everything else passes unchanged.
+    """
+
+    resident = False
+
+    def __init__(self, loader: Any, *, split: str, to_device: Callable[[Any], Any], sampler: Any = None) -> None:
+        self.loader, self.split, self.to_device, self.sampler = loader, split, to_device, sampler
+        self.one_shot = iter(loader) is loader if not isinstance(loader, DataLoader) else False
+        self._used = False
+
+    @property
+    def rows(self) -> int | None:
+        """Examples in an epoch where the loader's dataset has a length, else None."""
+        dataset = getattr(self.loader, "dataset", None)
+        return len(dataset) if hasattr(dataset, "__len__") else None  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        try:
+            return len(self.loader)
+        except TypeError:
+            raise TypeError(
+                f"The {self.split} data ({type(self.loader).__name__}) has no length, so no share of it can be taken; "
+                "give limit_batches as a number of batches."
+            ) from None
+
+    def epoch(self, number: int, start: int = 0) -> Iterable[Any]:
+        """The batches of epoch `number`; the first `start` are drawn and left out."""
+        if self.one_shot and self._used:
+            raise RuntimeError(
+                f"The {self.split} data is a one-shot iterable and was used up by the first epoch; "
+                "pass a list, a DataLoader, or an object whose __iter__ starts anew."
+            )
+        self._used = True
+        if self.sampler is not None:
+            self.sampler.epoch = number
+        batches = iter(self.loader)
+        for _ in range(start):
+            next(batches)
+        if isinstance(sampler := getattr(self.loader, "batch_sampler", None), SharedBatches):
+            batches = without_empty(batches, sampler, start)
+        return (self.to_device(self._named(batch, number)) for batch in batches)
+
+    def _named(self, batch: Any, number: int) -> Any:
+        if not isinstance(batch, dict):
+            return batch
+        name = batch.get("name", self.split)
+        if name != self.split and self.split != "predict":
+            raise ValueError(wrong_name(name, self.split))
+        return {**batch, "name": self.split, "epoch": number}
+
+
+class SeededOrder(torch.utils.data.Sampler):
+    """Row numbers in an order that is a function of (seed, epoch) alone."""
+
+    def __init__(self, rows: int, seed: int, shuffle: bool) -> None:
+        self.rows, self.seed, self.shuffle, self.epoch = rows, seed, shuffle, 0
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Any:
+        if not self.shuffle:
+            return iter(range(self.rows))
+        return iter(seeded_order(self.rows, self.seed, (self.epoch, 0, 0)).tolist())
+
+
+def loader_batches(
+    data: Data, source: Any, split: str, *, seed: int, device: Any, to_device: Callable[[Any], Any], rank: int, world: int
+) -> LoaderBatches:
+    """The batches of a dataset that is no tensors (a DataLoader is made for it), a DataLoader, or an iterable of batches.
+
+    Batches for a GPU come from pinned memory, so that their copy waits for nothing.
+    """
+    training, sampler = split == "train", None
+    shuffle = training and data.shuffle
+    if not isinstance(source, DataLoader) and hasattr(source, "__getitem__") and isinstance(source, Dataset):
+        size = data.size_of_batch(split)
+        rows = len(source)  # type: ignore[arg-type]
+        if rows == 0:
+            raise ValueError(f"The {split} data is empty: {short(source)} has no rows.")
+        sampler = SeededOrder(rows, seed, shuffle)
+        source = DataLoader(
+            source, batch_size=size or rows, sampler=sampler, drop_last=training and data.drop_last,
+            num_workers=num_workers(data.num_workers), collate_fn=getattr(source, "collate_fn", None),
+            pin_memory=torch.device(device).type == "cuda" and data.pre_batch is None,
+            generator=torch.Generator(),  # its own, so that iterating does not draw from the global random state
+        )  # fmt: skip
+    if not hasattr(source, "__iter__"):
+        raise TypeError(
+            f"The {split} data is {short(source)}; expected a dataset, a DataLoader or an iterable of batches."
+        )
+    streams = isinstance(source, DataLoader) and isinstance(source.dataset, IterableDataset)  # len() would raise
+    if not streams and hasattr(source, "__len__") and len(source) == 0:
+        raise ValueError(f"The {split} data is empty: {short(source)} yields no batch.")
+    made_here = sampler is not None
+    if world > 1:
+        source, sampler = shared_loader(
+            source, split, lambda rows, shuffle: SeededOrder(rows, seed, shuffle), rank, world
+        )
+    if data.pre_batch is not None:
+        if not made_here:
+            raise ValueError(f"Data: pre_batch needs a dataset; the {split} data is {short(source)}, which makes batches.")
+        once = LoaderBatches(source, split=split, to_device=lambda batch: batch, sampler=sampler)
+        sampler = source = PreBatched(lambda: once.epoch(0), len(source), source.dataset, data.pre_batch, seed, shuffle)
+    return LoaderBatches(source, split=split, to_device=to_device, sampler=sampler)
+

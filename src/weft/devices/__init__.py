@@ -1,0 +1,1 @@
+"""Where training runs: Fabric, precision, processes, seeds, signals."""

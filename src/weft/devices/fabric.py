@@ -1,0 +1,233 @@
+"""What Lightning Fabric is asked for, and its traps: one Fabric per run, made from arguments alone.
+
+Fabric decides accelerator, strategy, precision and processes. weft decides how a batch goes through the problem:
+on one device the bare module (32-true), inside autocast (mixed; inputs keep their dtype), or in float64 throughout.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from weft.devices.strategies import sharding_strategy
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+    from weft.config import TrainerConfig
+
+WATCH = "weft-watch-parent"
+STARTING_SECONDS = 300.0  # python and torch take their time, most of all where many start at once
+_OVERRIDES = ("LT_ACCELERATOR", "LT_STRATEGY", "LT_DEVICES", "LT_NUM_NODES", "LT_PRECISION")
+
+
+def make_fabric(config: TrainerConfig, strategy: Any = None, plugins: Any = None) -> Fabric:
+    """The Fabric that these options ask for, checked; no process is started yet.
+
+    Errors (ValueError, TypeError) name the option, what was found, and what this machine has.
+    """
+    from lightning.fabric import Fabric
+    from lightning.fabric.plugins import Precision
+    from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    plugins = [] if plugins is None else list(plugins) if isinstance(plugins, list | tuple) else [plugins]
+    asked: Any = copy(strategy) if strategy is not None else config.strategy  # Fabric writes into it; the next fit gives it again
+    devices: Any = list(config.devices) if isinstance(config.devices, list | tuple) else config.devices
+    if not any(isinstance(p, ClusterEnvironment) for p in plugins):
+        _check_launch(config, asked)
+        if is_one(devices) and config.num_nodes == 1 and asked == "auto":
+            plugins.append(LightningEnvironment())  # Fabric 2.6 asks SLURM even for one device, and refuses --ntasks=2
+    _check_precision(config)
+    if asked == "dp":  # Fabric takes "ddp" instead on a CPU, unasked; on GPUs it copies the problem in each step
+        raise ValueError("strategy='dp' is not supported; use 'ddp', which starts one process for each device.")
+    precision: Any = config.precision
+    if any(isinstance(p, Precision) for p in plugins) and precision == "32-true":
+        precision = None  # the default must not contradict the plugin
+    try:
+        with _without_overrides():
+            fabric = Fabric(
+                accelerator=config.accelerator, devices=devices, num_nodes=config.num_nodes,
+                strategy=sharding_strategy(asked), precision=precision, plugins=plugins or None,
+            )  # fmt: skip
+        _check_strategy(fabric)
+    except (ValueError, RuntimeError, TypeError, MisconfigurationException) as error:
+        kind = type(error) if isinstance(error, ValueError | TypeError) else ValueError
+        raise kind(
+            f"{error} (Asked for accelerator={config.accelerator!r}, devices={config.devices!r}, strategy={asked!r}, "
+            f"num_nodes={config.num_nodes}, precision={config.precision!r}. This machine has {_machine()}.)"
+        ) from error
+    if config.timeout is not None and hasattr(fabric._strategy, "_timeout"):  # until all processes are there
+        fabric._strategy._timeout = timedelta(seconds=max(config.timeout, STARTING_SECONDS))  # type: ignore[attr-defined]
+    return fabric
+
+
+def start_processes(fabric: Fabric, timeout: float | None) -> None:
+    """Start or join the processes of `fabric`, where a script runs in each of them, unless it has them.
+
+    From here on a process waits for another one for at most `timeout` seconds (None: torch's default, 30 minutes).
+
+    Raises TypeError for strategies that run one function in other processes: only `fit` and its like can do that.
+    """
+    if fabric._launched:
+        _limit_waiting(fabric, timeout)
+        return
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+
+    if starts_function(fabric):
+        raise TypeError(
+            f"strategy={start_method(fabric)!r} runs one function in new processes, so it works with trainer.fit, "
+            "validate, test and predict, but not with trainer.start, whose block is not a function. "
+            "Use strategy='ddp' in a script, or put your loop into `update` or hooks."
+        )
+    try:
+        with quiet():
+            fabric.launch()
+    except ValueError as error:
+        raise ValueError(f"{error} (This machine has {_machine()}.)") from error
+    _limit_waiting(fabric, timeout)
+    if fabric.world_size > 1:
+        atexit.unregister(_leave_group)
+        atexit.register(_leave_group)  # else a process may abort when it ends after the first one
+    if fabric.local_rank and os.environ.get("LOCAL_RANK") and isinstance(_environment(fabric), LightningEnvironment):
+        _end_after_parent(timeout)
+
+
+def _leave_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _environment(fabric: Fabric) -> Any:
+    return getattr(fabric._strategy, "cluster_environment", None)
+
+
+def _end_after_parent(timeout: float | None) -> None:
+    """End this process, which the script's first one started, some time after that one ended without it.
+
+    Fabric's first process ends the others when one of them fails; nobody would end a hanging one when the first fails.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        time.sleep(timeout if timeout is not None else 1800.0)
+        os._exit(1)
+
+    if not any(thread.name == WATCH for thread in threading.enumerate()):
+        threading.Thread(target=watch, name=WATCH, daemon=True).start()
+
+
+def _limit_waiting(fabric: Fabric, timeout: float | None) -> None:
+    if timeout is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        mesh = getattr(fabric._strategy, "_device_mesh", None)  # of a problem in shards: it has groups of its own
+        for group in (None, *(mesh.get_all_groups() if mesh is not None else ())):
+            torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without Fabric's lines about processes that start; its warnings are shown."""
+    logs = [logging.getLogger(name) for name in ("lightning.fabric", "lightning.pytorch")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(max(log.level, logging.WARNING))
+    try:
+        yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
+
+
+def starts_function(fabric: Fabric) -> bool:
+    """Whether the strategy runs a function in processes of its own (ddp_spawn, ddp_fork, ddp_notebook)."""
+    return start_method(fabric) is not None
+
+
+def start_method(fabric: Fabric) -> str | None:
+    """"spawn" or "fork" where the strategy runs a function in processes of its own, else None."""
+    return getattr(fabric._strategy.launcher, "_start_method", None)
+
+
+def is_one(devices: Any) -> bool:
+    """Whether `devices` names one device (not "auto" or -1, which may mean more)."""
+    return devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
+
+
+def _check_launch(config: TrainerConfig, strategy: Any) -> None:
+    """Processes that were started outside must be those that are asked for; else each would train alone, or wait."""
+    world = int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    if world > 1 and is_one(config.devices) and config.num_nodes == 1 and strategy == "auto":
+        here = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        raise ValueError(
+            f"torchrun started {world} processes, but devices=1: each of them would train alone. "
+            f"Set devices={here} and num_nodes={world // int(here)}, or start one process."
+        )
+    if config.num_nodes > 1 and world == 1 and "SLURM_NTASKS" not in os.environ and "NODE_RANK" not in os.environ:
+        raise ValueError(
+            f"num_nodes={config.num_nodes}, but nothing says which node this is. Start the script with torchrun or srun, "
+            "or set MASTER_ADDR, MASTER_PORT and NODE_RANK on each node."
+        )
+
+
+def _check_precision(config: TrainerConfig) -> None:
+    on_cpu = config.accelerator == "cpu" or (config.accelerator == "auto" and not _has_gpu())
+    if on_cpu and str(config.precision) in ("16", "16-mixed", "16-true"):
+        raise ValueError(  # Fabric would take bf16-mixed unasked
+            f"precision={config.precision!r} needs a GPU, and this run is on a CPU (this machine has {_machine()}); "
+            "use 'bf16-mixed' or '32-true'."
+        )
+
+
+def _check_strategy(fabric: Fabric) -> None:
+    from lightning.fabric.strategies.ddp import DDPStrategy
+    from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
+    from lightning.fabric.strategies.single_device import SingleDeviceStrategy
+
+    strategy = fabric._strategy
+    if not isinstance(strategy, DDPStrategy | SingleDeviceStrategy | ModelParallelStrategy):
+        raise TypeError(f"{type(strategy).__name__} is not supported; use 'ddp' or one of its like, or 'fsdp'.")
+    if isinstance(strategy, ModelParallelStrategy) and strategy.num_processes * strategy.num_nodes == 1:
+        raise ValueError("There is one process (devices=1), so there is nobody to share a problem with; use strategy='auto'.")
+    unused = set(getattr(strategy, "_ddp_kwargs", {})) - {"find_unused_parameters"}
+    if unused:
+        raise ValueError(
+            f"DDPStrategy({', '.join(sorted(unused))}) has no effect: gradients are summed once per step, "
+            "without torch's DistributedDataParallel, and parameters may stay unused."
+        )
+
+
+def _has_gpu() -> bool:
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+def _machine() -> str:
+    found = [f"{torch.cuda.device_count()} CUDA device(s)"] if torch.cuda.is_available() else []
+    found += ["MPS"] if torch.backends.mps.is_available() else []
+    return ", ".join([*found, f"{os.cpu_count()} CPU cores"])
+
+
+@contextmanager
+def _without_overrides() -> Iterator[None]:
+    """Fabric lets these variables override arguments without a word; here arguments decide, and it is said."""
+    hidden = {k: os.environ.pop(k) for k in _OVERRIDES if k in os.environ}
+    if hidden:
+        warnings.warn(f"{', '.join(hidden)} in the environment is ignored: weft takes its devices from arguments.", stacklevel=4)
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+

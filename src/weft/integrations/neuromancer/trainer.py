@@ -1,0 +1,333 @@
+"""NeuroMANCER's base `Trainer`, on weft: change the import line, and a script keeps its curves.
+
+    from weft.integrations.neuromancer import Trainer            # was: from neuromancer.trainer import Trainer
+
+    trainer = Trainer(problem, train_loader, dev_loader, optimizer=optimizer, epochs=200, patience=50)
+    best_model = trainer.train()
+
+It is a loop of its own around `weft.Trainer.start`; what follows is all that differs from `weft.Trainer.fit`.
+NeuroMANCER is never imported; any problem that returns a dict will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from weft.checkpoint.weights import state_of
+from weft.data.data import Data
+from weft.devices.seeding import random_state, set_random_state
+from weft.loop import trainer as weft_trainer
+from weft.loop.result import FitResult
+from weft.loop.run import Run
+from weft.step.evaluation import evaluating
+from weft.step.optimizers import needs_closure, parameters_of
+from weft.types import suggest
+
+DEFAULT_CLIP = 100.0
+
+
+class Callback:
+    """NeuroMANCER's callback with nothing in it: what is called when none was given."""
+
+    def begin_train(self, trainer: Any) -> None: ...
+    def begin_epoch(self, trainer: Any, output: Any) -> None: ...
+    def begin_eval(self, trainer: Any, output: Any) -> None: ...
+    def end_batch(self, trainer: Any, output: Any) -> None: ...
+    def end_eval(self, trainer: Any, output: Any) -> None: ...
+    def end_epoch(self, trainer: Any, output: Any) -> None: ...
+    def end_train(self, trainer: Any, output: Any) -> None: ...
+    def begin_test(self, trainer: Any) -> None: ...
+    def end_test(self, trainer: Any, output: Any) -> None: ...
+
+
+class Trainer:
+    """Trains a NeuroMANCER problem with the signature, the attributes and the curves of NeuroMANCER's `Trainer`.
+
+    Its rules, kept because a curve depends on them: the loaders are iterated as they are; the default optimizer is
+    Adam(lr=0.01, betas=(0.0, 0.9)); gradients are clipped by the norm over all of the problem's parameters (gradients
+    of those that the optimizer does not hold are never cleared and add up; a warning says so); "epoch" stands in
+    training batches; `multi_fidelity` adds the nodes' alpha losses; an epoch's means are over batches;
+    `lr_scheduler=True` halves the rate after 100 epochs without a better mean training loss; training stops once more
+    than `patience` epochs after epoch `warmup` were no better; a line is printed every `epoch_verbose` epochs
+    unless there is a `logger`; callbacks are called at its points (`begin_epoch` after the epoch's batches).
+
+    Where its rule is a defect, this one is right instead:
+
+    * What decides about best weights and patience is the mean of `eval_metric` over the batches, not its last batch.
+    * Without dev data an `eval_metric` of the dev set means that of the training set; `test` leaves out what is missing.
+    * `eval_mode="max"` also works for negative metrics. A loss or gradient that is not finite raises before the step.
+    * Optimizers that need a closure (LBFGS) work; nothing is clipped inside their line search. `clip=None` is allowed.
+    * Weights are copied tensor by tensor, so sparse buffers (cvxpylayers) do no harm; no graph outlives its step.
+    * The problem is moved to `device`, as its batches are.
+    * Interrupting (also in the first epoch) ends the training; the best weights so far are returned.
+    * Each `train()` trains `epochs` more, with patience counted anew, and compares with what the problem as it now is
+      (a longer rollout) reaches on the dev data as they now are, not with a number from before the change. Without dev
+      data, best starts anew.
+
+    All arguments are attributes that may be changed between two calls of `train`; the data, `clip` and `patience` also by
+    a callback, for the next epoch. `result` is the last `FitResult`.
+    """
+
+    def __init__(
+        self, problem: nn.Module, train_data: Iterable[Any], dev_data: Iterable[Any] | None = None,
+        test_data: Iterable[Any] | None = None, optimizer: torch.optim.Optimizer | None = None, logger: Any = None,
+        callback: Any = None, lr_scheduler: Any = False, epochs: int = 1000, epoch_verbose: int = 1,
+        patience: int | None = 5, warmup: int = 0, train_metric: str = "train_loss", dev_metric: str = "dev_loss",
+        test_metric: str = "test_loss", eval_metric: str = "dev_loss", eval_mode: str = "min",
+        clip: float | None = DEFAULT_CLIP, multi_fidelity: bool = False, device: Any = "cpu",
+    ) -> None:  # fmt: skip
+        self.model, self.train_data, self.dev_data, self.test_data = problem, train_data, dev_data, test_data
+        self.optimizer = optimizer or torch.optim.Adam(problem.parameters(), 0.01, betas=(0.0, 0.9))
+        self.logger, self.callback = logger, callback if callback is not None else Callback()
+        self.lr_scheduler: Any = lr_scheduler or None
+        if lr_scheduler is True:
+            self.lr_scheduler = ReduceLROnPlateau(self.optimizer, mode="min", factor=0.5, patience=100)
+        self.epochs, self.epoch_verbose, self.patience, self.warmup = epochs, epoch_verbose, patience, warmup
+        self.train_metric, self.dev_metric, self.test_metric = train_metric, dev_metric, test_metric
+        self.eval_metric, self.eval_mode = eval_metric, eval_mode
+        self.clip, self.multi_fidelity, self.device = clip, multi_fidelity, device
+        self.current_epoch = self.badcount = 0
+        self.best_model: dict[str, Any] = state_of(problem)
+        self.best_devloss: float | None = None
+        self.result: FitResult | None = None
+        self._seen: list[tuple[Tensor, dict[str, Any]]] = []  # loss and detached output of each batch of a pass
+        self._output: dict[str, Any] = {}
+        if logger is not None:
+            logger.log_weights(problem)
+
+    # ---------------------------------------------------------------------------------------------------------- train
+
+    def train(self) -> dict[str, Any]:
+        """The best state dict, which the problem then also holds. Trains for `epochs` epochs, or until patience ends."""
+        run, self._output, self.badcount = self._start(), {}, 0
+        run.progress.epoch = self.current_epoch
+        run.progress.begin_fit(self.epochs, None)
+        self.optimizer.zero_grad()
+        if self.current_epoch and run.has("dev"):
+            self._set_value_to_beat(run)
+        self.callback.begin_train(self)
+        try:
+            with run:
+                self._loop(run)
+        except KeyboardInterrupt:  # the run has ended in good order, with the best weights back in the problem
+            pass
+        self.result, self.best_model = run.result, state_of(self.model)
+        if self.logger is not None:
+            self.logger.log_artifacts({"best_model_state_dict.pth": self.best_model, "best_model.pth": self.model})
+        return self.best_model
+
+    def _loop(self, run: Run) -> None:
+        try:
+            for _ in run.epochs():
+                self._seen = []
+                for batch in run.batches("train"):
+                    run.update(batch)
+                run.log({self._monitor: self._evaluated(run)})
+        except KeyboardInterrupt:
+            print("Interrupted training loop.")
+            self.callback.end_train(self, self._output)
+            raise
+        self.callback.end_train(self, self._output)
+
+    def _start(self) -> Run:
+        """A run with the attributes as they are now. Nothing is trained before it is entered."""
+        device = torch.device(self.device)
+        trainer = weft_trainer.Trainer(
+            epochs=self.epochs,
+            optimizer=self.optimizer,
+            train_metric=self.train_metric,
+            dev_metric=self.dev_metric,
+            test_metric=self.test_metric,
+            monitor_metric=self._monitor,
+            monitor_mode=self.eval_mode,
+            accelerator=device.type,
+            devices=1 if device.index is None else [device.index],
+            training_step=self._training_step,
+            validation_step=self._validation_step,
+            hooks={
+                "on_before_optimizer_step": self._clip,
+                "on_step_end": self._end_batch,
+                "on_epoch_end": self._end_epoch,
+            },
+            progress=False,
+        )
+        names = ("train_data", "dev_data", "test_data")
+        train, dev, test = (None if getattr(self, name) is None else _Loader(self, name) for name in names)
+        return trainer.start(self.model, Data(train, dev, test))
+
+    @property
+    def _eval_metric(self) -> str:
+        """`eval_metric`, or the training metric where it belongs to a dev set that is missing."""
+        missing = self.dev_data is None and self.eval_metric.removeprefix("mean_") in (self.dev_metric, "dev_loss")
+        return self.train_metric if missing else self.eval_metric
+
+    @property
+    def _monitor(self) -> str:
+        """The name in the history of what decides."""
+        return "mean_" + self._eval_metric.removeprefix("mean_")
+
+    def _training_step(self, trainer: Any, batch: Any) -> dict[str, Any]:
+        output = self.model(_own_name(batch))
+        if self.multi_fidelity:
+            alphas = [n.callable.get_alpha_loss() for n in self.model.nodes if hasattr(n.callable, "get_alpha_loss")]  # type: ignore[union-attr]
+            if not alphas:
+                raise TypeError("multi_fidelity=True, but no node's callable has get_alpha_loss(), as StackedMLP has.")
+            output[self.train_metric] = output[self.train_metric] + sum(alphas)
+        self._output = output
+        return output
+
+    def _clip(self, trainer: Any, optimizer: Any) -> None:
+        if needs_closure(optimizer):
+            if self.clip not in (None, DEFAULT_CLIP):
+                name = type(optimizer).__name__
+                trainer.run.warn_once(
+                    f"clip={self.clip} has no effect with {name}: a line search needs true gradients."
+                )
+            return
+        if self.clip is None:
+            return
+        if trainer.global_step == 0:
+            held = set(map(id, parameters_of(optimizer)))
+            stale = [n for n, p in self.model.named_parameters() if p.grad is not None and id(p) not in held]
+            if stale:
+                trainer.run.warn_once(
+                    f"{', '.join(stale[:5])}: these get gradients, but the optimizer does not hold them. The gradients add "
+                    "up over the run and enter the clipping norm, as in NeuroMANCER; freeze them, or pass clip=None."
+                )
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+
+    def _end_batch(self, trainer: Any, batch: Any, loss: Tensor) -> None:
+        self._output = {**_detached(self._output), self.train_metric: loss}
+        self._seen.append((loss, self._output))
+        self.callback.end_batch(self, self._output)
+
+    def _evaluated(self, run: Run) -> Any:
+        """What decides about best weights, after the epoch's callbacks, the scheduler and the dev set."""
+        mean = torch.stack([loss for loss, _ in self._seen]).mean()
+        self._output[f"mean_{self.train_metric}"] = mean
+        means = {**self._means(), f"mean_{self.train_metric}": mean}
+        self.callback.begin_epoch(self, self._output)
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step(*((mean,) if isinstance(self.lr_scheduler, ReduceLROnPlateau) else ()))
+        if run.has("dev"):
+            last, dev_means = self._over_dev(run)
+            self._output, means = {**self._output, **last}, {**means, **dev_means}
+        name = self._eval_metric
+        measured = self._output.get(name)
+        self._call_evaluating("begin_eval")
+        if self._output.get(name) is not measured:  # the callback's own measure
+            return self._output[name]
+        if self._monitor not in means:
+            known = sorted(
+                name for name, value in self._output.items() if isinstance(value, Tensor) and value.numel() == 1
+            )
+            raise ValueError(f"eval_metric={name!r} never appears{suggest(name, known)}; there are {known}.")
+        return means[self._monitor]
+
+    def _call_evaluating(self, *points: str) -> None:
+        if type(self.callback) is not Callback:  # for one with nothing in it the modes need not change
+            with evaluating(self.model):
+                for point in points:
+                    getattr(self.callback, point)(self, self._output)
+
+    def _over_dev(self, run: Run) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The last dev batch's output with the mean loss, and the means over batches."""
+        self._seen = []
+        run.evaluate("dev")
+        mean = torch.stack([loss for loss, _ in self._seen]).mean()
+        means = {**self._means(), f"mean_{self.dev_metric}": mean}
+        return {**self._seen[-1][1], f"mean_{self.dev_metric}": mean}, means
+
+    def _validation_step(self, trainer: Any, batch: Any) -> dict[str, Any]:
+        output = self.model(_own_name(batch))
+        self._seen.append((output[self.dev_metric].detach(), _detached(output)))
+        return output
+
+    def _means(self) -> dict[str, Tensor]:
+        """The mean over the batches just seen of the metric that decides, if they have it."""
+        name = self._eval_metric.removeprefix("mean_")
+        values = [out[name] for _, out in self._seen if isinstance(out.get(name), Tensor) and out[name].numel() == 1]
+        return {f"mean_{name}": torch.stack(values).mean()} if values else {}
+
+    def _set_value_to_beat(self, run: Run) -> None:
+        random = random_state()  # a loader draws when it is iterated; the curve must not depend on this look
+        _, means = self._over_dev(run)
+        set_random_state(random)
+        if self._monitor in means:
+            value = float(means[self._monitor])
+            run.best.update(self._monitor, value, self.current_epoch - 1, self.eval_mode, self.model)
+
+    def _end_epoch(self, trainer: Any, metrics: dict[str, float]) -> None:
+        run, epoch = trainer.run, trainer.current_epoch
+        if run.improved:
+            self.best_model, self.best_devloss, self.badcount = run.best.weights.state_dict(), run.best.value, 0
+        elif epoch > self.warmup:
+            self.badcount += 1
+        if self.logger is not None:
+            self.logger.log_metrics(self._output, step=epoch)
+        elif epoch % self.epoch_verbose == 0:
+            print(f"epoch: {epoch}  {self.train_metric}: {self._output[f'mean_{self.train_metric}']}")
+        self._call_evaluating("end_eval", "end_epoch")
+        if self.patience is not None and self.badcount > self.patience:
+            print("Early stopping!!!")
+            run.stop("patience")
+        self.current_epoch = epoch + 1
+
+    # ----------------------------------------------------------------------------------------------------------- test
+
+    def test(self, best_model: dict[str, Any]) -> dict[str, Any]:
+        """The last batch's output of every split, and the mean losses over batches (`mean_train_loss`, ...).
+
+        The problem then holds `best_model`. Splits without data are left out.
+        """
+        self.model.load_state_dict(best_model, strict=False)
+        run, output = self._start(), {}
+        self.callback.begin_test(self)
+        metrics = {"train": self.train_metric, "dev": self.dev_metric, "test": self.test_metric}
+        with evaluating(self.model):
+            for split, metric in metrics.items():
+                if run.has(split):
+                    outputs = [_detached(self.model(_own_name(batch))) for batch in run.batches_of(split)]
+                    mean = torch.stack([out[metric] for out in outputs]).mean()
+                    output = {**output, f"mean_{metric}": mean, **outputs[-1]}
+        self.callback.end_test(self, output)
+        if self.logger is not None:
+            self.logger.log_metrics({f"best_{k}": v for k, v in output.items()})
+        return output
+
+    def evaluate(self, best_model: dict[str, Any]) -> dict[str, Any]:
+        """`test` under its old name."""
+        return self.test(best_model)
+
+
+class _Loader:
+    """The loader that an attribute of the trainer holds when an epoch begins, as it is.
+
+    The name that a batch has (its dataset's, which prefixes the metrics) is put aside.
+    """
+
+    def __init__(self, trainer: Trainer, attribute: str) -> None:
+        self.trainer, self.attribute = trainer, attribute
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in getattr(self.trainer, self.attribute):
+            yield {_OWN_NAME if k == "name" else k: v for k, v in batch.items()} if isinstance(batch, dict) else batch
+
+
+_OWN_NAME = "name given by its loader"
+
+
+def _own_name(batch: Any) -> Any:
+    if not isinstance(batch, dict) or _OWN_NAME not in batch:
+        return batch
+    return {**{k: v for k, v in batch.items() if k != _OWN_NAME}, "name": batch[_OWN_NAME]}
+
+
+def _detached(output: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.detach() if isinstance(v, Tensor) else v for k, v in output.items()}
+

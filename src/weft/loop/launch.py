@@ -1,0 +1,205 @@
+"""Training in processes that are started for one call: what `ddp_spawn`, `ddp_fork` and `ddp_notebook` do.
+
+A method of the trainer runs in each of them. What it returns, the weights and the state of the run come back to the
+calling process through a file, so `result`, `problem` and `trainer` are what they would be after a fit in this process.
+Everything else that changed there (an attribute of the trainer, a list that a hook appends to) stays there;
+`trainer.state` comes back.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import signal
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from weft.checkpoint import archive
+from weft.checkpoint.weights import load_into, state_of
+from weft.config import TrainerConfig
+from weft.devices import seeding
+from weft.devices.fabric import is_one, make_fabric, quiet, start_method, starts_function
+from weft.devices.processes import dumps
+from weft.devices.signals import interactive
+from weft.events import Hook
+from weft.loop.result import FitResult
+from weft.loop.resume import restore_hooks, state_of_run
+from weft.loop.run import Run
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+    from weft.loop.trainer import Trainer
+
+
+def fabric_for_calls(trainer: Trainer) -> Fabric | None:
+    """The Fabric that runs methods of `trainer` in processes of their own; None if its strategy does not, or they are these."""
+    config, strategy = trainer.config, trainer.options["strategy"]
+    if trainer.launched is not None or not _may_start_functions(config, strategy):
+        return None
+    fabric = make_fabric(config, strategy, trainer.options["plugins"])
+    return fabric if starts_function(fabric) else None
+
+
+def _may_start_functions(config: TrainerConfig, strategy: Any) -> bool:
+    if strategy is not None:
+        return getattr(strategy, "_start_method", "popen") != "popen"
+    several = not is_one(config.devices) or config.num_nodes > 1
+    return config.strategy in ("ddp_spawn", "ddp_fork", "ddp_notebook") or (
+        config.strategy == "auto" and several and interactive()
+    )
+
+
+def call(trainer: Trainer, fabric: Fabric, method: str, problem: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """`getattr(trainer, method)(*args, **kwargs)` in the processes of `fabric`; what the first of them returns.
+
+    `problem` and `trainer.run` are afterwards as they are there. The error of the process that failed first is raised.
+    """
+    spawns = start_method(fabric) == "spawn"
+    with tempfile.TemporaryDirectory(prefix="weft-") as folder, _same_environment(), _interrupts_go_to_children() as asked:
+        work: Any = (trainer, problem, method, args, kwargs)
+        if spawns:  # pickle cannot send lambdas, cloudpickle can
+            import cloudpickle
+
+            work = dumps(work, cloudpickle.Pickler)
+        try:
+            with quiet():
+                fabric.launch(_work, work, folder, _Quiet())  # pyright: ignore[reportArgumentType]: takes arguments
+        except Exception as error:
+            if asked:
+                raise KeyboardInterrupt from error
+            _raise_first(Path(folder), error)
+        told = archive.read(Path(folder) / "told.ckpt")
+    fabric._precision.convert_module(problem)  # as it was there (64-true, bf16-true)
+    load_into(problem, told["problem"], source="the launched processes", any_size=True)
+    if told["state"] is None:
+        return told["returned"]
+    trainer.run = _run_after(trainer, problem, told)
+    return trainer.run.result
+
+
+class _Quiet:
+    """Turns off Fabric's lines about processes that start, in a new process: where it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return _be_quiet, ()
+
+
+def _be_quiet() -> None:
+    import lightning.fabric  # sets the levels when it is imported
+
+    logging.getLogger(lightning.fabric.__name__).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+
+
+def _work(fabric: Fabric, work: Any, folder: str, quiet: Any = None) -> None:
+    """What each process does. `told.ckpt` is written by the first, `error-<rank>` by one that fails."""
+    try:
+        if isinstance(work, bytes):
+            import cloudpickle
+
+            work = cloudpickle.loads(work)
+        trainer, problem, method, args, kwargs = work
+        trainer.launched = fabric
+        returned = getattr(trainer, method)(*args, **kwargs)
+        is_fit = isinstance(returned, FitResult)
+        state = state_of_run(trainer.run) if is_fit else None  # of all processes
+        if fabric.is_global_zero:
+            returned = _plain_result(returned) if is_fit else returned
+            told = {"problem": state_of(problem), "state": state, "returned": returned}
+            archive.write(Path(folder) / "told.ckpt", told)
+        if torch.distributed.is_initialized():  # else a process of ddp_spawn aborts when it exits
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+    except BaseException as error:
+        told = (time.monotonic(), _pickled(error), traceback.format_exc())
+        Path(folder, f"error-{fabric.global_rank}").write_bytes(pickle.dumps(told))
+        raise
+
+
+def _plain_result(result: FitResult) -> dict[str, Any]:
+    values = {field.name: getattr(result, field.name) for field in fields(result)}
+    return {**values, "run_dir": None if result.run_dir is None else str(result.run_dir)}
+
+
+def _run_after(trainer: Trainer, problem: nn.Module, told: dict[str, Any]) -> Run:
+    """The run as it is after the fit, in a process that did not train."""
+    previous, state = trainer.run, told["state"]
+    run = Run(trainer, problem, previous if previous is not None and previous.is_of(problem) else None)
+    run.carried, run.seed = state, state["seed"]
+    run.progress.load_state_dict(state["progress"])
+    run.history.load_state_dict(state["history"])
+    run.best.load_state_dict(state["best"], problem)
+    trainer.state.update(state["state"])
+    restore_hooks([*(m for m in problem.modules() if isinstance(m, Hook)), *trainer.hooks], state)
+    values = told["returned"]
+    run.run_dir = None if values["run_dir"] is None else Path(values["run_dir"])
+    run.result = FitResult(**{**values, "run_dir": run.run_dir})
+    run.stop_reason = run.result.stop_reason
+    seeding.set_random_state({**state["random"], "cuda": []})  # as if the first process had been this one
+    return run
+
+
+def _pickled(error: BaseException) -> bytes | None:
+    try:
+        import cloudpickle
+
+        data = cloudpickle.dumps(error)
+        cloudpickle.loads(data)
+    except Exception:  # noqa: BLE001, an exception that cannot travel
+        return None
+    return data
+
+
+def _raise_first(folder: Path, error: Exception) -> None:
+    """Raise the error of the process that failed first, as it was there; those of the others follow from it."""
+    told = [(*pickle.loads(path.read_bytes()), path.name) for path in folder.glob("error-*")]
+    if not told:
+        raise error
+    _, pickled, text, name = min(told)
+    first = pickle.loads(pickled) if pickled is not None else RuntimeError(text.strip().splitlines()[-1])
+    first.add_note(f"Raised in process {name.removeprefix('error-')} of the launched ones:\n{text}")
+    raise first from None
+
+
+@contextmanager
+def _same_environment() -> Iterator[None]:
+    """Fabric leaves the address of its processes in the environment, where the next ones would look for it."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+        os.environ.update(before)
+
+
+@contextmanager
+def _interrupts_go_to_children() -> Iterator[list[int]]:
+    """Ctrl-C reaches every process of the group; here it is only noted, and the children end their step."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def note(number: int, frame: Any) -> None:
+        asked.append(number)
+
+    note.is_of_weft = True  # type: ignore[attr-defined]: a fit in a forked process may handle the signal itself
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+

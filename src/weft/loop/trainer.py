@@ -1,0 +1,402 @@
+"""Trainer: options in, the loop, a result out.
+
+    trainer = weft.Trainer(epochs=200, patience=20)
+    result = trainer.fit(problem, data_setup, nsim=5000)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.checkpoint.weights_files import save_weights
+from weft.config import TrainerConfig, build
+from weft.data.data import Data
+from weft.events import as_hooks
+from weft.loop.default_hooks import hooks_from
+from weft.loop.launch import call, fabric_for_calls
+from weft.loop.result import FitResult
+from weft.loop.run import Run
+from weft.problem.reading import forward_nodes
+from weft.problem.terms import argument_keys
+from weft.step.optimizers import default_optimizer
+from weft.step.phase import Phase
+from weft.types import suggest
+
+_STEPS = {"train": "training_step", "dev": "validation_step", "test": "test_step", "predict": "predict_step"}
+_OBJECTS: dict[str, Any] = dict.fromkeys(
+    ("optimizer", "scheduler", "phases", "metrics", *_STEPS.values(), "hooks", "loggers", "plugins", "strategy", "profiler")
+)
+"""Options that may be objects; all others are fields of TrainerConfig."""
+
+
+class Trainer:
+    """Trains a problem: a module that returns a dict with a loss for a batch.
+
+    Plain options are the fields of `weft.TrainerConfig` (see there for values and defaults). Besides:
+
+    optimizer: an instance, a function of the parameters, or a dict of them by name; default Adam(1e-3, (0.0, 0.9)).
+    scheduler: a function of the optimizer, an instance, a `weft.Schedule`, or a dict of them by optimizer name.
+    phases: a list of `weft.Phase`, trained one after the other; `epochs` is then theirs.
+    metrics: further metrics by name, functions whose argument names are keys of the problem's output or of the batch.
+    training_step, validation_step, test_step, predict_step: `fn(trainer, batch)` -> loss or dict.
+    hooks: a `weft.Hook`, a dict of functions by event, or a list mixing both (and, with a LightningModule, Callbacks).
+    loggers: "tensorboard", "csv", any Lightning logger, or a list; a run folder has its metrics.csv in any case.
+    strategy, plugins, profiler: also objects (Fabric's strategies and plugins; anything with start, step, stop).
+
+    Subclasses may override `training_step(self, batch)`, `validation_step`, `test_step`, `predict_step`,
+    `configure_optimizers(self)` and `update(self, batch)`. Unknown options raise TypeError with a suggestion, wrong
+    values ValueError; nothing happens before `fit`. The trainer takes any attribute of yours, and `trainer.state`
+    is a dict for tensors and plain values that is checkpointed too.
+    """
+
+    monitors_by_default = True
+    recipe: dict[str, Any] | None = None
+    """The config that describes this run, where it was made from one (weft.recipes.recipe); written into the run's folder."""
+
+    def __init__(self, **options: Any) -> None:
+        known = {*TrainerConfig.__dataclass_fields__, *_OBJECTS}
+        if unknown := [name for name in options if name not in known]:
+            hint = suggest(unknown[0], known)
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(map(repr, unknown))}{hint or '.'}")
+        self.options = {**_OBJECTS, **{k: v for k, v in options.items() if k in _OBJECTS}}
+        plain = {k: v for k, v in options.items() if k not in _OBJECTS}
+        for name in ("strategy", "profiler"):  # a name is plain data, an object is not
+            if isinstance(self.options[name], str):
+                plain[name], self.options[name] = self.options[name], None
+        self.config: TrainerConfig = build(TrainerConfig, plain)
+        from weft.loop.adapters import split_hooks
+
+        own, self.callbacks = split_hooks(self.options["hooks"])
+        self.hooks: list[Any] = as_hooks(own)
+        self.phases: list[Phase] = _phases(self.options["phases"], plain)
+        self.metric_functions = _metrics(self.options["metrics"])
+        for name in _STEPS.values():
+            if (step := self.options[name]) is not None:
+                if not callable(step):
+                    raise TypeError(f"{name}={step!r}: expected a function (trainer, batch).")
+                setattr(self, name, partial(step, self))
+        self.state: dict[str, Any] = {}
+        self.run: Run | None = None
+        self.launched: Any = None  # the Fabric of a process that was started for this fit alone
+
+    def __repr__(self) -> str:
+        default = TrainerConfig()
+        changed = {k: v for k, v in vars(self.config).items() if v != getattr(default, k)}
+        changed |= {k: v for k, v in self.options.items() if v is not None}
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in changed.items())})"
+
+    # ------------------------------------------------------------------ fit
+
+    def fit(
+        self, problem: nn.Module, data: Any = None, dev: Any = None, *, datamodule: Any = None,
+        train_dataloaders: Any = None, val_dataloaders: Any = None, resume: str | None = None, **setup_kwargs: Any,
+    ) -> FitResult:  # fmt: skip
+        """Train `problem` and return the result; the problem then holds the best weights.
+
+        `data`: a data setup function (called with `setup_kwargs`), a `weft.Data`, (train, dev, test, batch_size), a
+        dataset, a loader or any iterable of batches (`dev` is then the other one). A second fit of the same problem
+        trains on; another problem starts anew. `resume`: "auto", "last", "best" or a checkpoint's path.
+        A LightningModule comes with loaders (`train_dataloaders`, `val_dataloaders`), a `datamodule`, or its own data.
+        """
+        given = {"datamodule": datamodule, "train_dataloaders": train_dataloaders, "val_dataloaders": val_dataloaders}
+        if (fabric := fabric_for_calls(self)) is not None:  # ddp_spawn, ddp_fork, ddp_notebook
+            result = call(self, fabric, "fit", problem, problem, data, dev, resume=resume, **given, **setup_kwargs)
+            self._running.given_data = _make_data(self._running, data, dev, **given, setup_kwargs=setup_kwargs)
+            return result
+        with self.start(problem, data, dev, resume=resume, **given, **setup_kwargs) as run:
+            for _ in run.epochs():
+                for batch in run.batches("train"):
+                    run.update(batch)
+                if run.validation_due:
+                    run.evaluate("dev")
+        assert run.result is not None
+        return run.result
+
+    def start(
+        self, problem: nn.Module, data: Any = None, dev: Any = None, *, datamodule: Any = None,
+        train_dataloaders: Any = None, val_dataloaders: Any = None, resume: str | None = None, **setup_kwargs: Any,
+    ) -> Run:  # fmt: skip
+        """A run for a loop of your own (`with trainer.start(...) as run:`); the arguments are those of `fit`."""
+        if not isinstance(problem, nn.Module):
+            raise TypeError(f"fit: the problem is {type(problem).__name__} {problem!r}; expected a torch.nn.Module.")
+        given = {"datamodule": datamodule, "train_dataloaders": train_dataloaders, "val_dataloaders": val_dataloaders}
+        previous = self.run if self.run is not None and self.run.is_of(problem) else None
+        if previous is None:
+            self.run = None
+        run = self._run_of(problem, previous)
+        make_data = _make_data(run, data, dev, **given, setup_kwargs=setup_kwargs)
+        run.prepare(make_data, resume if resume is not None else self.config.resume)
+        self.run = run
+        return run
+
+    def _run_of(self, problem: nn.Module, previous: Run | None = None) -> Run:
+        """A new run: weft's own, or that of an integration which knows this kind of problem."""
+        from weft.loop.adapters import adapter_for
+
+        run = (adapter_for(problem) or Run)(self, problem, previous)
+        if self.callbacks and not run.takes_callbacks:
+            names = ", ".join(type(c).__name__ for c in self.callbacks)
+            raise TypeError(f"hooks: {names} are Lightning Callbacks, which need a LightningModule; use a weft.Hook.")
+        return run
+
+    def default_hooks(self, run: Run) -> list[Any]:
+        """The hooks that the options ask for: progress line, early stopping, logging, checkpoints."""
+        return hooks_from(self, run)
+
+    # ------------------------------------------------------------------ what subclasses override
+
+    def training_step(self, batch: Any) -> Any:
+        """The loss of a training batch, or a dict that holds it."""
+        return self.problem(batch)
+
+    def validation_step(self, batch: Any) -> Any:
+        """The loss of a dev batch, or a dict that holds it; every scalar in it is reported."""
+        return self.problem(batch)
+
+    def test_step(self, batch: Any) -> Any:
+        """The loss of a test batch, or a dict that holds it."""
+        return self.problem(batch)
+
+    def predict_step(self, batch: Any) -> Mapping[str, Tensor]:
+        """The predictions for a batch, by key."""
+        return forward_nodes(self.problem)(batch)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer(s): an instance, a function of the parameters, or a dict of them by name."""
+        given = self.options["optimizer"]
+        return default_optimizer if given is None else given
+
+    def update(self, batch: Any) -> Any:
+        """Update the parameters once from `batch` (a list of batches when accumulating).
+
+        An override uses `self.backward(loss)` and `self.step(optimizer)`, or `super().update(batch)`; what it
+        returns (a loss, a dict of scalars) is logged.
+        """
+        return self._running.default_update(batch)
+
+    def overrides(self, name: str) -> bool:
+        """Whether a method is not the one of `weft.Trainer`: overridden, or set on this object."""
+        return name in vars(self) or getattr(type(self), name) is not getattr(Trainer, name)
+
+    def step_function(self, split: str, problem: nn.Module) -> Callable[[Any], Any]:
+        """What is called with each batch of `split`: the user's step, or the problem itself."""
+        name = _STEPS[split]
+        return getattr(self, name) if self.overrides(name) or split == "predict" else problem
+
+    # ------------------------------------------------------------------ tools, while training
+
+    @property
+    def _running(self) -> Run:
+        if self.run is None:
+            raise RuntimeError("Nothing was trained yet: call fit (or start) first.")
+        return self.run
+
+    @property
+    def problem(self) -> nn.Module:
+        """The problem that is trained."""
+        return self._running.problem
+
+    @property
+    def current_epoch(self) -> int:
+        """The number of the epoch, from 0."""
+        return self.run.progress.epoch if self.run is not None else 0
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer updates done so far."""
+        return self.run.progress.step if self.run is not None else 0
+
+    @property
+    def train_metric(self) -> str:
+        """The key of the training loss."""
+        return self.config.train_metric
+
+    @property
+    def dev_metric(self) -> str:
+        """The key of the dev loss."""
+        return self.config.dev_metric
+
+    @property
+    def test_metric(self) -> str:
+        """The key of the test loss."""
+        return self.config.test_metric
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer, or the first of several."""
+        return next(iter(self._running.optimizers.values()))
+
+    @property
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """The optimizers by name ("default" where none was given)."""
+        return self._running.optimizers
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """Gradients of `loss`, added to those that are there."""
+        self._running.backward(loss, **kwargs)
+
+    def step(self, optimizer: Any = None) -> bool:
+        """Clip, check and step an optimizer (itself, its name, or None for all); then clear their gradients."""
+        return self._running.step(optimizer)
+
+    def log(self, values: Mapping[str, Any] | str, value: Any = None) -> None:
+        """Record scalars (a dict, or one name and its value): their epoch means go to history and loggers."""
+        self._running.log({values: value} if isinstance(values, str) else values)
+
+    def stop(self, reason: str = "stopped") -> None:
+        """End training after the current step."""
+        self._running.stop(reason)
+
+    # ------------------------------------------------------------------ after training
+
+    def validate(
+        self, data: Any = None, dataloaders: Any = None, *, problem: nn.Module | None = None, datamodule: Any = None,
+        **setup_kwargs: Any,
+    ) -> dict[str, float]:  # fmt: skip
+        """Means over the dev set (of the last fit, or `data`) as floats, with the history's keys.
+
+        A problem may come first: `validate(problem, data)`. A LightningModule may bring its own data or a `datamodule`.
+        """
+        return self._evaluate("dev", *asked(data, dataloaders, problem, datamodule), setup_kwargs)
+
+    def test(
+        self, data: Any = None, dataloaders: Any = None, *, problem: nn.Module | None = None, datamodule: Any = None,
+        **setup_kwargs: Any,
+    ) -> dict[str, float]:  # fmt: skip
+        """Means over the test set (of the last fit, or `data`) as floats, with the history's keys; see `validate`."""
+        return self._evaluate("test", *asked(data, dataloaders, problem, datamodule), setup_kwargs)
+
+    def predict(
+        self, data: Any = None, dataloaders: Any = None, *, problem: nn.Module | None = None, datamodule: Any = None,
+        **setup_kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """What the nodes compute for each row of the predict set (or `data`), in order, on the CPU, by key.
+
+        Inputs and losses are left out, and targets may be missing from the data. Of a LightningModule: what its
+        `predict_step` returned, a list with one entry a batch (a list of such lists for several loaders).
+        """
+        return self._evaluate("predict", *asked(data, dataloaders, problem, datamodule), setup_kwargs)
+
+    def _evaluate(self, split: str, problem: nn.Module | None, data: Any, setup_kwargs: Any) -> dict[str, Any]:
+        if (fabric := fabric_for_calls(self)) is not None:
+            return call(self, fabric, "_evaluate", problem or self.problem, split, problem, data, setup_kwargs)
+        with self._evaluating(problem, split, data, setup_kwargs) as run:
+            if not run.has(split):
+                raise ValueError(f"{split}: there is no {split} data; pass some.")
+            if split == "predict":
+                return run.predict()
+            return run.evaluate(split)
+
+    @contextmanager
+    def _evaluating(
+        self, problem: nn.Module | None, split: str, data: Any, setup_kwargs: Mapping[str, Any]
+    ) -> Iterator[Run]:
+        """The run to evaluate in: that of the last fit, or one for this problem or data, which is gone afterwards."""
+        run, last = self.run, self.run
+        if last is not None and last.carried is not None:  # the fit was in other processes: its data is made again
+            run = last = self._run_of(last.problem, last).prepare(last.given_data)
+        if problem is None:
+            problem = self._running.problem
+        is_new = last is None or not last.is_of(problem)
+        if is_new or data is not None or setup_kwargs:
+            run = self._run_of(problem)
+            if is_new and data is None and not setup_kwargs and not run.brings_data:
+                raise TypeError(f"{split}: give the data for a problem that was not trained here.")
+            run.prepare(run.data_to_evaluate(split, data, setup_kwargs, last))
+        assert run is not None
+        self.run = run
+        try:
+            with run.in_use():
+                yield run
+        finally:
+            self.run = last
+
+    def save_weights(self, path: Any) -> None:
+        """Write the problem's weights to `path`: plain tensors, readable with `weft.load_weights`."""
+        save_weights(self.problem, path)
+
+
+def _signature() -> inspect.Signature:
+    """All options by name, with type and default, for `help` and for notebooks."""
+    fields = {f.name: (f.default, f.type) for f in dataclasses.fields(TrainerConfig)}
+    options = {**dict.fromkeys(_OBJECTS, (None, "Any")), **fields}
+    named = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, (default, annotation) in options.items()
+    ]
+    return inspect.Signature([inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD), *named])
+
+
+Trainer.__init__.__signature__ = _signature()  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def asked(data: Any, dataloaders: Any, problem: nn.Module | None, datamodule: Any) -> tuple[nn.Module | None, Any]:
+    """The problem and the data that an evaluation was asked for; either may be None."""
+    if isinstance(data, nn.Module) and problem is None:
+        problem, data = data, None
+    given = [d for d in (data, dataloaders, datamodule) if d is not None]
+    if len(given) > 1:
+        raise TypeError("Give the data once: as `data`, `dataloaders` or `datamodule`.")
+    return problem, given[0] if given else None
+
+
+def _either(name: str, value: Any, other: str, alias: Any) -> Any:
+    if value is not None and alias is not None:
+        raise TypeError(f"fit: {name} and {other} are the same; give one of them.")
+    return value if alias is None else alias
+
+
+def _make_data(
+    run: Run, data: Any, dev: Any, *, datamodule: Any, train_dataloaders: Any, val_dataloaders: Any,
+    setup_kwargs: dict[str, Any],
+) -> Callable[[], Data]:  # fmt: skip
+    """A function that makes the `Data` of the arguments of `fit`."""
+    data = _either("data", data, "train_dataloaders", train_dataloaders)
+    dev = _either("dev", dev, "val_dataloaders", val_dataloaders)
+    return run.data_of_fit(data, dev, datamodule, setup_kwargs)
+
+
+def _phases(phases: Any, plain: Mapping[str, Any]) -> list[Phase]:
+    if not phases:
+        return []
+    if not isinstance(phases, list | tuple):
+        raise TypeError(f"phases={phases!r}: expected a list of weft.Phase.")
+    if wrong := [p for p in phases if not isinstance(p, Phase)]:
+        raise TypeError(f"phases: {wrong[0]!r} is no weft.Phase.")
+    if "epochs" in plain and plain["epochs"] != sum(p.epochs for p in phases):
+        raise ValueError(f"epochs={plain['epochs']} contradicts the phases, which last {[p.epochs for p in phases]}.")
+    return list(phases)
+
+
+def _metrics(given: Any) -> dict[str, Callable[[Mapping[str, Any], Any], Any]]:
+    if given is not None and not isinstance(given, Mapping):
+        raise TypeError(f"metrics={given!r}: expected a dict of functions by name.")
+    return {name: _metric(name, fn) for name, fn in (given or {}).items()}
+
+
+def _metric(name: str, fn: Callable[..., Any]) -> Callable[[Mapping[str, Any], Any], Any]:
+    """A metric function of keys as a function of (output, batch)."""
+    if not callable(fn):
+        raise TypeError(f"metrics[{name!r}] is {fn!r}; expected a function of keys.")
+    keys = argument_keys(fn, f"metrics[{name!r}]")
+
+    def measure(out: Mapping[str, Any], batch: Any) -> Any:
+        inputs = batch if isinstance(batch, Mapping) else {}
+        values, prefix = [], f"{inputs.get('name', '')}_"
+        for key in keys:
+            found = next((d[k] for d in (out, inputs) for k in (key, prefix + key) if k in d), None)
+            if found is None:
+                raise KeyError(f"Metric {name!r} reads {key!r}, which is neither in the output {list(out)} nor in the batch.")
+            values.append(found)
+        return fn(*values)
+
+    return measure
+

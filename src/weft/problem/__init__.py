@@ -1,0 +1,1 @@
+"""What is trained: nodes, terms, losses, and problems made of them."""

@@ -1,0 +1,187 @@
+"""The problem: what maps a batch to named outputs and one loss. Node, Rollout, Problem.
+
+    net = weft.Node(mlp, ["a", "p"], ["x"], name="solution")
+    problem = weft.Problem([net], objectives=[weft.objective(rosenbrock)], constraints=[weft.less_equal("x", 1.0)])
+    problem({"a": a, "p": p, "name": "train"})["train_loss"].backward()
+    print(problem.describe())
+
+The functions at the end read any problem: weft's, NeuroMANCER's (known by its shape, never imported), a plain module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from weft.problem.drawing import Drawing, draw
+from weft.problem.losses import PenaltyLoss
+from weft.problem.nodes import _duplicates, _inputs, _node_list, _outputs
+from weft.problem.terms import RESERVED_KEYS, Constraint, MissingKeyError, Objective, Term, explain
+from weft.types import Batch
+
+
+class Problem(nn.Module):
+    """Nodes that compute, terms that judge, and a loss that adds the terms up. Called with a batch, returns a dict:
+
+    every node's outputs under their own keys, and as scalars, for the split s (`batch["name"]`, "train" if missing):
+    `s_<term>` (its contribution to the loss, weight included), `s_<constraint>_violation` (mean, without weight),
+    `s_objective_loss`, `s_penalty_loss` and `s_loss`. What came with the batch is not returned.
+
+    nodes: Node, Rollout, or anything like a NeuroMANCER node (`input_keys`, `output_keys`, dict in, dict out).
+    loss: PenaltyLoss (the default), BarrierLoss or AugmentedLagrangian.
+    grad_inference: keep autograd on in evaluation, for losses made of derivatives (PINNs).
+    Raises ValueError here for names used twice, keys written twice, and a node that reads what only a later one writes;
+    KeyError on a batch for a key that nothing provides.
+    """
+
+    def __init__(
+        self,
+        nodes: Iterable[nn.Module],
+        objectives: Iterable[Objective] = (),
+        constraints: Iterable[Constraint] = (),
+        loss: nn.Module | None = None,
+        grad_inference: bool = False,
+        name: str = "problem",
+    ) -> None:
+        super().__init__()
+        self.name, self.grad_inference = name, grad_inference
+        self.nodes = nn.ModuleList(_node_list(nodes, f"Problem {name!r}"))
+        self.objectives = nn.ModuleList(_term_list(objectives, Objective, "objective"))
+        self.constraints = nn.ModuleList(_term_list(constraints, Constraint, "constraint"))
+        if isinstance(loss, type) or (loss is not None and not isinstance(loss, nn.Module)):
+            raise TypeError(f"{self}: loss must be an instance such as weft.PenaltyLoss(); got {loss!r}.")
+        self.loss = PenaltyLoss() if loss is None else loss
+        if not self.terms:
+            raise ValueError(f"{self} has nothing to minimise; give at least one objective or constraint.")
+        self.inputs = self._check_keys()
+        self._check_names()
+
+    @property
+    def terms(self) -> dict[str, Term]:
+        """The objectives, then the constraints, by name."""
+        return {term.name: term for term in cast(Iterable[Term], [*self.objectives, *self.constraints])}
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Outputs, terms and losses by key; see the class."""
+        split = batch.get("name", "train")
+        data = dict(batch)
+        out = self._run_nodes(data)
+        for key, value in self.loss(data, self.objectives, self.constraints).items():
+            out[f"{split}_{key}"] = value
+        return out
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        """The outputs of the nodes alone; targets, which only terms read, may be missing."""
+        return self._run_nodes(dict(batch))
+
+    def _run_nodes(self, data: dict[str, Any]) -> dict[str, Tensor]:
+        """The outputs of all nodes, which are also added to `data`."""
+        out: dict[str, Tensor] = {}
+        for node in self.nodes:
+            try:
+                new = node(data)
+            except KeyError as error:  # weft's nodes tell themselves, others do not
+                if not isinstance(error, MissingKeyError):
+                    explain(error, f"node {node.name!r}", _inputs(node), data)
+                raise
+            if len(new) != len(_outputs(node)):  # a NeuroMANCER System also returns its inputs
+                new = {k: new[k] for k in _outputs(node)}
+            data.update(new)
+            out.update(new)
+        return out
+
+    def _check_keys(self) -> list[str]:
+        """The keys that must come with the data, in the order they are read. Raises for keys written twice or late."""
+        writer: dict[str, nn.Module] = {}
+        inputs: list[str] = []
+        for i, node in enumerate(self.nodes):
+            for key in _inputs(node):
+                if key in writer or key in inputs:
+                    continue
+                late = [n for n in self.nodes[i + 1 :] if key in _outputs(n) and key not in _inputs(n)]
+                if late:
+                    raise ValueError(
+                        f"{self}: node {node.name!r} reads {key!r}, which only the later node {late[0].name!r} writes; "
+                        "list the nodes in the order in which they run, or make a Rollout of a loop."
+                    )
+                inputs.append(key)
+            for key in _outputs(node):
+                if key in writer:
+                    raise ValueError(
+                        f"{self}: nodes {writer[key].name!r} and {node.name!r} both write {key!r}; rename one output."
+                    )
+                if key in RESERVED_KEYS:
+                    raise ValueError(
+                        f"{self}: node {node.name!r} writes {key!r}, which describes the batch; rename it."
+                    )
+                writer[key] = node
+        for term in cast(Iterable[Term], [*self.objectives, *self.constraints]):
+            inputs += [k for k in term.keys if k not in writer and k not in inputs]
+        return inputs
+
+    def _check_names(self) -> None:
+        if duplicates := _duplicates(n.name for n in self.nodes):
+            raise ValueError(f"{self} has several nodes named {duplicates[0]!r}; give each its own name.")
+        reported = ["objective_loss", "penalty_loss", "loss"]
+        for term in cast(Iterable[Term], [*self.objectives, *self.constraints]):
+            reported += [term.name] + ([f"{term.name}_violation"] if isinstance(term, Constraint) else [])
+        if duplicates := _duplicates(reported):
+            raise ValueError(f"{self} would report {duplicates[0]!r} twice; give each term its own name.")
+        outputs = {k for n in self.nodes for k in _outputs(n)}
+        for name in reported:
+            taken = outputs & {name, *(f"{split}_{name}" for split in ("train", "dev", "test"))}
+            if taken:
+                raise ValueError(f"{self}: {taken.pop()!r} is both a node's output and a reported term; rename one.")
+
+    def describe(self) -> str:
+        """A table: which node reads and writes which key, what the terms read, and what the data must bring."""
+        rows = [("node", "reads", "writes")]
+        rows += [(str(n.name), ", ".join(_inputs(n)) or "-", ", ".join(_outputs(n))) for n in self.nodes]
+        terms = [("term", "reads", "weight")]
+        for term in self.terms.values():
+            kind = f"{term.kind}" + (f" {term.sense}" if isinstance(term, Constraint) else "")
+            terms.append((f"{term.name} ({kind})", ", ".join(term.keys) or "-", f"{term.weight.item():g}"))
+        loss = f"loss: {type(self.loss).__name__}"
+        return "\n".join(
+            [
+                f"{self}",
+                "",
+                *_table(rows),
+                "",
+                *_table(terms),
+                "",
+                loss,
+                f"from the data: {', '.join(self.inputs) or '-'}",
+            ]
+        )
+
+    def show(self) -> Drawing:
+        """The graph of nodes, keys and terms: a picture in a notebook where graphviz is installed, text by `print`."""
+        return draw(self)
+
+    def __str__(self) -> str:
+        return f"Problem {self.name!r}"
+
+    def __repr__(self) -> str:
+        parameters = sum(p.numel() for p in self.parameters())
+        nodes = "; ".join(f"{n.name}({', '.join(_inputs(n))}) -> {', '.join(_outputs(n))}" for n in self.nodes)
+        terms = ", ".join(self.terms)
+        return f"{self}: {nodes or 'no nodes'} | terms {terms} | {type(self.loss).__name__} | {parameters:,} parameters"
+
+
+def _term_list(terms: Any, kind: type[Term], word: str) -> list[Any]:
+    terms = list(terms) if isinstance(terms, Iterable) else [terms]
+    for i, term in enumerate(terms):
+        if not isinstance(term, kind):
+            make = "weft.objective(fn)" if word == "objective" else "weft.less_equal, greater_equal or equal"
+            raise TypeError(f"{term!r} is no {word}; make it with {make}.")
+        term.name = term.name or f"{word}_{i}"
+    return terms
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+

@@ -1,0 +1,118 @@
+"""Reading any problem: its terms, their weights, its predictions."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from weft.problem.problem import Problem
+from weft.problem.terms import RESERVED_KEYS, Constraint, Term
+from weft.types import Batch, suggest
+
+
+def is_neuromancer(problem: nn.Module) -> bool:
+    """Whether `problem` has the shape of a NeuroMANCER Problem: nodes, a step, and a loss that holds the terms."""
+    loss = getattr(problem, "loss", None)
+    return all(hasattr(problem, k) for k in ("nodes", "step")) and all(
+        hasattr(loss, k) for k in ("objectives", "constraints")
+    )
+
+
+def term_keys(problem: nn.Module, split: str) -> dict[str, str] | None:
+    """Which scalars to report: their name in the history -> their key in the problem's output. None: every scalar.
+
+    In a NeuroMANCER problem a violation is a tensor with an entry for each constraint and row: take its mean.
+    """
+    keys: dict[str, str] = {}
+    if isinstance(problem, Problem):
+        for name, term in problem.terms.items():
+            keys[name] = name
+            if isinstance(term, Constraint):
+                keys[f"{name}_violation"] = f"{name}_violation"
+    elif is_neuromancer(problem):
+        for name, term in _neuromancer_terms(problem).items():
+            keys[name] = term.output_keys[0]
+            if len(term.output_keys) > 2:  # a constraint: penalty, value, violation
+                keys[f"{name}_violation"] = term.output_keys[2]
+    else:
+        return None
+    keys |= {k: k for k in ("objective_loss", "penalty_loss", "loss")}
+    return {f"{split}_{name}": f"{split}_{key}" for name, key in keys.items()}
+
+
+def term_weights(problem: nn.Module) -> dict[str, Tensor | float]:
+    """The weight of each term by name, as it is now; empty for a plain module. A weft term's is the live tensor."""
+    return {name: term.weight for name, term in _terms(problem).items()}
+
+
+def set_term_weights(problem: nn.Module, weights: Mapping[str, float | Tensor]) -> None:
+    """Set the weights of the named terms, from the next batch on. Raises ValueError for a name that no term has."""
+    terms = _terms(problem)
+    for name in weights:
+        if name not in terms:
+            known = f"its terms are {list(terms)}" if terms else "it has no named terms"
+            raise ValueError(f"The problem has no term {name!r}: {known}{suggest(name, terms) or '.'}")
+    with torch.no_grad():
+        for name, value in weights.items():
+            if isinstance(terms[name], Term) or isinstance(terms[name].weight, nn.Parameter):
+                terms[name].weight.fill_(value)
+            else:
+                terms[name].weight = value
+
+
+def needs_grad_in_eval(modules: Iterable[nn.Module]) -> bool:
+    """Whether one of a problem's modules asks for autograd in evaluation, by a true `grad_inference`."""
+    # not getattr: where there is no such attribute, nn.Module takes 1.4 us a module to say so
+    return any(vars(m).get("grad_inference", getattr(type(m), "grad_inference", False)) for m in modules)
+
+
+def forward_nodes(problem: nn.Module) -> Callable[[Batch], dict[str, Tensor]]:
+    """A function of a batch that returns the problem's tensors without its inputs and losses, for prediction."""
+    nodes_only = isinstance(problem, Problem) or is_neuromancer(problem)
+    function = cast(Callable[..., Any], problem.step if nodes_only else problem)
+
+    def forward(batch: Batch) -> dict[str, Tensor]:
+        out = function(dict(batch))
+        if not isinstance(out, Mapping):
+            raise TypeError(
+                f"Prediction needs a problem that returns a dict of tensors; {type(problem).__name__} returned "
+                f"{type(out).__name__}. Return a dict, or pass a predict_step."
+            )
+        return {k: v for k, v in out.items() if _is_prediction(k, v, batch) and (nodes_only or not _is_loss(k))}
+
+    return forward
+
+
+def _is_prediction(key: str, value: Any, batch: Batch) -> bool:
+    """A tensor that did not come with the batch; a node may have put a new one under a key of the batch."""
+    return isinstance(value, Tensor) and key not in RESERVED_KEYS and value is not batch.get(key)
+
+
+def _is_loss(key: str) -> bool:
+    return key == "loss" or key.endswith("_loss")
+
+
+def _terms(problem: nn.Module) -> dict[str, Any]:
+    if isinstance(problem, Problem):
+        return dict(problem.terms)
+    return _neuromancer_terms(problem) if is_neuromancer(problem) else {}
+
+
+def _neuromancer_terms(problem: Any) -> dict[str, Any]:
+    """Its terms by name; `objective_0`, `constraint_0` where a name is used twice or holds a memory address."""
+    numbered = [(f"objective_{i}", term) for i, term in enumerate(problem.loss.objectives)]
+    numbered += [(f"constraint_{i}", term) for i, term in enumerate(problem.loss.constraints)]
+    counts = Counter(term.name for _, term in numbered)
+    return {
+        fallback if counts[term.name] > 1 or _ADDRESS.search(str(term.name)) else term.name: term
+        for fallback, term in numbered
+    }
+
+
+_ADDRESS = re.compile(r"0x[0-9a-f]{6,}|\d{10,}", re.IGNORECASE)  # new in every process: no name for a history
+

@@ -1,0 +1,281 @@
+"""Terms of a loss: objectives and constraints, made of plain functions whose argument names are the keys they read.
+
+    f = weft.objective(lambda x, a: (1 - x) ** 2 + a * x**4, name="f")
+    inner = weft.less_equal("x", lambda p: p**2, weight=100.0, name="inner")
+
+A constraint has a *value* (<= 0 where it holds; an equality holds at 0) and a *violation* (the part of the value that
+is too much, >= 0). What it contributes to the loss depends on the loss it is used in: see `weft.problem.losses`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.types import Batch, suggest
+
+Side = Callable[..., Tensor] | str | float | Tensor
+"""One side of a constraint: a function of keys, a key, a number or a tensor."""
+
+RESERVED_KEYS = ("name", "epoch", "index")
+"""Keys of a batch that describe it and are not data."""
+
+
+class MissingKeyError(KeyError):
+    """A key that is read but not there. (A plain KeyError shows its message quoted.)"""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def argument_keys(fn: Callable[..., Any], what: str) -> list[str]:
+    """The names of the arguments that `fn` must be given; those with a default are constants and left out.
+
+    For a module: those of its `forward`. Raises TypeError where the names cannot be known.
+    """
+    try:
+        parameters = inspect.signature(fn.forward if isinstance(fn, nn.Module) else fn).parameters.values()
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{what}: {fn!r} does not tell its argument names, which are the keys it reads; wrap it: lambda x: fn(x)."
+        ) from None
+    required = [p for p in parameters if p.default is p.empty]
+    for p in required:
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.KEYWORD_ONLY):
+            raise TypeError(
+                f"{what}: argument {str(p)!r} of {fn!r} does not name one key to read; give the keys as plain "
+                "arguments (lambda x, y: ...) and constants as arguments with a default."
+            )
+    return [p.name for p in required]
+
+
+def function_name(fn: Callable[..., Any]) -> str | None:
+    """The name to show for `fn`: a function's own, a module's class in lower case; None for a lambda."""
+    if isinstance(fn, nn.Module):
+        return type(fn).__name__.lower()
+    name = getattr(fn, "__name__", None)
+    return None if name == "<lambda>" else name
+
+
+def explain(error: Exception, what: str, keys: Iterable[str], data: Mapping[str, Any]) -> None:
+    """Raise MissingKeyError if `error` came from a key that is not there; otherwise note on it where it was raised."""
+    there = [k for k in data if k not in RESERVED_KEYS]
+    for key in keys:
+        if isinstance(error, KeyError) and key not in data:
+            raise MissingKeyError(
+                f"{what} reads {key!r}, which neither the data nor an earlier node provides; "
+                f"there are {there}{suggest(key, there) or '.'}"
+            ) from None
+    error.add_note(f"raised in {what}, which reads {', '.join(f'{k} {_shape(data[k])}' for k in keys if k in data)}")
+
+
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _identity(value: Any) -> Any:
+    return value
+
+
+class _Constant(nn.Module):
+    """A tensor that moves with the module it stands in, and is no part of its state dict."""
+
+    value: Tensor
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value.detach(), persistent=False)
+
+    def forward(self) -> Tensor:
+        return self.value
+
+
+class Term(nn.Module):
+    """One named part of the loss: `name`, `keys` (those it reads) and `weight`.
+
+    `weight` is a 0-d tensor that moves with the module, may be changed in place during training, and is no part of the
+    state dict (a term's weight belongs to the training, not to the trained problem).
+    """
+
+    weight: Tensor
+    kind = "term"
+
+    def __init__(self, weight: float | Tensor, name: str | None) -> None:
+        super().__init__()
+        if name is not None and (not isinstance(name, str) or not name):
+            raise TypeError(f"The name of a term is a non-empty text; got {name!r}.")
+        self.name: str = name or ""  # a Problem numbers those without
+        self.keys: list[str] = []
+        if isinstance(weight, Tensor) and weight.requires_grad:
+            raise ValueError(f"The weight of {self} is not trained, but the tensor given requires grad; detach it.")
+        try:
+            self.given_weight = float(weight)
+        except (TypeError, ValueError, RuntimeError):
+            self.given_weight = math.nan
+        if not math.isfinite(self.given_weight):
+            raise ValueError(f"The weight of {self} must be one finite number; got {weight!r}.")
+        self.register_buffer("weight", torch.tensor(self.given_weight), persistent=False)
+
+    def _add_function(self, fn: Callable[..., Any]) -> list[str]:
+        """The keys that `fn` reads. A method of a module brings that module, so that its parameters are trained."""
+        owner = getattr(fn, "__self__", None)
+        if isinstance(owner, nn.Module):
+            self.add_module(f"owner{len(self._modules)}", owner)
+        keys = argument_keys(fn, str(self))
+        self.keys += [k for k in keys if k not in self.keys]
+        return keys
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Term:
+        """Move or cast. In a wider dtype a weight of 0.1 is 0.1 again, not the float32 nearest to it."""
+        before = self.weight
+        super()._apply(fn, recurse)
+        cast = self.weight.dtype != before.dtype and not (before.is_meta or self.weight.is_meta)
+        if cast and before.item() == torch.tensor(self.given_weight, dtype=before.dtype).item():
+            self.weight.fill_(self.given_weight)
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name!r}" if self.name else f"{self.kind} without a name"
+
+    def __repr__(self) -> str:
+        return f"{self}({', '.join(self.keys)}), weight {self.weight.item():g}"
+
+
+class Objective(Term):
+    """Something to minimise: `weight * mean(fn(...))`. Made by `weft.objective`."""
+
+    kind = "objective"
+
+    def __init__(self, fn: Callable[..., Tensor], weight: float | Tensor = 1.0, name: str | None = None) -> None:
+        if not callable(fn):
+            raise TypeError(f"An objective is a function of keys; got {type(fn).__name__} {fn!r}.")
+        super().__init__(weight, name or function_name(fn))
+        self.fn = fn
+        self._add_function(fn)
+
+    def forward(self, data: Batch) -> Tensor:
+        """The contribution to the loss, a scalar. Raises KeyError for a missing key, TypeError for no float tensor."""
+        try:
+            value = self.fn(*[data[k] for k in self.keys])
+        except Exception as error:
+            explain(error, str(self), self.keys, data)
+            raise
+        try:
+            return self.weight * (value.mean() if value.ndim else value)
+        except (AttributeError, TypeError, RuntimeError) as error:
+            found = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{self} returned {found}; expected a floating point tensor, which is averaged.") from error
+
+
+class Constraint(Term):
+    """`lhs <= rhs`, `lhs >= rhs` or `lhs == rhs`. Made by `weft.less_equal`, `weft.greater_equal`, `weft.equal`."""
+
+    kind = "constraint"
+
+    def __init__(
+        self, lhs: Side, sense: str, rhs: Side, weight: float | Tensor = 1.0, norm: int = 1, name: str | None = None
+    ) -> None:
+        super().__init__(weight, name)
+        if self.given_weight < 0:
+            raise ValueError(f"The weight of {self} must not be negative, it would reward violation; got {weight!r}.")
+        if norm not in (1, 2):
+            raise ValueError(f"The norm of {self} must be 1 (absolute) or 2 (squared); got {norm!r}.")
+        self.sense, self.norm = sense, norm
+        self.lhs, self.lhs_keys = self._side(lhs)
+        self.rhs, self.rhs_keys = self._side(rhs)
+        if not callable(lhs) and not callable(rhs) and not self.keys:
+            raise ValueError(f"{self} compares {lhs!r} with {rhs!r}: neither side is a key or a function of keys.")
+        self._shapes_seen = False
+
+    def _side(self, side: Side) -> tuple[Callable[..., Any], list[str]]:
+        if isinstance(side, str):
+            self.keys += [side] if side not in self.keys else []
+            return _identity, [side]
+        if isinstance(side, Tensor):
+            return _Constant(side), []
+        if isinstance(side, Real):
+            return partial(_identity, side), []
+        if callable(side):
+            return side, self._add_function(side)
+        raise TypeError(f"A side of {self} is a function, a key, a number or a tensor; got {type(side).__name__}.")
+
+    def value(self, data: Batch) -> Tensor:
+        """How far the sides are apart: <= 0 where an inequality holds, 0 where an equality does. Not reduced."""
+        try:
+            left = self.lhs(*[data[k] for k in self.lhs_keys])
+            right = self.rhs(*[data[k] for k in self.rhs_keys])
+        except Exception as error:
+            explain(error, str(self), self.keys, data)
+            raise
+        try:
+            value = right - left if self.sense == ">=" else left - right
+            if not self._shapes_seen:
+                self._check_shapes(left, right, value)
+            return value
+        except (AttributeError, TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"{self} cannot compare its sides: left {_shape(left)}, right {_shape(right)}; expected tensors of "
+                "shapes that broadcast, or a number on one side."
+            ) from error
+
+    def _check_shapes(self, left: Any, right: Any, value: Tensor) -> None:
+        """Once: (n,) against (n, 1) broadcasts to (n, n), which compares every row with every other."""
+        rows = value.shape[0] if value.ndim == 2 else 0  # AttributeError: value is no tensor
+        if rows > 1 and {_shape(left), _shape(right)} == {f"({rows},)", f"({rows}, 1)"}:
+            raise ValueError(
+                f"{self} compares left {_shape(left)} with right {_shape(right)}, every row with every other; "
+                "give both sides the same shape (x[:, None] or x[:, 0])."
+            )
+        self._shapes_seen = True
+
+    def violation(self, value: Tensor) -> Tensor:
+        """The part of `value` that breaks the constraint, >= 0, of the same shape."""
+        return value.abs() if self.sense == "==" else torch.relu(value)
+
+    def forward(self, data: Batch) -> tuple[Tensor, Tensor]:
+        """The penalty `weight * mean(violation ** norm)` and the mean violation, both scalars."""
+        violation = self.violation(self.value(data))
+        mean = violation.mean()
+        return self.weight * (mean if self.norm == 1 else violation.square().mean()), mean
+
+
+def objective(fn: Callable[..., Tensor], weight: float | Tensor = 1.0, name: str | None = None) -> Objective:
+    """A term that adds `weight * mean(fn(...))` to the loss.
+
+    fn: a function whose argument names are the keys it reads (arguments with a default are constants), or a module, by
+        the arguments of its `forward`. It may return a tensor of any shape.
+    name: defaults to the function's; a lambda becomes `objective_0`, by its place in the problem.
+    Raises TypeError where the argument names do not say what is read (`*args`, a builtin).
+    """
+    return Objective(fn, weight, name)
+
+
+def less_equal(
+    lhs: Side, rhs: Side, weight: float | Tensor = 1.0, norm: int = 1, name: str | None = None
+) -> Constraint:
+    """The constraint `lhs <= rhs`; penalty `weight * mean(relu(lhs - rhs) ** norm)`.
+
+    Each side is a function whose argument names are the keys it reads, a key, a number or a tensor; their shapes must
+    broadcast. norm: 1 (exact for a large enough weight) or 2 (smooth). name: defaults to `constraint_0`, by its place.
+    """
+    return Constraint(lhs, "<=", rhs, weight, norm, name)
+
+
+def greater_equal(
+    lhs: Side, rhs: Side, weight: float | Tensor = 1.0, norm: int = 1, name: str | None = None
+) -> Constraint:
+    """The constraint `lhs >= rhs`; penalty `weight * mean(relu(rhs - lhs) ** norm)`. See `less_equal`."""
+    return Constraint(lhs, ">=", rhs, weight, norm, name)
+
+
+def equal(lhs: Side, rhs: Side, weight: float | Tensor = 1.0, norm: int = 1, name: str | None = None) -> Constraint:
+    """The constraint `lhs == rhs`; penalty `weight * mean(abs(lhs - rhs) ** norm)`. See `less_equal`."""
+    return Constraint(lhs, "==", rhs, weight, norm, name)
+

@@ -1,0 +1,1 @@
+"""A wing: a run described by a file."""

@@ -1,0 +1,1 @@
+"""A wing: what is written down about runs, and read again: folders, environment, report, charts."""

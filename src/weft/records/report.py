@@ -1,0 +1,326 @@
+"""Runs looked at afterwards: the one-page report of a run, the list of runs, and what differs between two.
+
+    write("runs/a")                     # runs/a/report.html: opens without a server, asks for nothing outside
+    for run in find_runs("runs"): ...
+    print(compare("runs/a", "runs/b"))
+
+Everything is read from the files in the run's folder, so one that still runs, or was killed, can be looked at.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from weft import yamlfile
+from weft.loggers.csv import CONTEXT, Row, read_rows
+from weft.records.charts import STYLE, Line, chart
+from weft.records.environment import read_sessions
+
+SPLITS = ("train", "dev", "test")
+
+
+@dataclass
+class RunRecord:
+    """What the files of a run's folder say. What is not there (yet) is None or empty."""
+
+    folder: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    sessions: list[dict[str, Any]] = field(default_factory=list)
+    result: dict[str, Any] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    """The rows of metrics.csv."""
+    profile: dict[str, Any] = field(default_factory=dict)
+    """Where the time went (`profiler="simple"`), as `TimeProfile.to_dict` gives it; or rows of another profiler."""
+
+    @property
+    def curves(self) -> dict[str, dict[int, float]]:
+        """Values by epoch of everything logged once an epoch, by name."""
+        found: dict[str, dict[int, float]] = {}
+        for row in self.rows:
+            if not row.name.endswith("_step"):
+                found.setdefault(row.name, {})[row.epoch] = row.value
+        return found
+
+    @property
+    def step_curves(self) -> dict[str, dict[int, float]]:
+        """Values by step of everything logged by steps, by name."""
+        found: dict[str, dict[int, float]] = {}
+        for row in self.rows:
+            if row.name.endswith("_step"):
+                found.setdefault(row.name, {})[row.step] = row.value
+        return found
+
+    @property
+    def metrics(self) -> dict[str, dict[int, float]]:
+        """The curves without learning rates, speed and seconds."""
+        return {k: v for k, v in self.curves.items() if k.split("/")[0] not in CONTEXT}
+
+    @property
+    def status(self) -> str:
+        """Why the run ended, or that it has not."""
+        return str(self.result.get("stop_reason", "no result: still running, or killed"))
+
+
+def read_run(folder: str | Path) -> RunRecord:
+    """What is known of the run in `folder`. Raises FileNotFoundError if it is no run's folder."""
+    folder = Path(folder)
+    files = ("config.yaml", "metrics.csv", "result.json")
+    if not any((folder / name).is_file() for name in files):
+        raise FileNotFoundError(f"{folder} is no folder of a run: it has none of {', '.join(files)}.")
+    config = yamlfile.load_file(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
+    result = json.loads((folder / "result.json").read_text()) if (folder / "result.json").is_file() else {}
+    rows = read_rows(folder / "metrics.csv") if (folder / "metrics.csv").is_file() else []
+    found = folder / "profile" / "profile.json"
+    profile = json.loads(found.read_text(encoding="utf-8")) if found.is_file() else {}
+    return RunRecord(folder, config if isinstance(config, dict) else {}, read_sessions(folder), result, rows, profile)
+
+
+# ------------------------------------------------------------------------------------------------ the report
+
+
+def write(folder: str | Path) -> Path:
+    """Write `report.html` into the folder of a run and return its path: one page that needs nothing else."""
+    run = read_run(folder)
+    path = run.folder / "report.html"
+    path.write_text(page(run), encoding="utf-8", errors="backslashreplace")  # a folder's name may be any bytes
+    return path
+
+
+def page(run: RunRecord) -> str:
+    """The report of a run as one HTML page, pictures and style included."""
+    title = html.escape(f"{run.folder.resolve().name}")
+    parts = [f"<h1>{title}</h1>", _facts(run), _charts(run), _profile(run), _table("Settings", flat(run.config))]
+    for number, session in enumerate(run.sessions, 1):
+        name = "Surroundings" if len(run.sessions) == 1 else f"Surroundings, session {number}"
+        parts.append(_table(name, flat(session)))
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # nothing can be asked for, by any browser
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><link rel="icon" href="data:,">'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>'
+        f"<body>\n{chr(10).join(parts)}\n</body></html>\n"
+    )
+
+
+def _facts(run: RunRecord) -> str:
+    result = run.result
+    facts = [("stopped by", run.status)]
+    if result.get("best_metric") is not None:
+        facts.append((f"best {result['monitor']}", f"{result['best_metric']:.6g} at epoch {result['best_epoch']}"))
+    facts += [(name, f"{result[name]}") for name in ("epochs", "steps") if name in result]
+    if "seconds" in result:
+        facts.append(("training took", f"{result['seconds']:.1f} s"))
+    if run.sessions:
+        facts += [("started", run.sessions[0].get("started")), ("command", run.sessions[-1].get("command"))]
+    cells = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in facts)
+    return f'<table class="facts">{cells}</table>'
+
+
+def _charts(run: RunRecord) -> str:
+    curves, best = run.curves, run.result.get("best_epoch")
+    drawn: list[str] = []
+    losses = [Line(split, curves[name]) for split in SPLITS if (name := f"{split}_loss") in curves]
+    monitor = run.result.get("monitor")
+    if monitor in curves and not str(monitor).endswith("_loss"):
+        losses.append(Line(str(monitor), curves[monitor]))
+    if losses:
+        drawn.append(chart("loss", losses, "epoch", mark=best, wide=True))
+    for term in term_names(run.metrics):
+        lines = [Line(split, curves[f"{split}_{term}"]) for split in SPLITS if f"{split}_{term}" in curves]
+        drawn.append(chart(term, lines or [Line(term, curves[term])], "epoch", mark=best))
+    rates = {name: values for name, values in curves.items() if name.split("/")[0] == "lr"}
+    if rates:
+        drawn.append(chart("learning rate", [Line(name, values) for name, values in rates.items()], "epoch"))
+    speed = {e: 1000 / v for e, v in curves.get("steps_per_second", {}).items() if v > 0}
+    if speed:
+        drawn.append(chart("step time (ms)", [Line("ms per step", speed)], "epoch"))
+    for name, values in run.step_curves.items():
+        drawn.append(chart(name.removesuffix("_step") + " by step", [Line(name, values)], "step"))
+    if not drawn:
+        return "<p>Nothing was logged.</p>"
+    return f'<div class="charts">{"".join(drawn)}</div>'
+
+
+def term_names(metrics: Mapping[str, Any]) -> list[str]:
+    """The quantities besides the loss, without their split, in order; names without a split as they are."""
+    names = []
+    for name in metrics:
+        split, _, quantity = name.partition("_")
+        names.append(quantity if split in SPLITS and quantity else name)
+    return [name for name in dict.fromkeys(names) if name != "loss"]
+
+
+def _profile(run: RunRecord) -> str:
+    """Where the time went: a row with a bar for each part and node, or for the longest rows of another profiler."""
+    profile = run.profile
+    if not profile:
+        return ""
+    if "parts" in profile:
+        steps = max(1, profile["steps"])
+        named = [*profile["parts"].items(), *((f"node {name}", row) for name, row in profile["nodes"].items())]
+    else:
+        steps = 1
+        longest = sorted(profile["rows"], key=lambda row: -row["own_seconds"])[:20]
+        named = [(row.get("name", row.get("function", "")), row) for row in longest]
+    whole = profile.get("seconds") or sum(row["own_seconds"] for row in profile.get("rows", [])) or 1.0
+    rows = []
+    for name, row in named:
+        seconds = row["seconds"] if "parts" in profile else row["own_seconds"]
+        if not seconds:
+            continue
+        bar = f'<div style="background:#2563eb;height:9px;width:{200 * min(1.0, seconds / whole):.0f}px"></div>'
+        cells = f"{bar}</td><td>{100 * seconds / whole:.1f} %</td><td>{1000 * seconds / steps:.3f} ms</td><td>{row['calls']} calls"
+        rows.append(f"<tr><th>{html.escape(name)}</th><td>{cells}</td></tr>")
+    per = "per step" if "parts" in profile else "in all, own"
+    return f"<details open><summary>Where the time goes ({per})</summary><table>{''.join(rows)}</table></details>"
+
+
+def _table(title: str, values: Mapping[str, Any]) -> str:
+    if not values:
+        return ""
+    rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(_short(v))}</td></tr>" for k, v in values.items())
+    return f"<details open><summary>{html.escape(title)}</summary><table>{rows}</table></details>"
+
+
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts and lists as one dict by dotted name; lists of plain values stay whole."""
+    if isinstance(values, Mapping):
+        items = [(str(k), v) for k, v in values.items()]
+    elif isinstance(values, list) and any(isinstance(v, Mapping | list) for v in values):
+        items = [(str(i), v) for i, v in enumerate(values)]
+    else:
+        return {prefix: values}
+    if not items and prefix:
+        return {prefix: values}
+    found: dict[str, Any] = {}
+    for name, value in items:
+        found |= flat(value, f"{prefix}.{name}" if prefix else name)
+    return found
+
+
+def _short(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+# ------------------------------------------------------------------------------------------------ lists of runs
+
+
+def find_runs(root: str | Path = "runs") -> list[RunRecord]:
+    """The runs below `root`, newest last; those of a sweep one level deeper. Unreadable ones are left out."""
+    root = Path(root)
+    files = [
+        path
+        for pattern in ("*/config.yaml", "*/*/config.yaml", "*/result.json", "*/*/result.json")
+        for path in root.glob(pattern)
+    ]
+    found = []
+    for folder in sorted({path.parent for path in files}, key=lambda f: f.stat().st_mtime):
+        try:
+            found.append(read_run(folder))
+        except (ValueError, OSError):
+            continue
+    return found
+
+
+def runs_table(root: str | Path = "runs") -> str:
+    """The runs below `root` as a table in plain text: when, how long, best metric, why they ended."""
+    rows = [("run", "started", "epochs", "steps", "best", "at epoch", "seconds", "stopped by")]
+    for run in find_runs(root):
+        result = run.result
+        best = result.get("best_metric")
+        rows.append(
+            (
+                str(run.folder.relative_to(root)), str(run.sessions[0].get("started", ""))[:19] if run.sessions else "",
+                str(result.get("epochs", "")), str(result.get("steps", "")),
+                "" if best is None else f"{result.get('monitor')} {best:.6g}", str(result.get("best_epoch", "")),
+                f"{result['seconds']:.1f}" if "seconds" in result else "", run.status,
+            )
+        )  # fmt: skip
+    return f"No runs below {root}." if len(rows) == 1 else columns(rows)
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text, aligned; the first is the head."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def compare(a: str | Path, b: str | Path) -> str:
+    """What differs between two runs, in plain text: settings, surroundings, and the metrics at their best and end."""
+    first, second = read_run(a), read_run(b)
+    parts = []
+    for title, one, other in (
+        ("Settings", flat(first.config), flat(second.config)),
+        ("Surroundings", _surroundings(first), _surroundings(second)),
+    ):
+        rows = [(k, _value(one, k), _value(other, k)) for k in {**one, **other} if one.get(k) != other.get(k)]
+        parts.append(f"{title}: the same" if not rows else columns([(title, str(a), str(b)), *rows]))
+    results = [
+        (k, _number(first.result.get(k)), _number(second.result.get(k)))
+        for k in ("best_metric", "best_epoch", "epochs", "steps", "seconds", "stop_reason")
+    ]
+    parts.append(columns([("Result", str(a), str(b)), *results]))
+    parts.append(_compared_curves(first, second, str(a), str(b)))
+    return "\n\n".join(parts)
+
+
+def _surroundings(run: RunRecord) -> dict[str, Any]:
+    session = run.sessions[-1] if run.sessions else {}
+    kept = ("command", "versions", "git", "host", "system", "processes", "devices", "order_seed")
+    return flat({k: session[k] for k in kept if k in session})
+
+
+def _value(values: Mapping[str, Any], key: str) -> str:
+    return _short(values[key])[:60] if key in values else "-"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+def _compared_curves(first: RunRecord, second: RunRecord, a: str, b: str) -> str:
+    rows = [("Last value", a, b, "difference", "first differ at epoch")]
+    one, other = first.metrics, second.metrics
+    for name in {**one, **other}:
+        left, right = one.get(name, {}), other.get(name, {})
+        x, y = (list(v.values())[-1] if v else None for v in (left, right))
+        apart = "-" if x is None or y is None else f"{y - x:+.3g}" if math.isfinite(y - x) else "nan"
+        differ = next((str(e) for e in sorted(left.keys() & right.keys()) if left[e] != right[e]), "the same")
+        rows.append((name, _number(x), _number(y), apart, differ))
+    return columns(rows)
+
+
+def write_comparison(a: str | Path, b: str | Path, path: str | Path) -> Path:
+    """Write the curves of two runs over each other, metric by metric, as one HTML page; returns its path."""
+    first, second = read_run(a), read_run(b)
+    names = [n for n in {**first.metrics, **second.metrics}]
+    drawn = [
+        chart(
+            n,
+            [
+                Line(f"{label}", run.metrics[n])
+                for label, run in ((str(a), first), (str(b), second))
+                if n in run.metrics
+            ],
+            "epoch",
+        )
+        for n in names
+    ]
+    text = html.escape(compare(a, b))
+    body = f'<h1>{html.escape(f"{a} and {b}")}</h1><div class="charts">{"".join(drawn)}</div><pre>{text}</pre>'
+    path = Path(path)
+    path.write_text(
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>comparison</title>'
+        f'<link rel="icon" href="data:,"><style>{STYLE}</style></head><body>{body}</body></html>\n',
+        encoding="utf-8",
+    )
+    return path
+

@@ -1,0 +1,1 @@
+"""A wing: problems in shards, for those that outgrow one GPU."""

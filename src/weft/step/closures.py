@@ -1,0 +1,177 @@
+"""Closure optimizers: the update as a line search, and what it tells."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from weft.devices.precision import scaler_of
+from weft.step.forward import forward_of
+from weft.step.instrument import watched
+from weft.step.microbatches import Update, _detached, _num_read, _parts, _sum, combiner, record
+from weft.step.nonfinite import not_finite
+from weft.step.optimizers import needs_closure, parameters_of
+
+if TYPE_CHECKING:
+    from weft.loop.run import Run
+
+
+class SearchReport:
+    """What one step of a closure optimizer did: how often it evaluated the loss, and why torch's LBFGS ended."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer, self.evaluations = optimizer, 0
+        self._params = parameters_of(optimizer)
+        self._iterations_before = optimizer.state.get(self._params[0], {}).get("n_iter", 0)
+        self._first: torch.Tensor | None = None
+        self._gradients: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def add(self, loss: torch.Tensor) -> None:
+        """Count one evaluation of the closure, whose gradients are there."""
+        self.evaluations += 1
+        self._first = loss if self._first is None else self._first
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            grads = [p.grad for p in self._params if p.grad is not None]
+            self._gradients.append((loss, nn.utils.get_total_norm(grads, norm_type=math.inf)))
+
+    def reason(self, loss: float) -> str | None:
+        """Which option of LBFGS ended the step, given the loss it accepted; None for another optimizer.
+
+        In the order in which torch.optim.LBFGS.step looks at them (torch 2.13).
+        """
+        if not isinstance(self.optimizer, torch.optim.LBFGS):
+            return None
+        group, state = self.optimizer.param_groups[0], self.optimizer.state[self._params[0]]
+        iterations, change = state["n_iter"] - self._iterations_before, group["tolerance_change"]
+        if iterations == 0:
+            return "tolerance_grad"
+        if float(state["prev_flat_grad"].dot(state["d"])) > -change:
+            return "tolerance_change (slope)"
+        if iterations >= group["max_iter"]:
+            return "max_iter"
+        if self.evaluations >= group["max_eval"]:
+            return "max_eval"
+        if any(float(g) <= group["tolerance_grad"] for value, g in self._gradients if float(value) == loss):
+            return "tolerance_grad"
+        moved = float(state["d"].mul(state["t"]).abs().max())
+        return "tolerance_change (step)" if moved <= change else "tolerance_change (loss)"
+
+    def is_at_the_end_of_float32(self, loss: float) -> bool:
+        """Whether the search ended without a lower loss where float32 has no digits for one."""
+        reason = self.reason(loss) or ""
+        if not reason.startswith("tolerance_change") or self._first is None or self._params[0].dtype == torch.float64:
+            return False
+        first = float(self._first)
+        return abs(first - loss) <= 10 * torch.finfo(torch.float32).eps * abs(first)
+MAX_KEPT = 64  # evaluations of one line search whose parameters are kept to find the accepted one
+
+
+def _with_closure(run: Run, begin: Callable, end: Callable) -> Update:
+    """LBFGS and other line searches: the same loss and gradients, evaluated as often as the optimizer asks.
+
+    Nothing is clipped inside the search (values and gradients must agree), and nothing is evaluated in addition:
+    the logged loss is that of the evaluation at the point the search accepted, or of the last one.
+    """
+    optimizer = _only_closure_optimizer(run)
+    forward, backward = forward_of(run, "train"), watched(run.hooks, "backward", run.fabric.backward)
+    parts_of, params, before_step = _parts(run), parameters_of(optimizer), run.listeners("on_before_optimizer_step")
+    combine = combiner(run)
+    search = watched(run.hooks, "optimizer", optimizer.step)
+
+    def update(batch: Any) -> Tensor:
+        begin(batch)
+        parts = parts_of(batch)
+        evaluated: list[tuple[list[Tensor], Tensor, list]] = []  # parameters, loss, scalars
+        before, saved, report = _copies(params), _copy_state(optimizer), SearchReport(optimizer)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            losses, read = [], []
+            for part, examples, share in parts:
+                loss, scalars = forward(part)
+                backward(loss * share if share != 1.0 else loss)
+                losses.append(loss.detach() * share)
+                read.append(({k: _detached(v) for k, v in scalars.items()}, examples))
+            total = _sum(run, losses)
+            if combine is not None:  # all processes must see one number, or their searches part ways
+                total = combine(total, _num_read(read))
+            if not report.evaluations:
+                for call in before_step:
+                    call(run.trainer, optimizer)
+            report.add(total)
+            evaluated.append((_copies(params), total, read))
+            del evaluated[:-MAX_KEPT]
+            return total
+
+        try:
+            search(cast(Any, closure))  # annotated for floats; LBFGS takes tensors
+        except BaseException:  # in the middle of a search the weights are those of a trial
+            _put_back(optimizer, params, before, saved)
+            raise
+        accepted = [e for e in evaluated if all(map(torch.equal, e[0], params))]
+        _, loss, read = accepted[-1] if accepted else evaluated[-1]
+        if math.isfinite(loss.item()) and all(bool(p.isfinite().all()) for p in params):
+            record(run, read)
+            run.progress.skipped = 0
+            _tell(run, report, loss.item())
+        else:
+            _put_back(optimizer, params, before, saved)
+            not_finite(run, evaluated[-1][1], read)
+        optimizer.zero_grad()
+        end(batch, loss)
+        return loss
+
+    return update
+
+
+def _only_closure_optimizer(run: Run) -> Optimizer:
+    """The run's optimizer. Raises ValueError for what cannot go with a line search, warns of what has no effect."""
+    optimizer = next(o for o in run.optimizers.values() if needs_closure(o))
+    name = type(optimizer).__name__
+    if len(run.optimizers) > 1:
+        raise ValueError(f"Optimizers {list(run.optimizers)}: {name}, which needs a closure, must be the only one.")
+    if scaler_of(run.fabric) is not None:
+        raise ValueError(f"{name} cannot run with precision='16-mixed': its line search needs unscaled gradients.")
+    if run.config.clip is not None:
+        run.warn_once(f"clip={run.config.clip} has no effect with {name}: its line search needs unclipped gradients.")
+    return optimizer
+
+
+def _tell(run: Run, report: SearchReport, loss: float) -> None:
+    """Log how many evaluations a search used, keep why it ended, and say so if float32 was what ended it."""
+    progress, name = run.progress, type(report.optimizer).__name__
+    progress.evaluations += report.evaluations
+    progress.search_stop = report.reason(loss)
+    run.log({f"{name.lower()}_evaluations": report.evaluations})
+    if report.is_at_the_end_of_float32(loss):
+        run.warn_once(
+            f"{name} no longer finds a lower loss where the digits of float32 end (`result.search_stop` says what ended "
+            "its steps); precision='64-true' lets it go on."
+        )
+
+
+def _copies(params: Sequence[Tensor]) -> list[Tensor]:
+    return [p.detach().clone() for p in params]
+
+
+def _copy_state(optimizer: Optimizer) -> dict[Any, Any]:
+    """The state of a closure optimizer, so that it can be put back after a search that went wrong."""
+
+    def copied(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) else list(value) if isinstance(value, list) else value
+
+    return {p: {k: copied(v) for k, v in state.items()} for p, state in optimizer.state.items()}
+
+
+@torch.no_grad()
+def _put_back(optimizer: Optimizer, params: Sequence[Tensor], before: Sequence[Tensor], state: dict[Any, Any]) -> None:
+    for p, old in zip(params, before, strict=True):
+        p.copy_(old)
+    optimizer.state.clear()
+    optimizer.state.update(state)
+

@@ -1,0 +1,148 @@
+"""What a step returns, read into the loss to minimise and the scalars to report.
+
+    forward = forward_of(run, "train")
+    loss, scalars = forward(batch)        # scalars: {"train_loss": ..., "train_<term>": ...}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.devices.precision import in_precision
+from weft.problem.hardcoded import misplaced
+from weft.problem.reading import term_keys
+from weft.step.instrument import watched
+from weft.types import suggest
+
+if TYPE_CHECKING:
+    from weft.loop.run import Run
+
+Forward = Callable[[Any], tuple[Any, dict[str, Any]]]
+"""Batch -> the loss (or a dict of losses by optimizer), scalars by their name in the history."""
+
+
+def forward_of(run: Run, split: str) -> Forward:
+    """The step of `split` with what it returns read: a training step must give a loss, others may."""
+    problem, metric = run.problem, metric_of(run, split)
+    step = watched(run.hooks, "forward", in_precision(run.fabric, run.trainer.step_function(split, problem)))
+    read = reader(problem, split, metric, run.trainer.metric_functions, list(run.optimizers))
+    required = split == "train"
+
+    def forward(batch: Any) -> tuple[Any, dict[str, Any]]:
+        try:
+            out = step(batch)
+        except RuntimeError as error:
+            if (clearer := explained(error, batch, problem)) is None:
+                raise
+            raise clearer from error
+        loss, scalars = read(out, batch)
+        if required or loss is not None:
+            if isinstance(loss, dict):
+                loss = {name: checked(value, name, problem, out, split) for name, value in loss.items()}
+            else:
+                loss = checked(loss, metric, problem, out, split)
+        return loss, scalars
+
+    return forward
+
+
+def metric_of(run: Run, split: str) -> str:
+    """The key of the loss of `split`."""
+    config = run.config
+    return {"train": config.train_metric, "dev": config.dev_metric}.get(split, config.test_metric)
+
+
+def reader(
+    problem: nn.Module, split: str, metric: str, metrics: Mapping[str, Callable], optimizers: Sequence[str]
+) -> Callable[[Any, Any], tuple[Any, dict[str, Any]]]:
+    """A function (what a step returned, batch) -> (loss or None, scalars by their name in the history).
+
+    The loss is under `metric` (or "loss", where `metric` is the usual name; a term's name in the history will do), or is
+    what was returned; a dict keyed by
+    the names of several optimizers gives one loss each. Terms of a weft or NeuroMANCER problem are picked by name; of
+    any other dict, every scalar is reported. `metrics` are further functions of (output, batch).
+    """
+    keys, usual, names = term_keys(problem, split), f"{split}_loss", set(optimizers)
+    loss_keys = (metric, "loss") if metric == usual else (metric, (keys or {}).get(metric, metric))
+
+    def read(out: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
+        if isinstance(out, Tensor):
+            out = {metric: out}
+        elif not isinstance(out, Mapping):
+            return None, {}
+        loss = next((out[key] for key in loss_keys if key in out), None)
+        scalars = {metric: loss} if loss is not None else {}
+        if len(names) > 1 and names <= out.keys():
+            loss = {name: out[name] for name in optimizers}
+            scalars = {usual: sum(value.detach() for value in loss.values() if isinstance(value, Tensor))}
+        if keys is not None and keys[usual] in out:
+            scalars = {name: out[key] for name, key in keys.items() if key in out} | scalars
+        else:
+            others = {_named(k, split): v for k, v in out.items() if _is_scalar(v) and k not in loss_keys}
+            scalars = others | scalars
+        for name, fn in metrics.items():
+            scalars[_named(name, split)] = fn(out, batch)
+        return loss, scalars
+
+    return read
+
+
+def checked(loss: Any, key: str, problem: nn.Module, out: Any, split: str) -> Tensor:
+    """`loss`, if it is a scalar tensor that can be minimised. Raises TypeError / ValueError that say what was found."""
+    if isinstance(loss, Tensor) and loss.dim() == 0 and (loss.requires_grad or not torch.is_grad_enabled()):
+        return loss
+    who = f"Problem {getattr(problem, 'name', None) or type(problem).__name__!r}"
+    if loss is None:
+        known = list(map(str, out)) if isinstance(out, Mapping) else []
+        found = f"got keys {sorted(known)}" if isinstance(out, Mapping) else f"got {type(out).__name__}"
+        raise ValueError(
+            f"{who} returned no {key!r}. The {split} step needs a scalar tensor under that key "
+            f"(or 'loss', or the scalar itself); {found}{suggest(key, known) or '.'}"
+        )
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{who}: {key!r} is {type(loss).__name__} {loss!r}; expected a scalar tensor.")
+    if loss.numel() != 1:
+        raise ValueError(f"{who}: {key!r} has shape {tuple(loss.shape)}; expected a scalar. Take its mean or sum.")
+    if split == "train" and not loss.requires_grad:
+        raise ValueError(
+            f"{who}: {key!r} does not depend on anything that requires grad, so nothing can be trained. "
+            "Is it detached, or computed under no_grad?"
+        )
+    return loss.reshape(())
+
+
+def _named(key: str, split: str) -> str:
+    return key if key.startswith(f"{split}_") else f"{split}_{key}"
+
+
+def _is_scalar(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and not value.is_complex()
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def explained(error: Exception, batch: Any, problem: nn.Module) -> Exception | None:
+    """A clearer error for a mixture of dtypes or devices, that says what to do; None for every other error."""
+    text = str(error)
+    device = next((p.device for p in problem.parameters()), None)
+    if "device" in text and device is not None and (found := misplaced(problem, device)):
+        return RuntimeError(
+            f"{text}. The parameters are on {device}, and {'; '.join(found)}. Give a node what it needs as an input, "
+            "or as a buffer of a module."
+        )
+    if "dtype" not in text and "must be the same" not in text and "expected scalar type" not in text:
+        return None
+    weights = {p.dtype for p in problem.parameters() if p.is_floating_point()}
+    data = {k: v.dtype for k, v in batch.items() if isinstance(v, Tensor)} if isinstance(batch, Mapping) else {}
+    other = {k: str(d) for k, d in data.items() if d not in weights and k != "index"}
+    if not other:
+        return None
+    return TypeError(
+        f"{text}. The data has {other}, the parameters are {sorted(map(str, weights))}. Convert the data, "
+        "or train with precision='64-true', which casts both."
+    )
+

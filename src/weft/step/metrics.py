@@ -1,0 +1,148 @@
+"""Weighted means of what steps return: collected on the device, in float64, read once.
+
+    means = Means()
+    means.add({"train_loss": loss}, examples=64)      # no sync
+    means.compute()                                   # {"train_loss": 0.123}; one sync
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Sums = dict[str, tuple[float, int]]  # by name: the sum over examples, and their number
+FLUSH_AFTER = 32  # batches that wait on the device before they are added up in one operation
+
+
+class Vector(NamedTuple):
+    """Scalars by name as one tensor, detached."""
+
+    names: tuple[str, ...]
+    values: Tensor  # (names,)
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and scalars, as of a dict."""
+        return zip(self.names, self.values.unbind(), strict=True)
+
+
+class Means:
+    """Means over examples of scalars by name.
+
+    A name that is missing from some batches is averaged over those that had it. Values may be 0-d tensors on any
+    device, larger tensors (their mean counts) or numbers; nothing is read back before `compute`.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[tuple[str, ...], tuple[list[Tensor], list[int]]] = {}  # by names: their values, examples
+        self._num_waiting = 0
+        self._sums: dict[tuple[str, ...], tuple[Tensor, int]] = {}  # by names: sums over examples, their number
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting or self._sums)
+
+    def add(self, values: Mapping[str, Any] | Vector, examples: int) -> None:
+        """Add one batch of `examples` rows. Tensors are detached here, so no graph outlives its step."""
+        if not values or not examples:  # the mean over no rows is nan
+            return
+        names, row = values if isinstance(values, Vector) else (tuple(values), _row(values.values()))
+        rows, weights = self._waiting.setdefault(names, ([], []))
+        rows.append(row)
+        weights.append(examples)
+        self._num_waiting += 1
+        if self._num_waiting >= FLUSH_AFTER:
+            self._flush()
+
+    def _flush(self) -> None:
+        for names, (rows, examples) in self._waiting.items():
+            if len(rows) == 1:
+                total, count = rows[0].to(_widest(rows[0].device)) * examples[0], examples[0]
+            else:
+                stacked = _stack(rows)
+                stacked = stacked.to(_widest(stacked.device))
+                weights = torch.tensor(examples, dtype=stacked.dtype).to(stacked.device, non_blocking=True)
+                total, count = (stacked * weights[:, None]).sum(0), sum(examples)  # a plain sum keeps nan visible
+            if names in self._sums:
+                before, earlier = self._sums[names]
+                total, count = before.to(total.device) + total, earlier + count
+            self._sums[names] = total, count
+        self._waiting, self._num_waiting = {}, 0
+
+    def totals(self) -> Sums:
+        """The sum over examples and their number by name. This reads the device, once for batches of equal names."""
+        self._flush()
+        found: Sums = {}
+        for names, (sums, count) in self._sums.items():
+            for name, value in zip(names, sums.tolist(), strict=True):
+                earlier, number = found.get(name, (0.0, 0))
+                found[name] = earlier + value, number + count
+        return found
+
+    def compute(self, gather: Callable[[Sums], list[Sums]] = lambda own: [own]) -> dict[str, float]:
+        """The means as floats, by name. `gather` collects the sums of all processes, each of which must call."""
+        told = gather(self.totals())
+        if len(told) == 1:
+            return {name: total / examples for name, (total, examples) in told[0].items()}
+        parts = {name: [t[name] for t in told if name in t] for name in dict.fromkeys(n for t in told for n in t)}
+        return {name: sum(s for s, _ in part) / sum(n for _, n in part) for name, part in parts.items()}
+
+    def clear(self) -> None:
+        """Start anew."""
+        self.__init__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was collected so far. Waiting values are kept apart: adding them up earlier would change last bits."""
+        return {
+            "sums": [
+                {"names": list(names), "sums": sums.cpu(), "examples": count} for names, (sums, count) in self._sums.items()
+            ],
+            "waiting": [
+                {"names": list(names), "values": _stack(rows).cpu(), "examples": list(examples)}
+                for names, (rows, examples) in self._waiting.items()
+            ],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what `state_dict` saved."""
+        self._sums = {tuple(s["names"]): (s["sums"], s["examples"]) for s in state_dict["sums"]}
+        self._waiting = {
+            tuple(w["names"]): (list(w["values"].unbind()), list(w["examples"])) for w in state_dict["waiting"]
+        }
+        self._num_waiting = sum(len(examples) for _, examples in self._waiting.values())
+
+
+def _row(values: Iterable[Any]) -> Tensor:
+    """Scalars as one detached tensor: one operation for all, and nothing of their graphs is kept."""
+    return _stack([_scalar(value) for value in values]).detach()
+
+
+def _scalar(value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        return torch.tensor(float(value), dtype=torch.float64)
+    if not value.is_floating_point():
+        value = value.to(_widest(value.device))
+    return value.mean() if value.dim() else value
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensors as one, in the widest of their dtypes; on the device of the first that is not on the CPU."""
+    try:
+        return torch.stack(tensors)  # pyright: ignore[reportArgumentType]: any sequence will do
+    except RuntimeError:  # on several devices
+        device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
+        return torch.stack([t.to(device, _widest(device)) for t in tensors])
+
+
+def check_scalars(values: Mapping[str, Any]) -> None:
+    """Raise ValueError that names the first of `values` that is no number and no tensor of one entry."""
+    for name, value in values.items():
+        if not isinstance(value, int | float | Tensor) or (isinstance(value, Tensor) and value.numel() != 1):
+            found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"log: {name!r} is {found}; expected a number or a scalar tensor.")
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+

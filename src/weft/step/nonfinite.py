@@ -1,0 +1,171 @@
+"""Numbers that are not finite: found, and acted on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from weft.devices.processes import own_part
+
+if TYPE_CHECKING:
+    from weft.loop.run import Run
+
+READS_ARE_FREE = ("cpu",)  # kinds of devices where reading a number does not wait for work that was queued
+
+
+def skips_by_itself(optimizer: Optimizer) -> bool:
+    """Whether the optimizer leaves a step out that its `found_inf` marks, on the device: torch's fused ones do."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+class Doubts:
+    """Steps in which the loss or a gradient was not finite, noted on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._first = torch.full((), -1, dtype=torch.int64, device=device)
+        self._one = torch.ones((), dtype=torch.float32, device=device)
+
+    def guard(
+        self, step: int, loss: Tensor | None, norms: Sequence[Tensor | None], params: Iterable[Tensor],
+        optimizers: Sequence[Optimizer],
+    ) -> None:  # fmt: skip
+        """Note `step` if its loss, gradient norms or gradients are not finite, and mark it for `optimizers`.
+
+        Without optimizers (a gradient scaler watches the gradients) only the loss is looked at.
+        """
+        found = torch.zeros_like(self._one)
+        for value in (loss, *(norms if optimizers else ())):
+            if value is not None:
+                found = torch.maximum(found, (~value.detach().isfinite()).to(torch.float32))
+        if optimizers:
+            by_dtype: dict[torch.dtype, list[Tensor]] = {}
+            for p in params:
+                if p.grad is not None:
+                    by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
+            for grads in by_dtype.values():
+                torch._amp_foreach_non_finite_check_and_unscale_(grads, found, self._one)  # pyright: ignore[reportPrivateImportUsage]
+        for optimizer in optimizers:
+            optimizer.found_inf = found  # type: ignore[attr-defined]
+        self._first = torch.where((found > 0) & (self._first < 0), step, self._first)
+
+    def note(self, step: int, finite: Tensor) -> None:
+        """Note `step` if `finite`, a tensor on the device, is False: a compiled update has left it out by itself."""
+        self._first = torch.where(~finite & (self._first < 0), step, self._first)
+
+    def look(self) -> int | None:
+        """The first step since the last look that was not finite, None if all were. Waits for the device."""
+        first = int(self._first)
+        self._first = torch.full_like(self._first, -1)
+        return None if first < 0 else first
+
+MAX_SKIPPED = 100  # steps in a row that on_nonfinite="skip" leaves out before it gives up
+
+
+def _doubts(run: Run, optimizers: Sequence[Optimizer], scaled: bool) -> Doubts | None:
+    """Where steps that are not finite are noted for later, on a GPU; None where each step is looked at by itself."""
+    if run.fabric.device.type in READS_ARE_FREE or run.processes.in_shards:  # there all ask each other anyhow
+        return None
+    names = [type(o).__name__ for o in optimizers if not (scaled or skips_by_itself(o))]
+    if run.config.on_nonfinite == "skip" or names:
+        why = f"{names[0]} is not fused" if names else "on_nonfinite='skip' counts them"
+        run.warn_once(f"The check for numbers that are not finite waits for the GPU in each step, as {why}.")
+        return None
+    run.doubts = run.doubts or Doubts(run.fabric.device)
+    return run.doubts
+
+
+def look_back(run: Run) -> None:
+    """Act on a step since the last look that was not finite, where steps are not looked at one by one. It was left out."""
+    if run.doubts is not None and (step := run.doubts.look()) is not None:
+        not_finite(run, None, [(run.means.compute(), 1)], step)
+
+
+def finite_check(params: Sequence[Tensor], scaled: bool) -> Callable[[Tensor | None, Sequence[Tensor | None]], bool]:
+    """A function (loss, gradient norms where known) -> whether loss and all gradients are finite, exactly.
+
+    With known norms these are looked at; else torch's own multi-tensor check, which costs about 2 % of a small
+    step. Under a gradient scaler the scaler decides about gradients (an overflow skips the step by design).
+    """
+    check = torch._amp_foreach_non_finite_check_and_unscale_  # pyright: ignore[reportPrivateImportUsage]
+    by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for p in params:
+        by_kind.setdefault((p.dtype, p.device), []).append(p)
+    kinds = [(alike, torch.zeros((), dtype=torch.float32, device=device)) for (_, device), alike in by_kind.items()]
+    one = {found.device: torch.ones_like(found) for _, found in kinds}
+
+    def is_finite(loss: Tensor | None, norms: Sequence[Tensor | None]) -> bool:
+        if loss is not None and not math.isfinite(loss.item()):
+            return False
+        if scaled:
+            return True
+        if norms and norms[0] is not None:
+            return all(math.isfinite(norm.item()) for norm in norms if norm is not None)
+        for alike, found in kinds:
+            own = [own_part(p.grad) for p in alike if p.grad is not None]
+            grads = [g.coalesce().values() if g.is_sparse else g for g in own]
+            if alike[0].is_complex():
+                grads = [torch.view_as_real(grad) for grad in grads]
+            check(grads, found.zero_(), one[found.device])
+            if found.item():
+                return False
+        return True
+
+    return is_finite
+
+
+def not_finite(run: Run, loss: Tensor | None, read: Sequence, step: int | None = None) -> None:
+    """Act on a loss or gradient that is not finite, as `on_nonfinite` says. Nothing was updated in that step.
+
+    Raises FloatingPointError naming step, epoch, rank and the first term that was not finite.
+    """
+    progress, policy = run.progress, run.config.on_nonfinite
+    if step is None:  # else the steps since then have gone on with what that one left
+        run.statistics.restore()
+    values = [(name, _as_float(value)) for scalars, _ in read for name, value in scalars.items()]
+    values.append(("the loss", 0.0 if loss is None else loss.item()))
+    here = next((f"{name} is {value}" for name, value in values[:-1] if not math.isfinite(value)), None)
+    told = run.processes.gather(here)  # all processes are here: they check the same sums
+    rank, what = next(((rank, what) for rank, what in enumerate(told) if what), (0, None))
+    what = what or ("a gradient is not finite" if math.isfinite(values[-1][1]) else f"the loss is {values[-1][1]}")
+    message = f"{what} in step {progress.step if step is None else step} (epoch {progress.epoch}, rank {rank})"
+    if policy == "raise":
+        raise FloatingPointError(f"{message}; the weights are as they were. on_nonfinite='skip' or 'stop' goes on.")
+    if policy == "stop":
+        run.warn_once(f"{message}; training stops (on_nonfinite='stop').")
+        run.decide_to_stop("nonfinite")
+        return
+    progress.skipped += 1
+    progress.skipped_total += 1
+    if progress.skipped_total == 1:
+        run.warn_once(f"{message}; the step is skipped (on_nonfinite='skip'), and so are others without a word.")
+    if progress.skipped >= MAX_SKIPPED:
+        raise FloatingPointError(f"{message}; {MAX_SKIPPED} steps in a row were skipped.")
+
+
+def _as_float(value: Any) -> float:
+    return float(value.detach().double().mean()) if isinstance(value, Tensor) else float(value)
+
+
+class RunningStatistics:
+    """A copy of what normalisation layers learn in their forward pass, to be put back when the batch was bad."""
+
+    def __init__(self, module: nn.Module) -> None:
+        layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+        self._live = [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
+        self._kept = [buffer.clone() for buffer in self._live]
+
+    def take(self) -> None:
+        """Copy them as they are now: before a step."""
+        if self._live:
+            torch._foreach_copy_(self._kept, self._live)  # pyright: ignore[reportPrivateImportUsage]
+
+    def restore(self) -> None:
+        """Put them back."""
+        if self._live:
+            torch._foreach_copy_(self._live, self._kept)  # pyright: ignore[reportPrivateImportUsage]
+

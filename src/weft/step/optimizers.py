@@ -1,0 +1,202 @@
+"""Optimizers and schedulers: from what the user gave to one dict of optimizers by name, and when schedules step.
+
+    Trainer(optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3),
+            scheduler=weft.Schedule(lambda opt: OneCycleLR(opt, 1e-2, total_steps=500), interval="step"))
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from weft.types import check_count, suggest
+
+DEFAULT = "default"  # the name of an optimizer that was given without one
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A scheduler and when it steps.
+
+    `factory`: a function of the optimizer, or a scheduler instance. `interval`: "epoch" or "step" (optimizer steps).
+    `monitor`: the metric given to schedulers that want one (ReduceLROnPlateau); None: the run's monitored metric.
+    """
+
+    factory: Any
+    interval: Literal["epoch", "step"] = "epoch"
+    monitor: str | None = None
+    frequency: int = 1
+    """Step at every n-th interval (>= 1)."""
+
+    def __post_init__(self) -> None:
+        if self.interval not in ("epoch", "step"):
+            raise ValueError(f"Schedule: interval={self.interval!r}; expected 'epoch' or 'step'.")
+        check_count("Schedule", "frequency", self.frequency)
+
+
+@dataclass
+class Scheduled:
+    """A scheduler in a run: the object, when it steps, and how often it was asked to."""
+
+    scheduler: Any
+    interval: str
+    monitor: str | None
+    frequency: int = 1
+    asked: int = field(default=0)
+
+    @property
+    def wants_metric(self) -> bool:
+        """Whether `scheduler.step` must be given a metric, as ReduceLROnPlateau's."""
+        arguments = list(inspect.signature(self.scheduler.step).parameters.values())
+        return bool(arguments) and arguments[0].default is inspect.Parameter.empty
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"asked": self.asked, "scheduler": self.scheduler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.asked = state_dict["asked"]
+        self.scheduler.load_state_dict(dict(state_dict["scheduler"]))  # CyclicLR takes entries out
+
+    def step(self, metrics: Mapping[str, float], default_monitor: str | None, complete: bool = True) -> None:
+        """Step if it is this schedule's turn; one with a metric only after epochs that measured it.
+
+        `complete`: the epoch was validated, or there is no dev set. Then a metric that is missing raises ValueError.
+        """
+        self.asked += 1
+        if self.asked % self.frequency:
+            return
+        if not self.wants_metric:
+            self.scheduler.step()
+        elif (name := self.monitor or default_monitor or "") in metrics:
+            self.scheduler.step(metrics[name])
+        elif complete:
+            raise ValueError(
+                f"{type(self.scheduler).__name__} needs the metric {name!r}, which this epoch did not measure; "
+                f"there are {sorted(metrics)}{suggest(name, metrics) or '.'}"
+            )
+
+
+def default_optimizer(params: Iterable[nn.Parameter]) -> Optimizer:
+    """Adam(lr=1e-3, betas=(0.0, 0.9)), fused where the device has it."""
+    params = list(params)
+    return torch.optim.Adam(params, lr=1e-3, betas=(0.0, 0.9), fused=can_fuse(params))
+
+
+def can_fuse(params: Sequence[torch.Tensor]) -> bool:
+    """Whether torch has fused optimizers for all of these parameters (floating, dense, on CPU, CUDA or MPS)."""
+    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda", "mps") and not p.is_sparse for p in params)
+
+
+def build_optimizers(given: Any, problem: nn.Module) -> dict[str, Optimizer]:
+    """The optimizers by name, made of an instance, a factory of the parameters, or a dict of these by name.
+
+    In a dict, a factory gets the parameters of the node or submodule that its name names, else all of them if it is
+    the only entry. Raises ValueError for an optimizer without any of the problem's parameters, and where nothing can be
+    trained.
+    """
+    if isinstance(given, Mapping):
+        if not given:
+            raise ValueError("optimizer={}: expected at least one optimizer.")
+        return {name: _build(name, g, problem, named=len(given) > 1) for name, g in given.items()}
+    return {DEFAULT: _build(DEFAULT, given if given is not None else default_optimizer, problem, named=False)}
+
+
+def _build(name: str, given: Any, problem: nn.Module, named: bool) -> Optimizer:
+    if not isinstance(given, Optimizer):
+        if not callable(given):
+            raise TypeError(f"optimizer {name!r} is {given!r}; expected a torch optimizer or a function of parameters.")
+        owner = submodule(problem, name) if named or name != DEFAULT and _has(problem, name) else problem
+        params = [p for p in owner.parameters() if p.requires_grad]
+        if not params:
+            raise ValueError(f"{type(owner).__name__} has no parameters that require grad: there is nothing to train.")
+        made = given(params)
+        if not isinstance(made, Optimizer):
+            raise TypeError(f"The factory of optimizer {name!r} returned {type(made).__name__}; expected an optimizer.")
+        given = made
+    ours = {id(p) for p in problem.parameters()}
+    if not any(id(p) in ours for p in parameters_of(given)):
+        raise ValueError(
+            f"Optimizer {name!r} ({type(given).__name__}) has none of the parameters of {type(problem).__name__}: "
+            "it would train something else. Make it from problem.parameters(), or pass a function of the parameters."
+        )
+    return given
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Every parameter an optimizer updates, in order."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def submodule(problem: nn.Module, name: str) -> nn.Module:
+    """The submodule with this dotted name, or the node with this `.name`. ValueError with a suggestion if none."""
+    modules = dict(problem.named_modules(remove_duplicate=False))
+    if name in modules:
+        return modules[name]
+    named = {str(m.name): m for m in modules.values() if isinstance(getattr(m, "name", None), str)}
+    if name in named:
+        return named[name]
+    known = [*named, *(m for m in modules if m)]
+    raise ValueError(f"{type(problem).__name__} has no node or submodule {name!r}{suggest(name, known) or '.'} It has {known}.")
+
+
+def _has(problem: nn.Module, name: str) -> bool:
+    return name in dict(problem.named_modules(remove_duplicate=False)) or any(getattr(m, "name", None) == name for m in problem.modules())
+
+
+def build_schedulers(given: Any, optimizers: Mapping[str, Optimizer]) -> dict[str, Scheduled]:
+    """The schedulers by name of their optimizer, made of factories, instances or `Schedule`s of either."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        if len(optimizers) > 1 and not isinstance(getattr(given, "factory", given), LRScheduler):
+            raise ValueError(f"With several optimizers {list(optimizers)}, give a dict of schedulers by the same names.")
+        given = {next(iter(optimizers)): given}
+    built = {}
+    for name, item in given.items():
+        if name not in optimizers:
+            raise ValueError(f"There is a scheduler for {name!r}, but no such optimizer{suggest(name, optimizers) or '.'}")
+        schedule = item if isinstance(item, Schedule) else Schedule(item)
+        scheduler = schedule.factory
+        if not isinstance(scheduler, LRScheduler):
+            if not callable(scheduler):
+                raise TypeError(f"scheduler {name!r} is {scheduler!r}; expected a scheduler or a function of the optimizer.")
+            scheduler = scheduler(optimizers[name])
+        if not hasattr(scheduler, "step"):
+            raise TypeError(f"The factory of scheduler {name!r} returned {type(scheduler).__name__}, which has no step().")
+        owner = getattr(scheduler, "optimizer", None)
+        if owner is not None and all(owner is not o for o in optimizers.values()):
+            raise ValueError(f"Scheduler {type(scheduler).__name__} belongs to another optimizer than the one that trains.")
+        built[name] = Scheduled(scheduler, schedule.interval, schedule.monitor, schedule.frequency)
+        kind, wants_metric = type(scheduler).__name__, built[name].wants_metric
+        if wants_metric and schedule.interval == "step":
+            raise ValueError(f"Scheduler {kind} follows a metric, which is known once an epoch: use interval='epoch'.")
+        if schedule.monitor is not None and not wants_metric:
+            raise ValueError(f"Scheduler {kind} takes no metric: monitor={schedule.monitor!r} would have no effect.")
+    return built
+
+
+def shared_parameters(problem: nn.Module, optimizers: Mapping[str, Optimizer]) -> list[str]:
+    """The names of the problem's parameters that are in more than one of the optimizers."""
+    names = {id(p): name for name, p in problem.named_parameters()}
+    counts = Counter(id(p) for o in optimizers.values() for p in parameters_of(o))
+    return [names.get(p, "a parameter outside the problem") for p, count in counts.items() if count > 1]
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Whether `optimizer.step` cannot be called without a closure (LBFGS and other line searches).
+
+    An optimizer whose signature hides it (`closure=None`) says so by an attribute `needs_closure = True`.
+    """
+    if hasattr(optimizer, "needs_closure"):
+        return bool(optimizer.needs_closure)  # pyright: ignore[reportAttributeAccessIssue]
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+

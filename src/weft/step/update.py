@@ -1,0 +1,93 @@
+"""The update: forward, backward, clipping, check, optimizer step. The only place that calls backward.
+
+`make_update(run)` picks one of a few plain functions of a batch, once, when a run (or a phase) begins:
+one optimizer; several by name; an optimizer that needs a closure; the user's own `update`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from weft.step.closures import _with_closure
+from weft.step.forward import forward_of
+from weft.step.instrument import watched
+from weft.step.microbatches import Update, _num_read, _parts, _sum, combiner, record
+from weft.step.optimizer_step import make_step
+from weft.step.optimizers import needs_closure, parameters_of, shared_parameters
+
+if TYPE_CHECKING:
+    from weft.loop.run import Run
+
+
+def built_in(run: Run, begin: Callable[[Any], None], end: Callable[[Any, Tensor], None]) -> Update:
+    """The update that fits the optimizers. `begin` and `end` frame the step (hooks, counting)."""
+    if any(needs_closure(o) for o in run.optimizers.values()):
+        return _with_closure(run, begin, end)
+    return _several(run, begin, end) if len(run.optimizers) > 1 else _single(run, begin, end)
+
+
+def _single(run: Run, begin: Callable, end: Callable) -> Update:
+    forward, backward = forward_of(run, "train"), watched(run.hooks, "backward", run.fabric.backward)
+    parts_of, step, combine = _parts(run), make_step(run, list(run.optimizers.values())), combiner(run)
+
+    def update(batch: Any) -> Tensor:
+        begin(batch)
+        losses, read = [], []
+        for part, examples, share in parts_of(batch):
+            loss, scalars = forward(part)
+            if share != 1.0:
+                loss = loss * share
+            backward(loss)
+            if share:  # the mean over no rows is nan
+                losses.append(loss.detach())
+            read.append((scalars, examples))
+        loss = losses[0] if len(losses) == 1 else _sum(run, losses)
+        if combine is not None:
+            loss = combine(loss, _num_read(read))
+        if step(loss, read):
+            record(run, read)
+        end(batch, loss)
+        return loss
+
+    return update
+
+
+def _several(run: Run, begin: Callable, end: Callable) -> Update:
+    """All gradients first, each loss with respect to its own optimizer's parameters; then every optimizer steps.
+
+    Stepping one before the other's backward would change the tensors that backward still needs.
+    A step that returns one loss gives every optimizer its gradients of that.
+    """
+    if shared := shared_parameters(run.problem, run.optimizers):
+        raise ValueError(
+            f"Parameters {shared[:5]} belong to several optimizers, and would get the gradients of all their losses. "
+            "Give each optimizer its own, or write the steps out in `update` (with self.backward and self.step)."
+        )
+    forward, backward = forward_of(run, "train"), watched(run.hooks, "backward", run.fabric.backward)
+    parts_of, step, combine = _parts(run), make_step(run, list(run.optimizers.values())), combiner(run)
+    parameters = {name: [p for p in parameters_of(o) if p.requires_grad] for name, o in run.optimizers.items()}
+
+    def update(batch: Any) -> Tensor:
+        begin(batch)
+        losses, read = [], []
+        for part, examples, share in parts_of(batch):
+            found, scalars = forward(part)
+            read.append((scalars, examples))
+            named = found if isinstance(found, dict) else {None: found}
+            for number, (name, loss) in enumerate(named.items(), start=1):
+                inputs = parameters[name] if name is not None else None
+                backward(loss * share if share != 1.0 else loss, inputs=inputs, retain_graph=number < len(named))
+                losses.append(loss.detach() * share)
+        loss = _sum(run, losses)
+        if combine is not None:
+            loss = combine(loss, _num_read(read))
+        if step(loss, read):
+            record(run, read)
+        end(batch, loss)
+        return loss
+
+    return update
+

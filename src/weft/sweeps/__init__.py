@@ -1,0 +1,1 @@
+"""A wing: many runs, one search."""

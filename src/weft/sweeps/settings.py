@@ -1,0 +1,110 @@
+"""What a sweep is asked for, and its result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from weft.config import check
+from weft.types import suggest
+
+Space = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """How a sweep searches."""
+
+    trials: int | None = None
+    """How many trials are to be completed, pruned ones included (>= 1); None: 20, or the whole grid."""
+    workers: int = 1
+    """How many trials run at the same time (>= 1)."""
+    sampler: Literal["tpe", "random", "grid"] = "tpe"
+    """Who proposes settings: "tpe" learns from the trials before, "random" does not, "grid" tries all."""
+    pruner: Literal["median", "halving", "none"] = "none"
+    """Who ends a bad trial at the end of an epoch: "median", "halving" (asynchronous successive halving), or nobody."""
+    metric: str | None = None
+    """The metric to optimise; None: the one that decides about best weights."""
+    mode: Literal["min", "max"] = "min"
+    """Whether smaller ("min") or larger ("max") is better."""
+    seed: int | None = None
+    """Seed of the sampler (>= 0); None: random."""
+    name: str = "sweep"
+    """The name of the sweep: its folder below root_dir, and its study in the database."""
+    root_dir: str = "runs"
+    """The folder that the sweep's own folder goes into."""
+    storage: str | None = None
+    """A database by URL (postgresql://..., mysql://...) for several machines; None: SQLite in the sweep's folder."""
+    max_failures: int = 3
+    """After more trials than this that raised an error, the sweep ends with the first one (>= 0)."""
+    take_over: bool = False
+    """Treat trials that run on other machines as lost, and try their settings again."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass
+class SweepResult:
+    """What a sweep found: the best settings, their value, and all trials."""
+
+    best_params: dict[str, Any]
+    best_value: float | None
+    best_trial: int | None
+    """The number of the best trial; its run is in the folder `trial-NNNN`."""
+    trials: list[dict[str, Any]]
+    """All trials in order: number, state ("complete", "pruned", "fail"), value, params, and what the run said."""
+    folder: Path
+    name: str
+    storage: str
+
+    def __repr__(self) -> str:
+        counts = {state: sum(t["state"] == state for t in self.trials) for state in ("complete", "pruned", "fail")}
+        said = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
+        best = (
+            f"; best {self.best_value:.6g} in trial {self.best_trial} with {self.best_params}"
+            if self.best_value is not None
+            else ""
+        )
+        return f"SweepResult({said}{best}; {self.folder})"
+
+    def to_dataframe(self) -> Any:
+        """The trials as a pandas DataFrame, one row each. Needs pandas."""
+        import pandas
+
+        return pandas.DataFrame([{**t, **t["params"]} for t in self.trials]).drop(columns="params")
+
+
+def space_complaints(space: Any, sampler: str) -> list[str]:
+    """What is wrong with a search space, one line each."""
+    if not isinstance(space, Mapping) or not space:
+        return [f"space={space!r}: expected a dict of choices or ranges by name"]
+    wrong = []
+    for name, spec in space.items():
+        if isinstance(spec, list | tuple):
+            if not spec or not all(v is None or isinstance(v, bool | int | float | str) for v in spec):
+                wrong.append(f"space.{name}={spec!r}: expected a list of numbers, texts, true, false or null")
+            continue
+        if not isinstance(spec, Mapping):
+            wrong.append(f"space.{name}={spec!r}: expected a list of choices, or {{low, high}}")
+            continue
+        known = ("low", "high", "log", "step")
+        wrong += [
+            f"space.{name}.{k}={spec[k]!r}: there is no such key{suggest(str(k), known)}"
+            for k in spec
+            if k not in known
+        ]
+        low: Any = spec.get("low")
+        high: Any = spec.get("high")
+        if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in (low, high)) or low > high:
+            wrong.append(f"space.{name}={dict(spec)!r}: expected numbers with low <= high")
+        elif spec.get("log") and low <= 0:
+            wrong.append(f"space.{name}.low={low!r}: must be greater than 0 with log: true")
+        elif spec.get("log") and spec.get("step"):
+            wrong.append(f"space.{name}: expected log or step, not both")
+        elif sampler == "grid" and not spec.get("step"):
+            wrong.append(f"space.{name}: a grid needs a list of choices, or a step")
+    return wrong
+
