@@ -1,6 +1,7 @@
 """The same update as one graph, checked against the eager one.
 
-    run.update = compile_update(run, make_update(run))     # Trainer(compile=True)
+    graphs = Graphs(state)                                          # Trainer(compile=True)
+    update = compile_update(graphs, eager, begin_step, end_step)
 
 A graph is traced from the step itself, not from its source, so that it need not be written for a compiler. It stands in
 for one kind of batch (shapes, dtypes, split) and for the problem's attributes as they are. The first batch of a kind
@@ -27,13 +28,13 @@ from weft.compile.stepgraphs import EvaluationGraph, GradientGraph, UpdateGraph
 from weft.data.batches import num_examples
 from weft.devices.precision import scaler_of
 from weft.step.forward import Forward, forward_of
-from weft.step.microbatches import Step, Update, combiner, record
+from weft.step.microbatches import combiner, record
 from weft.step.nonfinite import READS_ARE_FREE, Doubts, not_finite
-from weft.step.optimizer_step import make_step
+from weft.step.optimizer_step import Step, make_step
 from weft.step.optimizers import needs_closure
 
 if TYPE_CHECKING:
-    from weft.loop.run import Run
+    from weft.step.state import RunState, Update
 
 MAX_GRAPHS = 8  # for one kind of batch, or for one split; further ones are done eagerly
 EAGER = -1
@@ -47,14 +48,14 @@ SECONDS_PER_GRAPH, SECONDS_PER_NODE = 8.0, 0.03
 class Graphs:
     """The graphs of a run. `made` says for each kind of batch how many were made so far, or EAGER if it stays eager."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, state: RunState) -> None:
+        self.state = state
         self.chosen: dict[str, Chosen] = {}
 
     @property
     def made(self) -> dict[str, int]:
         """By kind of batch; part of every checkpoint."""
-        return self.run.kept.notes.setdefault("graphs", {})
+        return self.state.kept.notes.setdefault("graphs", {})
 
     def all(self) -> list[EvaluationGraph]:
         """Every graph that was made and is still known."""
@@ -62,12 +63,10 @@ class Graphs:
 
     def forward(self, split: str, forward: Forward) -> Forward:
         """`forward`, the evaluation of a batch of `split`, by graphs where there are some."""
-        if not self.run.config.compile:
-            return forward
         if split not in self.chosen:
 
             def make(batch: Any, tensors: list[Tensor], counting: bool = False) -> EvaluationGraph:
-                return EvaluationGraph(self.run, forward, batch, tensors)
+                return EvaluationGraph(self.state, forward, batch, tensors)
 
             self.chosen[split] = Chosen(self, split, make)
         chosen = self.chosen[split]
@@ -80,31 +79,35 @@ class Graphs:
         return compiled
 
 
-def compile_update(run: Run, eager: Update) -> Update:
-    """`eager`, or a function that does the same by graphs, and calls `eager` where there is none."""
-    if not run.config.compile:
+def compile_update(
+    graphs: Graphs, eager: Update, begin: Callable[[Any], None], end: Callable[[Any, Tensor], None]
+) -> Update:
+    """`eager`, or a function that does the same by graphs, and calls `eager` where there is none.
+
+    `begin` and `end` frame the step, as they frame the eager one.
+    """
+    state = graphs.state
+    if reason := _obstacle(state):
+        if state.config.compile is True:
+            state.warn_once(f"compile=True: the update stays eager: {reason}.")
         return eager
-    if reason := _obstacle(run):
-        if run.config.compile is True:
-            run.warn_once(f"compile=True: the update stays eager: {reason}.")
-        return eager
-    run.kept.compile_choice = str(run.config.compile)
-    (optimizer,) = run.optimizers.values()
-    forward, begin, end = forward_of(run, "train"), run.begin_step, run.end_step
-    several, combine, finish = run.config.accumulate > 1, combiner(run), _finisher(run)
+    state.kept.compile_choice = str(state.config.compile)
+    (optimizer,) = state.training.optimizers.values()
+    forward = forward_of(state, "train")
+    several, combine, finish = state.config.accumulate > 1, combiner(state), _finisher(state)
     step: Step | None = None
 
     def make(batch: Any, tensors: list[Tensor], counting: bool = False) -> EvaluationGraph:
-        if not counting and _may_be_in_graph(run, optimizer):
+        if not counting and _may_be_in_graph(state, optimizer):
             try:
-                return UpdateGraph(run, forward, batch, tensors)
+                return UpdateGraph(state, forward, batch, tensors)
             except NotYet:
                 raise
             except CannotCompile:  # the optimizer reads values, say
                 pass
-        return GradientGraph(run, forward, batch, tensors)
+        return GradientGraph(state, forward, batch, tensors)
 
-    chosen = run.graphs.chosen["train"] = Chosen(run.graphs, "train", make)
+    chosen = graphs.chosen["train"] = Chosen(graphs, "train", make)
 
     def update(batch: Any) -> Tensor:
         nonlocal step
@@ -121,27 +124,27 @@ def compile_update(run: Run, eager: Update) -> Update:
             loss, read = _gradients(found)
             if combine is not None:
                 loss = combine(loss, sum(examples for _, examples in read))
-            step = step or make_step(run, [optimizer])
+            step = step or make_step(state, [optimizer])
             done = step(loss, read)
         if done:
-            record(run, read)
+            record(state, read)
         end(batch, loss)
         return loss
 
     return update
 
 
-def _finisher(run: Run) -> Callable[[Tensor, Tensor, list[Any]], bool]:
+def _finisher(state: RunState) -> Callable[[Tensor, Tensor, list[Any]], bool]:
     """A function (flag, loss, what was read) -> whether a graph's update is to be counted. It was, if it was finite."""
-    progress = run.progress
-    waits = run.fabric.device.type in READS_ARE_FREE or run.config.on_nonfinite == "skip"
+    progress = state.progress
+    waits = state.fabric.device.type in READS_ARE_FREE or state.config.on_nonfinite == "skip"
 
     def finish(finite: Tensor, loss: Tensor, read: list[Any]) -> bool:
         if not waits:  # `look_back` raises later; until then the graph leaves such steps out
-            run.doubts = run.doubts or Doubts(run.fabric.device)
-            run.doubts.note(progress.step, finite)
+            state.step.doubts = state.step.doubts or Doubts(state.fabric.device)
+            state.step.doubts.note(progress.step, finite)
         elif not finite.item():
-            not_finite(run, loss, read)
+            not_finite(state, loss, read)
             return False
         progress.skipped = 0
         return True
@@ -163,24 +166,24 @@ def _gradients(found: list[tuple[Any, Any, list[Tensor]]]) -> tuple[Tensor, list
     return losses[0] if len(losses) == 1 else torch.stack(losses).sum(), read
 
 
-def _may_be_in_graph(run: Run, optimizer: torch.optim.Optimizer) -> bool:
+def _may_be_in_graph(state: RunState, optimizer: torch.optim.Optimizer) -> bool:
     """Whether the optimizer's step may be part of the graph; else it steps as always, after gradients from a graph."""
     hooked = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    listened = run.listeners("on_before_optimizer_step")
-    alone = run.config.accumulate == 1 and run.fabric.world_size == 1
+    listened = state.listeners("on_before_optimizer_step")
+    alone = state.config.accumulate == 1 and state.fabric.world_size == 1
     return type(optimizer).__module__.startswith("torch.optim") and alone and not (hooked or listened)
 
 
-def _obstacle(run: Run) -> str | None:
+def _obstacle(state: RunState) -> str | None:
     """Why no update of this run can be a graph, None if nothing is known to stand against it."""
-    if run.trainer.overrides("update"):
-        return f"{type(run.trainer).__name__} has its own update"
-    if len(run.optimizers) > 1:
-        return f"there are several optimizers ({', '.join(run.optimizers)})"
-    if any(needs_closure(o) for o in run.optimizers.values()):
-        return f"{type(next(iter(run.optimizers.values()))).__name__} evaluates the loss in a line search"
-    if scaler_of(run.fabric) is not None:
-        return f"precision={run.config.precision!r} scales the loss"
+    if state.trainer.overrides("update"):
+        return f"{type(state.trainer).__name__} has its own update"
+    if len(state.training.optimizers) > 1:
+        return f"there are several optimizers ({', '.join(state.training.optimizers)})"
+    if any(needs_closure(o) for o in state.training.optimizers.values()):
+        return f"{type(next(iter(state.training.optimizers.values()))).__name__} evaluates the loss in a line search"
+    if scaler_of(state.fabric) is not None:
+        return f"precision={state.config.precision!r} scales the loss"
     return None
 
 
@@ -188,7 +191,7 @@ class Chosen:
     """Which graph, if any, fits a batch: looked up by its shapes, made when needed, looked over once an epoch."""
 
     def __init__(self, graphs: Graphs, split: str, make: Callable[..., EvaluationGraph]) -> None:
-        self.graphs, self.run, self.split, self.make = graphs, graphs.run, split, make
+        self.graphs, self.state, self.split, self.make = graphs, graphs.run, split, make
         self.known: dict[str, list[EvaluationGraph]] = {}
         self._current: dict[tuple[Any, ...], EvaluationGraph | None] = {}
         self._first_seen: dict[str, int] = {}
@@ -197,14 +200,14 @@ class Chosen:
     def look_over(self) -> None:
         """The problem's attributes may have changed: choose again."""
         self._current.clear()
-        self._epoch = self.run.progress.epoch
+        self._epoch = self.state.progress.epoch
 
     def find(self, batch: Any) -> tuple[EvaluationGraph | None, list[Tensor]]:
         """The graph for `batch`, None if it is to be done eagerly, and the tensors of the batch."""
-        if self.run.progress.epoch != self._epoch:
+        if self.state.progress.epoch != self._epoch:
             self.look_over()
         tensors: list[Tensor] = []
-        shapes: list[Any] = [self.split, self.run.progress.phase]
+        shapes: list[Any] = [self.split, self.state.progress.phase]
         try:
             flatten(batch, tensors, shapes)
         except CannotCompile as reason:
@@ -220,12 +223,12 @@ class Chosen:
         return graph, tensors
 
     def _choose(self, key: tuple[Any, ...], batch: Any, tensors: list[Tensor]) -> EvaluationGraph | None:
-        kind, made, progress = repr(key), self.graphs.made, self.run.progress
+        kind, made, progress = repr(key), self.graphs.made, self.state.progress
         if kind not in made:
             made[kind], self._first_seen[kind] = 0, progress.step
             if sum(k.startswith(f"({self.split!r}, {progress.phase}") for k in made) > MAX_GRAPHS:
                 self._give_up(kind, f"its batches have more than {MAX_GRAPHS} different shapes")
-            elif self.run.config.compile == "auto" and not self._pays(batch, tensors):
+            elif self.state.config.compile == "auto" and not self._pays(batch, tensors):
                 made[kind] = EAGER
         if self._first_seen.get(kind) == progress.step:
             return None  # the first is done eagerly
@@ -260,11 +263,11 @@ class Chosen:
     def _give_up(self, kind: str, reason: str) -> None:
         self.graphs.made[kind] = EAGER
         what = "the update" if self.split == "train" else f"the evaluation of {self.split!r}"
-        self.run.warn_once(f"compile={self.run.config.compile!r}: {what} stays eager: {reason}.")
+        self.state.warn_once(f"compile={self.state.config.compile!r}: {what} stays eager: {reason}.")
 
     def _pays(self, batch: Any, tensors: list[Tensor]) -> bool:
         """Whether a graph wins twice what it costs, from counts alone: the same answer in every run."""
-        steps = steps_to_come(self.run, self.split)
+        steps = steps_to_come(self.state, self.split)
         if steps * graphs.MAX_NODES * SECONDS_SAVED_PER_NODE < SECONDS_PER_GRAPH:
             return False  # not even the largest would: do not trace
         try:
@@ -274,13 +277,13 @@ class Chosen:
         return steps * nodes * SECONDS_SAVED_PER_NODE > 2 * (SECONDS_PER_GRAPH + nodes * SECONDS_PER_NODE)
 
 
-def steps_to_come(run: Run, split: str) -> int:
+def steps_to_come(state: RunState, split: str) -> int:
     """How often a batch of `split` will be seen in this fit; 0 if that is not known."""
-    progress, config = run.progress, run.config
+    progress, config = state.progress, state.config
     epochs = progress.last_epoch - progress.epoch
     if split != "train":
         epochs //= config.validate_every
-    if (batches := run.num_batches(split)) is None:
+    if (batches := state.num_batches(split)) is None:
         return 0
     steps = epochs * (-(-batches // config.accumulate) if split == "train" else batches)
     return steps if split != "train" or progress.last_step is None else min(steps, progress.last_step - progress.step)

@@ -24,21 +24,21 @@ from weft.step.metrics import Means, Vector
 from weft.step.optimizers import parameters_of
 
 if TYPE_CHECKING:
-    from weft.loop.run import Run
+    from weft.step.state import RunState
 
 
 @contextmanager
-def undone(run: Run) -> Iterator[None]:
+def undone(state: RunState) -> Iterator[None]:
     """What the block does to random state, modules, trainer, and what it logs and asks for, is undone."""
-    random, logged, asked = seeding.random_state(), run.evaluating, run.stop_reason
-    run.evaluating = (Means(), 1)  # where `log` adds to
+    random, logged, asked = seeding.random_state(), state.step.evaluating, state.control.stop_reason
+    state.step.evaluating = (Means(), 1)  # where `log` adds to
     try:
-        with Watch(run.problem, run.trainer).untouched():
+        with Watch(state.problem, state.trainer).untouched():
             yield
-        if run.stop_reason != asked:
+        if state.control.stop_reason != asked:
             raise CannotCompile("the step stops the training")
     finally:
-        run.evaluating, run.stop_reason = logged, asked
+        state.step.evaluating, state.control.stop_reason = logged, asked
         seeding.set_random_state(random)
 
 
@@ -49,10 +49,10 @@ class EvaluationGraph:
     runs after `compile`. Raises CannotCompile.
     """
 
-    def __init__(self, run: Run, forward: Forward, batch: Any, tensors: list[Tensor]) -> None:
-        self.run, self.forward, self.num_checks = run, forward, 2
-        self.watch, self.held = Watch(run.problem, run.trainer), Tensors(run.problem)
-        self.epoch, self.step = (torch.zeros((), dtype=torch.int64, device=run.fabric.device) for _ in range(2))
+    def __init__(self, state: RunState, forward: Forward, batch: Any, tensors: list[Tensor]) -> None:
+        self.state, self.forward, self.num_checks = state, forward, 2
+        self.watch, self.held = Watch(state.problem, state.trainer), Tensors(state.problem)
+        self.epoch, self.step = (torch.zeros((), dtype=torch.int64, device=state.fabric.device) for _ in range(2))
         self.names, self.logged = tuple[str, ...](), tuple[str, ...]()
         groups = [tensors, *self.groups()]
         sizes = [len(group) for group in groups]
@@ -62,7 +62,7 @@ class EvaluationGraph:
             return self.compute(batch, *[list(islice(rest, size)) for size in sizes])
 
         inputs = [t for group in groups for t in group]
-        with undone(run):
+        with undone(state):
             self.graph, constants = graphs.trace(function, inputs)
         self.example, self.fixed = tensors, [*inputs[len(tensors) :], *constants]
         placeholders = [n for n in self.graph.graph.nodes if n.op == "placeholder"]
@@ -98,8 +98,8 @@ class EvaluationGraph:
 
     def read(self, batch: Any, moved: list[Tensor], parameters: list[Tensor], buffers: list[Tensor], counters: list[Tensor]) -> tuple[Any, Tensor]:
         """Loss, and all scalars as one vector. Epoch and step are tensors here, whoever asks for them."""
-        run, progress, log = self.run, self.run.progress, _Log()
-        was, run.evaluating = (progress.epoch, progress.step), (log, 1)  # type: ignore[assignment]
+        state, progress, log = self.state, self.state.progress, _Log()
+        was, state.step.evaluating = (progress.epoch, progress.step), (log, 1)  # type: ignore[assignment]
         try:
             progress.epoch, progress.step = counters  # type: ignore[assignment]
             with self.held.replaced([*parameters, *buffers]):
@@ -126,7 +126,7 @@ class EvaluationGraph:
         """The scalars by name, then the other outputs."""
         values, *others = self.call(tensors)
         if self.logged:
-            means, examples = self.run.evaluating or (self.run.logged, 1)
+            means, examples = self.state.step.evaluating or (self.state.epoch.logged, 1)
             means.add(Vector(self.logged, values[len(self.names) :]), examples)
             values = values[: len(self.names)]
         return [Vector(self.names, values), *others]
@@ -139,8 +139,8 @@ class EvaluationGraph:
     def refresh(self) -> None:
         """Bring the numbers that are inputs up to date: epoch and step, where the graph uses them."""
         if self._counts:
-            self.epoch.fill_(self.run.progress.epoch)
-            self.step.fill_(self.run.progress.step)
+            self.epoch.fill_(self.state.progress.epoch)
+            self.step.fill_(self.state.progress.step)
 
     # ---- checking
 
@@ -166,7 +166,7 @@ class EvaluationGraph:
         self.num_checks -= 1
         expected, allowed = self._eagerly(batch, self.eager), math.sqrt(self._eps())
         self.refresh()
-        with undone(self.run), torch.no_grad():
+        with undone(self.state), torch.no_grad():
             before = [t.detach().clone() for t in self.fixed]
             try:
                 found = self.outcome(self.call(tensors)) | {f"buffer {i}": b for i, b in enumerate(self.held.buffers)}
@@ -183,9 +183,9 @@ class EvaluationGraph:
 
     def side_effect(self, batch: Any) -> str | None:
         """What the eager step changes every time and a graph would not, None if there is no such thing."""
-        with undone(self.run):
+        with undone(self.state):
             self._eagerly(batch, self.repeated, keep=True)  # what is set once and for all may be
-            random, once = seeding.random_state(), Watch(self.run.problem, self.run.trainer)
+            random, once = seeding.random_state(), Watch(self.state.problem, self.state.trainer)
             first = self._eagerly(batch, self.repeated, keep=True)
             seeding.set_random_state(random)
             second = self._eagerly(batch, self.repeated, keep=True)
@@ -201,13 +201,13 @@ class EvaluationGraph:
             for p in self.held.parameters
         ]
         buffers = [b.detach().clone() for b in self.held.buffers]
-        with nullcontext() if keep else undone(self.run):
+        with nullcontext() if keep else undone(self.state):
             found = step(batch, parameters, buffers)
         return found | {f"buffer {i}": b for i, b in enumerate(buffers)}
 
     def _eps(self) -> float:
         """The relative rounding error of the step: that of its coarsest dtype."""
-        mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(self.run.config.precision))
+        mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(self.state.config.precision))
         dtypes = {p.dtype for p in self.held.parameters if p.is_floating_point()} | ({mixed} if mixed else set())
         return max((torch.finfo(dtype).eps for dtype in dtypes), default=torch.finfo(torch.float32).eps)
 
@@ -215,15 +215,15 @@ class EvaluationGraph:
 class GradientGraph(EvaluationGraph):
     """Scalars, the loss and the gradients of a batch; its share of an accumulated batch is an input."""
 
-    def __init__(self, run: Run, forward: Forward, batch: Any, tensors: list[Tensor]) -> None:
-        held = {id(p): i for i, p in enumerate(run.problem.parameters())}
-        (self.optimizer,) = run.optimizers.values()
+    def __init__(self, state: RunState, forward: Forward, batch: Any, tensors: list[Tensor]) -> None:
+        held = {id(p): i for i, p in enumerate(state.problem.parameters())}
+        (self.optimizer,) = state.training.optimizers.values()
         self.own = parameters_of(self.optimizer)
         if any(id(p) not in held for p in self.own):
             raise CannotCompile("the optimizer has parameters that are not the problem's")
         self.numbers = [held[id(p)] for p in self.own if p.requires_grad]  # among the problem's parameters
-        self.share = torch.ones((), device=run.fabric.device)
-        super().__init__(run, forward, batch, tensors)
+        self.share = torch.ones((), device=state.fabric.device)
+        super().__init__(state, forward, batch, tensors)
 
     def groups(self) -> list[Sequence[Tensor]]:
         return [*super().groups(), [self.share]]
@@ -242,7 +242,7 @@ class GradientGraph(EvaluationGraph):
         required = [p.requires_grad for p in self.held.parameters]
         leaves = [p.detach().requires_grad_(r) for p, r in zip(parameters, required, strict=True)]
         loss, values = self.read(batch, moved, leaves, buffers, counters)
-        if share is not None and self.run.config.accumulate > 1:
+        if share is not None and self.state.config.accumulate > 1:
             loss = loss * share.to(loss.dtype)
         grads = torch.autograd.grad(loss, [leaves[i] for i in self.numbers], allow_unused=True)
         return loss.detach(), values, list(grads)
@@ -281,18 +281,18 @@ class UpdateGraph(GradientGraph):
     Where one is not finite, parameters and state stay as they are, and the third output is False.
     """
 
-    def __init__(self, run: Run, forward: Forward, batch: Any, tensors: list[Tensor]) -> None:
-        (optimizer,) = run.optimizers.values()
+    def __init__(self, state: RunState, forward: Forward, batch: Any, tensors: list[Tensor]) -> None:
+        (optimizer,) = state.training.optimizers.values()
         self.groups_now, self.state_now = optimizer.param_groups, optimizer.state
         self.states = [dict(optimizer.state.get(p, {})) for p in parameters_of(optimizer)]
         if any(not isinstance(v, Tensor) and v is not None for s in self.states for v in s.values()):
             raise CannotCompile(f"{type(optimizer).__name__} keeps numbers in its state")
-        self.rates = [_rate(group["lr"], run.fabric.device) for group in optimizer.param_groups]
-        if any(t.device != run.fabric.device for t in (*self.rates, *self._held_by_optimizer())):
+        self.rates = [_rate(group["lr"], state.fabric.device) for group in optimizer.param_groups]
+        if any(t.device != state.fabric.device for t in (*self.rates, *self._held_by_optimizer())):
             raise CannotCompile(f"{type(optimizer).__name__} keeps some of its state on another device")
         self.settings = [dict(group) for group in optimizer.param_groups]
-        self.clip, self.by_value = run.config.clip, run.config.clip_algorithm == "value"
-        super().__init__(run, forward, batch, tensors)
+        self.clip, self.by_value = state.config.clip, state.config.clip_algorithm == "value"
+        super().__init__(state, forward, batch, tensors)
         optimizer._opt_called = True  # type: ignore[attr-defined]  # a scheduler asks whether it has stepped
 
     def groups(self) -> list[Sequence[Tensor]]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from weft.devices.signals import interactive
 from weft.devices.strategies import sharding_strategy
 
 if TYPE_CHECKING:
@@ -69,8 +70,8 @@ def make_fabric(config: TrainerConfig, strategy: Any = None, plugins: Any = None
             f"{error} (Asked for accelerator={config.accelerator!r}, devices={config.devices!r}, strategy={asked!r}, "
             f"num_nodes={config.num_nodes}, precision={config.precision!r}. This machine has {_machine()}.)"
         ) from error
-    if config.timeout is not None and hasattr(fabric._strategy, "_timeout"):  # until all processes are there
-        fabric._strategy._timeout = timedelta(seconds=max(config.timeout, STARTING_SECONDS))  # type: ignore[attr-defined]
+    if config.timeout is not None and hasattr(fabric.strategy, "_timeout"):  # until all processes are there
+        fabric.strategy._timeout = timedelta(seconds=max(config.timeout, STARTING_SECONDS))  # type: ignore[attr-defined]
     return fabric
 
 
@@ -111,7 +112,7 @@ def _leave_group() -> None:
 
 
 def _environment(fabric: Fabric) -> Any:
-    return getattr(fabric._strategy, "cluster_environment", None)
+    return getattr(fabric.strategy, "cluster_environment", None)
 
 
 def _end_after_parent(timeout: float | None) -> None:
@@ -133,7 +134,7 @@ def _end_after_parent(timeout: float | None) -> None:
 
 def _limit_waiting(fabric: Fabric, timeout: float | None) -> None:
     if timeout is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        mesh = getattr(fabric._strategy, "_device_mesh", None)  # of a problem in shards: it has groups of its own
+        mesh = getattr(fabric.strategy, "_device_mesh", None)  # of a problem in shards: it has groups of its own
         for group in (None, *(mesh.get_all_groups() if mesh is not None else ())):
             torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)
 
@@ -152,6 +153,20 @@ def quiet() -> Iterator[None]:
             log.setLevel(level)
 
 
+def fabric_for_calls(config: TrainerConfig, strategy: Any, plugins: Any) -> Fabric | None:
+    """The Fabric that runs a function in processes of its own (ddp_spawn, ddp_fork, ddp_notebook), where one is asked for."""
+    if strategy is not None:
+        may_start = getattr(strategy, "_start_method", "popen") != "popen"
+    else:
+        several = not is_one(config.devices) or config.num_nodes > 1
+        named = config.strategy in ("ddp_spawn", "ddp_fork", "ddp_notebook")
+        may_start = named or (config.strategy == "auto" and several and interactive())
+    if not may_start:
+        return None
+    fabric = make_fabric(config, strategy, plugins)
+    return fabric if starts_function(fabric) else None
+
+
 def starts_function(fabric: Fabric) -> bool:
     """Whether the strategy runs a function in processes of its own (ddp_spawn, ddp_fork, ddp_notebook)."""
     return start_method(fabric) is not None
@@ -159,7 +174,7 @@ def starts_function(fabric: Fabric) -> bool:
 
 def start_method(fabric: Fabric) -> str | None:
     """"spawn" or "fork" where the strategy runs a function in processes of its own, else None."""
-    return getattr(fabric._strategy.launcher, "_start_method", None)
+    return getattr(fabric.strategy.launcher, "_start_method", None)
 
 
 def is_one(devices: Any) -> bool:
@@ -197,7 +212,7 @@ def _check_strategy(fabric: Fabric) -> None:
     from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
     from lightning.fabric.strategies.single_device import SingleDeviceStrategy
 
-    strategy = fabric._strategy
+    strategy = fabric.strategy
     if not isinstance(strategy, DDPStrategy | SingleDeviceStrategy | ModelParallelStrategy):
         raise TypeError(f"{type(strategy).__name__} is not supported; use 'ddp' or one of its like, or 'fsdp'.")
     if isinstance(strategy, ModelParallelStrategy) and strategy.num_processes * strategy.num_nodes == 1:

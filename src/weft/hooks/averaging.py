@@ -31,7 +31,7 @@ class WeightAverage(Hook):
 
     def on_fit_start(self, trainer: Any) -> None:
         self._validated, self._live = False, None
-        if trainer.run.is_new:
+        if trainer.run.state.control.is_new:
             self.count, self.averages = 0, {}
 
     def on_step_start(self, trainer: Any, batch: Any) -> None:

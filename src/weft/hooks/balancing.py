@@ -33,7 +33,7 @@ from weft.hooks.terms import (
 from weft.problem.reading import set_term_weights
 
 if TYPE_CHECKING:
-    from weft.loop.run import Run
+    from weft.step.state import RunState
 
 
 class Balancing(Hook):
@@ -50,41 +50,41 @@ class Balancing(Hook):
 
     def on_fit_start(self, trainer: Any) -> None:
         names = term_names(trainer.problem, self.wanted, type(self).__name__)
-        if trainer.run.is_new:
+        if trainer.run.state.control.is_new:
             self.state = {}
         self.names = names
         if self.reads_losses:
-            trainer.run.measured = []
-        self.begin(trainer.run)
+            trainer.run.state.step.measured = []
+        self.begin(trainer.run.state)
 
-    def begin(self, run: Run) -> None:
+    def begin(self, state: RunState) -> None:
         """What a method does when a fit starts."""
 
     def on_step_end(self, trainer: Any, batch: Any, loss: Tensor) -> None:
-        run = trainer.run
-        if self.reads_losses and run.progress.step % self.every == 0:
-            losses = losses_of_last_step(run, self.names)
+        state = trainer.run.state
+        if self.reads_losses and state.progress.step % self.every == 0:
+            losses = losses_of_last_step(state, self.names)
             if losses is not None:
-                self._set(run, self.weights_from_losses(run, losses))
-        trainer.log({f"weight_{n}": w for n, w in zip(self.names, weights_of(run.problem, self.names), strict=True)})
+                self._set(state, self.weights_from_losses(state, losses))
+        trainer.log({f"weight_{n}": w for n, w in zip(self.names, weights_of(state.problem, self.names), strict=True)})
 
     def on_step_start(self, trainer: Any, batch: Any) -> None:
-        run = trainer.run
-        if not self.reads_losses and run.progress.step % self.every == 0:
-            self._set(run, self.weights_from_batch(run, batch))
+        state = trainer.run.state
+        if not self.reads_losses and state.progress.step % self.every == 0:
+            self._set(state, self.weights_from_batch(state, batch))
 
-    def weights_from_losses(self, run: Run, losses: Tensor) -> Tensor | None:
+    def weights_from_losses(self, state: RunState, losses: Tensor) -> Tensor | None:
         """The new weights, (terms,), given the losses of the last step without weights; None: as they are."""
         raise NotImplementedError
 
-    def weights_from_batch(self, run: Run, batch: Any) -> Tensor | None:
+    def weights_from_batch(self, state: RunState, batch: Any) -> Tensor | None:
         """The new weights, (terms,), given the batch of the next step; None: as they are."""
         raise NotImplementedError
 
-    def _set(self, run: Run, weights: Tensor | None) -> None:
+    def _set(self, state: RunState, weights: Tensor | None) -> None:
         if weights is not None:  # a loss is read back as value / weight, so no weight becomes zero
             weights = weights.detach().clamp(min=torch.finfo(weights.dtype).eps)
-            set_term_weights(run.problem, dict(zip(self.names, weights.unbind(), strict=True)))
+            set_term_weights(state.problem, dict(zip(self.names, weights.unbind(), strict=True)))
 
     def state_dict(self) -> dict[str, Any]:
         """What the method remembers; the weights themselves are saved with the run."""
@@ -119,7 +119,7 @@ class ReLoBRaLo(Balancing):
         super().__init__(terms, every)
         self.alpha, self.temperature, self.rho = alpha, temperature, rho
 
-    def weights_from_losses(self, run: Run, losses: Tensor) -> Tensor | None:
+    def weights_from_losses(self, state: RunState, losses: Tensor) -> Tensor | None:
         first = "initial" not in self.state
         initial, last = self.remembered("initial", losses), self.remembered("last", losses)
         count = self.state["count"] = self.state.get("count", -1) + 1
@@ -130,19 +130,19 @@ class ReLoBRaLo(Balancing):
         of_last = torch.softmax(losses / (self.temperature * last + eps), 0) * len(losses)
         if count == 1:
             return of_last
-        if self._keeps_history(run):
-            history = weights_of(run.problem, self.names).to(losses)
+        if self._keeps_history(state):
+            history = weights_of(state.problem, self.names).to(losses)
         else:
             history = torch.softmax(losses / (self.temperature * initial + eps), 0) * len(losses)
         return self.alpha * history + (1 - self.alpha) * of_last
 
-    def _keeps_history(self, run: Run) -> bool:
+    def _keeps_history(self, state: RunState) -> bool:
         """One draw of rho. The state of the generator is remembered, so that a resumed run draws on."""
         generator = torch.Generator()
         if "generator" in self.state:
             generator.set_state(self.state["generator"].cpu())
         else:
-            generator.manual_seed(run.seed)
+            generator.manual_seed(state.feed.seed)
         draw = torch.rand((), generator=generator).item()
         self.state["generator"] = generator.get_state()
         return draw < self.rho
@@ -166,7 +166,7 @@ class SoftAdapt(Balancing):
         super().__init__(terms, every)
         self.beta, self.normalized, self.loss_weighted = beta, normalized, loss_weighted
 
-    def weights_from_losses(self, run: Run, losses: Tensor) -> Tensor | None:
+    def weights_from_losses(self, state: RunState, losses: Tensor) -> Tensor | None:
         first = "last" not in self.state
         rates = losses - self.remembered("last", losses)
         self.state["last"] = losses.clone()
@@ -202,8 +202,8 @@ class SelfAdaptive(Balancing):
             raise ValueError(f"SelfAdaptive: power={power}; expected at least 1.")
         self.ascent_rate, self.power = ascent_rate, power
 
-    def weights_from_losses(self, run: Run, losses: Tensor) -> Tensor | None:
-        v = self.remembered("v", weights_of(run.problem, self.names).to(losses) ** (1 / self.power))
+    def weights_from_losses(self, state: RunState, losses: Tensor) -> Tensor | None:
+        v = self.remembered("v", weights_of(state.problem, self.names).to(losses) ** (1 / self.power))
         self.state["v"] = v + self.ascent_rate * self.power * v ** (self.power - 1) * losses
         return self.state["v"] ** self.power
 
@@ -227,10 +227,10 @@ class GradNorm(Balancing):
         super().__init__(terms, every)
         self.alpha, self.learning_rate, self.of = alpha, learning_rate, of
 
-    def weights_from_batch(self, run: Run, batch: Any) -> Tensor | None:
-        losses, gradients = term_gradients(run, batch, self.names, trained_parameters(run, self.of))
+    def weights_from_batch(self, state: RunState, batch: Any) -> Tensor | None:
+        losses, gradients = term_gradients(state, batch, self.names, trained_parameters(state, self.of))
         norms, eps = gradients.norm(dim=1), torch.finfo(losses.dtype).eps
-        weights = weights_of(run.problem, self.names).to(norms)
+        weights = weights_of(state.problem, self.names).to(norms)
         of_each = weights * norms
         ratios = losses / (self.remembered("initial", losses) + eps)
         target = of_each.mean() * (ratios / (ratios.mean() + eps)) ** self.alpha
@@ -258,14 +258,14 @@ class LearningRateAnnealing(Balancing):
         super().__init__(terms, every)
         self.residual, self.alpha, self.of = residual, alpha, of
 
-    def begin(self, run: Run) -> None:
-        term_names(run.problem, [self.residual], "LearningRateAnnealing")
+    def begin(self, state: RunState) -> None:
+        term_names(state.problem, [self.residual], "LearningRateAnnealing")
         if self.residual not in self.names:
             self.names.append(self.residual)
 
-    def weights_from_batch(self, run: Run, batch: Any) -> Tensor | None:
-        _, gradients = term_gradients(run, batch, self.names, trained_parameters(run, self.of))
-        weights, fixed = weights_of(run.problem, self.names).to(gradients), self.names.index(self.residual)
+    def weights_from_batch(self, state: RunState, batch: Any) -> Tensor | None:
+        _, gradients = term_gradients(state, batch, self.names, trained_parameters(state, self.of))
+        weights, fixed = weights_of(state.problem, self.names).to(gradients), self.names.index(self.residual)
         largest = (weights[fixed] * gradients[fixed]).abs().max()
         means = gradients.abs().mean(dim=1)
         new = (1 - self.alpha) * weights + self.alpha * largest / means
@@ -294,16 +294,16 @@ class NTKWeights(Balancing):
         super().__init__(list(residuals), every)
         self.residuals, self.points = dict(residuals), points
 
-    def begin(self, run: Run) -> None:
-        self._functions = [key_function(fn, run.problem, f"NTKWeights {n!r}") for n, fn in self.residuals.items()]
+    def begin(self, state: RunState) -> None:
+        self._functions = [key_function(fn, state.problem, f"NTKWeights {n!r}") for n, fn in self.residuals.items()]
 
-    def weights_from_batch(self, run: Run, batch: Any) -> Tensor | None:
+    def weights_from_batch(self, state: RunState, batch: Any) -> Tensor | None:
         first = batch[0] if isinstance(batch, list) else batch
-        params = trained_parameters(run, None)
+        params = trained_parameters(state, None)
         traces = torch.stack([self._mean_trace(function(first), params) for function in self._functions])
-        traces = over_processes(run, traces)
+        traces = over_processes(state, traces)
         weights = traces.sum() / traces
-        return torch.where(traces == 0, weights_of(run.problem, self.names).to(traces), weights)
+        return torch.where(traces == 0, weights_of(state.problem, self.names).to(traces), weights)
 
     def _mean_trace(self, residual: Tensor, params: Sequence[Tensor]) -> Tensor:
         entries = residual.flatten()

@@ -26,7 +26,7 @@ class GradientNorms(Hook):
         if trainer.global_step % self.every == 0:
             names = {id(o): name for name, o in trainer.optimizers.items()}
             key = "grad_norm" if len(names) == 1 else f"grad_norm_{names[id(optimizer)]}"
-            trainer.log({key: trainer.run.processes.norm(parameters_of(optimizer))})
+            trainer.log({key: trainer.run.state.processes.norm(parameters_of(optimizer))})
 
     def on_fit_start(self, trainer: Any) -> None:
         self.names = list(term_weights(trainer.problem)) if self.terms else []
@@ -35,7 +35,7 @@ class GradientNorms(Hook):
 
     def on_step_start(self, trainer: Any, batch: Any) -> None:
         if self.names and trainer.global_step % self.every == 0:
-            run = trainer.run
-            _, gradients = term_gradients(run, batch, self.names, trained_parameters(run, self.of), weighted=True)
+            state = trainer.run.state
+            _, gradients = term_gradients(state, batch, self.names, trained_parameters(state, self.of), weighted=True)
             norms = gradients.norm(dim=1).unbind()
             trainer.log({f"grad_norm_{name}": norm for name, norm in zip(self.names, norms, strict=True)})

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def _loggers_with(trainer: Any, method: str, who: str) -> list[Any]:
     """The loggers of this process that can do `method`. Raises ValueError if none of the run's can."""
-    logging = [hook for hook in trainer.run.hooks if isinstance(hook, Logging)]
+    logging = [hook for hook in trainer.run.state.hooks if isinstance(hook, Logging)]
     able = [logger for hook in logging for logger in hook.loggers if hasattr(logger, method)]
     if not able:
         raise ValueError(f"{who} has nowhere to write: no logger has {method!r}. Add loggers='tensorboard'.")

@@ -202,7 +202,7 @@ class Profiling(Hook):
             if run.run_dir is None:
                 raise ValueError("profiler='pytorch' writes a trace, but this run has no folder (fast_dev_run writes nothing).")
             self.profiler.worker = f"{socket.gethostname()}_{run.fabric.global_rank}"
-        if self._watch is not None and not run.config.compile:  # a graph has no nodes any more
+        if self._watch is not None and not run.state.config.compile:  # a graph has no nodes any more
             for name, module in [("problem", run.problem), *nodes_of(run.problem)]:
                 if "forward" not in vars(module):
                     module.forward = self._watch(name, module.forward)
@@ -230,7 +230,7 @@ class Profiling(Hook):
         result.profile = found
         run = trainer.run
         if isinstance(found, PyTorchProfiler) and result.stop_reason != "error" and (complaint := found.complaint(run.progress.step)):
-            run.warn_once(complaint)
+            run.state.warn_once(complaint)
         if run.run_dir is not None and run.is_global_zero and hasattr(found, "to_dict"):
             folder = run.run_dir / "profile"
             folder.mkdir(exist_ok=True)

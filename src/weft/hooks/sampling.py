@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,9 +20,6 @@ from weft.data.datasets import DictDataset
 from weft.events import Hook
 from weft.hooks.terms import KeyFunction, key_function
 from weft.problem.lagrangian import AugmentedLagrangian
-
-if TYPE_CHECKING:
-    from weft.loop.run import Run
 
 
 class Resample(Hook):
@@ -59,13 +56,13 @@ class Resample(Hook):
         self.version = 0
         self._to_put_back: dict[str, Tensor] | None = None
         self._points: dict[str, Tensor] = {}
-        self._run: Run | None = None
+        self._run: Any | None = None
 
     def on_fit_start(self, trainer: Any) -> None:
         if any(isinstance(module, AugmentedLagrangian) for module in trainer.problem.modules()):
             raise ValueError("Resample: an AugmentedLagrangian has multipliers for each row; new points would get old ones.")
         self._run = trainer.run
-        if trainer.run.is_new:
+        if trainer.run.state.control.is_new:
             self.version, self._points, self._to_put_back = 0, {}, None
 
     def on_epoch_start(self, trainer: Any) -> None:
@@ -79,8 +76,8 @@ class Resample(Hook):
             self.version += 1
         trainer.log({"num_points": len(self._dataset(run)), "data_version": self.version})
 
-    def _resample(self, run: Run) -> None:
-        generator = torch.Generator().manual_seed((run.seed * 1_000_003 + run.progress.epoch) % 2**63)
+    def _resample(self, run: Any) -> None:
+        generator = torch.Generator().manual_seed((run.state.feed.seed * 1_000_003 + run.progress.epoch) % 2**63)
         old = self._dataset(run).datadict
         found = {key: value.to(old[key].device, old[key].dtype) for key, value in self._candidates(generator, old).items()}
         errors = self._errors(run, found)
@@ -106,7 +103,7 @@ class Resample(Hook):
             raise ValueError(f"Resample: the candidates have {lengths} rows; expected equal, at least {needed}.")
         return found
 
-    def _errors(self, run: Run, points: Mapping[str, Tensor]) -> Tensor:
+    def _errors(self, run: Any, points: Mapping[str, Tensor]) -> Tensor:
         """The absolute residual of each point, (points,), the mean over its components where it has several."""
         batch: dict[str, Any] = {key: value.detach().clone() for key, value in points.items()}
         rows = len(next(iter(batch.values())))
@@ -121,11 +118,11 @@ class Resample(Hook):
             raise FloatingPointError(f"Resample: the residual is not finite at {int((~errors.isfinite()).sum())} candidates.")
         return errors.flatten(1).mean(1) if errors.ndim > 1 else errors
 
-    def _requiring_grad(self, run: Run) -> list[str]:
+    def _requiring_grad(self, run: Any) -> list[str]:
         asked = set(run.data.inputs_require_grad)
         return [key for key, value in self._dataset(run).datadict.items() if key in asked or value.requires_grad]
 
-    def _dataset(self, run: Run) -> DictDataset:
+    def _dataset(self, run: Any) -> DictDataset:
         train = run.data.train
         if self.part is not None:
             if not isinstance(train, Mapping) or self.part not in train:
@@ -136,7 +133,7 @@ class Resample(Hook):
             raise TypeError(f"Resample: the training data is {type(train).__name__}; expected a weft.DictDataset.")
         return train
 
-    def _put(self, run: Run, points: Mapping[str, Tensor]) -> None:
+    def _put(self, run: Any, points: Mapping[str, Tensor]) -> None:
         old = self._dataset(run).datadict
         tensors = {k: v.to(old[k].device).requires_grad_(old[k].requires_grad) for k, v in points.items()}
         new: Any = DictDataset(tensors)

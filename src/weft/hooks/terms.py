@@ -19,7 +19,7 @@ from weft.step.optimizers import submodule
 from weft.types import suggest
 
 if TYPE_CHECKING:
-    from weft.loop.run import Run
+    from weft.step.state import RunState
 
 KeyFunction = Callable[..., Tensor] | str
 """A key, or a function whose argument names are the keys it reads; the argument `problem` is the problem itself."""
@@ -46,21 +46,21 @@ def weights_of(problem: nn.Module, names: Sequence[str]) -> Tensor:
     return torch.stack([torch.as_tensor(weights[name], device=device).detach().clone() for name in names])
 
 
-def losses_of_last_step(run: Run, names: Sequence[str]) -> Tensor | None:
+def losses_of_last_step(state: RunState, names: Sequence[str]) -> Tensor | None:
     """The losses of these terms in the last step, a vector on the device; None if the step was skipped.
 
-    The weights must be as they were in that step. A hook that calls this sets `run.measured = []` when a fit starts.
+    The weights must be as they were in that step. A hook that calls this sets `state.step.measured = []` when a fit starts.
     """
-    if not run.measured:
+    if not state.step.measured:
         return None
-    total = sum(examples for _, examples in run.measured)
-    parts = [torch.stack(_contributions(scalars, names)) * (n / total) for scalars, n in run.measured]
-    run.measured = []
-    return over_processes(run, torch.stack(parts).sum(0)) / weights_of(run.problem, names)
+    total = sum(examples for _, examples in state.step.measured)
+    parts = [torch.stack(_contributions(scalars, names)) * (n / total) for scalars, n in state.step.measured]
+    state.step.measured = []
+    return over_processes(state, torch.stack(parts).sum(0)) / weights_of(state.problem, names)
 
 
 def term_gradients(
-    run: Run, batch: Any, names: Sequence[str], params: Sequence[Tensor], weighted: bool = False
+    state: RunState, batch: Any, names: Sequence[str], params: Sequence[Tensor], weighted: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The losses of these terms for `batch`, (terms,), and their gradients in `params`, (terms, entries), detached.
 
@@ -69,8 +69,8 @@ def term_gradients(
     One forward pass of the training step and one pass back per term; nothing is left in `.grad`.
     `batch`: as a step gets it (a list of batches when accumulating).
     """
-    forward, parts = forward_of(run, "train"), batch if isinstance(batch, list) else [batch]
-    weights, examples = weights_of(run.problem, names), [num_examples(part) for part in parts]
+    forward, parts = forward_of(state, "train"), batch if isinstance(batch, list) else [batch]
+    weights, examples = weights_of(state.problem, names), [num_examples(part) for part in parts]
     losses, gradients = torch.zeros_like(weights), torch.zeros(())
     for part, n in zip(parts, examples, strict=True):
         share, found = n / sum(examples), _contributions(forward(part)[1], names)
@@ -78,7 +78,7 @@ def term_gradients(
         losses = losses + torch.stack([term.detach() for term in terms]) * share
         rows = [flat_gradient(term, params) for term in terms]
         gradients = gradients.to(rows[0].device) + torch.stack(rows) * share
-    return over_processes(run, losses), over_processes(run, gradients)
+    return over_processes(state, losses), over_processes(state, gradients)
 
 
 def flat_gradient(value: Tensor, params: Sequence[Tensor]) -> Tensor:
@@ -90,11 +90,11 @@ def flat_gradient(value: Tensor, params: Sequence[Tensor]) -> Tensor:
     return torch.cat([(torch.zeros_like(p) if g is None else g.detach()).flatten() for g, p in both])
 
 
-def trained_parameters(run: Run, of: str | None) -> list[nn.Parameter]:
+def trained_parameters(state: RunState, of: str | None) -> list[nn.Parameter]:
     """The parameters that train, of the whole problem or of the node or submodule `of`. ValueError if they are in shards."""
-    if run.processes.in_shards:
+    if state.processes.in_shards:
         raise ValueError("Gradients of single terms need whole parameters, and the problem is in shards; use strategy='ddp'.")
-    owner = run.problem if of is None else submodule(run.problem, of)
+    owner = state.problem if of is None else submodule(state.problem, of)
     return [p for p in owner.parameters() if p.requires_grad]
 
 
@@ -124,6 +124,6 @@ def _contributions(scalars: Mapping[str, Any], names: Sequence[str]) -> list[Ten
     return [scalars[f"train_{name}"].mean() for name in names]
 
 
-def over_processes(run: Run, value: Tensor) -> Tensor:
+def over_processes(state: RunState, value: Tensor) -> Tensor:
     """The mean of a tensor over all processes, so that each of them sets the same weights."""
-    return run.processes.mean(value)
+    return state.processes.mean(value)

@@ -165,7 +165,7 @@ class Logging(Hook):
         for logger in self._active:
             if run.progress.step > 0 and hasattr(logger, "rewind"):
                 has_dropped = logger.rewind(run.progress.step, run.progress.epoch, run.progress.batch > 0)
-                again = run.kept.notes.get("step values", {})
+                again = run.state.kept.notes.get("step values", {})
                 if has_dropped and again.get("step") == run.progress.step:
                     logger.log_metrics({**again["values"], "epoch": run.progress.epoch}, step=run.progress.step)
             if hasattr(logger, "log_problem"):
@@ -177,13 +177,13 @@ class Logging(Hook):
 
     def on_epoch_start(self, trainer: Any) -> None:
         """Note the learning rates that the epoch is trained with; at its end the schedulers have changed them."""
-        trainer.run.kept.notes["lr"] = learning_rates(trainer.run.optimizers)
+        trainer.run.state.kept.notes["lr"] = learning_rates(trainer.run.optimizers)
 
     def on_step_end(self, trainer: Any, batch: Any, loss: Any) -> None:
         """Every `log_every` steps: the means since the last time. All processes take part in the means."""
         if self.log_every is not None and trainer.run.progress.step % self.log_every == 0:
             values = trainer.run.step_metrics()
-            trainer.run.kept.notes["step values"] = {"step": trainer.run.progress.step, "values": dict(values)}
+            trainer.run.state.kept.notes["step values"] = {"step": trainer.run.progress.step, "values": dict(values)}
             self._log(trainer, values)
 
     def on_epoch_end(self, trainer: Any, metrics: Mapping[str, float]) -> None:
@@ -192,8 +192,8 @@ class Logging(Hook):
         passed = now - self._last_time
         speed = {"steps_per_second": (step - self._last_step) / passed} if passed > 0 else {}
         self._last_time, self._last_step = now, step
-        speed |= trainer.run.feed.report(trainer.run.processes.gather)
-        rates = trainer.run.kept.notes.get("lr", {})
+        speed |= trainer.run.state.epoch.throughput.report(trainer.run.state.processes.gather)
+        rates = trainer.run.state.kept.notes.get("lr", {})
         self._log(trainer, {**rates, **speed, "seconds": now - self._started, **metrics})
 
     def on_exception(self, trainer: Any, error: BaseException) -> None:

@@ -1,7 +1,7 @@
 """What a run does differently for the problems of another library: the places where an integration takes over.
 
-`weft.integrations.adapter_for(problem)` names a subclass of `Run` for the problems that it knows; it overrides these
-and the methods of `Run` itself. Here stands what holds for a plain problem.
+`adapter_for(problem)` names a subclass of `Run` for the problems that one knows; it overrides the seams and the methods
+of `Run` itself. Here stands what holds for a plain problem.
 """
 
 from __future__ import annotations
@@ -9,33 +9,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import Any
 
 from torch import nn
 
 from weft.data.data import Data, as_data, evaluation_data
 from weft.devices.precision import numerics
-from weft.loop.phases import begin_phases
-from weft.sharded.shards import processes_of
+from weft.devices.processes import Processes
 from weft.step.evaluation import predict
-
-if TYPE_CHECKING:
-    from lightning.fabric import Fabric
-
-    from weft.devices.processes import Processes
-    from weft.loop.run import Run
+from weft.step.state import RunState
 
 _LIGHTNING = ("lightning.pytorch.", "pytorch_lightning.")
+ADAPTERS = {"LightningModule": ("weft.integrations.lightning.run", "LightningRun")}
+"""By the name of a base class of the problem: module and name of the kind of `Run` that trains it."""
 
 
-def adapter_for(problem: Any) -> type[Run] | None:
+def adapter_for(problem: Any) -> Any:
     """The kind of `Run` that trains this problem, None for a plain one."""
-    if _has_base(getattr(problem, "_orig_mod", None), "LightningModule"):
-        raise NotImplementedError("torch.compile(module) hides a LightningModule; call module.compile() or compile its parts.")
-    if _has_base(problem, "LightningModule"):
-        from weft.integrations.lightning.run import LightningRun
-
-        return LightningRun
+    for base, (module, name) in ADAPTERS.items():
+        if _has_base(getattr(problem, "_orig_mod", None), base):
+            raise NotImplementedError(
+                f"torch.compile(module) hides a {base}; call module.compile() or compile its parts."
+            )
+        if _has_base(problem, base):
+            return getattr(import_module(module), name)
     return None
 
 
@@ -60,28 +58,39 @@ class Seams:
     monitors_by_default = True
     """Whether the dev loss (or the training loss) is monitored without being named."""
 
-    fabric: Fabric
-    processes: Processes
+    state: RunState
 
     @property
     def settings(self) -> dict[str, Any]:
         """Settings of the problem itself, which loggers record beside the trainer's."""
         return {}
 
-    def meet(self: Run) -> Processes:  # type: ignore[misc]
+    def meet(self) -> Processes:
         """The processes of the run, as its strategy has them."""
-        return processes_of(self)
+        state = self.state
+
+        def interrupted() -> bool:
+            return bool(state.control.interruption.asked)
+
+        if not hasattr(state.fabric.strategy, "_parallelize_fn"):
+            return Processes(state.fabric, interrupted)
+        from weft.sharded.shards import processes_in_shards
+
+        return processes_in_shards(state, interrupted)
 
     def place(self, problem: nn.Module) -> nn.Module:
         """The problem in the run's precision and on its device (one to be sharded stays where it is)."""
-        problem = self.fabric._precision.convert_module(problem)
-        return problem if self.processes.in_shards else problem.to(self.fabric.device)
+        state = self.state
+        problem = state.fabric.strategy.precision.convert_module(problem)
+        return problem if state.processes.in_shards else problem.to(state.fabric.device)
 
     @contextmanager
-    def in_use(self: Run) -> Iterator[None]:  # type: ignore[misc]
+    def in_use(self) -> Iterator[None]:
         """While the problem trains or is evaluated: the run's numbers, and a sharded problem in shards."""
-        with numerics(self.fabric, self.config.deterministic, self.problem), self.processes.holding(self.problem):
-            yield
+        state = self.state
+        with numerics(state.fabric, state.config.deterministic, state.problem):
+            with state.processes.holding(state.problem):
+                yield
 
     def data_of_fit(self, data: Any, dev: Any, datamodule: Any, setup_kwargs: Mapping[str, Any]) -> Callable[[], Data]:
         """What makes the data of a fit from what `Trainer.fit` was given."""
@@ -90,16 +99,12 @@ class Seams:
         return partial(as_data, data, dev, setup_kwargs)
 
     def data_to_evaluate(
-        self, split: str, data: Any, setup_kwargs: Mapping[str, Any], last: Run | None
+        self, split: str, data: Any, setup_kwargs: Mapping[str, Any], last: RunState | None
     ) -> Callable[[], Data]:
         """What makes the data of `Trainer.validate`, `test` or `predict`; `last` is the run of the last fit."""
-        return partial(evaluation_data, split, data, setup_kwargs, last.data.batch_size if last is not None else None)
+        batch_size = last.feed.data.batch_size if last is not None else None
+        return partial(evaluation_data, split, data, setup_kwargs, batch_size)
 
-    def begin_phases(self: Run, resumed: bool) -> None:  # type: ignore[misc]
-        """Put optimizers, schedules and the update of the run's phase in force."""
-        begin_phases(self, resumed)
-
-    def predict(self: Run) -> Any:  # type: ignore[misc]
+    def predict(self) -> Any:
         """The predictions for the predict set."""
-        return predict(self, self.trainer.step_function("predict", self.problem))
-
+        return predict(self.state, self.state.trainer.step_function("predict", self.state.problem))

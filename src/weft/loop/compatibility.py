@@ -20,7 +20,7 @@ from weft.data.loaders import LoaderBatches
 from weft.step.history import Progress
 
 if TYPE_CHECKING:
-    from weft.loop.run import Run
+    from weft.step.state import RunState
 
 # These say how long, where and how visibly a run trains; changing them changes no number of an epoch.
 _FREE_OPTIONS = {
@@ -40,24 +40,24 @@ def describe(progress: Progress) -> str:
     return f"epoch {progress.epoch}, after batch {progress.batch}, step {progress.step}"
 
 
-def fixed_settings(run: Run) -> dict[str, str]:
+def fixed_settings(state: RunState) -> dict[str, str]:
     """What gives the saved state its meaning, as strings by name: with another value it cannot be resumed."""
     found = {
-        "precision": run.fabric._precision.precision,
-        "processes": run.processes.world,
-        "accumulate": run.config.accumulate,
-        "compile": run.kept.compile_choice,
-        "phases": len(run.phases),
-        "optimizers": {name: type(o).__name__ for name, o in run.optimizers.items()},
-        "schedulers": {name: f"{type(s.scheduler).__name__} each {s.interval}" for name, s in run.schedules.items()},
-        "rows of the training data": run.rows("train"),
-        "batch_size": run.data.batch_size,
-        "batches in an epoch": _num_batches(run.source("train")),
-        "limit_batches": run.config.limit("train"),
-        "shuffle": run.data.shuffle,
-        "drop_last": run.data.drop_last,
+        "precision": state.fabric._precision.precision,
+        "processes": state.processes.world,
+        "accumulate": state.config.accumulate,
+        "compile": state.kept.compile_choice,
+        "phases": len(state.training.phases),
+        "optimizers": {name: type(o).__name__ for name, o in state.training.optimizers.items()},
+        "schedulers": {name: f"{type(s.scheduler).__name__} each {s.interval}" for name, s in state.training.schedules.items()},
+        "rows of the training data": state.rows("train"),
+        "batch_size": state.feed.data.batch_size,
+        "batches in an epoch": _num_batches(state.source("train")),
+        "limit_batches": state.config.limit("train"),
+        "shuffle": state.feed.data.shuffle,
+        "drop_last": state.feed.data.drop_last,
     }
-    if run.processes.in_shards:
+    if state.processes.in_shards:
         found["problem"] = "in shards"
     return {name: str(value) for name, value in found.items()}
 
@@ -69,56 +69,56 @@ def _num_batches(source: Any) -> int | None:
         return None
 
 
-def settings(run: Run) -> dict[str, str]:
+def settings(state: RunState) -> dict[str, str]:
     """Options, versions and data as strings by name: what may change, but then the run is another one."""
-    found: dict[str, Any] = {k: repr(v) for k, v in run.config.to_dict().items() if k not in _FREE_OPTIONS}
-    objects = {k: _name_of(v) for k, v in run.trainer.options.items() if v is not None and k not in _FREE_OPTIONS}
-    device = run.fabric.device
+    found: dict[str, Any] = {k: repr(v) for k, v in state.config.to_dict().items() if k not in _FREE_OPTIONS}
+    objects = {k: _name_of(v) for k, v in state.trainer.options.items() if v is not None and k not in _FREE_OPTIONS}
+    device = state.fabric.device
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     found |= {
         **objects,
-        **{f"optimizer {name}": _defaults(o) for name, o in run.optimizers.items()},
+        **{f"optimizer {name}": _defaults(o) for name, o in state.training.optimizers.items()},
         "device": f"{device.type} ({kind})",
         "number of threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": ".".join(platform.python_version_tuple()[:2]),
-        **data_prints(run),
+        **data_prints(state),
     }
     return {name: str(value) for name, value in found.items()}
 
 
-def compare(run: Run, state: Mapping[str, Any]) -> None:
+def compare(state: RunState, saved: Mapping[str, Any]) -> None:
     """Raise ValueError for settings that must not change, naming all; warn once of those that did otherwise."""
-    here, there, path = fixed_settings(run), state["fixed"], run.kept.resumed_from
+    here, there, path = fixed_settings(state), saved["fixed"], state.kept.resumed_from
     unknown = {name for name in _OF_LOADERS if "None" in (here[name], there.get(name))}
     names = [name for name in here if here[name] != there.get(name) and name not in unknown]
     wrong = [f"{name}: {there.get(name)} there, {here[name]} here" for name in names]
-    if not state["error"] and 1 + len(state["other_processes"]) != run.processes.world:
-        wrong.append(f"state of {1 + len(state['other_processes'])} processes there")
+    if not saved["error"] and 1 + len(saved["other_processes"]) != state.processes.world:
+        wrong.append(f"state of {1 + len(saved['other_processes'])} processes there")
     if wrong:
         raise ValueError(
             f"{path} cannot be resumed with these settings: {'; '.join(wrong)}. "
             "To train on from its weights alone, use weft.load_weights(problem, path)."
         )
-    here, there = settings(run), state["options"]
+    here, there = settings(state), saved["options"]
     unknown = {name for name in _PRINTS if "None rows" in (here.get(name), there.get(name))}
     names = [name for name in {**there, **here} if here.get(name) != there.get(name) and name not in unknown]
     changed = [f"{name}: {there.get(name, 'nothing')} -> {here.get(name, 'nothing')}" for name in names]
-    torn = f" It was saved at an error, maybe in the middle of a step ({state['error']})." if state["error"] else ""
+    torn = f" It was saved at an error, maybe in the middle of a step ({saved['error']})." if saved["error"] else ""
     if changed or torn:
         but = f" Changed since: {'; '.join(changed)}." if changed else ""
         warnings.warn(
-            f"Resuming {path} ({describe(run.progress)}).{but}{torn} The run will not end bit for bit where the undisturbed one would.",
+            f"Resuming {path} ({describe(state.progress)}).{but}{torn} The run will not end bit for bit where the undisturbed one would.",
             stacklevel=5,
         )
 
 
-def data_prints(run: Run) -> dict[str, str]:
+def data_prints(state: RunState) -> dict[str, str]:
     """A text that changes with the data, for train and dev; made once for each data (it reads the device)."""
-    if not run.kept.data_prints:
-        sources = dict(zip(_PRINTS, (run.source("train"), run.source("dev")), strict=True))
-        run.kept.data_prints = {name: _print_of(source) for name, source in sources.items() if source is not None}
-    return run.kept.data_prints
+    if not state.kept.data_prints:
+        sources = dict(zip(_PRINTS, (state.source("train"), state.source("dev")), strict=True))
+        state.kept.data_prints = {name: _print_of(source) for name, source in sources.items() if source is not None}
+    return state.kept.data_prints
 
 
 def _print_of(batches: Batches | LoaderBatches) -> str:

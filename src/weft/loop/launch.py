@@ -27,11 +27,9 @@ from torch import nn
 
 from weft.checkpoint import archive
 from weft.checkpoint.weights import load_into, state_of
-from weft.config import TrainerConfig
 from weft.devices import seeding
-from weft.devices.fabric import is_one, make_fabric, quiet, start_method, starts_function
+from weft.devices.fabric import quiet, start_method
 from weft.devices.processes import dumps
-from weft.devices.signals import interactive
 from weft.events import Hook
 from weft.loop.result import FitResult
 from weft.loop.resume import restore_hooks, state_of_run
@@ -40,28 +38,9 @@ from weft.loop.run import Run
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-    from weft.loop.trainer import Trainer
 
 
-def fabric_for_calls(trainer: Trainer) -> Fabric | None:
-    """The Fabric that runs methods of `trainer` in processes of their own; None if its strategy does not, or they are these."""
-    config, strategy = trainer.config, trainer.options["strategy"]
-    if trainer.launched is not None or not _may_start_functions(config, strategy):
-        return None
-    fabric = make_fabric(config, strategy, trainer.options["plugins"])
-    return fabric if starts_function(fabric) else None
-
-
-def _may_start_functions(config: TrainerConfig, strategy: Any) -> bool:
-    if strategy is not None:
-        return getattr(strategy, "_start_method", "popen") != "popen"
-    several = not is_one(config.devices) or config.num_nodes > 1
-    return config.strategy in ("ddp_spawn", "ddp_fork", "ddp_notebook") or (
-        config.strategy == "auto" and several and interactive()
-    )
-
-
-def call(trainer: Trainer, fabric: Fabric, method: str, problem: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def call(trainer: Any, fabric: Fabric, method: str, problem: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """`getattr(trainer, method)(*args, **kwargs)` in the processes of `fabric`; what the first of them returns.
 
     `problem` and `trainer.run` are afterwards as they are there. The error of the process that failed first is raised.
@@ -81,7 +60,7 @@ def call(trainer: Trainer, fabric: Fabric, method: str, problem: nn.Module, *arg
                 raise KeyboardInterrupt from error
             _raise_first(Path(folder), error)
         told = archive.read(Path(folder) / "told.ckpt")
-    fabric._precision.convert_module(problem)  # as it was there (64-true, bf16-true)
+    fabric.strategy.precision.convert_module(problem)  # as it was there (64-true, bf16-true)
     load_into(problem, told["problem"], source="the launched processes", any_size=True)
     if told["state"] is None:
         return told["returned"]
@@ -114,7 +93,7 @@ def _work(fabric: Fabric, work: Any, folder: str, quiet: Any = None) -> None:
         trainer.launched = fabric
         returned = getattr(trainer, method)(*args, **kwargs)
         is_fit = isinstance(returned, FitResult)
-        state = state_of_run(trainer.run) if is_fit else None  # of all processes
+        state = state_of_run(trainer.run.state) if is_fit else None  # of all processes
         if fabric.is_global_zero:
             returned = _plain_result(returned) if is_fit else returned
             told = {"problem": state_of(problem), "state": state, "returned": returned}
@@ -133,20 +112,20 @@ def _plain_result(result: FitResult) -> dict[str, Any]:
     return {**values, "run_dir": None if result.run_dir is None else str(result.run_dir)}
 
 
-def _run_after(trainer: Trainer, problem: nn.Module, told: dict[str, Any]) -> Run:
+def _run_after(trainer: Any, problem: nn.Module, told: dict[str, Any]) -> Run:
     """The run as it is after the fit, in a process that did not train."""
     previous, state = trainer.run, told["state"]
     run = Run(trainer, problem, previous if previous is not None and previous.is_of(problem) else None)
-    run.carried, run.seed = state, state["seed"]
+    run.carried, run.state.feed.seed = state, state["seed"]
     run.progress.load_state_dict(state["progress"])
     run.history.load_state_dict(state["history"])
     run.best.load_state_dict(state["best"], problem)
     trainer.state.update(state["state"])
     restore_hooks([*(m for m in problem.modules() if isinstance(m, Hook)), *trainer.hooks], state)
     values = told["returned"]
-    run.run_dir = None if values["run_dir"] is None else Path(values["run_dir"])
+    run.state.kept.run_dir = None if values["run_dir"] is None else Path(values["run_dir"])
     run.result = FitResult(**{**values, "run_dir": run.run_dir})
-    run.stop_reason = run.result.stop_reason
+    run.state.control.stop_reason = run.result.stop_reason
     seeding.set_random_state({**state["random"], "cuda": []})  # as if the first process had been this one
     return run
 

@@ -104,7 +104,7 @@ class ProgressLine(Hook):
         self._screen.show(_head(done, total), done / total if total else 0.0, text)
 
     def _values(self, trainer: Any) -> list[str]:
-        config, best = trainer.run.config, trainer.run.best
+        config, best = trainer.run.state.config, trainer.run.best
         names = dict.fromkeys([config.train_metric, config.dev_metric, best.name])
         values = [f"{name} {self._metrics[name]:.4g}" for name in names if name in self._metrics]
         return values if best.epoch is None else [*values, f"best {best.value:.4g} (epoch {best.epoch})"]

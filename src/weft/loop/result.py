@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from torch import Tensor
 
-    from weft.loop.run import Run
+    from weft.step.state import RunState
 
 
 @dataclass(repr=False)
@@ -89,13 +89,13 @@ class FitResult:
         put(run_dir / "result.json", json.dumps(plain, indent=1).encode())
 
 
-def result_of(run: Run, last_weights: dict[str, Tensor]) -> FitResult:
+def result_of(state: RunState, last_weights: dict[str, Tensor]) -> FitResult:
     """The result of a run as it stands."""
-    progress, best = run.progress, run.best
+    progress, best = state.progress, state.best
     return FitResult(
         epochs=progress.epoch, steps=progress.step, best_metric=best.value, best_epoch=best.epoch,
-        stop_reason=run.stop_reason or "epochs", history={name: list(column) for name, column in run.history.values.items()},
-        last_weights=last_weights, seconds=progress.seconds, seed=run.seed, run_dir=run.run_dir,
+        stop_reason=state.control.stop_reason or "epochs", history={name: list(column) for name, column in state.history.values.items()},
+        last_weights=last_weights, seconds=progress.seconds, seed=state.feed.seed, run_dir=state.kept.run_dir,
         monitor=best.name, evaluations=progress.evaluations, search_stop=progress.search_stop,
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Saving a run while it trains, and leaving it when a signal asks for it.
 
-Nothing here decides when: that is the hook `weft.loop.saving`. All ranks take part in a save, the first one
-writes; after an error no rank waits for another.
+The hook `Checkpointing` decides when. All ranks take part in a save, the first one writes; after an error no rank waits
+for another.
 """
 
 from __future__ import annotations
@@ -11,19 +11,16 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from weft.checkpoint import archive
 from weft.checkpoint import folder as checkpoints
-from weft.checkpoint.parts import write_parts
 from weft.config import CheckpointConfig
 from weft.data.loaders import LoaderBatches
 from weft.events import Hook
 from weft.loop.compatibility import data_prints
 from weft.loop.resume import state_of_run
-
-if TYPE_CHECKING:
-    from weft.loop.run import Run
+from weft.step.state import RunState, Stage
 
 
 class Checkpointing(Hook):
@@ -44,42 +41,34 @@ class Checkpointing(Hook):
 
     def at_rest(self, trainer: Any) -> None:
         """Save if it is time to, and not this very state already."""
-        run, seconds = trainer.run, self.config.every_n_seconds
-        seen, self._seen = self._seen, run.progress.place
-        by_clock = run.processes.due("save", seconds is not None and self._clock() - self._saved_at >= seconds)
-        is_new = self._seen != self._saved or (run.ending and run.stop_reason is not None)
-        if is_new and (by_clock or run.leaving or run.ending or self._is_due(run, seen)):
-            run.save()
-            self._saved, self._saved_at = run.progress.place, self._clock()
+        state, seconds = trainer.run.state, self.config.every_n_seconds
+        seen, self._seen = self._seen, state.progress.place
+        by_clock = state.processes.due("save", seconds is not None and self._clock() - self._saved_at >= seconds)
+        is_new = self._seen != self._saved or (state.control.ending and state.control.stop_reason is not None)
+        if is_new and (by_clock or state.control.leaving or state.control.ending or self._is_due(state, seen)):
+            trainer.run.save()
+            self._saved, self._saved_at = state.progress.place, self._clock()
 
-    def _is_due(self, run: Any, seen: tuple[int, int, int]) -> bool:
-        config, step, epoch = self.config, run.progress.step, run.progress.epoch
+    def _is_due(self, state: RunState, seen: tuple[int, int, int]) -> bool:
+        config, step, epoch = self.config, state.progress.step, state.progress.epoch
         if config.every_n_steps and step // config.every_n_steps != seen[0] // config.every_n_steps:
             return True
-        return epoch != seen[1] and bool((config.epochs and epoch % config.epochs == 0) or (config.best and run.improved))
+        return epoch != seen[1] and bool((config.epochs and epoch % config.epochs == 0) or (config.best and state.epoch.improved))
 
     def on_exception(self, trainer: Any, error: BaseException) -> None:
         """Write down what there is; if that fails too, the error carries a note."""
-        if not trainer.run.begun:
+        if not trainer.run.state.control.begun:
             return
         try:
-            save_at_error(trainer.run, error)
+            save_at_error(trainer.run.state, error)
         except Exception as second:  # noqa: BLE001, the first error is the one to raise
             error.add_note(f"No checkpoint was written at this error: {type(second).__name__}: {second}")
 
 
-STEP_HOOKS = "the calling of hooks after a step"
-
-
-def saves(run: Run) -> bool:
-    """Whether this run writes checkpoints on its own."""
-    return run.config.checkpointing is not None and run.run_dir is not None
-
-
-def prepare_folder(run: Run) -> None:
+def prepare_folder(state: RunState) -> None:
     """Refuse data that cannot be resumed, clear what killed processes left, and give up the future of a run that goes
     on from one of its older checkpoints."""
-    source = run.source("train")
+    source = state.source("train")
     why = ""
     if isinstance(source, LoaderBatches) and source.one_shot:
         why = "is a one-shot iterable (a generator), which cannot be started again; pass a list or a DataLoader"
@@ -87,50 +76,55 @@ def prepare_folder(run: Run) -> None:
         why = "keeps random state in its workers from epoch to epoch; pass persistent_workers=False"
     if why:
         raise ValueError(f"Checkpoints are asked for, but the training data {why}, or checkpoint=False.")
-    data_prints(run)  # of the data as it was made: a hook may resample it, and restores that itself
-    assert run.run_dir is not None
-    if run.is_global_zero:
-        folder = run.run_dir / "checkpoints"
+    if state.config.checkpointing is not None and state.config.checkpointing.background:
+        state.kept.writer = checkpoints.BackgroundWriter()
+    data_prints(state)  # of the data as it was made: a hook may resample it, and restores that itself
+    assert state.kept.run_dir is not None
+    if state.is_global_zero:
+        folder = state.kept.run_dir / "checkpoints"
         checkpoints.clean(folder)
-        if run.kept.resumed_from is not None and run.kept.resumed_from.parent == folder:
-            checkpoints.set_last(run.kept.resumed_from)
+        if state.kept.resumed_from is not None and state.kept.resumed_from.parent == folder:
+            checkpoints.set_last(state.kept.resumed_from)
 
 
-def save_run(run: Run) -> Path:
+def save_run(state: RunState) -> Path:
     """Write a checkpoint into the run's folder and return its path. Call on every rank; the first one writes."""
-    if run.run_dir is None:
+    if state.kept.run_dir is None:
         raise RuntimeError("save: this run has no folder; give the trainer root_dir or checkpoint=True.")
-    folder, step = run.run_dir / "checkpoints", run.progress.step
-    run.kept.save_wanted = run.busy == STEP_HOOKS
-    if run.kept.save_wanted:  # hooks after the one that asks have not seen the step yet; `Run.end_step` comes back to it
+    folder, step = state.kept.run_dir / "checkpoints", state.progress.step
+    stage = state.control.stage
+    state.kept.save_wanted = stage is Stage.STEP_HOOKS
+    if state.kept.save_wanted:  # hooks after the one that asks have not seen the step yet; `Run.end_step` comes back to it
         return checkpoints.step_path(folder, step)
-    if run.busy:
-        raise RuntimeError(f"save: {run.busy} is under way, so the state is not whole; save between updates.")
-    with run.interruption.held():
-        state = state_of_run(run)
-        best = (run.best.name, run.best.value, run.best.epoch)
+    if stage is not Stage.REST:
+        raise RuntimeError(f"save: {stage.value} is under way, so the state is not whole; save between updates.")
+    with state.control.interruption.held():
+        content = state_of_run(state)
+        best = (state.best.name, state.best.value, state.best.epoch)
         # `best` names a file that carries the best weights; it moves when there are new ones.
-        moves_best = run.best.epoch is not None and best != run.kept.best_saved
-        options: dict[str, Any] = {"keep": (run.config.checkpointing or CheckpointConfig()).keep, "best": moves_best}
+        moves_best = state.best.epoch is not None and best != state.kept.best_saved
+        options: dict[str, Any] = {"keep": (state.config.checkpointing or CheckpointConfig()).keep, "best": moves_best}
         write: Any = checkpoints.save
-        if run.processes.in_shards:
-            state, options["write"] = write_parts(checkpoints.step_path(folder, step), state, run.processes)
-        if run.kept.writer is not None and (run.leaving or run.ending):
-            run.processes.first(run.kept.writer.wait)
-        elif run.kept.writer is not None:
-            write = run.kept.writer.save
-        run.processes.first(partial(write, folder, step, state, **options))
-        run.kept.best_saved = best
+        if state.processes.in_shards:
+            from weft.checkpoint.parts import write_parts
+
+            content, options["write"] = write_parts(checkpoints.step_path(folder, step), content, state.processes)
+        if state.kept.writer is not None and (state.control.leaving or state.control.ending):
+            state.processes.first(state.kept.writer.wait)
+        elif state.kept.writer is not None:
+            write = state.kept.writer.save
+        state.processes.first(partial(write, folder, step, content, **options))
+        state.kept.best_saved = best
     return checkpoints.step_path(folder, step)
 
 
-def finish_saving(run: Run, error: BaseException | None = None) -> None:
+def finish_saving(state: RunState, error: BaseException | None = None) -> None:
     """Wait for a save in the background. Its failure is raised; if another `error` ends the run, that one is noted."""
-    if run.kept.writer is None:
+    if state.kept.writer is None:
         return
     try:
-        with run.interruption.held():
-            run.processes.first(run.kept.writer.wait) if error is None else run.kept.writer.wait()
+        with state.control.interruption.held():
+            state.processes.first(state.kept.writer.wait) if error is None else state.kept.writer.wait()
     except Exception as late:
         if error is None:
             raise
@@ -139,14 +133,14 @@ def finish_saving(run: Run, error: BaseException | None = None) -> None:
             warnings.warn(f"The last checkpoint was not written: {late}", stacklevel=4)
 
 
-def save_at_error(run: Run, error: BaseException) -> Path:
+def save_at_error(state: RunState, error: BaseException) -> Path:
     """Write what there is to `checkpoints/exception.ckpt`, in this process alone, and return its path.
 
     No other checkpoint is touched, and none of "auto", "last" and "best" finds it: it is resumed by its path only.
     """
-    assert run.run_dir is not None
-    rank = run.processes.rank
-    path = run.run_dir / "checkpoints" / f"exception{f'-rank{rank}' if rank else ''}.ckpt"
-    archive.write(path, state_of_run(run, error))
+    assert state.kept.run_dir is not None
+    rank = state.processes.rank
+    path = state.kept.run_dir / "checkpoints" / f"exception{f'-rank{rank}' if rank else ''}.ckpt"
+    archive.write(path, state_of_run(state, error))
     return path
 

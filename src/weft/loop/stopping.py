@@ -29,10 +29,10 @@ class EarlyStopping(Hook):
 
     def on_epoch_end(self, trainer: Any, metrics: dict[str, float]) -> None:
         run = trainer.run
-        patience = run.phase.patience or self.patience
+        patience = run.state.phase.patience or self.patience
         if run.progress.phase != self.phase:
             self.phase, self.bad_validations, self.best = run.progress.phase, 0, None
-        monitor = run.monitor
+        monitor = run.state.epoch.monitor
         if monitor not in metrics:
             return  # not validated in this epoch
         if is_better(metrics[monitor], self.best, trainer.config.monitor_mode, by=self.min_delta):
@@ -40,7 +40,7 @@ class EarlyStopping(Hook):
         elif run.progress.epoch >= self.warmup:
             self.bad_validations += 1
         if patience is not None and self.bad_validations >= patience and run.progress.epoch + 1 >= self.min_epochs:
-            run.end_phase("patience")
+            run.state.end_phase("patience")
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "bad_validations": self.bad_validations, "phase": self.phase}

@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from weft.checkpoint.weights_files import save_weights
 from weft.config import TrainerConfig, build
 from weft.data.data import Data
+from weft.devices.fabric import fabric_for_calls
 from weft.events import as_hooks
+from weft.loop.adapters import adapter_for, split_hooks
 from weft.loop.default_hooks import hooks_from
-from weft.loop.launch import call, fabric_for_calls
 from weft.loop.result import FitResult
 from weft.loop.run import Run
 from weft.problem.reading import forward_nodes
 from weft.problem.terms import argument_keys
 from weft.step.optimizers import default_optimizer
 from weft.step.phase import Phase
+from weft.step.state import RunState
 from weft.types import suggest
 
 _STEPS = {"train": "training_step", "dev": "validation_step", "test": "test_step", "predict": "predict_step"}
@@ -72,8 +74,6 @@ class Trainer:
             if isinstance(self.options[name], str):
                 plain[name], self.options[name] = self.options[name], None
         self.config: TrainerConfig = build(TrainerConfig, plain)
-        from weft.loop.adapters import split_hooks
-
         own, self.callbacks = split_hooks(self.options["hooks"])
         self.hooks: list[Any] = as_hooks(own)
         self.phases: list[Phase] = _phases(self.options["phases"], plain)
@@ -107,9 +107,11 @@ class Trainer:
         A LightningModule comes with loaders (`train_dataloaders`, `val_dataloaders`), a `datamodule`, or its own data.
         """
         given = {"datamodule": datamodule, "train_dataloaders": train_dataloaders, "val_dataloaders": val_dataloaders}
-        if (fabric := fabric_for_calls(self)) is not None:  # ddp_spawn, ddp_fork, ddp_notebook
+        if (fabric := self._fabric_for_calls()) is not None:  # ddp_spawn, ddp_fork, ddp_notebook
+            from weft.loop.launch import call
+
             result = call(self, fabric, "fit", problem, problem, data, dev, resume=resume, **given, **setup_kwargs)
-            self._running.given_data = _make_data(self._running, data, dev, **given, setup_kwargs=setup_kwargs)
+            self._running.state.feed.make = _make_data(self._running, data, dev, **given, setup_kwargs=setup_kwargs)
             return result
         with self.start(problem, data, dev, resume=resume, **given, **setup_kwargs) as run:
             for _ in run.epochs():
@@ -137,19 +139,22 @@ class Trainer:
         self.run = run
         return run
 
+    def _fabric_for_calls(self) -> Any:
+        """The Fabric that runs methods in processes of their own; None where nothing does, or these are they."""
+        options = self.options
+        return None if self.launched else fabric_for_calls(self.config, options["strategy"], options["plugins"])
+
     def _run_of(self, problem: nn.Module, previous: Run | None = None) -> Run:
         """A new run: weft's own, or that of an integration which knows this kind of problem."""
-        from weft.loop.adapters import adapter_for
-
         run = (adapter_for(problem) or Run)(self, problem, previous)
         if self.callbacks and not run.takes_callbacks:
             names = ", ".join(type(c).__name__ for c in self.callbacks)
             raise TypeError(f"hooks: {names} are Lightning Callbacks, which need a LightningModule; use a weft.Hook.")
         return run
 
-    def default_hooks(self, run: Run) -> list[Any]:
+    def default_hooks(self, state: RunState) -> list[Any]:
         """The hooks that the options ask for: progress line, early stopping, logging, checkpoints."""
-        return hooks_from(self, run)
+        return hooks_from(state)
 
     # ------------------------------------------------------------------ what subclasses override
 
@@ -286,7 +291,9 @@ class Trainer:
         return self._evaluate("predict", *asked(data, dataloaders, problem, datamodule), setup_kwargs)
 
     def _evaluate(self, split: str, problem: nn.Module | None, data: Any, setup_kwargs: Any) -> dict[str, Any]:
-        if (fabric := fabric_for_calls(self)) is not None:
+        if (fabric := self._fabric_for_calls()) is not None:
+            from weft.loop.launch import call
+
             return call(self, fabric, "_evaluate", problem or self.problem, split, problem, data, setup_kwargs)
         with self._evaluating(problem, split, data, setup_kwargs) as run:
             if not run.has(split):
@@ -302,7 +309,7 @@ class Trainer:
         """The run to evaluate in: that of the last fit, or one for this problem or data, which is gone afterwards."""
         run, last = self.run, self.run
         if last is not None and last.carried is not None:  # the fit was in other processes: its data is made again
-            run = last = self._run_of(last.problem, last).prepare(last.given_data)
+            run = last = self._run_of(last.problem, last).prepare(last.state.feed.make)
         if problem is None:
             problem = self._running.problem
         is_new = last is None or not last.is_of(problem)
@@ -310,7 +317,7 @@ class Trainer:
             run = self._run_of(problem)
             if is_new and data is None and not setup_kwargs and not run.brings_data:
                 raise TypeError(f"{split}: give the data for a problem that was not trained here.")
-            run.prepare(run.data_to_evaluate(split, data, setup_kwargs, last))
+            run.prepare(run.data_to_evaluate(split, data, setup_kwargs, last.state if last is not None else None))
         assert run is not None
         self.run = run
         try:

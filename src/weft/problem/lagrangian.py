@@ -128,13 +128,13 @@ class AugmentedLagrangian(PenaltyLoss, Hook):
 
     def on_fit_start(self, trainer: Any) -> None:
         """Learn the number of training rows, and whether other processes see some of them."""
-        self._rows_to_come = trainer.run.rows("train") or 0
-        self._shared = trainer.run.processes.world > 1
+        self._rows_to_come = trainer.run.state.rows("train") or 0
+        self._shared = trainer.run.state.processes.world > 1
 
     def on_epoch_end(self, trainer: Any, metrics: Mapping[str, float]) -> None:
         """Count the epoch, and update after every `every` of them."""
         if self._shared:
-            self._share_values(trainer.run.processes)
+            self._share_values(trainer.run.state.processes)
         self.num_epochs += 1
         if int(self.num_epochs) % self.every == 0:
             self.update()

@@ -267,10 +267,10 @@ class SchedulerFactory:
 
     def _total(self, name: str) -> int:
         run, config = self.trainer.run, self.trainer.config
-        epochs = 1 if config.fast_dev_run else run.phase.epochs
+        epochs = 1 if config.fast_dev_run else run.state.phase.epochs
         if name == "num_epochs":
             return epochs
-        batches = run.num_batches("train")
+        batches = run.state.num_batches("train")
         if batches is None:
             raise ValueError(
                 f"{getattr(self.target, '__name__', self.target)}: {name!r} needs the number of training batches, "

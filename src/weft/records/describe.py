@@ -39,7 +39,7 @@ class RunFolder(Hook):
     def on_fit_end(self, trainer: Any, result: Any) -> None:
         """Write the report. A report that fails costs a warning, never the run."""
         run = trainer.run
-        if run.run_dir is None or not run.is_global_zero or not run.begun:
+        if run.run_dir is None or not run.is_global_zero or not run.state.control.begun:
             return
         from weft.records import report
 

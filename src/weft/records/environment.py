@@ -87,7 +87,7 @@ def surroundings(trainer: Any) -> dict[str, Any]:
         "folder": os.getcwd(),
         "resumed_at_step": run.progress.step or None,
         "seed": trainer.config.seed,
-        "order_seed": run.seed,
+        "order_seed": run.state.feed.seed,
         "versions": {"python": platform.python_version(), **_versions()},
         "git": git_state(Path.cwd()),
         "host": platform.node(),

@@ -25,34 +25,27 @@ from weft.devices.processes import Processes, own_part
 from weft.step.optimizers import needs_closure, parameters_of
 
 if TYPE_CHECKING:
-    from weft.loop.run import Run
+    from weft.step.state import RunState
 
 WHAT = "A problem in shards (strategy 'fsdp' or a ModelParallelStrategy)"
 
 
-def processes_of(run: Run) -> Processes:
-    """The processes of a run, as its strategy has them. Raises for options that cannot go with a problem in shards."""
-
-    def interrupted() -> bool:
-        return bool(run.interruption.asked)
-
-    if not hasattr(run.fabric._strategy, "_parallelize_fn"):
-        return Processes(run.fabric, interrupted)
-    _check(run)
-    shards = Shards(run.fabric, interrupted)
+def processes_in_shards(state: RunState, interrupted: Callable[[], bool]) -> Shards:
+    """The processes of a run that holds its problem in shards. Raises for options that cannot go with that."""
+    _check(state)
+    shards = Shards(state.fabric, interrupted)
     # Torch shards a module once in its life, so what shows its faces stays with it.
-    found = vars(run.problem).get("_weft_faces") or Faces(run.fabric._strategy.setup_module, shards.device)
-    shards.faces = vars(run.problem)["_weft_faces"] = found
+    found = vars(state.problem).get("_weft_faces") or Faces(state.fabric.strategy.setup_module, shards.device)
+    shards.faces = vars(state.problem)["_weft_faces"] = found
     return shards
 
 
-def _check(run: Run) -> None:
-    config, checkpointing = run.config, run.config.checkpointing
+def _check(state: RunState) -> None:
+    config, checkpointing = state.config, state.config.checkpointing
     wrong = {
         f"compile={config.compile!r}": (bool(config.compile), "use compile=False"),
         "checkpoints in the background": (checkpointing is not None and checkpointing.background, "use background=False"),
-        "Phase(freeze=...)": (any(p.freeze for p in run.phases), "set requires_grad of the problem before the fit"),
-        "a LightningModule": (run.takes_callbacks, "use strategy='ddp'"),
+        "Phase(freeze=...)": (any(p.freeze for p in state.training.phases), "set requires_grad of the problem before the fit"),
     }
     for name, (found, instead) in wrong.items():
         if found:
@@ -68,7 +61,7 @@ class Shards(Processes):
     def __init__(self, fabric: Any, interrupted: Callable[[], bool]) -> None:
         super().__init__(fabric, interrupted)
         self.skips_empty = False  # to gather shards all must compute
-        mesh = fabric._strategy.device_mesh
+        mesh = fabric.strategy.device_mesh
         self.data_rank, self.data_world = mesh["data_parallel"].get_local_rank(), mesh["data_parallel"].size()
         self.repeats = mesh["tensor_parallel"].get_local_rank() > 0  # tensor-parallel processes share their rows
 

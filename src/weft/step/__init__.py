@@ -1,1 +1,1 @@
-"""What happens in a step: state, forward, update, evaluation. Takes the state of a run, never the run."""
+"""What happens in a step: state, forward, update, evaluation. Takes the state of a state, never the run."""

@@ -13,12 +13,12 @@ from torch.optim import Optimizer
 from weft.devices.precision import scaler_of
 from weft.step.forward import forward_of
 from weft.step.instrument import watched
-from weft.step.microbatches import Update, _detached, _num_read, _parts, _sum, combiner, record
+from weft.step.microbatches import combiner, num_read, parts_of, record, total
 from weft.step.nonfinite import not_finite
 from weft.step.optimizers import needs_closure, parameters_of
 
 if TYPE_CHECKING:
-    from weft.loop.run import Run
+    from weft.step.state import RunState, Update
 
 
 class SearchReport:
@@ -71,21 +71,21 @@ class SearchReport:
 MAX_KEPT = 64  # evaluations of one line search whose parameters are kept to find the accepted one
 
 
-def _with_closure(run: Run, begin: Callable, end: Callable) -> Update:
+def with_closure(state: RunState, begin: Callable, end: Callable) -> Update:
     """LBFGS and other line searches: the same loss and gradients, evaluated as often as the optimizer asks.
 
     Nothing is clipped inside the search (values and gradients must agree), and nothing is evaluated in addition:
     the logged loss is that of the evaluation at the point the search accepted, or of the last one.
     """
-    optimizer = _only_closure_optimizer(run)
-    forward, backward = forward_of(run, "train"), watched(run.hooks, "backward", run.fabric.backward)
-    parts_of, params, before_step = _parts(run), parameters_of(optimizer), run.listeners("on_before_optimizer_step")
-    combine = combiner(run)
-    search = watched(run.hooks, "optimizer", optimizer.step)
+    optimizer = _only_closure_optimizer(state)
+    forward, backward = forward_of(state, "train"), watched(state.hooks, "backward", state.fabric.backward)
+    split, params, before_step = parts_of(state), parameters_of(optimizer), state.listeners("on_before_optimizer_step")
+    combine = combiner(state)
+    search = watched(state.hooks, "optimizer", optimizer.step)
 
     def update(batch: Any) -> Tensor:
         begin(batch)
-        parts = parts_of(batch)
+        parts = split(batch)
         evaluated: list[tuple[list[Tensor], Tensor, list]] = []  # parameters, loss, scalars
         before, saved, report = _copies(params), _copy_state(optimizer), SearchReport(optimizer)
 
@@ -96,17 +96,17 @@ def _with_closure(run: Run, begin: Callable, end: Callable) -> Update:
                 loss, scalars = forward(part)
                 backward(loss * share if share != 1.0 else loss)
                 losses.append(loss.detach() * share)
-                read.append(({k: _detached(v) for k, v in scalars.items()}, examples))
-            total = _sum(run, losses)
+                read.append(({k: v.detach() if isinstance(v, Tensor) else v for k, v in scalars.items()}, examples))
+            loss = total(state, losses)
             if combine is not None:  # all processes must see one number, or their searches part ways
-                total = combine(total, _num_read(read))
+                loss = combine(loss, num_read(read))
             if not report.evaluations:
                 for call in before_step:
-                    call(run.trainer, optimizer)
-            report.add(total)
-            evaluated.append((_copies(params), total, read))
+                    call(state.trainer, optimizer)
+            report.add(loss)
+            evaluated.append((_copies(params), loss, read))
             del evaluated[:-MAX_KEPT]
-            return total
+            return loss
 
         try:
             search(cast(Any, closure))  # annotated for floats; LBFGS takes tensors
@@ -116,12 +116,12 @@ def _with_closure(run: Run, begin: Callable, end: Callable) -> Update:
         accepted = [e for e in evaluated if all(map(torch.equal, e[0], params))]
         _, loss, read = accepted[-1] if accepted else evaluated[-1]
         if math.isfinite(loss.item()) and all(bool(p.isfinite().all()) for p in params):
-            record(run, read)
-            run.progress.skipped = 0
-            _tell(run, report, loss.item())
+            record(state, read)
+            state.progress.skipped = 0
+            _tell(state, report, loss.item())
         else:
             _put_back(optimizer, params, before, saved)
-            not_finite(run, evaluated[-1][1], read)
+            not_finite(state, evaluated[-1][1], read)
         optimizer.zero_grad()
         end(batch, loss)
         return loss
@@ -129,27 +129,27 @@ def _with_closure(run: Run, begin: Callable, end: Callable) -> Update:
     return update
 
 
-def _only_closure_optimizer(run: Run) -> Optimizer:
+def _only_closure_optimizer(state: RunState) -> Optimizer:
     """The run's optimizer. Raises ValueError for what cannot go with a line search, warns of what has no effect."""
-    optimizer = next(o for o in run.optimizers.values() if needs_closure(o))
+    optimizer = next(o for o in state.training.optimizers.values() if needs_closure(o))
     name = type(optimizer).__name__
-    if len(run.optimizers) > 1:
-        raise ValueError(f"Optimizers {list(run.optimizers)}: {name}, which needs a closure, must be the only one.")
-    if scaler_of(run.fabric) is not None:
+    if len(state.training.optimizers) > 1:
+        raise ValueError(f"Optimizers {list(state.training.optimizers)}: {name}, which needs a closure, must be the only one.")
+    if scaler_of(state.fabric) is not None:
         raise ValueError(f"{name} cannot run with precision='16-mixed': its line search needs unscaled gradients.")
-    if run.config.clip is not None:
-        run.warn_once(f"clip={run.config.clip} has no effect with {name}: its line search needs unclipped gradients.")
+    if state.config.clip is not None:
+        state.warn_once(f"clip={state.config.clip} has no effect with {name}: its line search needs unclipped gradients.")
     return optimizer
 
 
-def _tell(run: Run, report: SearchReport, loss: float) -> None:
+def _tell(state: RunState, report: SearchReport, loss: float) -> None:
     """Log how many evaluations a search used, keep why it ended, and say so if float32 was what ended it."""
-    progress, name = run.progress, type(report.optimizer).__name__
+    progress, name = state.progress, type(report.optimizer).__name__
     progress.evaluations += report.evaluations
     progress.search_stop = report.reason(loss)
-    run.log({f"{name.lower()}_evaluations": report.evaluations})
+    state.log({f"{name.lower()}_evaluations": report.evaluations})
     if report.is_at_the_end_of_float32(loss):
-        run.warn_once(
+        state.warn_once(
             f"{name} no longer finds a lower loss where the digits of float32 end (`result.search_stop` says what ended "
             "its steps); precision='64-true' lets it go on."
         )

@@ -1,6 +1,6 @@
 """What a step returns, read into the loss to minimise and the scalars to report.
 
-    forward = forward_of(run, "train")
+    forward = forward_of(state, "train")
     loss, scalars = forward(batch)        # scalars: {"train_loss": ..., "train_<term>": ...}
 """
 
@@ -19,17 +19,17 @@ from weft.step.instrument import watched
 from weft.types import suggest
 
 if TYPE_CHECKING:
-    from weft.loop.run import Run
+    from weft.step.state import RunState
 
 Forward = Callable[[Any], tuple[Any, dict[str, Any]]]
 """Batch -> the loss (or a dict of losses by optimizer), scalars by their name in the history."""
 
 
-def forward_of(run: Run, split: str) -> Forward:
+def forward_of(state: RunState, split: str) -> Forward:
     """The step of `split` with what it returns read: a training step must give a loss, others may."""
-    problem, metric = run.problem, metric_of(run, split)
-    step = watched(run.hooks, "forward", in_precision(run.fabric, run.trainer.step_function(split, problem)))
-    read = reader(problem, split, metric, run.trainer.metric_functions, list(run.optimizers))
+    problem, metric = state.problem, metric_of(state, split)
+    step = watched(state.hooks, "forward", in_precision(state.fabric, state.trainer.step_function(split, problem)))
+    read = reader(problem, split, metric, state.trainer.metric_functions, list(state.training.optimizers))
     required = split == "train"
 
     def forward(batch: Any) -> tuple[Any, dict[str, Any]]:
@@ -50,9 +50,9 @@ def forward_of(run: Run, split: str) -> Forward:
     return forward
 
 
-def metric_of(run: Run, split: str) -> str:
+def metric_of(state: RunState, split: str) -> str:
     """The key of the loss of `split`."""
-    config = run.config
+    config = state.config
     return {"train": config.train_metric, "dev": config.dev_metric}.get(split, config.test_metric)
 
 

@@ -1,6 +1,6 @@
 """The parts of training, as a profiler wants them called. Without one, every part is called as it is.
 
-    backward = watched(run.hooks, "backward", fabric.backward)
+    backward = watched(state.hooks, "backward", fabric.backward)
 
 A hook of weft's own may have `watch_part(name, function)`, which returns what is called instead of that part. The parts
 are "data", "forward", "backward", "optimizer", "evaluation", "checkpoint" and "hook <its name>". They are resolved when a

@@ -1,103 +1,119 @@
-"""The tools of an update, or a loop, of one's own."""
+"""The tools of an update, or a loop, of one's own: `backward`, `step`, and the built-in update.
+
+    def update(self, batch):                        # of a Trainer's subclass
+        for _ in range(5):
+            self.backward(self.critic_loss(batch))
+            self.step("critic")
+
+Inside an `update` the frame around it counts the step; in a loop of one's own each `step` counts as one.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from weft.data.batches import num_examples
 from weft.step.forward import metric_of, reader
 from weft.step.instrument import watched
-from weft.step.microbatches import Update, _rows_of, _sum, combiner, record
+from weft.step.microbatches import combiner, record, rows_of, total
 from weft.step.optimizer_step import make_step
 from weft.step.update import built_in
 
 if TYPE_CHECKING:
-    from weft.loop.run import Run
+    from weft.step.state import RunState, Update
 
 
-def make_update(run: Run) -> Update:
-    """The function that updates the parameters once from a batch (a list of batches when accumulating).
+class Manual:
+    """What one phase of a run offers to code that trains by itself.
 
-    It returns the loss, detached and still on the device.
+    begin, end: what frames every step (hooks, counting); see `weft.step.update.built_in`.
     """
-    if run.trainer.overrides("update"):
-        return _custom(run)
-    return built_in(run, run.begin_step, run.end_step)
+
+    def __init__(self, state: RunState, begin: Callable[[Any], None], end: Callable[[Any, Tensor | None], None]) -> None:
+        self.state, self.begin, self.end = state, begin, end
+        self.loss: Tensor | None = None
+        """Of the last `backward`."""
+        self._gradients_used = False  # a step came after the last `backward`
+        self._framed: _Framed | None = None
+        self._built_in: Update | None = None
+        self._steps: dict[tuple[str, ...], tuple[Callable[..., bool], Callable[..., Tensor] | None]] = {}
+
+    def framed(self, update: Callable[[Any], Any]) -> Update:
+        """The user's `update` as one step of the run. What it returns (a loss, a dict) is logged."""
+        state = self.state
+        read = reader(state.problem, "train", metric_of(state, "train"), {}, ())
+
+        def framed_update(batch: Any) -> Tensor:
+            self.begin(batch)
+            self.loss, self._framed = None, _Framed()
+            try:
+                returned = update(batch)
+                counted = self._framed.returned
+            finally:
+                self._framed = None
+            loss, scalars = read(returned, batch)
+            if returned is None or returned is not counted:  # super().update() has counted its own
+                record(state, [(scalars, rows_of(batch))])
+            loss = loss.detach() if isinstance(loss, Tensor) else self.loss
+            loss = torch.zeros(()) if loss is None else loss
+            self.end(batch, loss)
+            return loss
+
+        return framed_update
+
+    def update(self, batch: Any, whole: Update) -> Tensor:
+        """The `whole` update; inside an `update` of the user's own the built-in one, without its frame."""
+        if self._framed is None:
+            return whole(batch)
+        if self._built_in is None:
+            self._built_in = built_in(self.state, lambda batch: None, lambda batch, loss: None)
+        self._framed.returned = self._built_in(batch)
+        return self._framed.returned
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """Gradients of `loss`, added to those that are there; outside an update it is also logged as the training loss.
+
+        With several optimizers the first call after a step starts from no gradients: what the loss before it left in
+        the parameters of the others (a generator's loss in the discriminator) is not added to this one's.
+        """
+        state, several = self.state, len(self.state.training.optimizers) > 1
+        if self._gradients_used and several:
+            for optimizer in state.training.optimizers.values():
+                optimizer.zero_grad()
+        self.loss, self._gradients_used = loss.detach(), False
+        rows = rows_of(state.step.batch)
+        if self._framed is None and not several:
+            state.epoch.means.add({metric_of(state, "train"): loss}, rows)
+        scaled = loss * rows if state.processes.in_shards else loss
+        watched(state.hooks, "backward", state.fabric.backward)(scaled, **kwargs)
+
+    def step(self, optimizer: Optimizer | str | None = None) -> bool:
+        """Step one optimizer (itself or its name) or all; outside an update this counts as a step of the run.
+
+        With several optimizers it counts when the first one steps. Raises ValueError for an optimizer of another run.
+        """
+        state, known = self.state, self.state.training.optimizers
+        names = tuple(name for name, own in known.items() if optimizer is None or optimizer in (own, name))
+        if not names:
+            raise ValueError(f"{optimizer!r} is none of this run's optimizers: {list(known)}.")
+        if names not in self._steps:
+            self._steps[names] = make_step(state, [known[name] for name in names]), combiner(state, names)
+        step, combine = self._steps[names]
+        if combine is not None:
+            examples, loss = rows_of(state.step.batch), total(state, []) if self.loss is None else self.loss
+            loss = combine(loss * examples if state.processes.in_shards else loss, examples)
+            self.loss = None if self.loss is None else loss
+        done, self._gradients_used = step(self.loss, ()), True
+        if self._framed is None and names[0] == next(iter(known)):
+            self.end(state.step.batch, self.loss)
+        return done
 
 
-def _custom(run: Run) -> Update:
-    """The user's `update`, framed by the same hooks and counting. What it returns (a loss, a dict) is logged."""
-    read = reader(run.problem, "train", metric_of(run, "train"), {}, ())
-    begin, end, trainer = run.begin_step, run.end_step, run.trainer
+class _Framed:
+    """An `update` of the user's own that is under way, and what it got from the built-in one."""
 
-    def update(batch: Any) -> Tensor:
-        begin(batch)
-        run.in_update, run.last_loss, run.built_in_loss = True, None, None
-        try:
-            returned = trainer.update(batch)
-        finally:
-            run.in_update = False
-        loss, scalars = read(returned, batch)
-        if returned is None or returned is not run.built_in_loss:  # super().update() has counted its own
-            record(run, [(scalars, sum(map(num_examples, batch)) if isinstance(batch, list) else num_examples(batch))])
-        loss = loss.detach() if isinstance(loss, Tensor) else run.last_loss
-        loss = torch.zeros(()) if loss is None else loss
-        end(batch, loss)
-        return loss
-
-    return update
-
-
-# ---------------------------------------------------------------- in a loop, or an `update`, of the user's own
-
-
-def own_backward(run: Run, loss: Tensor, **kwargs: Any) -> None:
-    """Gradients of `loss`, added to those that are there; outside an update it is also logged as the training loss.
-
-    With several optimizers the first call after a step starts from no gradients: what the loss before it left in the
-    parameters of the others (a generator's loss in the discriminator) is not added to this one's.
-    """
-    if run.has_stepped and len(run.optimizers) > 1:
-        for optimizer in run.optimizers.values():
-            optimizer.zero_grad()
-    run.last_loss, run.has_stepped = loss.detach(), False
-    if not run.in_update and len(run.optimizers) == 1:
-        run.means.add({metric_of(run, "train"): loss}, num_examples(run.batch))
-    scaled = loss * _rows_of(run) if run.processes.in_shards else loss
-    watched(run.hooks, "backward", run.fabric.backward)(scaled, **kwargs)
-
-
-def own_update(run: Run, batch: Any) -> Tensor:
-    """The built-in update; inside an `update` of the user's own without its frame."""
-    if not run.in_update:
-        return run.update(batch)
-    if run.plain_update is None:
-        run.plain_update = built_in(run, lambda batch: None, lambda batch, loss: None)
-    run.built_in_loss = run.plain_update(batch)
-    return run.built_in_loss
-
-
-def own_step(run: Run, optimizer: Optimizer | str | None) -> bool:
-    """Step one optimizer (itself or its name) or all; outside an update this counts as a step of the run.
-
-    With several optimizers it counts when the first one steps. Raises ValueError for an optimizer of another run.
-    """
-    names = [name for name, known in run.optimizers.items() if optimizer is None or optimizer is known or optimizer == name]
-    if not names:
-        raise ValueError(f"{optimizer!r} is none of this run's optimizers: {list(run.optimizers)}.")
-    if (key := tuple(names)) not in run.own_steps:
-        run.own_steps[key] = make_step(run, [run.optimizers[name] for name in names]), combiner(run, names)
-    step, combine = run.own_steps[key]
-    if combine is not None:
-        examples, loss = _rows_of(run), _sum(run, []) if run.last_loss is None else run.last_loss
-        loss = combine(loss * examples if run.processes.in_shards else loss, examples)
-        run.last_loss = None if run.last_loss is None else loss
-    done, run.has_stepped = step(run.last_loss, ()), True
-    if not run.in_update and names[0] == next(iter(run.optimizers)):
-        run.end_step(run.batch, run.last_loss)
-    return done
-
+    returned: Tensor | None = None

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from weft.devices.processes import own_part
 
 if TYPE_CHECKING:
-    from weft.loop.run import Run
+    from weft.step.state import RunState
 
 READS_ARE_FREE = ("cpu",)  # kinds of devices where reading a number does not wait for work that was queued
 
@@ -66,23 +66,23 @@ class Doubts:
 MAX_SKIPPED = 100  # steps in a row that on_nonfinite="skip" leaves out before it gives up
 
 
-def _doubts(run: Run, optimizers: Sequence[Optimizer], scaled: bool) -> Doubts | None:
+def doubts_of(state: RunState, optimizers: Sequence[Optimizer], scaled: bool) -> Doubts | None:
     """Where steps that are not finite are noted for later, on a GPU; None where each step is looked at by itself."""
-    if run.fabric.device.type in READS_ARE_FREE or run.processes.in_shards:  # there all ask each other anyhow
+    if state.fabric.device.type in READS_ARE_FREE or state.processes.in_shards:  # there all ask each other anyhow
         return None
     names = [type(o).__name__ for o in optimizers if not (scaled or skips_by_itself(o))]
-    if run.config.on_nonfinite == "skip" or names:
+    if state.config.on_nonfinite == "skip" or names:
         why = f"{names[0]} is not fused" if names else "on_nonfinite='skip' counts them"
-        run.warn_once(f"The check for numbers that are not finite waits for the GPU in each step, as {why}.")
+        state.warn_once(f"The check for numbers that are not finite waits for the GPU in each step, as {why}.")
         return None
-    run.doubts = run.doubts or Doubts(run.fabric.device)
-    return run.doubts
+    state.step.doubts = state.step.doubts or Doubts(state.fabric.device)
+    return state.step.doubts
 
 
-def look_back(run: Run) -> None:
+def look_back(state: RunState) -> None:
     """Act on a step since the last look that was not finite, where steps are not looked at one by one. It was left out."""
-    if run.doubts is not None and (step := run.doubts.look()) is not None:
-        not_finite(run, None, [(run.means.compute(), 1)], step)
+    if state.step.doubts is not None and (step := state.step.doubts.look()) is not None:
+        not_finite(state, None, [(state.epoch.means.compute(), 1)], step)
 
 
 def finite_check(params: Sequence[Tensor], scaled: bool) -> Callable[[Tensor | None, Sequence[Tensor | None]], bool]:
@@ -118,31 +118,31 @@ def finite_check(params: Sequence[Tensor], scaled: bool) -> Callable[[Tensor | N
     return is_finite
 
 
-def not_finite(run: Run, loss: Tensor | None, read: Sequence, step: int | None = None) -> None:
+def not_finite(state: RunState, loss: Tensor | None, read: Sequence, step: int | None = None) -> None:
     """Act on a loss or gradient that is not finite, as `on_nonfinite` says. Nothing was updated in that step.
 
     Raises FloatingPointError naming step, epoch, rank and the first term that was not finite.
     """
-    progress, policy = run.progress, run.config.on_nonfinite
+    progress, policy = state.progress, state.config.on_nonfinite
     if step is None:  # else the steps since then have gone on with what that one left
-        run.statistics.restore()
+        state.step.statistics.restore()
     values = [(name, _as_float(value)) for scalars, _ in read for name, value in scalars.items()]
     values.append(("the loss", 0.0 if loss is None else loss.item()))
     here = next((f"{name} is {value}" for name, value in values[:-1] if not math.isfinite(value)), None)
-    told = run.processes.gather(here)  # all processes are here: they check the same sums
+    told = state.processes.gather(here)  # all processes are here: they check the same sums
     rank, what = next(((rank, what) for rank, what in enumerate(told) if what), (0, None))
     what = what or ("a gradient is not finite" if math.isfinite(values[-1][1]) else f"the loss is {values[-1][1]}")
     message = f"{what} in step {progress.step if step is None else step} (epoch {progress.epoch}, rank {rank})"
     if policy == "raise":
         raise FloatingPointError(f"{message}; the weights are as they were. on_nonfinite='skip' or 'stop' goes on.")
     if policy == "stop":
-        run.warn_once(f"{message}; training stops (on_nonfinite='stop').")
-        run.decide_to_stop("nonfinite")
+        state.warn_once(f"{message}; training stops (on_nonfinite='stop').")
+        state.decide_to_stop("nonfinite")
         return
     progress.skipped += 1
     progress.skipped_total += 1
     if progress.skipped_total == 1:
-        run.warn_once(f"{message}; the step is skipped (on_nonfinite='skip'), and so are others without a word.")
+        state.warn_once(f"{message}; the step is skipped (on_nonfinite='skip'), and so are others without a word.")
     if progress.skipped >= MAX_SKIPPED:
         raise FloatingPointError(f"{message}; {MAX_SKIPPED} steps in a row were skipped.")
 

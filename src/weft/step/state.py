@@ -1,16 +1,146 @@
-"""The state of a run: what services take, and what is saved."""
+"""The state of a run, grouped by what it belongs to. Services take it, or less of it; none of them takes the run.
+
+    state.progress          how far it is                       state.epoch     the open epoch and what it measured
+    state.training          what is trained, and by what        state.step      the open step
+    state.feed              what it is trained on               state.kept      what saving and resuming need to know
+    state.control           whether and why it ends             state.hooks     what listens
+
+What is trained is decided in `training`, what is saved in `weft.loop.resume.state_of_run`, and what a batch counts for
+in `weft.data.batches.num_examples`.
+"""
 
 from __future__ import annotations
 
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from weft.checkpoint.folder import BackgroundWriter
 from weft.checkpoint.hidden import attributes
 from weft.config import TrainerConfig
+from weft.data.batches import num_batches, within
+from weft.data.data import Data
+from weft.devices import seeding
+from weft.devices.processes import Processes
+from weft.devices.signals import Interruption
+from weft.events import AT_REST, EVENTS
+from weft.step.history import Best, History, Progress
+from weft.step.metrics import Means, check_scalars
+from weft.step.optimizers import Scheduled
+from weft.step.phase import Phase
+from weft.step.throughput import Throughput
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+Update = Callable[[Any], Tensor]
+"""Batch (a list of batches when accumulating) -> the loss, detached and still on the device."""
+
+
+class Owner(Protocol):
+    """What a run asks of its trainer."""
+
+    options: dict[str, Any]
+    config: TrainerConfig
+    state: dict[str, Any]
+    hooks: list[Any]
+    phases: list[Phase]
+    callbacks: list[Any]
+    metric_functions: dict[str, Any]
+    launched: Any
+    recipe: dict[str, Any] | None
+    monitors_by_default: bool
+
+    def overrides(self, name: str) -> bool:
+        """Whether a method is the user's own."""
+        ...
+
+    def step_function(self, split: str, problem: nn.Module) -> Callable[[Any], Any]:
+        """What is called with each batch of `split`."""
+        ...
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer(s) as they were given."""
+        ...
+
+    def update(self, batch: Any) -> Any:
+        """The user's own update, where it is overridden."""
+        ...
+
+    def default_hooks(self, state: RunState) -> list[Any]:
+        """The hooks that the options ask for."""
+        ...
+
+
+class Stage(Enum):
+    """What is under way. Only at rest is the state of a run whole; the value is its name in an error."""
+
+    REST = ""
+    UPDATE = "an update"
+    STEP_HOOKS = "the calling of hooks after a step"
+    EVALUATION = "an evaluation"
+    EPOCH_END = "the end of an epoch"
+
+
+@dataclass
+class Training:
+    """What is trained, and by what."""
+
+    phases: list[Phase]
+    optimizers: dict[str, Optimizer] = field(default_factory=dict)
+    schedules: dict[str, Scheduled] = field(default_factory=dict)
+    frozen: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
+    """Parameters that do not train in this phase, and whether they did before."""
+
+
+@dataclass
+class Feed:
+    """What is trained on: the data, its batches by split, the seed of their order, and how the data is made."""
+
+    seed: int
+    data: Any = None
+    splits: dict[str, Any] = field(default_factory=dict)
+    make: Callable[[], Data] | None = None
+
+
+@dataclass
+class Epoch:
+    """The open epoch: what it measured, and while it closes its metrics."""
+
+    is_open: bool = False
+    means: Means = field(default_factory=Means)
+    logged: Means = field(default_factory=Means)
+    recent: Means = field(default_factory=Means)
+    """Since the last time that step values were logged."""
+    evaluated: dict[str, float] = field(default_factory=dict)
+    closing: dict[str, float] | None = None
+    monitor: str | None = None
+    improved: bool = False
+    throughput: Throughput = field(default_factory=Throughput)
+    clock: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass
+class Step:
+    """The open step."""
+
+    batch: Any = None
+    evaluating: tuple[Any, int] | None = None
+    """The means of an evaluation and the examples of its batch: where `log` adds to."""
+    measured: list[tuple[dict[str, Tensor], int]] | None = None
+    """What the last step measured, if a hook sets it to []."""
+    statistics: Any = None
+    """A copy of what normalisation layers had learned before (`nonfinite.RunningStatistics`)."""
+    doubts: Any = None
+    """Steps on a GPU that are looked at later (`nonfinite.Doubts`)."""
 
 
 @dataclass
@@ -19,6 +149,10 @@ class Kept:
 
     attributes_at_start: dict[str, Any]
     """Of the problem's modules, outside of their state dict."""
+    run_dir: Path | None = None
+    random_before_data: dict[str, Any] | None = None
+    random_before_epoch: dict[str, Any] | None = None
+    random_to_resume: dict[str, Any] | None = None
     generators_before_epoch: dict[str, Any] = field(default_factory=dict)
     """States of the generators that the loader of the training data has of its own."""
     generators_to_resume: dict[str, Any] = field(default_factory=dict)
@@ -29,16 +163,184 @@ class Kept:
     resumed_from: Path | None = None
     best_saved: tuple[Any, ...] | None = None
     """Name, value and epoch of the best weights that `best` points to."""
-    writer: BackgroundWriter | None = None
+    writer: Any = None
+    """Of checkpoints in the background (`checkpoint.folder.BackgroundWriter`)."""
     save_wanted: bool = False
     """A hook has asked for a checkpoint while others had not seen the step yet."""
 
-    @classmethod
-    def of(cls, config: TrainerConfig, problem: nn.Module, previous: Kept | None) -> Kept:
-        """For a new run, or one that goes on from a `previous` one of the same problem."""
-        in_background = config.checkpointing is not None and config.checkpointing.background
-        writer = BackgroundWriter() if in_background else None
-        if previous is None:
-            return cls(attributes(problem), writer=writer)
-        return cls(previous.attributes_at_start, best_saved=previous.best_saved, writer=writer)
 
+@dataclass
+class Control:
+    """Whether and why the run ends, and what is under way."""
+
+    is_new: bool = True
+    """Whether no run of this problem came before."""
+    continues: bool = False
+    """Whether it goes on with a fit that was interrupted, here or in another process."""
+    begun: bool = False
+    reopened: bool = False
+    """Whether it resumes in the middle of an epoch."""
+    ending: bool = False
+    stage: Stage = Stage.REST
+    stop_reason: str | None = None
+    interruption: Interruption = field(default_factory=Interruption)
+    leaving: int = 0
+    """The signal that ends the run at the next rest."""
+    warned: set[str] = field(default_factory=set)
+    clock: float = field(default_factory=time.perf_counter)
+    seconds_before: float = 0.0
+
+
+@dataclass
+class Listeners:
+    """The hooks of a run, and the functions bound to each event."""
+
+    hooks: list[Any] = field(default_factory=list)
+    bound: dict[str, list[Callable[..., Any]]] = field(default_factory=lambda: {e: [] for e in (*EVENTS, AT_REST)})
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.hooks)
+
+
+@dataclass
+class RunState:
+    """Everything that decides how a run goes on."""
+
+    trainer: Owner
+    problem: nn.Module
+    training: Training
+    feed: Feed
+    kept: Kept
+    control: Control
+    progress: Progress = field(default_factory=Progress)
+    history: History = field(default_factory=History)
+    best: Best = field(default_factory=Best)
+    epoch: Epoch = field(default_factory=Epoch)
+    step: Step = field(default_factory=Step)
+    hooks: Listeners = field(default_factory=Listeners)
+    processes: Processes = field(default_factory=Processes)
+    fabric: Fabric = None  # type: ignore[assignment]  # made when the run is prepared
+
+    @classmethod
+    def of(cls, trainer: Owner, problem: nn.Module, previous: RunState | None = None) -> RunState:
+        """For a new run, or one that goes on from the `previous` one of the same problem."""
+        config = trainer.config
+        phases = trainer.phases or [Phase(epochs=max(1, config.epochs))]
+        if previous is None:
+            kept = Kept(attributes(problem))
+            return cls(trainer, problem, Training(phases), Feed(seeding.order_seed(config.seed)), kept, Control())
+        before = previous.kept
+        return cls(
+            trainer,
+            problem,
+            Training(phases, previous.training.optimizers, previous.training.schedules),
+            Feed(previous.feed.seed),
+            Kept(before.attributes_at_start, run_dir=before.run_dir, best_saved=before.best_saved),
+            Control(is_new=False, seconds_before=previous.progress.seconds),
+            previous.progress,
+            previous.history,
+            previous.best,
+        )
+
+    @property
+    def config(self) -> TrainerConfig:
+        """The trainer's options that are plain data."""
+        return self.trainer.config
+
+    @property
+    def phase(self) -> Phase:
+        """The phase in force."""
+        return self.training.phases[self.progress.phase]
+
+    @property
+    def seconds(self) -> float:
+        """Time spent training this problem so far (s)."""
+        return self.control.seconds_before + time.perf_counter() - self.control.clock
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this process writes files and lines: the first of all."""
+        return self.processes.rank == 0
+
+    @property
+    def saves(self) -> bool:
+        """Whether the run writes checkpoints on its own."""
+        return self.config.checkpointing is not None and self.kept.run_dir is not None
+
+    # ---- data
+
+    def has(self, split: str) -> bool:
+        """Whether there is data for `split`."""
+        return self.feed.splits[split] is not None
+
+    def source(self, split: str) -> Any:
+        """The batches of `split`, None if there is no data for it."""
+        return self.feed.splits[split]
+
+    def rows(self, split: str) -> int | None:
+        """Examples in an epoch of `split`; None if there are none, or they cannot be counted beforehand."""
+        return getattr(self.feed.splits[split], "rows", None)
+
+    def num_batches(self, split: str) -> int | None:
+        """Batches in an epoch of `split`, within `limit_batches`; None if there are none, or nobody knows."""
+        return num_batches(self.feed.splits[split], self.config.limit(split))
+
+    def batches_of(self, split: str, start: int = 0) -> Iterable[Any]:
+        """The batches of a split, at most as many as `limit_batches` says, without any of the loop's bookkeeping."""
+        source = self.feed.splits.get(split)
+        if source is None:
+            raise ValueError(f"There is no {split} data; given were {[s for s, b in self.feed.splits.items() if b]}.")
+        batches = source.epoch(self.progress.epoch, start)
+        limit = within(self.config.limit(split), source)
+        return islice(batches, None if limit is None else max(0, limit - start))
+
+    # ---- hooks
+
+    def listeners(self, event: str) -> list[Callable[..., Any]]:
+        """The functions bound to `event`."""
+        return self.hooks.bound[event]
+
+    def call(self, event: str, *args: Any) -> None:
+        """Call what listens to `event`."""
+        for call in self.hooks.bound[event]:
+            call(self.trainer, *args)
+
+    # ---- telling
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Record scalars: in an evaluation, in the epoch that closes, or in the open one. ValueError for what is none."""
+        check_scalars(values)
+        epoch = self.epoch
+        if self.step.evaluating is not None:
+            means, examples = self.step.evaluating
+            means.add(values, examples)
+        elif epoch.closing is None:
+            epoch.logged.add(values, 1)
+        else:
+            epoch.closing.update({name: float(value) for name, value in values.items()})
+            self.history.amend(epoch.closing)
+
+    def warn_once(self, message: str) -> None:
+        """Warn; the same message only once per run, and in the first process only."""
+        if message not in self.control.warned and self.is_global_zero:
+            self.control.warned.add(message)
+            warnings.warn(message, stacklevel=3)
+
+    # ---- ending
+
+    def stop(self, reason: str) -> None:
+        """End training after the current step; of several processes after the next, where all stop together."""
+        if self.processes.world > 1:
+            self.processes.wishes.setdefault("stop", reason)
+        else:
+            self.decide_to_stop(reason)
+
+    def decide_to_stop(self, reason: str) -> None:
+        """End training after the current step; every process must come to this decision by itself."""
+        self.control.stop_reason = self.control.stop_reason or reason
+
+    def end_phase(self, reason: str) -> None:
+        """End this phase after the epoch: the next one begins, or training stops if it was the last."""
+        self.progress.phase_ended = reason
+        if self.progress.phase + 1 == len(self.training.phases):
+            self.decide_to_stop(reason)

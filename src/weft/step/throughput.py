@@ -9,7 +9,7 @@ from typing import Any
 from weft.data.batches import num_examples
 
 
-class Feed:
+class Throughput:
     """Counts the examples of an epoch and the seconds spent waiting for them. `clock` gives seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:

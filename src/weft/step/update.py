@@ -1,7 +1,7 @@
 """The update: forward, backward, clipping, check, optimizer step. The only place that calls backward.
 
-`make_update(run)` picks one of a few plain functions of a batch, once, when a run (or a phase) begins:
-one optimizer; several by name; an optimizer that needs a closure; the user's own `update`.
+`built_in(state, begin, end)` picks one of a few plain functions of a batch, once, when a run (or a phase) begins:
+one optimizer; several by name; an optimizer that needs a closure. The user's own `update` is in `weft.step.manual`.
 """
 
 from __future__ import annotations
@@ -11,32 +11,33 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from weft.step.closures import _with_closure
 from weft.step.forward import forward_of
 from weft.step.instrument import watched
-from weft.step.microbatches import Update, _num_read, _parts, _sum, combiner, record
+from weft.step.microbatches import combiner, num_read, parts_of, record, total
 from weft.step.optimizer_step import make_step
 from weft.step.optimizers import needs_closure, parameters_of, shared_parameters
 
 if TYPE_CHECKING:
-    from weft.loop.run import Run
+    from weft.step.state import RunState, Update
 
 
-def built_in(run: Run, begin: Callable[[Any], None], end: Callable[[Any, Tensor], None]) -> Update:
+def built_in(state: RunState, begin: Callable[[Any], None], end: Callable[[Any, Tensor], None]) -> Update:
     """The update that fits the optimizers. `begin` and `end` frame the step (hooks, counting)."""
-    if any(needs_closure(o) for o in run.optimizers.values()):
-        return _with_closure(run, begin, end)
-    return _several(run, begin, end) if len(run.optimizers) > 1 else _single(run, begin, end)
+    if any(needs_closure(o) for o in state.training.optimizers.values()):
+        from weft.step.closures import with_closure
+
+        return with_closure(state, begin, end)
+    return _several(state, begin, end) if len(state.training.optimizers) > 1 else _single(state, begin, end)
 
 
-def _single(run: Run, begin: Callable, end: Callable) -> Update:
-    forward, backward = forward_of(run, "train"), watched(run.hooks, "backward", run.fabric.backward)
-    parts_of, step, combine = _parts(run), make_step(run, list(run.optimizers.values())), combiner(run)
+def _single(state: RunState, begin: Callable, end: Callable) -> Update:
+    forward, backward = forward_of(state, "train"), watched(state.hooks, "backward", state.fabric.backward)
+    parts, step, combine = parts_of(state), make_step(state, list(state.training.optimizers.values())), combiner(state)
 
     def update(batch: Any) -> Tensor:
         begin(batch)
         losses, read = [], []
-        for part, examples, share in parts_of(batch):
+        for part, examples, share in parts(batch):
             loss, scalars = forward(part)
             if share != 1.0:
                 loss = loss * share
@@ -44,36 +45,36 @@ def _single(run: Run, begin: Callable, end: Callable) -> Update:
             if share:  # the mean over no rows is nan
                 losses.append(loss.detach())
             read.append((scalars, examples))
-        loss = losses[0] if len(losses) == 1 else _sum(run, losses)
+        loss = losses[0] if len(losses) == 1 else total(state, losses)
         if combine is not None:
-            loss = combine(loss, _num_read(read))
+            loss = combine(loss, num_read(read))
         if step(loss, read):
-            record(run, read)
+            record(state, read)
         end(batch, loss)
         return loss
 
     return update
 
 
-def _several(run: Run, begin: Callable, end: Callable) -> Update:
+def _several(state: RunState, begin: Callable, end: Callable) -> Update:
     """All gradients first, each loss with respect to its own optimizer's parameters; then every optimizer steps.
 
     Stepping one before the other's backward would change the tensors that backward still needs.
     A step that returns one loss gives every optimizer its gradients of that.
     """
-    if shared := shared_parameters(run.problem, run.optimizers):
+    if shared := shared_parameters(state.problem, state.training.optimizers):
         raise ValueError(
             f"Parameters {shared[:5]} belong to several optimizers, and would get the gradients of all their losses. "
             "Give each optimizer its own, or write the steps out in `update` (with self.backward and self.step)."
         )
-    forward, backward = forward_of(run, "train"), watched(run.hooks, "backward", run.fabric.backward)
-    parts_of, step, combine = _parts(run), make_step(run, list(run.optimizers.values())), combiner(run)
-    parameters = {name: [p for p in parameters_of(o) if p.requires_grad] for name, o in run.optimizers.items()}
+    forward, backward = forward_of(state, "train"), watched(state.hooks, "backward", state.fabric.backward)
+    parts, step, combine = parts_of(state), make_step(state, list(state.training.optimizers.values())), combiner(state)
+    parameters = {name: [p for p in parameters_of(o) if p.requires_grad] for name, o in state.training.optimizers.items()}
 
     def update(batch: Any) -> Tensor:
         begin(batch)
         losses, read = [], []
-        for part, examples, share in parts_of(batch):
+        for part, examples, share in parts(batch):
             found, scalars = forward(part)
             read.append((scalars, examples))
             named = found if isinstance(found, dict) else {None: found}
@@ -81,11 +82,11 @@ def _several(run: Run, begin: Callable, end: Callable) -> Update:
                 inputs = parameters[name] if name is not None else None
                 backward(loss * share if share != 1.0 else loss, inputs=inputs, retain_graph=number < len(named))
                 losses.append(loss.detach() * share)
-        loss = _sum(run, losses)
+        loss = total(state, losses)
         if combine is not None:
-            loss = combine(loss, _num_read(read))
+            loss = combine(loss, num_read(read))
         if step(loss, read):
-            record(run, read)
+            record(state, read)
         end(batch, loss)
         return loss
 

@@ -145,7 +145,7 @@ class EpochReport(Hook):
 
     def on_epoch_end(self, trainer: Any, metrics: Mapping[str, float]) -> None:
         """Report, and stop with the reason "pruned" if the trial is not worth going on."""
-        name = self.metric or trainer.run.monitor
+        name = self.metric or trainer.run.state.epoch.monitor
         value = metrics.get(name, math.nan)
         if not math.isfinite(value):
             return

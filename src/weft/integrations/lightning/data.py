@@ -17,7 +17,7 @@ from weft.devices import seeding
 from weft.integrations.lightning.names import is_a, lightning_class, overrides
 
 if TYPE_CHECKING:
-    from weft.integrations.lightning.run import LightningRun
+    from weft.integrations.lightning.context import Context
 
 STAGES = {"train": "train", "dev": "val", "test": "test", "predict": "predict"}
 """Lightning's prefix of each split: the data comes from `{prefix}_dataloader`."""
@@ -32,7 +32,7 @@ class Source:
 
     resident = True  # for the core: it need not save random states, `Tape` does
 
-    def __init__(self, run: LightningRun, split: str, given: Any = None) -> None:
+    def __init__(self, run: Context, split: str, given: Any = None) -> None:
         self.run, self.split, self.given = run, split, given
         self.loaders: Any = None
         """What the module sees as `trainer.train_dataloader`, ...: what was given or returned; None: not asked yet."""
@@ -115,7 +115,7 @@ class Source:
         self.combined = None if is_plain else combined
 
     def _limited(self, length: float) -> float:
-        limit = self.run.config.limit(self.split)
+        limit = self.run.state.config.limit(self.split)
         if limit is None:
             return length
         if isinstance(limit, float) and math.isinf(length):
@@ -259,7 +259,7 @@ class Transfer:
     anything, a batch passes as it is.
     """
 
-    def __init__(self, run: LightningRun) -> None:
+    def __init__(self, run: Context) -> None:
         fabric, module, datamodule = run.fabric, run.module, run.datamodule
         self._device = fabric.device
         precision = fabric._precision.precision

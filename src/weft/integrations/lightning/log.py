@@ -18,7 +18,7 @@ from torchmetrics import Metric, MetricCollection
 from weft.integrations.lightning.names import lightning_class, overrides
 
 if TYPE_CHECKING:
-    from weft.integrations.lightning.run import LightningRun
+    from weft.integrations.lightning.context import Context
 
 BY_STEP, BY_EPOCH, EPOCH_ONLY = (True, False, False), (False, True, False), (False, True, True)
 """Where a hook logs when nothing is said: (on_step, on_epoch, on_step is refused)."""
@@ -162,7 +162,7 @@ class Logged:
 class Results:
     """What was logged in one loop: of the training epoch, or of an evaluation."""
 
-    def __init__(self, run: LightningRun, training: bool) -> None:
+    def __init__(self, run: Context, training: bool) -> None:
         self.run, self.training = run, training
         self.loader: int | None = None
         """The number of the loader where there are several."""

@@ -13,12 +13,12 @@ from weft.integrations.lightning.update import step_of
 from weft.problem.reading import needs_grad_in_eval
 
 if TYPE_CHECKING:
-    from weft.integrations.lightning.run import LightningRun
+    from weft.integrations.lightning.context import Context
 
 EVENTS = {"dev": "validation", "test": "test", "predict": "predict"}
 
 
-def evaluate(run: LightningRun, source: Source) -> dict[str, float]:
+def evaluate(run: Context, source: Source) -> dict[str, float]:
     """What the module logged over all loaders of the dev or test set, as floats by name.
 
     Without gradients unless the module asks for them (`grad_inference`); modes of submodules are as before after it.
@@ -64,7 +64,7 @@ def evaluate(run: LightningRun, source: Source) -> dict[str, float]:
     return {name: float(value) for name, value in logged.items()}
 
 
-def _taken(run: LightningRun) -> dict[str, Tensor]:
+def _taken(run: Context) -> dict[str, Tensor]:
     """What was logged over the batches of a loader, reduced; from here on callbacks see it."""
     if not run.at_epoch_end:
         run.view.take()  # what was logged for the last step
@@ -73,7 +73,7 @@ def _taken(run: LightningRun) -> dict[str, Tensor]:
     return run.results.by_name()
 
 
-def predict(run: LightningRun, source: Source) -> list[Any]:
+def predict(run: Context, source: Source) -> list[Any]:
     """What `predict_step` returned for each batch, on the CPU; with several loaders a list of such lists."""
     hooks = run.hooks_of
     if writers := [type(c).__name__ for c in run.callbacks if is_a(c, "BasePredictionWriter")]:
@@ -116,20 +116,20 @@ def restore_modes(modes: dict[Any, bool]) -> None:
         module.training = training
 
 
-def _to_eval(run: LightningRun, event: str) -> dict[Any, bool]:
+def _to_eval(run: Context, event: str) -> dict[Any, bool]:
     modes = {module: module.training for module in run.module.modules()}
     run.hooks_of.call_module(f"on_{event}_model_eval")
     return modes
 
 
-def _to_train(run: LightningRun, event: str, modes: dict[Any, bool]) -> None:
+def _to_train(run: Context, event: str, modes: dict[Any, bool]) -> None:
     if overrides(run.module, f"on_{event}_model_train"):
         run.hooks_of.call_module(f"on_{event}_model_train")
     else:
         restore_modes(modes)
 
 
-def _several(run: LightningRun, source: Source) -> bool:
+def _several(run: Context, source: Source) -> bool:
     """Whether steps and hooks get the number of the loader; raises RuntimeError if their arguments do not fit."""
     event, name = EVENTS[source.split], type(run.module).__name__
     several = len(source.flat) > 1 and source.combined is None

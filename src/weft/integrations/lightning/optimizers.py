@@ -15,7 +15,7 @@ from weft.types import suggest
 if TYPE_CHECKING:
     from torch import nn
 
-    from weft.integrations.lightning.run import LightningRun
+    from weft.integrations.lightning.context import Context
 
 SHAPES = (
     "an optimizer, a list of optimizers, ([optimizers], [schedulers]), "
@@ -23,11 +23,11 @@ SHAPES = (
 )
 
 
-def configured(run: LightningRun) -> tuple[list[Optimizer], list[Any]]:
+def configured(run: Context) -> tuple[list[Optimizer], list[Any]]:
     """The optimizers and the scheduler configurations of a module. Raises for what is not one of `SHAPES`."""
     module, returned = run.module, run.hooks_of.call_module("configure_optimizers")
     if returned is None:
-        run.warn_once(f"{type(module).__name__}.configure_optimizers returned None: nothing is updated in this fit.")
+        run.state.warn_once(f"{type(module).__name__}.configure_optimizers returned None: nothing is updated in this fit.")
         return [], []
     optimizers, schedulers, monitor = _sorted_out(module, returned)
     if module.automatic_optimization and len(optimizers) > 1:
@@ -81,7 +81,7 @@ def _check_keys(returned: Mapping[str, Any]) -> None:
         raise ValueError(f"configure_optimizers: the dict with {list(returned)} has no 'optimizer'.")
 
 
-def _config(run: LightningRun, given: Any, monitor: str | None) -> Any:
+def _config(run: Context, given: Any, monitor: str | None) -> Any:
     """The configuration of a scheduler: the scheduler itself, or a dict with 'scheduler' and when it steps."""
     module = run.module
     config_class = lightning_class(module, "utilities.types.LRSchedulerConfig")
@@ -96,7 +96,7 @@ def _config(run: LightningRun, given: Any, monitor: str | None) -> Any:
     config = config_class(**{**given, "reduce_on_plateau": given.get("reduce_on_plateau", plateau)})
     if not module.automatic_optimization:
         if said := [k for k in ("reduce_on_plateau", "strict") if k in given] + ["monitor"] * (given.get("monitor") is not None):
-            run.warn_once(f"The lr_scheduler's {said} have no effect in manual optimization: step it yourself.")
+            run.state.warn_once(f"The lr_scheduler's {said} have no effect in manual optimization: step it yourself.")
         return config_class(**{k: v for k, v in given.items() if k not in ("reduce_on_plateau", "monitor", "strict")})
     if config.interval not in ("step", "epoch"):
         raise ValueError(f"configure_optimizers: interval={config.interval!r}; expected 'step' or 'epoch'.")
@@ -106,7 +106,7 @@ def _config(run: LightningRun, given: Any, monitor: str | None) -> Any:
             '{"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}.'
         )
     if isinstance(scheduler, OneCycleLR) and config.interval == "epoch":
-        run.warn_once("OneCycleLR steps once an epoch here; 'interval': 'step' in its dict is the usual choice.")
+        run.state.warn_once("OneCycleLR steps once an epoch here; 'interval': 'step' in its dict is the usual choice.")
     if not isinstance(scheduler, LRScheduler | ReduceLROnPlateau) and not overrides(module, "lr_scheduler_step"):
         raise TypeError(f"{type(scheduler).__name__} is no torch scheduler; {type(module).__name__} needs lr_scheduler_step.")
     return config
@@ -115,7 +115,7 @@ def _config(run: LightningRun, given: Any, monitor: str | None) -> Any:
 class Schedulers:
     """When schedulers step. In manual optimization never: the module steps them."""
 
-    def __init__(self, run: LightningRun, configs: Iterable[Any]) -> None:
+    def __init__(self, run: Context, configs: Iterable[Any]) -> None:
         self.run, self.configs = run, list(configs)
         self._own_step = run.hooks_of.bind("lr_scheduler_step", callbacks=False)
 
@@ -149,4 +149,4 @@ class Schedulers:
         message = f"{type(config.scheduler).__name__} monitors {config.monitor!r}, which was not logged; logged: {found}"
         if config.strict:
             raise ValueError(f"{message}{suggest(config.monitor, found)}. ('strict': False goes on without it.)")
-        self.run.warn_once(f"{message}; the learning rate is left as it is.")
+        self.run.state.warn_once(f"{message}; the learning rate is left as it is.")

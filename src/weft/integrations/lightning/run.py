@@ -34,8 +34,9 @@ from weft.integrations.lightning.strategy import Strategy
 from weft.integrations.lightning.update import make_update
 from weft.integrations.lightning.view import TrainerView
 from weft.loop.run import Run
-from weft.step.instrument import bind_watched, watched, watched_batches
+from weft.step.instrument import watched, watched_batches
 from weft.step.optimizers import DEFAULT
+from weft.step.state import RunState
 
 if TYPE_CHECKING:
     from weft.loop.trainer import Trainer
@@ -81,7 +82,7 @@ class LightningRun(Run):
         return self._fit_data
 
     def data_to_evaluate(
-        self, split: str, data: Any, setup_kwargs: Mapping[str, Any], last: Run | None
+        self, split: str, data: Any, setup_kwargs: Mapping[str, Any], last: RunState | None
     ) -> Callable[[], Data]:
         """Loaders or a data module for an evaluation; nothing where the module brings its own."""
         self._take_data(FNS[split], data, None, setup_kwargs, {split: data})
@@ -124,12 +125,12 @@ class LightningRun(Run):
                 raise TypeError(f"{name} has no {method}; training needs one.")
         if not train.is_defined:
             raise TypeError(f"{name} has no train_dataloader, and neither loaders nor a data module were given.")
-        if not self.module.automatic_optimization and (self.config.accumulate > 1 or self.config.clip is not None):
+        if not self.module.automatic_optimization and (self.state.config.accumulate > 1 or self.state.config.clip is not None):
             raise ValueError(f"{name} optimizes manually: accumulate and clip have no effect; do both in training_step.")
         has_step = overrides(self.module, "validation_step")
         if has_step != dev.is_defined and (has_step or dev.given is not None):
             lacks = "val_dataloader" if has_step else "validation_step"
-            self.warn_once(f"{name} has no {lacks}: nothing is validated.")
+            self.state.warn_once(f"{name} has no {lacks}: nothing is validated.")
         return Data(train=train, dev=dev if dev.is_defined else None)
 
     # ------------------------------------------------------------------ a stage: fit, validate, test, predict
@@ -151,7 +152,7 @@ class LightningRun(Run):
         if not uses_own_log(module):
             vars(module)["log"] = log = self.results.make_log(module)
             vars(module)["log_dict"] = self.results.make_log_dict(log)
-        self.callbacks = with_model_callbacks(list(self.trainer.callbacks), self.hooks_of.call_module("configure_callbacks"))
+        self.callbacks = with_model_callbacks(list(self.state.trainer.callbacks), self.hooks_of.call_module("configure_callbacks"))
         for callback in self.callbacks:
             if why := unsupported(callback):
                 raise NotImplementedError(f"{type(callback).__name__} cannot be used with weft: {why}.")
@@ -213,8 +214,7 @@ class LightningRun(Run):
 
     def begin_phases(self, resumed: bool) -> None:
         """Optimizers and the update; a second fit goes on with those it has. The module's own hooks come first."""
-        self.hooks.insert(0, Events(self))
-        self._bound = {event: bind_watched(self.hooks, event) for event in self._bound}
+        self.listen([Events(self), *self.state.hooks])
         restore_modes(self._modes)  # modules that were put into eval mode stay there
         torch.set_default_dtype(self._dtype)  # of 64-true: only within steps, hooks and loaders keep theirs
         if resumed or not self.optimizers:
@@ -224,7 +224,7 @@ class LightningRun(Run):
         self.strategy.use(list(self.optimizers.values()))
         self.schedulers = Schedulers(self, self._schedules_before)
         self.strategy.bind()
-        self.own_steps, self.plain_update, self._in_fit = {}, None, True
+        self._in_fit = True
         self.update = make_update(self)
 
     def begin_data(self) -> None:
@@ -232,7 +232,7 @@ class LightningRun(Run):
         self.began = True
         self.sources["train"].load()
         self._stream = self.sources["train"].open(self.tape)
-        if self.sources["dev"].is_defined and (self.progress.epoch + 1) % self.config.validate_every == 0:
+        if self.sources["dev"].is_defined and (self.progress.epoch + 1) % self.state.config.validate_every == 0:
             self.view.enter("fit", "validate")
             self.sources["dev"].load()
             self.view.enter("fit", "train")
@@ -245,7 +245,7 @@ class LightningRun(Run):
             if not self.began:
                 self.begin_data()
             self.hooks_of.call("on_train_start")
-            if self.random_to_resume is not None and self.progress.batch == 0:
+            if self.state.kept.random_to_resume is not None and self.progress.batch == 0:
                 self._put_random()
         self.at_epoch_end = self.skip_rest_of_epoch = self.is_last_batch = False
         if self.progress.batch == 0:
@@ -253,8 +253,8 @@ class LightningRun(Run):
 
     def _put_random(self) -> None:
         self.tape.set_own(self.generators_to_resume)
-        seeding.set_random_state(self.random_to_resume or {})
-        self.random_to_resume, self.generators_to_resume = None, []
+        seeding.set_random_state(self.state.kept.random_to_resume or {})
+        self.state.kept.random_to_resume, self.generators_to_resume = None, []
 
     def batches(self, split: str = "train") -> Iterator[Any]:
         """The batches of this epoch, one by one (also when accumulating), as the steps get them."""
@@ -265,18 +265,18 @@ class LightningRun(Run):
                 yield transfer(batch, loader)
             return
         stream = self._stream_of_epoch()  # its worker processes end with this generator
-        for batch, number, _ in watched_batches(self.hooks, stream):
+        for batch, number, _ in watched_batches(self.state.hooks, stream):
             self.batch_idx, self.is_last_batch = number, stream.is_last
             if transfer.is_needed:
                 batch = transfer(batch, 0)
             progress.batch += 1
             self.announce(batch)
             yield batch
-            self.batch = None
+            self.state.step.batch = None
             if not self.is_accumulating:
                 self._rest()
             self._heed_should_stop()
-            if self.stop_reason or self.skip_rest_of_epoch:
+            if self.state.control.stop_reason or self.skip_rest_of_epoch:
                 return
         if progress.batch == 0:
             raise ValueError("The training data yielded no batch: there is nothing to train on.")
@@ -288,7 +288,7 @@ class LightningRun(Run):
             self.tape.play(self.tape.states)
             stream = self.sources["train"].open(self.tape)
             stream.skip(self.progress.batch)
-            if self.random_to_resume is not None:
+            if self.state.kept.random_to_resume is not None:
                 self._put_random()
         elif stream is None:
             self.tape.states = []
@@ -318,7 +318,7 @@ class LightningRun(Run):
             self.schedulers.step("step", plateau=True)
 
     def _heed_should_stop(self) -> None:
-        if self.view._should_stop and self.progress.epoch >= self.config.min_epochs:
+        if self.view._should_stop and self.progress.epoch >= self.state.config.min_epochs:
             self.stop("should_stop")
 
     # ------------------------------------------------------------------ evaluation, end of epoch, end of fit
@@ -334,20 +334,20 @@ class LightningRun(Run):
             return self._alone(split, evaluate)
         if not self.sources["dev"].is_defined:
             return {}
-        self.call("on_validation_start")
+        self.state.call("on_validation_start")
         self.view.take()
         self.view.enter("fit", "validate")
         if not self.is_accumulating:
             self.hooks_of.call_module("on_validation_model_zero_grad")
         self.results = self.results_of_evaluation
-        metrics = watched(self.hooks, "evaluation", evaluate)(self, self.sources["dev"])
+        metrics = watched(self.state.hooks, "evaluation", evaluate)(self, self.sources["dev"])
         self.results, self.at_epoch_end = self.results_of_training, False
         self.view.enter("fit", "train")
         if self._plateau_waits:
             self.step_plateau_schedulers(wait=False)
-        if self._open:
-            self.evaluated |= metrics
-        self.call("on_validation_end", metrics)
+        if self.state.epoch.is_open:
+            self.state.epoch.evaluated |= metrics
+        self.state.call("on_validation_end", metrics)
         return metrics
 
     def predict(self) -> Any:
@@ -363,7 +363,7 @@ class LightningRun(Run):
         return more
 
     def _close_epoch(self) -> None:
-        if self._open:
+        if self.state.epoch.is_open:
             if self._plateau_waits:
                 self.step_plateau_schedulers(wait=False)
             self.view.take()
@@ -375,7 +375,7 @@ class LightningRun(Run):
             if self.is_last_batch or self.skip_rest_of_epoch:
                 self.schedulers.step("epoch", plateau=True)
             # what the module logged becomes part of the epoch's metrics; its own train_loss replaces the core's
-            self.logged.add({name: float(value) for name, value in self.results_of_training.by_name().items()}, 1)
+            self.state.epoch.logged.add({name: float(value) for name, value in self.results_of_training.by_name().items()}, 1)
             self.results_of_training.reset()
         super()._close_epoch()
 
@@ -397,9 +397,9 @@ class LightningRun(Run):
     @property
     def loggers(self) -> list[Any]:
         """The loggers of the run, those that were given as objects first; before it has begun only these."""
-        given = self.trainer.options["loggers"]
+        given = self.state.trainer.options["loggers"]
         given = [g for g in (given if isinstance(given, list | tuple) else [given]) if hasattr(g, "log_metrics")]
-        all_of_them = next((hook.loggers for hook in self.hooks if hasattr(hook, "loggers")), [])
+        all_of_them = next((hook.loggers for hook in self.state.hooks if hasattr(hook, "loggers")), [])
         return given + [logger for logger in all_of_them if not any(logger is g for g in given)]
 
 

@@ -13,7 +13,7 @@ from weft.integrations.lightning.log import Logged
 from weft.integrations.lightning.names import is_a, package_of
 
 if TYPE_CHECKING:
-    from weft.integrations.lightning.run import LightningRun
+    from weft.integrations.lightning.context import Context
 
 STANDARD = (
     "epoch", "global_step", "pytorch-lightning_version", "state_dict", "loops", "callbacks", "optimizer_states",
@@ -21,7 +21,7 @@ STANDARD = (
 )  # fmt: skip
 
 
-def state_of(run: LightningRun) -> dict[str, Any]:
+def state_of(run: Context) -> dict[str, Any]:
     """Schedulers, callbacks, data module, what was logged in the open epoch, and where the loaders stand."""
     own = {}
     run.hooks_of.call_module("on_save_checkpoint", as_seen := {**head(run), "state_dict": run.module.state_dict()})
@@ -44,7 +44,7 @@ def state_of(run: LightningRun) -> dict[str, Any]:
     }
 
 
-def resume_module(run: LightningRun, state: dict[str, Any], weights: dict[str, Any]) -> None:
+def resume_module(run: Context, state: dict[str, Any], weights: dict[str, Any]) -> None:
     """Weights, callbacks and data module, before optimizers are made; the module's on_load_checkpoint comes first."""
     seen = {**head(run), "state_dict": dict(weights), **state["module"]}
     run.hooks_of.call_module("on_load_checkpoint", seen)
@@ -58,7 +58,7 @@ def resume_module(run: LightningRun, state: dict[str, Any], weights: dict[str, A
         known[key].load_state_dict(callback_state)
 
 
-def resume_training(run: LightningRun, state: dict[str, Any]) -> None:
+def resume_training(run: Context, state: dict[str, Any]) -> None:
     """The rest of `state_of`, when training goes on."""
     for config, scheduler in zip(run.schedulers.configs, state["schedulers"], strict=True):
         config.scheduler.load_state_dict(scheduler)
@@ -80,7 +80,7 @@ def resume_training(run: LightningRun, state: dict[str, Any]) -> None:
     run.view._should_stop = state["should_stop"]
 
 
-def _entry_state(run: LightningRun, entry: Logged) -> dict[str, Any]:
+def _entry_state(run: Context, entry: Logged) -> dict[str, Any]:
     """A logged name of the open epoch: how it was logged, and its values, or the name of its metric object."""
     args = [a if isinstance(a, bool | str | None) else entry.reduce for a in entry.args]  # a function is saved by name
     state = {
@@ -93,7 +93,7 @@ def _entry_state(run: LightningRun, entry: Logged) -> dict[str, Any]:
     return state | {"metric": name, "last": entry.last}
 
 
-def _metric_states(run: LightningRun) -> dict[str, Any]:
+def _metric_states(run: Context) -> dict[str, Any]:
     """The states of all metric objects of the module; they are not part of its state dict."""
     found = {}
     for name, metric in run.module.named_modules():
@@ -113,7 +113,7 @@ def _set_metric(metric: Metric, state: dict[str, Any]) -> None:
     metric._update_count, metric._computed = state["updates"], None
 
 
-def head(run: LightningRun) -> dict[str, Any]:
+def head(run: Context) -> dict[str, Any]:
     """The keys that stand in every Lightning checkpoint."""
     import importlib
 
@@ -121,7 +121,7 @@ def head(run: LightningRun) -> dict[str, Any]:
     return {"epoch": run.progress.epoch, "global_step": run.progress.step, "pytorch-lightning_version": version}
 
 
-def save_lightning_checkpoint(run: LightningRun, path: Any, weights_only: bool) -> None:
+def save_lightning_checkpoint(run: Context, path: Any, weights_only: bool) -> None:
     """Write what `LightningModule.load_from_checkpoint` reads: weights, hyperparameters, states of optimizers, ..."""
     module, datamodule = run.module, run.datamodule
     state: dict[str, Any] = {**head(run), "state_dict": module.state_dict(), "loops": {}}

@@ -23,7 +23,7 @@ from weft.step.optimizers import needs_closure, parameters_of
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-    from weft.integrations.lightning.run import LightningRun
+    from weft.integrations.lightning.context import Context
 
 
 class NotFinite(Exception):
@@ -33,7 +33,7 @@ class NotFinite(Exception):
 class Strategy:
     """Lightning's strategy, as far as modules, optimizers and callbacks use it."""
 
-    def __init__(self, run: LightningRun) -> None:
+    def __init__(self, run: Context) -> None:
         self._run, fabric = run, run.fabric
         self.lightning_module = self.model = run.module
         self.root_device, self.is_global_zero = fabric.device, fabric.is_global_zero
@@ -63,8 +63,8 @@ class Strategy:
         # in manual optimization what backward logs counts as logged in training_step
         own_backward = hooks.bind("backward", callbacks=False, always=True, as_hook=automatic)
         assert own_backward is not None
-        self._own_backward = watched(self._run.hooks, "backward", own_backward)
-        self._step = watched(self._run.hooks, "optimizer", self._step_with)
+        self._own_backward = watched(self._run.state.hooks, "backward", own_backward)
+        self._step = watched(self._run.state.hooks, "optimizer", self._step_with)
         self.precision_plugin.bind()
 
     def backward(self, loss: Tensor, optimizer: Any = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -89,7 +89,7 @@ class Strategy:
     def _step_with(self, optimizer: Any, closure: Callable[[], Any], kwargs: dict[str, Any]) -> Any:
         scaler = self.precision_plugin.scaler
         if scaler is not None:
-            return self._scaled_step(scaler, optimizer, watched(self._run.hooks, "loop", closure), kwargs)
+            return self._scaled_step(scaler, optimizer, watched(self._run.state.hooks, "loop", closure), kwargs)
         if needs_closure(optimizer):
             return self._search(optimizer, closure, kwargs)
         checked = self.checked(optimizer, closure)
@@ -99,13 +99,13 @@ class Strategy:
             return optimizer.step(closure=checked, **kwargs)
         except NotFinite as found:
             _clear(optimizer)
-            not_finite(self._run, found.args[0], ())
+            not_finite(self._run.state, found.args[0], ())
             return None
 
     def checked(self, optimizer: Any, closure: Callable[[], Any]) -> Callable[[], Any]:
         """`closure`, then the hooks, clipping and the check of the gradients. It raises NotFinite."""
         after = self.precision_plugin.after_closure
-        closure = watched(self._run.hooks, "loop", closure)  # forward and backward are no parts of the optimizer's step
+        closure = watched(self._run.state.hooks, "loop", closure)  # forward and backward are no parts of the optimizer's step
 
         def call() -> Any:
             loss = closure()
@@ -186,7 +186,7 @@ class Strategy:
 class Precision:
     """Lightning's precision plugin: what it does around a step and to gradients."""
 
-    def __init__(self, run: LightningRun) -> None:
+    def __init__(self, run: Context) -> None:
         self._run = run
         self.precision: str = run.fabric._precision.precision
         self.scaler = scaler_of(run.fabric)
@@ -197,14 +197,14 @@ class Precision:
         self._own_clipping = hooks.bind("configure_gradient_clipping", callbacks=False) or hooks.bind(
             "clip_gradients", callbacks=False
         )
-        self._before_step, self._listeners = hooks.bind("on_before_optimizer_step"), run.listeners("on_before_optimizer_step")
+        self._before_step, self._listeners = hooks.bind("on_before_optimizer_step"), run.state.listeners("on_before_optimizer_step")
 
     def after_closure(self, optimizer: Any) -> Tensor | None:
         """The hooks before an optimizer steps, and clipping; returns the gradients' norm where it was computed."""
         if self._before_step is not None:
             self._before_step(optimizer)
         for call in self._listeners:
-            call(self._run.trainer, optimizer)
+            call(self._run.state.trainer, optimizer)
         clip, algorithm = self._run.view.gradient_clip_val, self._run.view.gradient_clip_algorithm
         if self._own_clipping is not None and self._run.module.automatic_optimization:
             self._run.hooks_of.call_module(

@@ -22,20 +22,20 @@ from weft.data.batches import num_examples
 from weft.integrations.lightning.names import refuse_log_dict, takes
 from weft.integrations.lightning.strategy import NotFinite, step_context
 from weft.step.instrument import watched
-from weft.step.microbatches import Update
 from weft.step.nonfinite import not_finite
 from weft.step.optimizers import needs_closure
+from weft.step.state import Update
 
 if TYPE_CHECKING:
-    from weft.integrations.lightning.run import LightningRun
+    from weft.integrations.lightning.context import Context
 
 
-def make_update(run: LightningRun) -> Update:
+def make_update(run: Context) -> Update:
     """The function that takes one batch through the module. It returns the loss, detached (zero if there was none)."""
     optimize = automatic(run) if run.module.automatic_optimization else manual(run)
     on_start, on_end = run.hooks_of.bind("on_train_batch_start"), run.hooks_of.bind("on_train_batch_end")
     results, progress, schedulers = run.results_of_training, run.progress, run.schedulers
-    add, train_metric, nothing = run.means.add, run.config.train_metric, torch.zeros(())
+    add, train_metric, nothing = run.state.epoch.means.add, run.state.config.train_metric, torch.zeros(())
 
     def update(batch: Any) -> Tensor:
         run.begin_step(batch)
@@ -66,10 +66,10 @@ def make_update(run: LightningRun) -> Update:
     return update
 
 
-def automatic(run: LightningRun) -> Callable[[Any, int], tuple[Tensor | None, dict[str, Any]]]:
+def automatic(run: Context) -> Callable[[Any, int], tuple[Tensor | None, dict[str, Any]]]:
     """A function (batch, its number) -> (loss, what on_train_batch_end gets): the optimizer steps by itself."""
     module, hooks, strategy, view = run.module, run.hooks_of, run.strategy, run.view
-    step = watched(run.hooks, "forward", training_step(run))
+    step = watched(run.state.hooks, "forward", training_step(run))
     optimizer = strategy.optimizers[0] if strategy.optimizers else None
     wrapped = strategy._lightning_optimizers[0] if strategy.optimizers else None
     before_zero_grad, own_zero_grad = hooks.bind("on_before_zero_grad"), hooks.bind("optimizer_zero_grad", callbacks=False)
@@ -82,7 +82,7 @@ def automatic(run: LightningRun) -> Callable[[Any, int], tuple[Tensor | None, di
         returned = step(state["batch"], state["number"])
         loss, extra = _loss_of(module, returned)
         if loss is None:
-            run.warn_once("`training_step` returned `None`: nothing is learned from such batches.")
+            run.state.warn_once("`training_step` returned `None`: nothing is learned from such batches.")
         every = view.accumulate_grad_batches
         if state["number"] % every == 0:
             if before_zero_grad is not None:
@@ -104,7 +104,7 @@ def automatic(run: LightningRun) -> Callable[[Any, int], tuple[Tensor | None, di
         return state["loss"]
 
     guarded = strategy.checked(optimizer, closure) if quick else None
-    step_quickly = watched(run.hooks, "optimizer", lambda: optimizer.step(closure=guarded))  # type: ignore[union-attr]
+    step_quickly = watched(run.state.hooks, "optimizer", lambda: optimizer.step(closure=guarded))  # type: ignore[union-attr]
 
     def optimize(batch: Any, number: int) -> tuple[Tensor | None, dict[str, Any]]:
         state["batch"], state["number"] = batch, number
@@ -122,7 +122,7 @@ def automatic(run: LightningRun) -> Callable[[Any, int], tuple[Tensor | None, di
                     strategy.optimizer_step(optimizer, closure)
             except NotFinite as found:
                 run.module.zero_grad()
-                not_finite(run, found.args[0], ())
+                not_finite(run.state, found.args[0], ())
             progress.step += 1
         raw, loss, extra = state["raw"], state["loss"], state["extra"]
         state["batch"], state["extra"] = None, {}
@@ -131,7 +131,7 @@ def automatic(run: LightningRun) -> Callable[[Any, int], tuple[Tensor | None, di
     return optimize
 
 
-def manual(run: LightningRun) -> Callable[[Any, int], tuple[Tensor | None, dict[str, Any]]]:
+def manual(run: Context) -> Callable[[Any, int], tuple[Tensor | None, dict[str, Any]]]:
     """A function (batch, its number) -> (loss if one was returned, outputs): the module does it all in training_step."""
     module, step = run.module, training_step(run)
 
@@ -173,12 +173,12 @@ def _loss_of(module: Any, returned: Any) -> tuple[Tensor | None, dict[str, Any]]
     return loss, extra
 
 
-def training_step(run: LightningRun) -> Callable[[Any, int], Any]:
+def training_step(run: Context) -> Callable[[Any, int], Any]:
     """The module's training_step as a function of (batch, its number), in the run's precision."""
     return step_of(run, "training_step")
 
 
-def step_of(run: LightningRun, name: str) -> Callable[..., Any]:
+def step_of(run: Context, name: str) -> Callable[..., Any]:
     """A step of the module as a function of (batch, its number[, number of the loader])."""
     function, state = getattr(run.module, name), vars(run.module)
     numbered, context = takes(function, "batch_idx", at_least=2), step_context(run.fabric)

@@ -15,7 +15,7 @@ from weft.integrations.lightning.names import is_a, lightning_class
 from weft.types import suggest
 
 if TYPE_CHECKING:
-    from weft.integrations.lightning.run import LightningRun
+    from weft.integrations.lightning.context import Context
 
 
 class _NoProfiler:
@@ -50,8 +50,8 @@ class TrainerView:
     profiler = _NoProfiler()
     _logger_connector = _accelerator_connector = _Connector()
 
-    def __init__(self, run: LightningRun) -> None:
-        config = run.config
+    def __init__(self, run: Context) -> None:
+        config = run.state.config
         self._run, self._should_stop = run, False
         self.lightning_module = self.model = run.module
         self.accumulate_grad_batches, self.gradient_clip_val = config.accumulate, config.clip
@@ -77,7 +77,7 @@ class TrainerView:
         )
 
     @property
-    def weft_run(self) -> LightningRun:
+    def weft_run(self) -> Context:
         """The run of weft that trains the module."""
         return self._run
 
@@ -97,7 +97,7 @@ class TrainerView:
     def max_epochs(self) -> int:
         """The number of epochs at which this fit ends."""
         run = self._run
-        return run.progress.last_epoch or (1 if run.config.fast_dev_run else run.config.epochs)
+        return run.progress.last_epoch or (1 if run.state.config.fast_dev_run else run.state.config.epochs)
 
     @property
     def max_steps(self) -> int:
@@ -113,7 +113,7 @@ class TrainerView:
     @property
     def should_stop(self) -> bool:
         """Whether training ends after this batch (and not before `min_epochs`). May be set."""
-        return self._should_stop or self._run.stop_reason is not None
+        return self._should_stop or self._run.state.control.stop_reason is not None
 
     @should_stop.setter
     def should_stop(self, value: bool) -> None:
@@ -240,7 +240,7 @@ class TrainerView:
         return self._limit("predict")
 
     def _limit(self, split: str) -> float:
-        limit = self._run.config.limit(split)
+        limit = self._run.state.config.limit(split)
         return 1.0 if limit is None else limit
 
     # ------------------------------------------------------------------ optimizers

@@ -26,7 +26,6 @@ from weft.checkpoint.weights_files import load_weights
 from weft.data.data import Data, as_data
 from weft.integrations.neuromancer.lithooks import Bridge, LightningHooks, LitModel, from_configure_optimizers, takes
 from weft.integrations.neuromancer.weights_file import WeightsFile
-from weft.loop.launch import fabric_for_calls
 from weft.loop.result import FitResult
 from weft.loop.run import Run
 from weft.loop.trainer import Trainer, asked
@@ -114,7 +113,7 @@ class LitTrainer(Trainer):
         """
         resume = resume if resume is not None else ckpt_path
         if (
-            fabric_for_calls(self) is not None
+            self._fabric_for_calls() is not None
         ):  # ddp_spawn, ddp_fork, ddp_notebook: each of the processes comes here again
             self._set_model(problem)
             return super().fit(problem, data_setup_function, dev, resume=resume, **setup_kwargs)
@@ -126,7 +125,7 @@ class LitTrainer(Trainer):
                     run.update(batch)
                 if run.validation_due:
                     run.evaluate("dev")
-                if (run.config.monitor_metric or "").startswith("test_"):
+                if (run.state.config.monitor_metric or "").startswith("test_"):
                     self._staged("monitor", run.evaluate, "test")
                 self._call("on_train_epoch_end")
         assert run.result is not None

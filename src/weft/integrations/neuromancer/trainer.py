@@ -185,7 +185,7 @@ class Trainer:
         if needs_closure(optimizer):
             if self.clip not in (None, DEFAULT_CLIP):
                 name = type(optimizer).__name__
-                trainer.run.warn_once(
+                trainer.run.state.warn_once(
                     f"clip={self.clip} has no effect with {name}: a line search needs true gradients."
                 )
             return
@@ -195,7 +195,7 @@ class Trainer:
             held = set(map(id, parameters_of(optimizer)))
             stale = [n for n, p in self.model.named_parameters() if p.grad is not None and id(p) not in held]
             if stale:
-                trainer.run.warn_once(
+                trainer.run.state.warn_once(
                     f"{', '.join(stale[:5])}: these get gradients, but the optimizer does not hold them. The gradients add "
                     "up over the run and enter the clipping norm, as in NeuroMANCER; freeze them, or pass clip=None."
                 )
@@ -264,7 +264,7 @@ class Trainer:
 
     def _end_epoch(self, trainer: Any, metrics: dict[str, float]) -> None:
         run, epoch = trainer.run, trainer.current_epoch
-        if run.improved:
+        if run.state.epoch.improved:
             self.best_model, self.best_devloss, self.badcount = run.best.weights.state_dict(), run.best.value, 0
         elif epoch > self.warmup:
             self.badcount += 1

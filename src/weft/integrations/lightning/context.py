@@ -1,0 +1,84 @@
+"""What the parts of this integration see of the run of a LightningModule: its state, and what Lightning adds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from weft.step.history import Progress
+from weft.step.state import RunState
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+
+class Context(Protocol):
+    """The run of a LightningModule, as its strategy, its loops, its logs and `self.trainer` know it."""
+
+    state: RunState
+    module: Any
+    datamodule: Any
+    callbacks: list[Any]
+    view: Any
+    """What the module sees as `self.trainer`."""
+    hooks_of: Any
+    """The hooks of module and callbacks, in Lightning's order."""
+    sources: dict[str, Any]
+    """The loaders by split."""
+    strategy: Any
+    schedulers: Any
+    results: Any
+    """What `self.log` writes to at the moment: one of the next two."""
+    results_of_training: Any
+    results_of_evaluation: Any
+    tape: Any
+    """The random numbers that loaders drew."""
+    generators_to_resume: list[Tensor]
+    batch_idx: int
+    is_last_batch: bool
+    skip_rest_of_epoch: bool
+    began: bool
+    at_epoch_end: bool
+
+    @property
+    def fabric(self) -> Fabric:
+        """Lightning Fabric."""
+        ...
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run is."""
+        ...
+
+    @property
+    def run_dir(self) -> Path | None:
+        """The folder of the run."""
+        ...
+
+    @property
+    def is_accumulating(self) -> bool:
+        """Whether the optimizer waits for further batches."""
+        ...
+
+    @property
+    def loggers(self) -> list[Any]:
+        """The loggers of the run."""
+        ...
+
+    def begin_step(self, batch: Any) -> None:
+        """What every update does first."""
+        ...
+
+    def end_batch(self, batch: Any, loss: Tensor, stepped: bool) -> None:
+        """What every update does last."""
+        ...
+
+    def count_optimizer_step(self) -> None:
+        """An optimizer stepped in manual optimization."""
+        ...
+
+    def step_plateau_schedulers(self, wait: bool) -> None:
+        """Schedulers that read a metric after each step."""
+        ...
