@@ -26,9 +26,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="how often each peer trains each workload (default 5)")
     parser.add_argument("--workloads", default="", help="only those whose function name holds this text")
     parser.add_argument("--peers", default="", help="only those whose name holds one of these texts, by commas")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="process: CPU time, on a machine that is shared")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: by hand and weft only, no extras")
-    parser.add_argument("--quick", action="store_true", help="a smoke test: one round of 4 short epochs, nothing written")
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="process: CPU time, on a machine that is shared"
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: by hand and weft only, no extras"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a smoke test: one round of 4 short epochs, nothing written"
+    )
     parser.add_argument("--readme", action="store_true", help="show the results in the README, too")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     given = parser.parse_args(arguments)
@@ -46,7 +52,9 @@ def main(arguments: list[str] | None = None) -> None:
                 workload.epochs = 4
                 workload.train = {k: v[: 3 * workload.batch_size] for k, v in workload.train.items()}
             workload.to(given.device)
-            results[workload.name] = measure(workload, peers, 1 if given.quick else given.rounds, CLOCKS[given.clock], say)
+            results[workload.name] = measure(
+                workload, peers, 1 if given.quick else given.rounds, CLOCKS[given.clock], say
+            )
     if given.quick or given.workloads or asked or given.device != "cpu":
         print(report.table(results))
         return
@@ -66,7 +74,9 @@ def main(arguments: list[str] | None = None) -> None:
     path = report.write(given.out, stem, results, found, how)
     if given.readme:
         root = Path(__file__).parents[1]
-        report.put_between(root / "README.md", "benchmarks", report.in_short(results, path.relative_to(root).as_posix()))
+        report.put_between(
+            root / "README.md", "benchmarks", report.in_short(results, path.relative_to(root).as_posix())
+        )
     print(path.read_text(encoding="utf-8"))
 
 

@@ -59,7 +59,9 @@ def claims(results: dict[str, dict[str, Timing]], extras: dict[str, Any]) -> lis
         if f"{second} until steady" in values:
             first, whole = values[f"{second} in the first epoch"], values[f"{second} until steady"]
             found.append(Claim("s lost in the first epoch of a second process, compiled", 0.5, first))
-            found.append(Claim("s lost in all by a second process, compiled (dev set and short batch, too)", 0.5, whole))
+            found.append(
+                Claim("s lost in all by a second process, compiled (dev set and short batch, too)", 0.5, whole)
+            )
         if "samples" in title:
             many = [v for n, v in values.items() if int(n) >= 10**4]
             found.append(Claim("us per sample, 10^4 to 10^7 samples: largest / smallest", 1.1, max(many) / min(many)))
@@ -71,7 +73,9 @@ def claims(results: dict[str, dict[str, Timing]], extras: dict[str, Any]) -> lis
             for name, base in pairs:
                 if name in values and base in values:
                     ratio = (values[name] - kept) / values[base]
-                    found.append(Claim(f"peak memory, two snapshots of the weights apart: {name} / {base}", 1.05, ratio))
+                    found.append(
+                        Claim(f"peak memory, two snapshots of the weights apart: {name} / {base}", 1.05, ratio)
+                    )
         if "weft, 2" in values:
             found.append(Claim("time per example, two processes / one", 1 / 1.6, values["weft, 1"] / values["weft, 2"]))
     return found

@@ -31,8 +31,8 @@ print(made - begin, ticks[0] - made, lost[0], sum(lost))
 
 MEMORY = """
 import ctypes, pathlib, re, resource, torch; torch.set_num_threads(1)
-import lightning.fabric, weft.compile.choosing, weft.loop.trainer  # the same modules for all: training is compared, not imports
-from benchmarks.workloads import wide
+import lightning.fabric, weft.compile.choosing, weft.loop.trainer  # the same modules for all: training is compared, not
+imports from benchmarks.workloads import wide
 from benchmarks import peers
 workload, status, begun, peaks = wide(), pathlib.Path("/proc/self/status"), [], []
 workload.epochs = 8
@@ -60,7 +60,9 @@ print(max(*peaks, peak()), peak(), weights)
 def python(code: str, **variables: str) -> list[float]:
     """The numbers that `code` prints in a new process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
     return [float(x) for x in done.stdout.split()[-10:]]
 
 
@@ -83,7 +85,11 @@ def first_step(epochs: int = 12) -> dict[str, float]:
     """
     with tempfile.TemporaryDirectory() as folder:
         found = {}
-        for name, peer in (("eager", "weft_eager"), ("compiled", "weft_compiled"), ("compiled, second process", "weft_compiled")):
+        for name, peer in (
+            ("eager", "weft_eager"),
+            ("compiled", "weft_compiled"),
+            ("compiled, second process", "weft_compiled"),
+        ):
             _, to_first, at_first, lost = python(TRAIN.format(peer=peer, epochs=epochs), WEFT_CACHE=folder)
             found |= {f"{name}: to the first step": to_first, f"{name}: lost in the first epoch": at_first}
             found[f"{name}: lost until steady"] = lost
@@ -101,7 +107,9 @@ def samples(sizes: list[int]) -> dict[int, float]:
     found = {}
     for n in sizes:
         x = torch.rand(n, 2)
-        problem = weft.Problem([weft.Node(mlp(2, 16, 1), ["x"], ["y"])], [weft.objective(lambda y: y.square(), name="f")])
+        problem = weft.Problem(
+            [weft.Node(mlp(2, 16, 1), ["x"], ["y"])], [weft.objective(lambda y: y.square(), name="f")]
+        )
         ticks: list[float] = []
         hooks = {"on_epoch_start": lambda _, t=ticks: t.append(time.perf_counter())}
         epochs = max(2, min(200, 10**6 // n)) + 1
@@ -115,14 +123,21 @@ def samples(sizes: list[int]) -> dict[int, float]:
 def memory() -> dict[str, float]:
     """Peak resident memory (MiB) of the wide network, by hand and with weft.
 
-    All import the same modules. weft keeps two copies of the weights besides (the best and the last). "compiled" includes the compiler; "from the
-    cache" is a second process, which loads what the first has made. "steady" is the peak of the last three epochs
+    All import the same modules. weft keeps two copies of the weights besides (the best and the last). "compiled"
+    includes the compiler; "from the cache" is a second process, which loads what the first has made. "steady" is the
+    peak of the last three epochs
     alone: tracing and the first comparisons with eager are over (without /proc it is the whole peak).
     """
     found = {}
-    names = {"hand-written": "by_hand", "weft, eager": "weft_eager", "weft, compiled": "weft_compiled",
-             "weft, compiled, from the cache": "weft_compiled"}  # fmt: skip
+    names = {
+        "hand-written": "by_hand",
+        "weft, eager": "weft_eager",
+        "weft, compiled": "weft_compiled",
+        "weft, compiled, from the cache": "weft_compiled",
+    }
     with tempfile.TemporaryDirectory() as folder:
         for name, peer in names.items():
-            found[name], found[f"{name}, steady"], found["weights"] = python(MEMORY.format(peer=peer), WEFT_CACHE=folder)
+            found[name], found[f"{name}, steady"], found["weights"] = python(
+                MEMORY.format(peer=peer), WEFT_CACHE=folder
+            )
     return found

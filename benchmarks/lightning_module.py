@@ -1,4 +1,5 @@
-"""Time per step of a small LightningModule: weft against lightning.pytorch.Trainer. `python -m benchmarks.lightning_module`
+"""Time per step of a small LightningModule: weft against lightning.pytorch.Trainer. `python -m
+benchmarks.lightning_module`
 
 Interleaved rounds on one thread, after one that does not count; the time of a fit of one epoch is taken off that of a
 fit of six, so that setting up does not count. All end at the same loss, which is checked.
@@ -89,9 +90,12 @@ def defaults(module: Small, batches: Iterable[Any], epochs: int) -> None:
 
 
 CASES: dict[str, tuple[Callable[[Small, Any, int], None], bool]] = {
-    "by hand": (by_hand, False), "weft": (with_weft, False), "Lightning, barebones": (barebones, False),
-    "weft, self.log": (with_weft, True), "Lightning, self.log": (defaults, True),
-}  # fmt: skip
+    "by hand": (by_hand, False),
+    "weft": (with_weft, False),
+    "Lightning, barebones": (barebones, False),
+    "weft, self.log": (with_weft, True),
+    "Lightning, self.log": (defaults, True),
+}
 
 
 def main() -> None:
@@ -131,7 +135,9 @@ def main() -> None:
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, lightning {lightning.__version__}"
     loss = next(iter(losses.values()))
-    lines.append(f"\n{given.rounds} rounds, interleaved, wall clock, one thread; {machine}; {versions}. All end at loss {loss:.6f}.")
+    lines.append(
+        f"\n{given.rounds} rounds, interleaved, wall clock, one thread; {machine}; {versions}. All end at loss {loss:.6f}."
+    )
     print("\n".join(lines))
     if out:
         out.write_text("# A small LightningModule\n\n" + "\n".join(lines) + "\n")

@@ -26,7 +26,8 @@ Tick = Callable[[], None]
 Peer = Callable[[Workload, nn.Module, Tick], float]
 
 
-# ---- shared by those that are written by hand --------------------------------------------------------------------------
+# ---- shared by those that are written by hand
+# --------------------------------------------------------------------------
 
 
 class Rows(Dataset):
@@ -112,13 +113,21 @@ def by_hand_loader(workload: Workload, problem: nn.Module, tick: Tick) -> float:
 def weft_fit(workload: Workload, problem: nn.Module, tick: Tick, **options: Any) -> float:
     """weft with history, best weights, early stopping, the check for non-finite numbers and the progress line on."""
     data = weft.Data(
-        weft.DictDataset(workload.train), weft.DictDataset(workload.dev), batch_size=workload.batch_size, shuffle=False,
+        weft.DictDataset(workload.train),
+        weft.DictDataset(workload.dev),
+        batch_size=workload.batch_size,
+        shuffle=False,
         inputs_require_grad=workload.require_grad,
-    )  # fmt: skip
+    )
     trainer = weft.Trainer(
-        epochs=workload.epochs, optimizer=workload.optimizer, clip=workload.clip, patience=10**6, accelerator=workload.device,
-        hooks={"on_epoch_start": lambda _: tick(), "on_fit_end": lambda *_: tick()}, **options,
-    )  # fmt: skip
+        epochs=workload.epochs,
+        optimizer=workload.optimizer,
+        clip=workload.clip,
+        patience=10**6,
+        accelerator=workload.device,
+        hooks={"on_epoch_start": lambda _: tick(), "on_fit_end": lambda *_: tick()},
+        **options,
+    )
     return trainer.fit(problem, data).history["dev_loss"][-1]
 
 
@@ -209,10 +218,16 @@ def lightning(workload: Workload, problem: nn.Module, tick: Tick, **options: Any
     losses: list[tuple[Tensor, int]] = []
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
-            max_epochs=workload.epochs, accelerator="cpu", devices=1, gradient_clip_val=workload.clip,
-            callbacks=[Ticking()], num_sanity_val_steps=0, default_root_dir=folder,
-            inference_mode=not workload.require_grad, **options,
-        )  # fmt: skip
+            max_epochs=workload.epochs,
+            accelerator="cpu",
+            devices=1,
+            gradient_clip_val=workload.clip,
+            callbacks=[Ticking()],
+            num_sanity_val_steps=0,
+            default_root_dir=folder,
+            inference_mode=not workload.require_grad,
+            **options,
+        )
         trainer.fit(Module(), *loaders(workload))
     return float(sum(loss * n for loss, n in losses) / sum(n for _, n in losses))
 
@@ -234,7 +249,9 @@ def neuromancer_trainer(workload: Workload, problem: nn.Module, tick: Tick) -> f
 
         def end_train(self, *_: Any) -> None:
             tick()
-            losses.append(evaluated(workload, problem, sliced(workload, "dev")))  # the best weights come back after this
+            losses.append(
+                evaluated(workload, problem, sliced(workload, "dev"))
+            )  # the best weights come back after this
 
     losses: list[Tensor] = []
     made = []
@@ -243,9 +260,18 @@ def neuromancer_trainer(workload: Workload, problem: nn.Module, tick: Tick) -> f
         made.append(DataLoader(dataset, batch_size=workload.batch_size, collate_fn=dataset.collate_fn))
     optimizer = workload.optimizer(problem.parameters())
     trainer = Trainer(
-        problem, *made, None, optimizer, epochs=workload.epochs, clip=workload.clip, patience=10**6,
-        callback=Ticking(), train_metric="train_loss", dev_metric="dev_loss", eval_metric="dev_loss",
-    )  # fmt: skip
+        problem,
+        *made,
+        None,
+        optimizer,
+        epochs=workload.epochs,
+        clip=workload.clip,
+        patience=10**6,
+        callback=Ticking(),
+        train_metric="train_loss",
+        dev_metric="dev_loss",
+        eval_metric="dev_loss",
+    )
     trainer.train()
     return float(losses[-1])
 
@@ -261,10 +287,14 @@ def neuromancer_lit_trainer(workload: Workload, problem: nn.Module, tick: Tick) 
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = LitTrainer(
-            epochs=workload.epochs, clip=workload.clip, weight_path=folder, accelerator="cpu", devices=1,
+            epochs=workload.epochs,
+            clip=workload.clip,
+            weight_path=folder,
+            accelerator="cpu",
+            devices=1,
             custom_optimizer=workload.optimizer(problem.parameters()),
             custom_hooks={"on_train_epoch_start": lambda self: tick(), "on_train_end": lambda self: tick()},
-        )  # fmt: skip
+        )
         trainer.fit(problem, setup)
     return float(trainer.callback_metrics["dev_loss"])
 
@@ -303,7 +333,10 @@ def keras(workload: Workload, problem: nn.Module, tick: Tick) -> float:
 
     model = Model()
     model.built = True
-    model.compile(optimizer=k.optimizers.AdamW(1e-3, weight_decay=0.01, epsilon=1e-8, global_clipnorm=workload.clip), jit_compile=False)
+    model.compile(
+        optimizer=k.optimizers.AdamW(1e-3, weight_decay=0.01, epsilon=1e-8, global_clipnorm=workload.clip),
+        jit_compile=False,
+    )
     train, dev = loaders(workload)
     model.fit(train, validation_data=dev, epochs=workload.epochs, verbose=0, shuffle=False, callbacks=[Ticking()])
     return float(evaluated(workload, problem, sliced(workload, "dev")))
@@ -316,7 +349,9 @@ def matrix_products(workload: Workload, problem: nn.Module, tick: Tick) -> float
     sizes.append(rows - sum(sizes))
     pairs = list(zip(workload.widths[:-1], workload.widths[1:], strict=True))
     weights = [(torch.randn(o, i), torch.randn(o)) for i, o in pairs]
-    inputs = {n: [torch.randn(n, i) for i, _ in pairs] for n in {*sizes, workload.batch_size, dev_rows % workload.batch_size}}
+    inputs = {
+        n: [torch.randn(n, i) for i, _ in pairs] for n in {*sizes, workload.batch_size, dev_rows % workload.batch_size}
+    }
     grads = {n: [torch.randn(n, o) for _, o in pairs] for n in inputs}
     for _ in range(workload.epochs):
         tick()
@@ -365,6 +400,10 @@ def takes(name: str, workload: Workload) -> bool:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """No lines on the terminal, no warnings: peers talk much."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         yield

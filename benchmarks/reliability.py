@@ -111,7 +111,11 @@ def surroundings() -> str:
     """Hardware and versions."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "lightning", "numpy"))
     compiler = shutil.which(os.environ.get("CXX", "g++"))
-    made_by = subprocess.run([compiler, "-dumpfullversion"], capture_output=True, text=True, check=False).stdout.strip() if compiler else ""
+    made_by = (
+        subprocess.run([compiler, "-dumpfullversion"], capture_output=True, text=True, check=False).stdout.strip()
+        if compiler
+        else ""
+    )
     return (
         f"{cpu()} seen, one used; {platform.system()} {platform.release()}; weft {weft.__version__}, {versions}, "
         f"python {platform.python_version()}, {f'g++ {made_by}' if made_by else 'no C++ compiler'}"
@@ -133,7 +137,9 @@ def crash_points(_: int) -> Iterator[Row]:
         seen[step] += 1
         return checkpoints.load(folder, "best")[0]["step"] in (1, 4) and step in (3, 4)
 
-    results = die_at_every_moment(template, lambda f: checkpoints.save(f, 4, state_of_step(4), best=True) and None, whole)
+    results = die_at_every_moment(
+        template, lambda f: checkpoints.save(f, 4, state_of_step(4), best=True) and None, whole
+    )
     yield Row(
         "die before and after every I/O call of a save (torn writes)",
         f"{sum(results)} of {len(results)} load: {seen[3]} the old, {seen[4]} the new state",
@@ -181,9 +187,16 @@ def full_disk(_: int) -> Iterator[Row]:
                 os._exit(10 if named and error.errno in (errno.EFBIG, errno.ENOSPC) else 11)
 
         code, state = in_child(body), checkpoints.load(folder)[0]
-        return "error names the disk, the previous checkpoint loads" if (code, state["step"]) == (10, 1) else f"FAILED ({code})"
+        return (
+            "error names the disk, the previous checkpoint loads"
+            if (code, state["step"]) == (10, 1)
+            else f"FAILED ({code})"
+        )
 
-    yield Row("disk full (RLIMIT_FSIZE)", outcome(Path("limit"), lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,) * 2)))
+    yield Row(
+        "disk full (RLIMIT_FSIZE)",
+        outcome(Path("limit"), lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,) * 2)),
+    )
     small = Path("small")
     small.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)]
@@ -217,9 +230,10 @@ def damage(_: int) -> Iterator[Row]:
         return data[:at] + bytes(4096) + data[at + 4096 :]
 
     for what, make, count in (
-        ("bit flips", flipped, 500), ("zeroed pages of 4 KiB", zeroed, 200),
+        ("bit flips", flipped, 500),
+        ("zeroed pages of 4 KiB", zeroed, 200),
         ("truncations", lambda: data[: chance.randrange(len(data))], 200),
-    ):  # fmt: skip
+    ):
         seen = Counter[str]()
         for _ in range(count):
             path.write_bytes(make())
@@ -229,9 +243,14 @@ def damage(_: int) -> Iterator[Row]:
                 seen["refused"] += 1
         yield Row(
             f"{count} {what}",
-            f"{seen['WRONG']} loaded wrong, {seen['refused']} refused" + (f", {seen['same']} without effect" if seen["same"] else ""),
+            f"{seen['WRONG']} loaded wrong, {seen['refused']} refused"
+            + (f", {seen['same']} without effect" if seen["same"] else ""),
         )
-    yield Row("files that are no checkpoints; flips in zip headers", _pytest("test_checkpoint_files.py", "no_checkpoint or outside"), False)
+    yield Row(
+        "files that are no checkpoints; flips in zip headers",
+        _pytest("test_checkpoint_files.py", "no_checkpoint or outside"),
+        False,
+    )
 
 
 def hostile_files(_: int) -> Iterator[Row]:
@@ -246,13 +265,19 @@ def signals(_: int) -> Iterator[Row]:
     """Signals, also over and over during a save; SLURM."""
     yield Row(
         "SIGTERM, SIGUSR1, SIGINT, SIGINT over and over inside a save, SLURM's requeue",
-        _pytest("test_signals.py test_resume_edges.py", "signal or ctrl_c or sigterm or slurm or 143 or handler or fork or worker or fit_within"),
+        _pytest(
+            "test_signals.py test_resume_edges.py",
+            "signal or ctrl_c or sigterm or slurm or 143 or handler or fork or worker or fit_within",
+        ),
     )
 
 
 def not_finite(_: int) -> Iterator[Row]:
     """NaN and infinities in loss, terms, gradients and metrics."""
-    yield Row("NaN and Inf in loss, term, gradient, metric; 9 ways of updating; raise, skip, stop", _pytest("test_nonfinite.py"))
+    yield Row(
+        "NaN and Inf in loss, term, gradient, metric; 9 ways of updating; raise, skip, stop",
+        _pytest("test_nonfinite.py"),
+    )
     yield Row("NaN in one process of two", _pytest("test_ddp.py", "not_finite_in_one_process"), False)
 
 
@@ -260,9 +285,14 @@ def controls(_: int) -> Iterator[Row]:
     """Whether the comparisons can fail at all, and the files of earlier formats."""
     yield Row(
         "negative controls: random state, position, schedule, order, ... left out of a checkpoint",
-        f"noticed: {_pytest('test_resume.py test_kill.py', 'noticed or forgot or counts_as_lost')}", False,
-    )  # fmt: skip
-    yield Row("a checkpoint of every released format", f"goes on: {_pytest('test_checkpointing.py', 'released_format')}", False)
+        f"noticed: {_pytest('test_resume.py test_kill.py', 'noticed or forgot or counts_as_lost')}",
+        False,
+    )
+    yield Row(
+        "a checkpoint of every released format",
+        f"goes on: {_pytest('test_checkpointing.py', 'released_format')}",
+        False,
+    )
 
 
 def memory(_: int) -> Iterator[Row]:
@@ -272,14 +302,17 @@ def memory(_: int) -> Iterator[Row]:
     measure = Measure(500, 500 + STEPS)
     train(measure, 500 + STEPS, log_every=100, root_dir="runs", loggers="csv", patience=10**6)
     yield Row(
-        f"{STEPS:,} steps with logging and validation", f"{measure.new_tensors} new live tensors, RSS grows {measure.new_mib:.2f} MiB"
+        f"{STEPS:,} steps with logging and validation",
+        f"{measure.new_tensors} new live tensors, RSS grows {measure.new_mib:.2f} MiB",
     )
 
 
 def machine(_: int) -> Iterator[Row]:
     """The state machine, with many more examples."""
     os.environ["WEFT_EXAMPLES"] = "150"
-    yield Row("150 random lives (train, save, crash, load, evaluate) against a plain loop", _pytest("test_resume_machine.py"))
+    yield Row(
+        "150 random lives (train, save, crash, load, evaluate) against a plain loop", _pytest("test_resume_machine.py")
+    )
 
 
 def write_times(_: int) -> Iterator[Row]:
@@ -307,21 +340,44 @@ def write_times(_: int) -> Iterator[Row]:
         median, slowest = statistics.median(seconds) * 1e3, max(seconds) * 1e3
         times = f"median {median:.1f} ms, slowest of {len(seconds)} {slowest:.1f} ms; CPU time {statistics.median(busy) * 1e3:.1f} ms"
         where = "in the background" if background else "in the training thread"
-        yield Row(f"a checkpoint of the demo problem ({size:.0f} KiB) written {where}: time of the training thread", times, background)
+        yield Row(
+            f"a checkpoint of the demo problem ({size:.0f} KiB) written {where}: time of the training thread",
+            times,
+            background,
+        )
 
 
 def _pytest(files: str, select: str = "") -> str:
     """The counts that pytest reports for some files of tests."""
     paths = [str(ROOT / "tests" / file) for file in files.split()]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths, *(["-k", select] if select else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *paths,
+        *(["-k", select] if select else []),
+    ]
     done = subprocess.run([*command, "-m", "not long"], capture_output=True, text=True, cwd=ROOT, check=False)
     lines = done.stdout.strip().splitlines() or ["no output"]
     return re.sub(r" in .*| *=+ *|, \d+ deselected", "", lines[-1]) + " (tests)"
 
 
 PARTS: list[Callable[[int], Iterator[Row]]] = [
-    crash_points, kills, full_disk, damage, hostile_files, signals, not_finite, memory, machine, write_times, controls,
-]  # fmt: skip
+    crash_points,
+    kills,
+    full_disk,
+    damage,
+    hostile_files,
+    signals,
+    not_finite,
+    memory,
+    machine,
+    write_times,
+    controls,
+]
 
 if __name__ == "__main__":
     main()

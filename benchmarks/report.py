@@ -17,9 +17,15 @@ from benchmarks.measure import AGREE, Timing
 from benchmarks.peers import PEERS
 
 IN_README = (
-    "hand-written, DataLoader", "weft, eager", "weft, compiled", "Lightning, default", "Lightning, barebones",
-    "NeuroMANCER Trainer", "NeuroMANCER LitTrainer", "accelerate",
-)  # fmt: skip
+    "hand-written, DataLoader",
+    "weft, eager",
+    "weft, compiled",
+    "Lightning, default",
+    "Lightning, barebones",
+    "NeuroMANCER Trainer",
+    "NeuroMANCER LitTrainer",
+    "accelerate",
+)
 Results = dict[str, dict[str, Timing]]
 
 
@@ -43,7 +49,12 @@ def table(results: Results) -> str:
     lines = []
     for workload, timings in results.items():
         base = timings[BASE_NAME]
-        lines += ["", f"**{workload}**", "", "| peer | us a step | / hand-written | (median) | end loss | first epoch, s |"]
+        lines += [
+            "",
+            f"**{workload}**",
+            "",
+            "| peer | us a step | / hand-written | (median) | end loss | first epoch, s |",
+        ]
         lines += ["|---|---|---|---|---|---|"]
         for name, t in timings.items():
             if t.error:
@@ -94,7 +105,9 @@ def put_between(path: Path, mark: str, text: str) -> None:
     before, begin, rest = path.read_text(encoding="utf-8").partition(f"<!-- {mark} -->\n")
     _, end, after = rest.partition(f"<!-- /{mark} -->")
     if not (begin and end):
-        raise ValueError(f"{path} has no place for {mark!r}: expected <!-- {mark} --> and <!-- /{mark} --> on lines of their own.")
+        raise ValueError(
+            f"{path} has no place for {mark!r}: expected <!-- {mark} --> and <!-- /{mark} --> on lines of their own."
+        )
     path.write_text(f"{before}{begin}{text}\n{end}{after}", encoding="utf-8")
 
 
@@ -110,7 +123,10 @@ def write(folder: Path, stem: str, results: Results, found: dict[str, Any], how:
         "fit after two; the smallest of all rounds (ratio of medians in brackets). All start from the same weights and see the "
         "same batches in the same order, but LitTrainer: it shuffles, and trains with Adam(1e-3) whatever `custom_optimizer` is. Not measured: CUDA.\n\n"
     )
-    (folder / f"{stem}.md").write_text(f"{head}![]({stem}.png)\n\n## Targets\n\n{claims.table(claims.claims(results, found))}\n\n## All figures\n\n{table(results)}\n{extras(found)}\n", encoding="utf-8")
+    (folder / f"{stem}.md").write_text(
+        f"{head}![]({stem}.png)\n\n## Targets\n\n{claims.table(claims.claims(results, found))}\n\n## All figures\n\n{table(results)}\n{extras(found)}\n",
+        encoding="utf-8",
+    )
     _plot(folder / f"{stem}.png", results)
     return folder / f"{stem}.md"
 

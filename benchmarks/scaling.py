@@ -1,7 +1,7 @@
 """Throughput of one process and of two, one thread each, on a compute-bound problem; and of torch's own DDP.
 
-    python benchmarks/scaling.py            # a table; rates are the best of several repetitions, interleaved
-    CLOCK=process python benchmarks/scaling.py        # CPU time of the first process, on a machine that is shared
+python benchmarks/scaling.py            # a table; rates are the best of several repetitions, interleaved
+CLOCK=process python benchmarks/scaling.py        # CPU time of the first process, on a machine that is shared
 """
 
 from __future__ import annotations
@@ -42,8 +42,13 @@ def weft_rate(processes: int) -> float:
 
     data = weft.Data({"x": torch.rand(BATCH * BATCHES * processes, 8)}, batch_size=BATCH)
     trainer = weft.Trainer(
-        epochs=1, devices=processes, accelerator="cpu", strategy="ddp" if processes > 1 else "auto", seed=0, progress=False,
-    )  # fmt: skip
+        epochs=1,
+        devices=processes,
+        accelerator="cpu",
+        strategy="ddp" if processes > 1 else "auto",
+        seed=0,
+        progress=False,
+    )
     problem = Wide()
     trainer.fit(problem, data)  # warms up
     began = CLOCK()

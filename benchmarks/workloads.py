@@ -30,7 +30,9 @@ class Workload:
     batch_size: int
     epochs: int
     """In one round; the first two are not counted."""
-    optimizer: Callable[[Any], torch.optim.Optimizer] = field(default=lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True))
+    optimizer: Callable[[Any], torch.optim.Optimizer] = field(
+        default=lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True)
+    )
     clip: float = 100.0
     threads: int = 1
     require_grad: tuple[str, ...] = ()
@@ -63,9 +65,12 @@ def uniform(rows: int, seed: int, **ranges: tuple[float, float]) -> Tensors:
 
 
 ROSENBROCK: dict[str, Any] = {
-    "train": uniform(3333, 1, a=(0.2, 1.2), p=(0.5, 2.0)), "dev": uniform(333, 2, a=(0.2, 1.2), p=(0.5, 2.0)),
-    "batch_size": 64, "epochs": 12, "widths": (2, 80, 80, 80, 80, 2),
-}  # fmt: skip
+    "train": uniform(3333, 1, a=(0.2, 1.2), p=(0.5, 2.0)),
+    "dev": uniform(333, 2, a=(0.2, 1.2), p=(0.5, 2.0)),
+    "batch_size": 64,
+    "epochs": 12,
+    "widths": (2, 80, 80, 80, 80, 2),
+}
 
 
 def rosenbrock_weft() -> Workload:
@@ -140,7 +145,10 @@ def rollout() -> Workload:
         plant = weft.Node(lambda x, u: x @ a.T + u @ b.T, ["x", "u"], ["x"], name="plant")
         return weft.Problem(
             [weft.Rollout([policy, plant], steps=5)],
-            [weft.objective(lambda x: x.square().sum(-1), name="state"), weft.objective(lambda u: u.square(), 0.01, "effort")],
+            [
+                weft.objective(lambda x: x.square().sum(-1), name="state"),
+                weft.objective(lambda u: u.square(), 0.01, "effort"),
+            ],
             [weft.less_equal("u", 1.0, name="upper"), weft.greater_equal("u", -1.0, name="lower")],
         )
 
@@ -164,9 +172,14 @@ def pinn() -> Workload:
 
     points = {"t": (0.0, 1.0), "x": (-1.0, 1.0)}
     return Workload(
-        "PINN (Burgers)", make, uniform(4800, 1, **points), uniform(1200, 2, **points), batch_size=1200, epochs=25,
+        "PINN (Burgers)",
+        make,
+        uniform(4800, 1, **points),
+        uniform(1200, 2, **points),
+        batch_size=1200,
+        epochs=25,
         require_grad=("t", "x"),
-    )  # fmt: skip
+    )
 
 
 def neural_ode() -> Workload:
@@ -175,7 +188,9 @@ def neural_ode() -> Workload:
     class Integrated(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.right = mlp(2, 32, 2, nonlinear=nn.Tanh)  # not in a closure, which would not be copied with the problem
+            self.right = mlp(
+                2, 32, 2, nonlinear=nn.Tanh
+            )  # not in a closure, which would not be copied with the problem
 
         def forward(self, x: Tensor) -> Tensor:
             path, h = [], 0.1
@@ -221,11 +236,24 @@ def wide() -> Workload:
         return {"x": torch.randn(rows, 16, generator=torch.Generator().manual_seed(seed))}
 
     return Workload(
-        "wide MLP", make, points(2048, 1), points(512, 2), batch_size=512, epochs=9, threads=2,
+        "wide MLP",
+        make,
+        points(2048, 1),
+        points(512, 2),
+        batch_size=512,
+        epochs=9,
+        threads=2,
         optimizer=lambda p: torch.optim.AdamW(p, lr=1e-4, fused=True),
-    )  # fmt: skip
+    )
 
 
 WORKLOADS = (
-    rosenbrock_weft, rosenbrock_neuromancer, rosenbrock_sgd, rollout, pinn, neural_ode, one_batch, wide,
-)  # fmt: skip
+    rosenbrock_weft,
+    rosenbrock_neuromancer,
+    rosenbrock_sgd,
+    rollout,
+    pinn,
+    neural_ode,
+    one_batch,
+    wide,
+)

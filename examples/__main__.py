@@ -24,7 +24,11 @@ from typing import Any
 
 FOLDER = Path(__file__).parent
 NAMES = sorted(
-    (path.stem for path in FOLDER.glob("*.py") if not path.stem.startswith("_") and path.stem not in ("notebooks", "multi_gpu")),
+    (
+        path.stem
+        for path in FOLDER.glob("*.py")
+        if not path.stem.startswith("_") and path.stem not in ("notebooks", "multi_gpu")
+    ),
     key=lambda name: (not name.startswith("part_"), name),
 )
 MARKS = "<!-- figures: written by `python -m examples` -->", "<!-- end of figures -->"

@@ -3,7 +3,8 @@
 #
 # A penalty alone lets a constraint be broken a little, or makes the problem stiff. An augmented Lagrangian learns a
 # multiplier for every training row instead. Here the truth is known: for each $p$,
-# $\min_x \tfrac12 \|x - c\|^2$ subject to $a^T x \le p$ has the multiplier $\lambda(p) = \max(0, (a^T c - p) / \|a\|^2)$.
+# $\min_x \tfrac12 \|x - c\|^2$ subject to $a^T x \le p$ has the multiplier $\lambda(p) = \max(0, (a^T c - p) /
+# \|a\|^2)$.
 
 # %%
 import os
@@ -35,18 +36,22 @@ rows, EPOCHS = 16, 100 if SMALL else 20_000
 p = torch.linspace(0.0, 5.0, rows)[:, None]
 data = weft.Data(weft.DictDataset({"p": p}), batch_size=rows)
 settings = {
-    "epochs": EPOCHS, "seed": 0, "progress": False, "compile": not SMALL,
+    "epochs": EPOCHS,
+    "seed": 0,
+    "progress": False,
+    "compile": not SMALL,
     "optimizer": lambda params: torch.optim.Adam(params, lr=5e-3),
     "scheduler": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, EPOCHS, 1e-6),
-}  # fmt: skip
+}
 
 # %% [markdown]
 # ## Penalty, and augmented Lagrangian
 #
-# Only the loss changes. The last weights are compared: no single number says which epoch is best while multipliers change.
-# `growth=1.0` keeps the penalty parameter as it is. All rows are one batch, so an epoch is one step;
-# `compile=True` makes each a single graph, so twenty thousand are a matter of seconds. Every 100 steps the multipliers move by
-# what is left of the violation, and the error shrinks by a constant factor each time: it ends at the digits of float32.
+# Only the loss changes. The last weights are compared: no single number says which epoch is best while multipliers
+# change. # `growth=1.0` keeps the penalty parameter as it is. All rows are one batch, so an epoch is one step;
+# `compile=True` makes each a single graph, so twenty thousand are a matter of seconds. Every 100 steps the multipliers
+# move by # what is left of the violation, and the error shrinks by a constant factor each time: it ends at the digits
+# of float32.
 
 # %%
 penalty = make_problem(weft.PenaltyLoss())

@@ -91,10 +91,14 @@ class WholeHorizon(weft.Hook):
 def train(*hooks):
     problem = make_problem()
     trainer = weft.Trainer(
-        epochs=epochs, seed=0, progress=False, clip=1.0, hooks=[*hooks, WholeHorizon()],
+        epochs=epochs,
+        seed=0,
+        progress=False,
+        clip=1.0,
+        hooks=[*hooks, WholeHorizon()],
         optimizer=lambda params: torch.optim.Adam(params, lr=5e-3, fused=True),
         scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, 1e-4),
-    )  # fmt: skip
+    )
     result = trainer.fit(problem, data)
     problem.nodes[0].steps = 2 * LONG
     x = trainer.predict({"x": test["x"]})["x"]
@@ -111,11 +115,13 @@ def rolled_out(result):
 
 with_curriculum, x, error = train(weft.hooks.Curriculum(lengthen))
 at_once, _, error_at_once = train()
-print(f"steps of the model in training: {rolled_out(with_curriculum)} with the curriculum, {rolled_out(at_once)} at once")
+print(
+    f"steps of the model in training: {rolled_out(with_curriculum)} with the curriculum, {rolled_out(at_once)} at once"
+)
 
 # %% [markdown]
-# A shift of a rhythm by $\delta$ radians is a relative error of about $\delta$: an error of 0.05 over twice the trained horizon
-# is a clock that is off by less than 1 % of a period.
+# A shift of a rhythm by $\delta$ radians is a relative error of about $\delta$: an error of 0.05 over twice the trained
+# horizon # is a clock that is off by less than 1 % of a period.
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
@@ -129,7 +135,8 @@ plt.show()
 
 # %%
 figures = {
-    "error": error, "error_at_once": error_at_once,
+    "error": error,
+    "error_at_once": error_at_once,
     "first_and_last_length": [with_curriculum.history["rollout.steps"][i] for i in (0, -1)],
     "steps_rolled_out": [rolled_out(result) for result in (with_curriculum, at_once)],
-}  # fmt: skip
+}

@@ -1,8 +1,9 @@
 # %% [markdown]
 # # Four ways of custom training logic, on one problem
 #
-# The same idea, written from the lightest to the heaviest way: besides the problem's loss, the squared weights shall count
-# (a penalty of 0.01). All four train with checkpoints, logs, devices and resuming as ever, and end at the same weights.
+# The same idea, written from the lightest to the heaviest way: besides the problem's loss, the squared weights shall
+# count # (a penalty of 0.01). All four train with checkpoints, logs, devices and resuming as ever, and end at the same
+# weights.
 
 # %%
 import os
@@ -29,9 +30,11 @@ def make_problem():
 rows = weft.DictDataset({"x": torch.linspace(-1, 1, 64)[:, None]})
 data = weft.Data(rows, rows, batch_size=16)
 settings = {
-    "epochs": 5 if SMALL else 200, "seed": 0, "progress": False,
+    "epochs": 5 if SMALL else 200,
+    "seed": 0,
+    "progress": False,
     "optimizer": lambda params: torch.optim.Adam(params, lr=1e-2),
-}  # fmt: skip
+}
 
 
 def squares(problem):
@@ -55,7 +58,8 @@ weft.Trainer(training_step=step, **settings).fit(by_step, data)
 # %% [markdown]
 # ## 2. A hook
 #
-# A hook does not see the loss being made, but it sees the gradients before they are used: the penalty's is $2 \cdot 0.01\,w$.
+# A hook does not see the loss being made, but it sees the gradients before they are used: the penalty's is $2 \cdot
+# 0.01\,w$.
 
 
 # %%
@@ -116,9 +120,11 @@ def apart(one, other):
 plain = make_problem()
 weft.Trainer(**settings).fit(plain, data)
 figures = {
-    "hook": apart(by_step, by_hook), "subclass": apart(by_step, by_subclass), "loop": apart(by_step, by_loop),
+    "hook": apart(by_step, by_hook),
+    "subclass": apart(by_step, by_subclass),
+    "loop": apart(by_step, by_loop),
     "without_penalty": apart(by_step, plain),
-}  # fmt: skip
+}
 print("largest difference of a weight to way 1:", figures)
 
 # %%

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # A LightningModule on real data
 #
-# A `LightningModule` and its `LightningDataModule` train as they are: `weft.Trainer` calls their steps, optimizers and hooks in
-# Lightning's order. The data are scikit-learn's 1797 handwritten digits; the truth to be measured against is an SVM on
-# the same split.
+# A `LightningModule` and its `LightningDataModule` train as they are: `weft.Trainer` calls their steps, optimizers and
+# hooks in # Lightning's order. The data are scikit-learn's 1797 handwritten digits; the truth to be measured against is
+# an SVM on # the same split.
 
 # %%
 import os
@@ -54,10 +54,16 @@ class Classifier(LightningModule):
     def __init__(self):
         super().__init__()
         self.net = torch.nn.Sequential(
-            torch.nn.Conv2d(1, 16, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2),
-            torch.nn.Conv2d(16, 32, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2),
-            torch.nn.Flatten(), torch.nn.Dropout(0.2), torch.nn.Linear(128, 10),
-        )  # fmt: skip
+            torch.nn.Conv2d(1, 16, 3, padding=1),
+            torch.nn.ReLU(),
+            torch.nn.MaxPool2d(2),
+            torch.nn.Conv2d(16, 32, 3, padding=1),
+            torch.nn.ReLU(),
+            torch.nn.MaxPool2d(2),
+            torch.nn.Flatten(),
+            torch.nn.Dropout(0.2),
+            torch.nn.Linear(128, 10),
+        )
 
     def forward(self, image):
         return self.net(image)

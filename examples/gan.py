@@ -1,9 +1,10 @@
 # %% [markdown]
 # # A GAN: two optimizers that take turns
 #
-# The generator turns noise into samples, the discriminator tells them from real ones. Each has its optimizer, and they step
-# in turn, so the update is written out: `self.backward(loss)` and `self.step("name")` are its tools. Real samples come
-# from two Gaussians, so the distance between both distributions can be measured (Wasserstein distance, scipy).
+# The generator turns noise into samples, the discriminator tells them from real ones. Each has its optimizer, and they
+# step # in turn, so the update is written out: `self.backward(loss)` and `self.step("name")` are its tools. Real
+# samples come # from two Gaussians, so the distance between both distributions can be measured (Wasserstein distance,
+# scipy).
 
 # %%
 import os
@@ -88,9 +89,9 @@ def distance(gan, batch):
 
 
 # %% [markdown]
-# No loss says which weights are best, so the distance itself is what a validation step returns, and what is monitored. Other
-# samples, held out, tell how good they are. The 2048 samples that it learns from are themselves not quite the distribution:
-# their distance to it is as near as one can hope to come.
+# No loss says which weights are best, so the distance itself is what a validation step returns, and what is monitored.
+# Other # samples, held out, tell how good they are. The 2048 samples that it learns from are themselves not quite the
+# distribution: # their distance to it is as near as one can hope to come.
 
 
 # %%
@@ -101,16 +102,25 @@ def validation_step(trainer, batch):
 problem, epochs = GAN(), 3 if SMALL else 1200
 untrained = distance(problem, held_out)
 trainer = GANTrainer(
-    epochs=epochs, seed=0, progress=False, monitor_metric="dev_distance", validation_step=validation_step,
-    optimizer={"generator": adam(1e-3), "discriminator": adam(2e-3)}, scheduler={"generator": to_zero, "discriminator": to_zero},
-)  # fmt: skip
+    epochs=epochs,
+    seed=0,
+    progress=False,
+    monitor_metric="dev_distance",
+    validation_step=validation_step,
+    optimizer={"generator": adam(1e-3), "discriminator": adam(2e-3)},
+    scheduler={"generator": to_zero, "discriminator": to_zero},
+)
 sizes = {"train": 64 if SMALL else 512, "dev": 20_000}
-result = trainer.fit(problem, weft.Data(weft.DictDataset({"sample": real(2048, 1)}), weft.DictDataset(dev), batch_size=sizes))
+result = trainer.fit(
+    problem, weft.Data(weft.DictDataset({"sample": real(2048, 1)}), weft.DictDataset(dev), batch_size=sizes)
+)
 print(result)
 trained = distance(problem, held_out)
 floor = wasserstein_distance(real(2048, 1)[:, 0], held_out["sample"][:, 0])
 print(f"Wasserstein distance to held-out real samples: {untrained:.3f} before, {trained:.3f} after")
-print(f"of the samples it learned from: {floor:.3f}; standard deviation of the real ones: {float(held_out['sample'].std()):.3f}")
+print(
+    f"of the samples it learned from: {floor:.3f}; standard deviation of the real ones: {float(held_out['sample'].std()):.3f}"
+)
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
@@ -120,13 +130,22 @@ left.set(xlabel="epoch", ylabel="losses; Wasserstein distance")
 left.legend(fontsize="small", loc=(0.62, 0.64))
 bins = np.linspace(-3.5, 3, 60)
 right.hist(held_out["sample"][:, 0].numpy(), bins, density=True, alpha=0.4, label="real")
-right.hist(trainer.predict({"noise": held_out["noise"]})["sample"][:, 0].numpy(), bins, density=True, histtype="step", color="k", label="generated")
+right.hist(
+    trainer.predict({"noise": held_out["noise"]})["sample"][:, 0].numpy(),
+    bins,
+    density=True,
+    histtype="step",
+    color="k",
+    label="generated",
+)
 right.set(xlabel="value", ylabel="density")
 right.legend(fontsize="small")
 plt.show()
 
 # %%
 figures = {
-    "distance_before": float(untrained), "distance_after": float(trained), "distance_of_training_samples": float(floor),
+    "distance_before": float(untrained),
+    "distance_after": float(trained),
+    "distance_of_training_samples": float(floor),
     "standard_deviation": float(held_out["sample"].std()),
-}  # fmt: skip
+}

@@ -55,17 +55,19 @@ def make_problem() -> weft.Problem:
 def data_setup(rows: int = 3000, batch_size: int = 100) -> weft.Data:
     """Demanded returns between the lowest and the highest expected one; `batch_size` is that of each process."""
     low, high = max(float(r.min()), 0.0), float(r.max())
-    train, dev, test = (low + (high - low) * torch.rand(rows, 1)).split([rows * 8 // 10, rows // 10, rows - rows * 9 // 10])
+    train, dev, test = (low + (high - low) * torch.rand(rows, 1)).split(
+        [rows * 8 // 10, rows // 10, rows - rows * 9 // 10]
+    )
     return weft.Data({"p": train}, {"p": dev}, {"p": test}, batch_size=batch_size)
 
 
 def make_trainer(epochs: int, **options: Any) -> weft.Trainer:
     """A trainer for this stiff problem: variances are of the order of 0.001, the weights of its constraints are 100.
 
-    A penalty on the absolute violation is exact once its weight exceeds the constraint's multiplier (Nocedal and Wright,
-    Numerical Optimization, theorem 17.3), so all such weights have one minimum. The multipliers are below 0.47 (return) and
-    0.0025 (invested). The first phase keeps near them, where the variance is not drowned; the second has the problem's own
-    weights, and its rate falls by five decades.
+    A penalty on the absolute violation is exact once its weight exceeds the constraint's multiplier (Nocedal and
+    Wright, Numerical Optimization, theorem 17.3), so all such weights have one minimum. The multipliers are below 0.47
+    (return) and 0.0025 (invested). The first phase keeps near them, where the variance is not drowned; the second has
+    the problem's own weights, and its rate falls by five decades.
     """
     balanced = {"variance": 1000.0, "return": 1000.0, "invested": 10.0}
     own = {"variance": 1.0, "return": 100.0, "invested": 100.0}
@@ -97,15 +99,21 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--epochs", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=100, help="rows per process")
     parser.add_argument("--precision", default="32-true")
-    parser.add_argument("--compile", action="store_true", help="one graph an update: several times faster in one process")
+    parser.add_argument(
+        "--compile", action="store_true", help="one graph an update: several times faster in one process"
+    )
     args = parser.parse_args(arguments)
 
     torch.manual_seed(0)
     problem = make_problem()
     trainer = make_trainer(
-        args.epochs, devices=args.devices, accelerator=args.accelerator, strategy=args.strategy, precision=args.precision,
+        args.epochs,
+        devices=args.devices,
+        accelerator=args.accelerator,
+        strategy=args.strategy,
+        precision=args.precision,
         compile=args.compile,
-    )  # fmt: skip
+    )
     result = trainer.fit(problem, data_setup, batch_size=args.batch_size)
     tested = trainer.test()
     assert trainer.run is not None

@@ -23,7 +23,9 @@ MAX_TEXT = 4000  # characters of an output that are kept
 def cells_of(script: str) -> list[tuple[str, str]]:
     """The cells of a py:percent script as ("markdown" or "code", text)."""
     cells = []
-    for kind, body in re.findall(r"^# %%( \[markdown\])?[^\n]*\n(.*?)(?=^# %%|\Z)", script, flags=re.MULTILINE | re.DOTALL):
+    for kind, body in re.findall(
+        r"^# %%( \[markdown\])?[^\n]*\n(.*?)(?=^# %%|\Z)", script, flags=re.MULTILINE | re.DOTALL
+    ):
         if kind:
             text = "\n".join(line.removeprefix("#").removeprefix(" ") for line in body.strip().splitlines())
         else:

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Your own loop in a notebook, with a live plot
 #
-# `trainer.start` hands you the run; the loop is yours. Below it looks at the data after each epoch, redraws one picture in
-# place, changes the learning rate when progress stalls, and breaks when it is good enough. Best weights, history, and
-# everything else keep working; the stop button ends the block cleanly.
+# `trainer.start` hands you the run; the loop is yours. Below it looks at the data after each epoch, redraws one picture
+# in # place, changes the learning rate when progress stalls, and breaks when it is good enough. Best weights, history,
+# and # everything else keep working; the stop button ends the block cleanly.
 
 # %%
 import os
@@ -68,7 +68,9 @@ def redraw(run):
 
 # %%
 GOOD, MAX_EPOCHS = 1.5e-4, 10 if SMALL else 400
-trainer = weft.Trainer(epochs=MAX_EPOCHS, optimizer=lambda params: torch.optim.AdamW(params, lr=5e-3), progress=False, seed=0)
+trainer = weft.Trainer(
+    epochs=MAX_EPOCHS, optimizer=lambda params: torch.optim.AdamW(params, lr=5e-3), progress=False, seed=0
+)
 with trainer.start(problem, weft.Data(noisy, dev, batch_size=50)) as run:
     for epoch in run.epochs():
         for batch in run.batches("train"):
@@ -90,4 +92,9 @@ if shown is None:
 
 # %%
 final = trainer.validate()["dev_loss"]
-figures = {"dev_loss": final, "epochs": run.result.epochs, "stop_reason": run.result.stop_reason, "best": run.result.best_metric}
+figures = {
+    "dev_loss": final,
+    "epochs": run.result.epochs,
+    "stop_reason": run.result.stop_reason,
+    "best": run.result.best_metric,
+}

@@ -81,7 +81,9 @@ train, dev, _, batch_size = data_setup(nsim)
 loaders = [torch.utils.data.DataLoader(d, batch_size=batch_size, collate_fn=d.collate_fn) for d in (train, dev)]
 
 first = make_problem()
-trainer = Trainer(first, *loaders, optimizer=adam(first.parameters()), epochs=epochs, patience=epochs, epoch_verbose=epochs)
+trainer = Trainer(
+    first, *loaders, optimizer=adam(first.parameters()), epochs=epochs, patience=epochs, epoch_verbose=epochs
+)
 best = trainer.train()
 
 # %% [markdown]
@@ -91,15 +93,17 @@ best = trainer.train()
 
 # %%
 second = make_problem()
-lit = weft.LitTrainer(epochs=epochs, custom_optimizer=adam(second.parameters()), save_weights=False, shuffle=False, progress=False)
+lit = weft.LitTrainer(
+    epochs=epochs, custom_optimizer=adam(second.parameters()), save_weights=False, shuffle=False, progress=False
+)
 lit_result = lit.fit(second, data_setup, nsim=nsim)
 print(lit_result)
 
 # %% [markdown]
 # ## 3. weft's own Trainer
 #
-# The optimizer is a function of the parameters, so the trainer can be written before the problem. All three see the same
-# rows in the same order, so they end with the same weights, to the last bit.
+# The optimizer is a function of the parameters, so the trainer can be written before the problem. All three see the
+# same # rows in the same order, so they end with the same weights, to the last bit.
 
 # %%
 third = make_problem()
@@ -108,7 +112,9 @@ print(result)
 
 
 def difference(one, other):
-    return max(float((a - b).abs().max()) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+    return max(
+        float((a - b).abs().max()) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    )
 
 
 apart = {"Trainer": difference(first, third), "LitTrainer": difference(second, third)}
@@ -117,9 +123,9 @@ print("largest difference of any weight to weft.Trainer's:", apart)
 # %% [markdown]
 # ## 4. The problem in weft's own words
 #
-# Functions instead of symbols: the names of their arguments are the keys that they read. A misspelt key is an error with
-# a suggestion, and `problem.describe()` says what is read and written. With `compile=True` an update is one graph, which makes
-# such a small network several times faster.
+# Functions instead of symbols: the names of their arguments are the keys that they read. A misspelt key is an error
+# with # a suggestion, and `problem.describe()` says what is read and written. With `compile=True` an update is one
+# graph, which makes # such a small network several times faster.
 
 # %%
 torch.manual_seed(0)
@@ -142,10 +148,13 @@ problem = weft.Problem(
 print(problem.describe())
 epochs = 3 if SMALL else 1000
 trainer = weft.Trainer(
-    epochs=epochs, seed=0, progress=False, compile=not SMALL,
+    epochs=epochs,
+    seed=0,
+    progress=False,
+    compile=not SMALL,
     optimizer=lambda params: torch.optim.Adam(params, lr=3e-3),
     scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, 1e-6),
-)  # fmt: skip
+)
 result = trainer.fit(problem, data_setup, nsim=256 if SMALL else 4000)
 print(result)
 
@@ -163,11 +172,15 @@ def optimum(a, p):
         {"type": "ineq", "fun": lambda x: p**2 - x @ x},
     ]
     starts = [0.75 * p * np.array([np.cos(angle), np.sin(angle)]) for angle in (0.0, 0.6, -0.6)]
-    found = [minimize(lambda x: (1 - x[0]) ** 2 + a * (x[1] - x[0] ** 2) ** 2, s, constraints=constraints) for s in starts]
+    found = [
+        minimize(lambda x: (1 - x[0]) ** 2 + a * (x[1] - x[0] ** 2) ** 2, s, constraints=constraints) for s in starts
+    ]
     return min((f for f in found if f.success), key=lambda f: f.fun).x
 
 
-grid = np.array([(a, p) for a in np.linspace(0.3, 1.1, 3 if SMALL else 9) for p in np.linspace(0.6, 1.9, 3 if SMALL else 9)])
+grid = np.array(
+    [(a, p) for a in np.linspace(0.3, 1.1, 3 if SMALL else 9) for p in np.linspace(0.6, 1.9, 3 if SMALL else 9)]
+)
 truth = np.array([optimum(a, p) for a, p in grid])
 a, p = torch.tensor(grid[:, [0]], dtype=torch.float32), torch.tensor(grid[:, [1]], dtype=torch.float32)
 learned = trainer.predict({"a": a, "p": p})["x"].numpy()
@@ -181,7 +194,9 @@ r2 = (learned**2).sum(1)
 violation = np.max([learned[:, 1] - learned[:, 0], (grid[:, 1] / 2) ** 2 - r2, r2 - grid[:, 1] ** 2, 0 * r2], axis=0)
 distance = np.linalg.norm(learned - truth, axis=1)
 gap = float(np.mean(objective(learned) - objective(truth)))
-print(f"mean distance to the optimum {distance.mean():.4f}, objective {gap:+.5f}, largest violation {violation.max():.4f}")
+print(
+    f"mean distance to the optimum {distance.mean():.4f}, objective {gap:+.5f}, largest violation {violation.max():.4f}"
+)
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
@@ -195,6 +210,9 @@ plt.show()
 
 # %%
 figures = {
-    "trainer_differs_by": apart["Trainer"], "littrainer_differs_by": apart["LitTrainer"],
-    "mean_distance": float(distance.mean()), "objective_gap": gap, "largest_violation": float(violation.max()),
-}  # fmt: skip
+    "trainer_differs_by": apart["Trainer"],
+    "littrainer_differs_by": apart["LitTrainer"],
+    "mean_distance": float(distance.mean()),
+    "objective_gap": gap,
+    "largest_violation": float(violation.max()),
+}

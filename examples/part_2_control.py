@@ -50,8 +50,8 @@ loop = weft.Rollout(
 # %% [markdown]
 # ## The problem
 #
-# Tensors are (batch, time, features). `x` is given with one time entry and ends with `steps + 1`; `u` has `steps`. A penalty
-# lets a bound be broken a little, so it is set 2 % tighter than the one that has to hold.
+# Tensors are (batch, time, features). `x` is given with one time entry and ends with `steps + 1`; `u` has `steps`. A
+# penalty # lets a bound be broken a little, so it is set 2 % tighter than the one that has to hold.
 
 # %%
 Q, R, U_MAX, X_MAX = 1.0, 0.5, 1.0, 5.0
@@ -116,8 +116,8 @@ print(result)
 # %% [markdown]
 # ## Against the optimum
 #
-# From small initial states no bound is ever active, and the cost of the optimal controller is $x_0^T P x_0$ with $P$ from
-# the discrete algebraic Riccati equation (scipy).
+# From small initial states no bound is ever active, and the cost of the optimal controller is $x_0^T P x_0$ with $P$
+# from # the discrete algebraic Riccati equation (scipy).
 
 # %%
 A, B = plant.A.double().numpy(), plant.B.double().numpy()
@@ -135,8 +135,8 @@ print(f"closed-loop cost over LQR: +{100 * excess:.2f} % (each: {np.round((cost 
 # %% [markdown]
 # ## From far away
 #
-# There the bounds are active; a linear controller would break them. 1000 random states tell how far the policy keeps them,
-# four are drawn.
+# There the bounds are active; a linear controller would break them. 1000 random states tell how far the policy keeps
+# them, # four are drawn.
 
 # %%
 closed = trainer.predict({"x": initial_states(1000)})
@@ -164,8 +164,8 @@ plt.show()
 # %% [markdown]
 # ## Saving, loading, precision
 #
-# Weights are plain tensors. The same policy, loaded into a new problem and evaluated in float64, gives the same controls
-# up to float32's last digits.
+# Weights are plain tensors. The same policy, loaded into a new problem and evaluated in float64, gives the same
+# controls # up to float32's last digits.
 
 # %%
 import tempfile  # noqa: E402
@@ -179,6 +179,9 @@ print(f"controls in {in_double['u'].dtype} differ by {difference:.1e}")
 
 # %%
 figures = {
-    "excess_cost": excess, "final_distance": final, "largest_control": largest_control, "largest_state": largest_state,
+    "excess_cost": excess,
+    "final_distance": final,
+    "largest_control": largest_control,
+    "largest_state": largest_state,
     "difference_float64": difference,
-}  # fmt: skip
+}

@@ -40,9 +40,10 @@ def exact(x, t, nu=NU, nodes=200):
 # %% [markdown]
 # ## The ansatz
 #
-# $u = -\sin(\pi x) + t\,x\,(1 - x)\,N(x, t)$ satisfies the initial condition and both ends whatever $N$ is, so the residual is
-# the only term left. The solution is odd, so half of the interval is enough. The problem's loss is made of derivatives:
-# `grad_inference` keeps autograd on in evaluation, `inputs_require_grad` asks for derivatives in `x` and `t`.
+# $u = -\sin(\pi x) + t\,x\,(1 - x)\,N(x, t)$ satisfies the initial condition and both ends whatever $N$ is, so the
+# residual is # the only term left. The solution is odd, so half of the interval is enough. The problem's loss is made
+# of derivatives: # `grad_inference` keeps autograd on in evaluation, `inputs_require_grad` asks for derivatives in `x`
+# and `t`.
 
 
 # %%
@@ -87,14 +88,17 @@ problem = weft.Problem(
 # ## Adam, then L-BFGS
 #
 # An epoch is one batch of all points. During the first phase the points are drawn anew, in proportion to the
-# residual, every few hundred epochs. In the second, an epoch is one call of L-BFGS: up to 100 iterations with line searches.
+# residual, every few hundred epochs. In the second, an epoch is one call of L-BFGS: up to 100 iterations with line
+# searches.
 
 # %%
 adam_epochs, lbfgs_epochs, num_points = (10, 2, 200) if SMALL else (400, 24, 2000)
 
 
 def lbfgs(params):
-    return torch.optim.LBFGS(params, max_iter=100, history_size=50, line_search_fn="strong_wolfe", tolerance_change=0, tolerance_grad=0)
+    return torch.optim.LBFGS(
+        params, max_iter=100, history_size=50, line_search_fn="strong_wolfe", tolerance_change=0, tolerance_grad=0
+    )
 
 
 trainer = weft.Trainer(
@@ -106,7 +110,9 @@ trainer = weft.Trainer(
         ),
         weft.Phase(epochs=lbfgs_epochs, optimizer=lbfgs),
     ],
-    hooks=weft.hooks.Resample(residual, lambda generator: points(4 * num_points, generator), every=max(1, adam_epochs // 5)),
+    hooks=weft.hooks.Resample(
+        residual, lambda generator: points(4 * num_points, generator), every=max(1, adam_epochs // 5)
+    ),
     precision="64-true",
     seed=0,
     progress=False,
@@ -136,12 +142,12 @@ plt.show()
 # %% [markdown]
 # ## The inverse problem
 #
-# Now the viscosity is unknown, and there are noisy measurements of $u$ instead. It becomes one more parameter of the problem,
-# beside the network's. Two terms compete, residual and measurements; `ReLoBRaLo` (arXiv:2110.09813) gives more weight to the
-# one that shrinks more slowly.
+# Now the viscosity is unknown, and there are noisy measurements of $u$ instead. It becomes one more parameter of the
+# problem, # beside the network's. Two terms compete, residual and measurements; `ReLoBRaLo` (arXiv:2110.09813) gives
+# more weight to the # one that shrinks more slowly.
 #
-# How well can the viscosity be known at all? With noise of standard deviation $\sigma$ no unbiased estimate has a smaller
-# standard error than $\sigma / \|\partial u / \partial \nu\|$ over the sensors (Cramér and Rao).
+# How well can the viscosity be known at all? With noise of standard deviation $\sigma$ no unbiased estimate has a
+# smaller # standard error than $\sigma / \|\partial u / \partial \nu\|$ over the sensors (Cramér and Rao).
 
 
 # %%
@@ -183,13 +189,17 @@ trainer = weft.Trainer(
     ],
     hooks=weft.hooks.ReLoBRaLo(),
     monitor_metric="train_measurements",
-    precision="64-true", seed=0, progress=False,
-)  # fmt: skip
+    precision="64-true",
+    seed=0,
+    progress=False,
+)
 data = weft.Data(weft.DictDataset(sensors), batch_size=1000, inputs_require_grad=("x", "t"))
 inverse_result = trainer.fit(inverse, data)
 inverse.load_state_dict(inverse_result.last_weights)
 found = float(viscosity.log_nu.detach().exp())
-print(f"viscosity: {found:.6f}, true {NU:.6f}, off by {100 * abs(found / NU - 1):.2f} % (standard error {100 * standard_error:.2f} %)")
+print(
+    f"viscosity: {found:.6f}, true {NU:.6f}, off by {100 * abs(found / NU - 1):.2f} % (standard error {100 * standard_error:.2f} %)"
+)
 print(f"weight of the measurements: {inverse_result.history['weight_measurements'][-1]:.1f}")
 
 # %%

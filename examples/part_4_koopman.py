@@ -2,8 +2,8 @@
 # # Part 4: deep Koopman operators, watched in TensorBoard
 #
 # A nonlinear system becomes linear in the right coordinates: find an encoder $z = \phi(x)$ in which
-# $z_{t+1} = K z_t + B u_t$, and a decoder back. First on a linear system, whose spectrum is known; then on a nonlinear system
-# that is driven from outside, which makes it *non-autonomous*, and whose exact operator is known, too.
+# $z_{t+1} = K z_t + B u_t$, and a decoder back. First on a linear system, whose spectrum is known; then on a nonlinear
+# system # that is driven from outside, which makes it *non-autonomous*, and whose exact operator is known, too.
 
 # %%
 import os
@@ -98,11 +98,11 @@ print(f"eigenvalues {np.round(spectrum, 4)}, true {np.round(linear_spectrum, 4)}
 # %% [markdown]
 # ## A driven nonlinear system whose operator is known
 #
-# $\dot x_1 = \mu x_1$, $\dot x_2 = \lambda (x_2 - x_1^2) + u$ with an input $u$ that changes at random. It is nonlinear, but
-# linear in $(x_1, x_2, x_1^2)$ (Brunton et al., PLoS ONE 11(2), 2016): three coordinates are enough, and the eigenvalues of the
-# exact operator over a step of $\Delta t$ are $e^{\mu \Delta t}$, $e^{2 \mu \Delta t}$ and $e^{\lambda \Delta t}$. The network is told
-# none of this but the number three. (Most systems have no such finite form, a pendulum for one: its frequency depends on the
-# amplitude. There more coordinates only come closer.)
+# $\dot x_1 = \mu x_1$, $\dot x_2 = \lambda (x_2 - x_1^2) + u$ with an input $u$ that changes at random. It is
+# nonlinear, but # linear in $(x_1, x_2, x_1^2)$ (Brunton et al., PLoS ONE 11(2), 2016): three coordinates are enough,
+# and the eigenvalues of the # exact operator over a step of $\Delta t$ are $e^{\mu \Delta t}$, $e^{2 \mu \Delta t}$ and
+# $e^{\lambda \Delta t}$. The network is told # none of this but the number three. (Most systems have no such finite
+# form, a pendulum for one: its frequency depends on the # amplitude. There more coordinates only come closer.)
 
 # %%
 MU, LAMBDA, DT = -0.2, -1.0, 0.2
@@ -148,8 +148,8 @@ def mlp(inputs, outputs, width=48):
 # ## TensorBoard by one keyword
 #
 # `loggers="tensorboard"` writes train and dev curves of the loss and of every term, learning rates, speeds, the
-# hyperparameters with the final metric (the HParams tab), and the problem's graph. The hooks add pictures and histograms.
-# Look at it with `tensorboard --logdir runs`; here the files go to a temporary folder and are read back.
+# hyperparameters with the final metric (the HParams tab), and the problem's graph. The hooks add pictures and
+# histograms. # Look at it with `tensorboard --logdir runs`; here the files go to a temporary folder and are read back.
 
 
 # %%
@@ -165,14 +165,20 @@ folder = tempfile.TemporaryDirectory()
 epochs = 4 if SMALL else 120
 model = Koopman(mlp(2, 3), torch.nn.Linear(3, 2), size=3, inputs=1)
 trainer = weft.Trainer(
-    epochs=epochs, progress=False, seed=0, clip=1.0, root_dir=folder.name, run_name="koopman", loggers="tensorboard",
+    epochs=epochs,
+    progress=False,
+    seed=0,
+    clip=1.0,
+    root_dir=folder.name,
+    run_name="koopman",
+    loggers="tensorboard",
     hooks=[
         weft.hooks.Figures({"spectrum": spectrum_figure}, every=max(1, epochs // 4)),
         weft.hooks.WeightHistograms(every=max(1, epochs // 4)),
         weft.hooks.GradientNorms(),
     ],
     **adam(3e-3, epochs),
-)  # fmt: skip
+)
 result = trainer.fit(make_problem(model), data_setup, n=100 if SMALL else 2000, steps=5 if SMALL else 30)
 print(result)
 
@@ -227,6 +233,10 @@ plt.show()
 # %%
 folder.cleanup()
 figures = {
-    "spectrum_error": spectrum_error, "driven_spectrum_error": driven_spectrum_error, "open_loop_error": error, "open_loop_error_linear": error_linear,
-    "points_in_tensorboard": points, "images_in_tensorboard": len(tags["images"]),
-}  # fmt: skip
+    "spectrum_error": spectrum_error,
+    "driven_spectrum_error": driven_spectrum_error,
+    "open_loop_error": error,
+    "open_loop_error_linear": error_linear,
+    "points_in_tensorboard": points,
+    "images_in_tensorboard": len(tags["images"]),
+}

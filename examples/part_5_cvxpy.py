@@ -25,8 +25,8 @@ SIZE, LIMIT = 3, 0.6
 # %% [markdown]
 # ## The layer
 #
-# Written once in cvxpy's words. `weft.Node` takes it like any module; nothing has to be wrapped or registered, and no weights
-# are deep-copied (its sparse buffers could not be).
+# Written once in cvxpy's words. `weft.Node` takes it like any module; nothing has to be wrapped or registered, and no
+# weights # are deep-copied (its sparse buffers could not be).
 
 # %%
 x, y = cp.Variable(SIZE), cp.Parameter(SIZE)
@@ -44,7 +44,9 @@ def target(p):
     return stack([p, 0.5 - p**2, 0.3 + 0 * p], 1)
 
 
-net = torch.nn.Sequential(torch.nn.Linear(1, 24), torch.nn.GELU(), torch.nn.Linear(24, 24), torch.nn.GELU(), torch.nn.Linear(24, SIZE))
+net = torch.nn.Sequential(
+    torch.nn.Linear(1, 24), torch.nn.GELU(), torch.nn.Linear(24, 24), torch.nn.GELU(), torch.nn.Linear(24, SIZE)
+)
 problem = weft.Problem(
     [weft.Node(net, ["p"], ["y"], name="proposal"), weft.Node(project, ["y"], ["x"], name="projection")],
     objectives=[weft.objective(lambda x, p: (x - target(p)).pow(4).sum(1).add(1e-12).pow(0.25), name="distance")],
@@ -54,14 +56,18 @@ print(problem.describe())
 # %%
 rows = 64 if SMALL else 512
 data = weft.Data(
-    weft.DictDataset({"p": 2 * torch.rand(rows, 1) - 1}), weft.DictDataset({"p": torch.linspace(-1, 1, 32)[:, None]}), batch_size=32
+    weft.DictDataset({"p": 2 * torch.rand(rows, 1) - 1}),
+    weft.DictDataset({"p": torch.linspace(-1, 1, 32)[:, None]}),
+    batch_size=32,
 )
 epochs = 2 if SMALL else 60
 trainer = weft.Trainer(
-    epochs=epochs, progress=False, seed=0,
+    epochs=epochs,
+    progress=False,
+    seed=0,
     optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2, weight_decay=0.0),
     scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, 1e-4),
-)  # fmt: skip
+)
 result = trainer.fit(problem, data)
 print(result)
 
@@ -73,7 +79,9 @@ print(result)
 
 # %%
 p = np.linspace(-0.95, 0.95, 7 if SMALL else 39)[:, None]
-found = {key: value.double().numpy() for key, value in trainer.predict({"p": torch.tensor(p, dtype=torch.float32)}).items()}
+found = {
+    key: value.double().numpy() for key, value in trainer.predict({"p": torch.tensor(p, dtype=torch.float32)}).items()
+}
 violation = float(np.max([np.abs(found["x"].sum(1) - 1).max(), -found["x"].min(), found["x"].max() - LIMIT]))
 
 
@@ -107,4 +115,9 @@ ax.legend(fontsize="small", ncol=3, loc="upper center", bbox_to_anchor=(0.5, -0.
 plt.show()
 
 # %%
-figures = {"violation": violation, "projection_difference": difference, "excess_cost": excess, "largest_distance": distance}
+figures = {
+    "violation": violation,
+    "projection_difference": difference,
+    "excess_cost": excess,
+    "largest_distance": distance,
+}

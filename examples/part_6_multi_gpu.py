@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Part 6: one device or many, killed and resumed
 #
-# `multi_gpu.py` beside this file is a plain script: a network learns the portfolio of least variance for every demanded return.
-# Nothing in it says where anything is computed. It is started
+# `multi_gpu.py` beside this file is a plain script: a network learns the portfolio of least variance for every demanded
+# return. # Nothing in it says where anything is computed. It is started
 #
 # - by keyword: `python multi_gpu.py --devices 2 --accelerator gpu` (or `--devices 2 --accelerator cpu` on any machine),
 # - by torchrun or srun: `torchrun --nproc-per-node 2 multi_gpu.py --devices 2`.
@@ -33,8 +33,8 @@ here = Path(multi_gpu.__file__).parent
 # %% [markdown]
 # ## One process or two
 #
-# `batch_size` is per process: two processes with 50 rows each take the same steps as one with 100. In float64, so that what is
-# left of a difference is a difference of the method and not of the order in which float32 adds up.
+# `batch_size` is per process: two processes with 50 rows each take the same steps as one with 100. In float64, so that
+# what is # left of a difference is a difference of the method and not of the order in which float32 adds up.
 
 # %%
 epochs = 2 if SMALL else 20
@@ -53,19 +53,29 @@ def run_script(*arguments, launcher=(sys.executable,)):
 
 one = run_script("--batch-size", "100")
 two = run_script("--batch-size", "50", "--devices", "2", "--strategy", "ddp")
-by_torchrun = one if SMALL else run_script(
-    "--batch-size", "50", "--devices", "2", launcher=(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
-)  # fmt: skip
+by_torchrun = (
+    one
+    if SMALL
+    else run_script(
+        "--batch-size",
+        "50",
+        "--devices",
+        "2",
+        launcher=(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+    )
+)
 apart = max(abs(other[name] - one[name]) / one["test_loss"] for other in (two, by_torchrun) for name in one)
-print(f"test loss: one process {one['test_loss']:.8f}, two {two['test_loss']:.8f}, torchrun {by_torchrun['test_loss']:.8f}")
+print(
+    f"test loss: one process {one['test_loss']:.8f}, two {two['test_loss']:.8f}, torchrun {by_torchrun['test_loss']:.8f}"
+)
 print(f"largest difference of any figure, relative to the loss: {apart:.1e}")
 
 # %% [markdown]
 # ## Killed and resumed
 #
 # The same training with checkpoints, in a process that is killed (SIGKILL, as a machine that fails) in the middle of an
-# epoch, and started again with the same command. `resume="auto"` goes on where it was; the weights at the end are those of
-# a run that nobody killed, to the last bit.
+# epoch, and started again with the same command. `resume="auto"` goes on where it was; the weights at the end are those
+# of # a run that nobody killed, to the last bit.
 
 # %%
 TRAIN = """
@@ -90,7 +100,9 @@ def start(folder, pace):
 
 with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as other:
     process = start(folder, "slow")
-    while not list(Path(folder).glob("portfolio/checkpoints/step-*[1-9]*.ckpt")):  # until there is something to go on from
+    while not list(
+        Path(folder).glob("portfolio/checkpoints/step-*[1-9]*.ckpt")
+    ):  # until there is something to go on from
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -107,9 +119,10 @@ print(f"killed after {saved[-1]}; weights of the resumed and the uninterrupted r
 # %% [markdown]
 # ## Against cvxpy
 #
-# The variance is of the order of 0.001, the weights of the constraints are 100: a stiff problem. `make_trainer` takes it in two
-# phases, the first with weights of one scale, the second with the problem's own; its docstring says why both have the same
-# minimum, which needs weights above cvxpy's multipliers. `penalised_excess` compares the whole loss of the problem.
+# The variance is of the order of 0.001, the weights of the constraints are 100: a stiff problem. `make_trainer` takes
+# it in two # phases, the first with weights of one scale, the second with the problem's own; its docstring says why
+# both have the same # minimum, which needs weights above cvxpy's multipliers. `penalised_excess` compares the whole
+# loss of the problem.
 
 # %%
 torch.manual_seed(0)
@@ -135,7 +148,9 @@ gap = float(np.abs(found - variance).mean() / np.mean(variance))
 loss = found + 100 * np.abs(learned.sum(1) - 1) + 100 * np.maximum(demanded - learned @ r, 0)
 excess = float(loss.mean() / np.mean(variance) - 1)
 print("largest multipliers (invested, return):", np.round(np.max(multipliers, axis=0), 4))
-print(f"variance differs from the optimum by {100 * gap:.2f} % on average; loss above the optimum's: {100 * excess:.2f} %")
+print(
+    f"variance differs from the optimum by {100 * gap:.2f} % on average; loss above the optimum's: {100 * excess:.2f} %"
+)
 print(f"fully invested to {invested:.1e}, returns enough to {missing:.1e}")
 
 # %%
@@ -148,6 +163,10 @@ plt.show()
 
 # %%
 figures = {
-    "two_processes_differ_by": apart, "resumed_is_the_same": same, "variance_gap": gap, "penalised_excess": excess, "invested_to": invested,
+    "two_processes_differ_by": apart,
+    "resumed_is_the_same": same,
+    "variance_gap": gap,
+    "penalised_excess": excess,
+    "invested_to": invested,
     "return_missing": missing,
-}  # fmt: skip
+}

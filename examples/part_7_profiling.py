@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Part 7: profiling. Where does the time go?
 #
-# A problem trains several times slower than it should. `profiler="simple"` says which part and which node; `profiler="pytorch"`
-# shows what that node does; then it is mended, and measured again.
+# A problem trains several times slower than it should. `profiler="simple"` says which part and which node;
+# `profiler="pytorch"` # shows what that node does; then it is mended, and measured again.
 
 # %%
 import json
@@ -21,8 +21,9 @@ torch.set_num_threads(1)
 # %% [markdown]
 # ## The problem
 #
-# A network proposes the heights of a rope's knots; `tension` adds up its energy. Somebody wrote that as a loop over rows,
-# with an `.item()` in it: right, differentiable, and slow. (On a GPU it also waits for the device in each turn.)
+# A network proposes the heights of a rope's knots; `tension` adds up its energy. Somebody wrote that as a loop over
+# rows, # with an `.item()` in it: right, differentiable, and slow. (On a GPU it also waits for the device in each
+# turn.)
 
 
 # %%
@@ -46,7 +47,9 @@ def make_problem(tension):
         [weft.Node(net, ["ends"], ["height"], name="rope"), weft.Node(tension, ["height"], ["energy"], name="tension")],
         objectives=[
             weft.objective(lambda energy: energy, name="energy_of_the_rope"),
-            weft.objective(lambda height, ends: (height[:, [0, -1]] - ends).square().sum(1), weight=10.0, name="ends_fit"),
+            weft.objective(
+                lambda height, ends: (height[:, [0, -1]] - ends).square().sum(1), weight=10.0, name="ends_fit"
+            ),
         ],
         name="rope",
     )
@@ -71,13 +74,16 @@ culprit = before.profile.slowest_node
 # %% [markdown]
 # ## Second look: the trace
 #
-# `PyTorchProfiler` records a few steps with torch's own profiler. Its ranges carry the names of parts and nodes. The file
-# opens in TensorBoard's profiler page, in chrome://tracing and in Perfetto; the numbers are also in `result.profile`.
+# `PyTorchProfiler` records a few steps with torch's own profiler. Its ranges carry the names of parts and nodes. The
+# file # opens in TensorBoard's profiler page, in chrome://tracing and in Perfetto; the numbers are also in
+# `result.profile`.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
     profiler = weft.hooks.PyTorchProfiler(wait=1, warmup=1, active=2)
-    traced = weft.Trainer(max_steps=4, profiler=profiler, root_dir=folder, progress=False).fit(make_problem(slow_tension), data)
+    traced = weft.Trainer(max_steps=4, profiler=profiler, root_dir=folder, progress=False).fit(
+        make_problem(slow_tension), data
+    )
     trace = json.loads(profiler.files[0].read_text())
 ranges = sorted({e["name"] for e in trace["traceEvents"] if e.get("cat") == "user_annotation"})
 calls = {row["name"]: row["calls"] for row in traced.profile.to_dict()["rows"]}
@@ -112,6 +118,10 @@ plt.show()
 
 # %%
 figures = {
-    "slowest_node": culprit, "share_of_slowest_node": before.profile.to_dict()["nodes"][culprit]["share"],
-    "ranges": ranges, "items_in_trace": calls["aten::item"], "faster_by": factor, "loss_difference": same,
-}  # fmt: skip
+    "slowest_node": culprit,
+    "share_of_slowest_node": before.profile.to_dict()["nodes"][culprit]["share"],
+    "ranges": ranges,
+    "items_in_trace": calls["aten::item"],
+    "faster_by": factor,
+    "loss_difference": same,
+}

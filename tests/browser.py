@@ -35,8 +35,20 @@ class Browser:
     def __init__(self, folder: Path) -> None:
         to_browser, self._write = os.pipe()
         self._read, from_browser = os.pipe()
-        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1400,1000"]
-        command = [str(CHROMIUM), *options, f"--user-data-dir={folder / 'browser'}", "--remote-debugging-pipe", "about:blank"]
+        options = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--window-size=1400,1000",
+        ]
+        command = [
+            str(CHROMIUM),
+            *options,
+            f"--user-data-dir={folder / 'browser'}",
+            "--remote-debugging-pipe",
+            "about:blank",
+        ]
         # the protocol wants its ends to be the descriptors 3 and 4
         script = f'exec 3<&{to_browser} 4>&{from_browser}; exec "$@"'
         self._process = subprocess.Popen(
@@ -93,7 +105,9 @@ class Browser:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             self.ask("Browser.close", seconds=10)
         except (OSError, TimeoutError, RuntimeError):

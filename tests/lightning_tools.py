@@ -18,13 +18,21 @@ from weft.devices.seeding import seed_everything
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 QUIET: dict[str, Any] = {
-    "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
-    "enable_model_summary": False, "num_sanity_val_steps": 0,
-}  # fmt: skip
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
 TRANSLATED = {
-    "max_epochs": "epochs", "accumulate_grad_batches": "accumulate", "gradient_clip_val": "clip",
-    "gradient_clip_algorithm": "clip_algorithm", "check_val_every_n_epoch": "validate_every", "callbacks": "hooks",
-}  # fmt: skip
+    "max_epochs": "epochs",
+    "accumulate_grad_batches": "accumulate",
+    "gradient_clip_val": "clip",
+    "gradient_clip_algorithm": "clip_algorithm",
+    "check_val_every_n_epoch": "validate_every",
+    "callbacks": "hooks",
+}
 # What Lightning warns about on a small machine; warnings of weft stay errors.
 LIGHTNING_WARNINGS = (
     r"ignore:.*does not have many workers.*",

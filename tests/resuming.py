@@ -189,12 +189,17 @@ def fingerprint(value: Any) -> str:
 
 def summary(root: Path, result: weft.FitResult, problem: nn.Module) -> dict[str, Any]:
     """All that two runs must have in common, down to the last bit."""
-    numbers = {k: getattr(result, k) for k in ("epochs", "steps", "best_metric", "best_epoch", "stop_reason", "history")}
+    numbers = {
+        k: getattr(result, k) for k in ("epochs", "steps", "best_metric", "best_epoch", "stop_reason", "history")
+    }
     logged = [r[:4] for r in read_rows(root / "run" / "metrics.csv") if r.name not in CLOCKS]
     return {
-        "result": numbers, "last weights": dict(result.last_weights), "weights": dict(problem.state_dict()),
-        "rows": sorted(logged), "state": last_state(root),
-    }  # fmt: skip
+        "result": numbers,
+        "last weights": dict(result.last_weights),
+        "weights": dict(problem.state_dict()),
+        "rows": sorted(logged),
+        "state": last_state(root),
+    }
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:
@@ -206,7 +211,8 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
     return [] if same(a, b) else [f"{where}: {str(a)[:60]} / {str(b)[:60]}"]
 
 
-# ---- processes that know nothing of each other ------------------------------------------------------------------------
+# ---- processes that know nothing of each other
+# ------------------------------------------------------------------------
 
 
 def disturb() -> None:

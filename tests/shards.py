@@ -62,7 +62,9 @@ def split_layers(problem: Any, mesh: Any) -> Any:
     """Each layer's columns or rows in another process."""
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    return parallelize_module(problem, mesh["tensor_parallel"], {"net.0": ColwiseParallel(), "net.2": RowwiseParallel()})
+    return parallelize_module(
+        problem, mesh["tensor_parallel"], {"net.0": ColwiseParallel(), "net.2": RowwiseParallel()}
+    )
 
 
 def split_and_shard(problem: Any, mesh: Any) -> Any:
@@ -99,9 +101,15 @@ def in_two(function: Callable[..., Any], *args: Any, world: int = 2) -> list[Any
 
 def _child(rank: int, world: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ |= {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test", "RANK": str(rank),
-        "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "GROUP_RANK": "0",
-    }  # fmt: skip
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "test",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "GROUP_RANK": "0",
+    }
     torch.set_num_threads(1)
     try:
         told = (None, "", function(*args))
@@ -143,7 +151,9 @@ def train(
     return state(problem), result
 
 
-def assert_same_end(one: tuple[dict[str, Tensor], weft.FitResult], two: tuple[dict[str, Tensor], weft.FitResult]) -> None:
+def assert_same_end(
+    one: tuple[dict[str, Tensor], weft.FitResult], two: tuple[dict[str, Tensor], weft.FitResult]
+) -> None:
     for name, value in one[0].items():
         torch.testing.assert_close(two[0][name], value, rtol=0, atol=1e-10)
         torch.testing.assert_close(two[1].last_weights[name], one[1].last_weights[name], rtol=0, atol=1e-10)

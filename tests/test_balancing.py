@@ -74,9 +74,13 @@ def run(hook: Any, steps: int = 6, problem: weft.Problem | None = None, **option
         seen["theta"].append(problem.nodes[0].fn.theta.detach().numpy().copy())
 
     trainer = weft.Trainer(
-        epochs=steps, precision="64-true", optimizer=lambda p: torch.optim.SGD(p, lr=0.05), progress=False,
-        hooks=[hook, {"on_before_optimizer_step": note}], **{"seed": 1, **options},
-    )  # fmt: skip
+        epochs=steps,
+        precision="64-true",
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.05),
+        progress=False,
+        hooks=[hook, {"on_before_optimizer_step": note}],
+        **{"seed": 1, **options},
+    )
     seen["result"] = trainer.fit(problem, weft.Data(data, shuffle=False))
     known = Known(data)
     seen["used"], seen["losses"] = np.array(seen["used"]), [known.losses(theta) for theta in seen["theta"]]
@@ -94,7 +98,8 @@ def softmax(z: np.ndarray) -> np.ndarray:
     return e / e.sum()
 
 
-# ------------------------------------------------------------------------------------------------ formulas of the papers
+# ------------------------------------------------------------------------------------------------ formulas of the
+# papers
 
 
 @pytest.mark.parametrize("rho", [1.0, 0.0])
@@ -235,9 +240,13 @@ METHODS: dict[str, Callable[[], Balancing]] = {
 def fit_long(method: str, hooks: tuple[Any, ...] = (), **options: Any) -> tuple[Any, weft.Problem]:
     problem, data = line_problem(), line_data()
     trainer = weft.Trainer(
-        phases=[weft.Phase(3), weft.Phase(3, optimizer=lambda p: torch.optim.SGD(p, lr=0.01))], seed=1, progress=False,
-        precision="64-true", hooks=[METHODS[method](), *hooks], **options,
-    )  # fmt: skip
+        phases=[weft.Phase(3), weft.Phase(3, optimizer=lambda p: torch.optim.SGD(p, lr=0.01))],
+        seed=1,
+        progress=False,
+        precision="64-true",
+        hooks=[METHODS[method](), *hooks],
+        **options,
+    )
     return trainer.fit(problem, weft.Data(data, batch_size=6)), problem
 
 
@@ -331,7 +340,9 @@ def test_neuromancer_problems_are_balanced_too() -> None:
     pde, data = ((u - f) ** 2).minimize(weight=1.0, name="pde"), ((u - x) ** 2).minimize(weight=2.0, name="data")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = nm_problem.Problem([nm_system.Node(Line(), ["x"], ["u"], name="line")], nm_loss.PenaltyLoss([pde, data], []))
+        theirs = nm_problem.Problem(
+            [nm_system.Node(Line(), ["x"], ["u"], name="line")], nm_loss.PenaltyLoss([pde, data], [])
+        )
     for make in METHODS.values():
         ours = line_problem()
         for problem in (theirs, ours):

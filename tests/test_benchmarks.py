@@ -56,7 +56,11 @@ def test_targets_are_told_whether_they_were_met_or_missed() -> None:
     from benchmarks.measure import Timing
 
     results = {
-        "closed-loop rollout": {BASE_NAME: Timing([1e-3]), "weft, eager": Timing([1.02e-3]), "weft, compiled": Timing([0.8e-3])},
+        "closed-loop rollout": {
+            BASE_NAME: Timing([1e-3]),
+            "weft, eager": Timing([1.02e-3]),
+            "weft, compiled": Timing([0.8e-3]),
+        },
         "one batch an epoch": {BASE_NAME: Timing([1e-3]), "weft, eager": Timing([1.1e-3])},
     }
     second = "compiled, second process: lost"

@@ -123,10 +123,26 @@ class Colour(IntEnum):
 Point = namedtuple("Point", "x y")
 
 UNSAFE = [
-    np.float64(1.0), np.int32(1), np.ones(2), Path("a"), datetime(2020, 1, 1), timedelta(1), frozenset({1}), Colour.RED,
-    defaultdict(int), partial(print), Point(1, 2), torch.__version__, torch.Generator(), b"", 1 << 2039, lambda: None,
-    torch.ones(2, device="meta"), nn.Linear(1, 1), bytearray(b"a"),
-]  # fmt: skip
+    np.float64(1.0),
+    np.int32(1),
+    np.ones(2),
+    Path("a"),
+    datetime(2020, 1, 1),
+    timedelta(1),
+    frozenset({1}),
+    Colour.RED,
+    defaultdict(int),
+    partial(print),
+    Point(1, 2),
+    torch.__version__,
+    torch.Generator(),
+    b"",
+    1 << 2039,
+    lambda: None,
+    torch.ones(2, device="meta"),
+    nn.Linear(1, 1),
+    bytearray(b"a"),
+]
 DTYPES = [
     torch.float32,
     torch.float64,
@@ -155,10 +171,17 @@ def tensors(draw: st.DrawFn) -> Tensor:
 
 
 plain_leaves = st.one_of(
-    st.none(), st.booleans(), st.integers(-(1 << 2038), 1 << 2038), st.floats(), st.complex_numbers(), st.text(),
-    st.binary(min_size=1), st.sampled_from([*DTYPES, torch.device("cuda:1"), torch.device("cpu"), torch.Size([2, 0])]),
-    st.sets(st.integers()), tensors(),
-)  # fmt: skip
+    st.none(),
+    st.booleans(),
+    st.integers(-(1 << 2038), 1 << 2038),
+    st.floats(),
+    st.complex_numbers(),
+    st.text(),
+    st.binary(min_size=1),
+    st.sampled_from([*DTYPES, torch.device("cuda:1"), torch.device("cpu"), torch.Size([2, 0])]),
+    st.sets(st.integers()),
+    tensors(),
+)
 keys = st.one_of(st.text(), st.integers(), st.booleans(), st.none(), st.tuples(st.integers(), st.text()))
 
 
@@ -263,9 +286,14 @@ def test_a_module_state_keeps_its_versions_and_loads_anywhere() -> None:
 
 
 OPTIMIZERS: list[Callable[..., torch.optim.Optimizer]] = [
-    partial(torch.optim.Adam, amsgrad=True), torch.optim.AdamW, partial(torch.optim.SGD, lr=0.1, momentum=0.9),
-    torch.optim.RMSprop, torch.optim.Adagrad, partial(torch.optim.Adam, fused=True), torch.optim.LBFGS,
-]  # fmt: skip
+    partial(torch.optim.Adam, amsgrad=True),
+    torch.optim.AdamW,
+    partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+    partial(torch.optim.Adam, fused=True),
+    torch.optim.LBFGS,
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

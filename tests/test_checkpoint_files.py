@@ -454,8 +454,12 @@ def test_the_background_writer_saves_what_was_there_when_it_was_asked() -> None:
         state = archive.read(path)
         assert same(state["w"], torch.arange(100_000.0) + state["step"]) and len(state["list"]) == 2 + state["step"]
     assert sorted(path.name for path in Path("c").iterdir()) == [
-        "best", "last", "step-000000001.ckpt", "step-000000003.ckpt", "step-000000004.ckpt",
-    ]  # fmt: skip
+        "best",
+        "last",
+        "step-000000001.ckpt",
+        "step-000000003.ckpt",
+        "step-000000004.ckpt",
+    ]
 
 
 def test_an_error_of_the_background_writer_is_raised_once_in_the_training_thread() -> None:

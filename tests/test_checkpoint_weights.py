@@ -83,9 +83,15 @@ def test_a_snapshot_follows_replaced_parameters_buffers_modules_and_dtypes() -> 
         module.scale = None
 
     changes = [
-        lambda: None, replace_parameter, module.grow, lambda: module.grow(7), module.double, add_module, drop_buffer,
+        lambda: None,
+        replace_parameter,
+        module.grow,
+        lambda: module.grow(7),
+        module.double,
+        add_module,
+        drop_buffer,
         lambda: setattr(module, "multipliers", torch.eye(3).to_sparse()),
-    ]  # fmt: skip
+    ]
     for change in changes:
         change()
         snapshot.take(module)

@@ -73,7 +73,12 @@ def places(root: Path, how: Mapping[str, Any] | bool, epochs: int = 3, **options
     """(step, epoch, batch in the epoch) of every checkpoint that a run writes, in order."""
     watch = Watch()
     trainer = weft.Trainer(
-        root_dir=str(root), epochs=epochs, progress=False, hooks=[watch, *options.pop("hooks", [])], checkpoint=how, **options
+        root_dir=str(root),
+        epochs=epochs,
+        progress=False,
+        hooks=[watch, *options.pop("hooks", [])],
+        checkpoint=how,
+        **options,
     )
     trainer.fit(make_problem(), make_data())
     return watch.saved
@@ -86,7 +91,13 @@ def test_checkpoints_are_written_when_they_were_asked_for(tmp_path: Path) -> Non
     quiet = {"best": False, "keep": 50}
     assert places(tmp_path / "a", quiet) == [(6, 1, 0), (12, 2, 0), (18, 3, 0)]  # each epoch unless told otherwise
     assert places(tmp_path / "b", quiet | {"every_n_epochs": 2}) == [(12, 2, 0), (18, 3, 0)]  # and at the end
-    assert places(tmp_path / "c", quiet | {"every_n_steps": 4}) == [(4, 0, 4), (8, 1, 2), (12, 1, 6), (16, 2, 4), (18, 3, 0)]
+    assert places(tmp_path / "c", quiet | {"every_n_steps": 4}) == [
+        (4, 0, 4),
+        (8, 1, 2),
+        (12, 1, 6),
+        (16, 2, 4),
+        (18, 3, 0),
+    ]
     in_epochs = quiet | {"every_n_steps": 4, "every_n_epochs": 2}
     assert places(tmp_path / "d", in_epochs) == [(4, 0, 4), (8, 1, 2), (12, 2, 0), (16, 2, 4), (18, 3, 0)]
     assert places(tmp_path / "e", quiet | {"every_n_epochs": 10}, epochs=0) == []
@@ -110,7 +121,9 @@ def test_without_best_the_run_folder_still_gives_the_best_weights(tmp_path: Path
     setting: dict[str, Any] = {"checkpoint": lambda: {"every_n_epochs": 4, "best": False}}
     result, problem = fit(tmp_path, setting, epochs=10, every=None, optimizer=lambda p: torch.optim.SGD(p, lr=0.2))
     assert (result.best_epoch or 0) + 1 not in (4, 8, 10)
-    assert same(dict(weft.load_weights(make_problem(seed=3), tmp_path / "run").state_dict()), dict(problem.state_dict()))
+    assert same(
+        dict(weft.load_weights(make_problem(seed=3), tmp_path / "run").state_dict()), dict(problem.state_dict())
+    )
 
 
 def test_seconds_are_counted_from_the_last_save(tmp_path: Path) -> None:
@@ -120,7 +133,9 @@ def test_seconds_are_counted_from_the_last_save(tmp_path: Path) -> None:
     def pass_time(trainer: Any, batch: Any, loss: Any) -> None:
         now[0] += 3.0
 
-    trainer = weft.Trainer(root_dir=str(tmp_path), run_name="r", epochs=2, progress=False, hooks=[hook, {"on_step_end": pass_time}])
+    trainer = weft.Trainer(
+        root_dir=str(tmp_path), run_name="r", epochs=2, progress=False, hooks=[hook, {"on_step_end": pass_time}]
+    )
     trainer.fit(make_problem(), make_data())
     names = [path.name for path in sorted((tmp_path / "r/checkpoints").glob("step*"))]
     assert names == ["step-000000008.ckpt", "step-000000012.ckpt"]  # after 12 s, 24 s, (36 s and the end are one)
@@ -129,14 +144,20 @@ def test_seconds_are_counted_from_the_last_save(tmp_path: Path) -> None:
 def test_the_same_step_saved_twice_keeps_the_later_state_which_can_be_told(tmp_path: Path) -> None:
     """The last step of an epoch: first before, then after the dev set was seen and the epoch closed."""
     how = {"every_n_steps": SIX, "every_n_epochs": 1, "best": False, "keep": 50}
-    assert places(tmp_path, how, epochs=1, run_name="r") == [(6, 1, 0)]  # the first was replaced before it was looked at
+    assert places(tmp_path, how, epochs=1, run_name="r") == [
+        (6, 1, 0)
+    ]  # the first was replaced before it was looked at
     state, path = checkpoints.load(tmp_path / "r")
-    assert path.name == "step-000000006.ckpt" and state["progress"]["batch"] == 0 and state["history"]["num_epochs"] == 1
+    assert (
+        path.name == "step-000000006.ckpt" and state["progress"]["batch"] == 0 and state["history"]["num_epochs"] == 1
+    )
 
 
 def test_nothing_is_saved_in_a_dry_run_or_unasked(tmp_path: Path) -> None:
     weft.Trainer(root_dir=str(tmp_path), epochs=1, progress=False).fit(make_problem(), make_data())
-    weft.Trainer(root_dir=str(tmp_path), fast_dev_run=True, checkpoint=True, progress=False).fit(make_problem(), make_data())
+    weft.Trainer(root_dir=str(tmp_path), fast_dev_run=True, checkpoint=True, progress=False).fit(
+        make_problem(), make_data()
+    )
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
@@ -153,7 +174,10 @@ def test_saving_in_the_middle_of_something_is_refused(tmp_path: Path) -> None:
     trainer = weft.Trainer(root_dir=str(tmp_path), hooks=dict.fromkeys(events, save), **options)
     trainer.fit(make_problem(), make_data())
     assert told == ["save: an update", "save: an evaluation", "save: the end of an epoch"]
-    with pytest.raises(RuntimeError, match="no folder"), weft.Trainer(**options).start(make_problem(), make_data()) as run:
+    with (
+        pytest.raises(RuntimeError, match="no folder"),
+        weft.Trainer(**options).start(make_problem(), make_data()) as run,
+    ):
         run.save()
     with weft.Trainer(root_dir=str(tmp_path), **options).start(make_problem(), make_data()) as run:
         for _ in run.epochs():
@@ -212,11 +236,17 @@ def test_what_decides_the_meaning_of_the_state_must_be_the_same(tmp_path: Path) 
     cases: list[tuple[dict[str, Any], str]] = [
         ({"precision": lambda: "64-true"}, "precision: 32-true there, 64-true here"),
         ({"accumulate": lambda: 2}, "accumulate: 1 there, 2 here"),
-        ({"data": lambda: weft.Data({"p": rows(21)}, {"p": rows(9)}, batch_size=4)}, "rows of the training data: 22 there, 21"),
+        (
+            {"data": lambda: weft.Data({"p": rows(21)}, {"p": rows(9)}, batch_size=4)},
+            "rows of the training data: 22 there, 21",
+        ),
         ({"data": lambda: weft.Data({"p": rows()}, {"p": rows(9)}, batch_size=5)}, "batch_size: 4 there, 5 here"),
         ({"data": lambda: make_data(shuffle=False)}, "shuffle: True there, False here"),
         ({"optimizer": lambda: lambda p: torch.optim.SGD(p, lr=0.1)}, "optimizers: {'default': 'Adam'} there"),
-        ({"scheduler": SETTINGS["plateau"]["scheduler"]}, "schedulers: {} there, {'default': 'ReduceLROnPlateau each epoch'}"),
+        (
+            {"scheduler": SETTINGS["plateau"]["scheduler"]},
+            "schedulers: {} there, {'default': 'ReduceLROnPlateau each epoch'}",
+        ),
     ]
     for setting, message in cases:
         with pytest.raises(ValueError, match="cannot be resumed with these settings") as caught:
@@ -228,11 +258,18 @@ def test_what_decides_the_meaning_of_the_state_must_be_the_same(tmp_path: Path) 
 def test_what_changed_otherwise_is_named_in_one_warning(tmp_path: Path) -> None:
     fit(tmp_path, {}, epochs=1)
     changed: dict[str, Any] = {"clip": lambda: 1.0, "optimizer": lambda: lambda p: torch.optim.Adam(p, lr=0.5)}
-    changed["data"] = lambda: weft.Data(weft.DictDataset({"p": rows() + 1}), weft.DictDataset({"p": rows(9, 2)}), batch_size=4)
+    changed["data"] = lambda: weft.Data(
+        weft.DictDataset({"p": rows() + 1}), weft.DictDataset({"p": rows(9, 2)}), batch_size=4
+    )
     with pytest.warns(UserWarning, match="Changed since") as caught:
         fit(tmp_path, changed, epochs=2)
     (warning,) = caught
-    for part in ("clip: None -> 1.0", "optimizer default: Adam(lr=0.001", "train data: p (22, 2)", "after epoch 0, step 6"):
+    for part in (
+        "clip: None -> 1.0",
+        "optimizer default: Adam(lr=0.001",
+        "train data: p (22, 2)",
+        "after epoch 0, step 6",
+    ):
         assert part in str(warning.message)
     assert "not end bit for bit" in str(warning.message) and "dev data" not in str(warning.message)
 
@@ -251,7 +288,10 @@ def test_other_weights_parameters_and_modules_are_errors_that_name_them(tmp_path
     def reordered(params: Any) -> torch.optim.Optimizer:
         return torch.optim.Adam(list(params)[::-1], lr=1e-3, betas=(0.0, 0.9), fused=True)
 
-    with pytest.raises(ValueError, match="Optimizer 'default' updates .*; the checkpoint's updated"), warnings.catch_warnings():
+    with (
+        pytest.raises(ValueError, match="Optimizer 'default' updates .*; the checkpoint's updated"),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # which names the option `optimizer`
         fit(tmp_path, {"optimizer": lambda: reordered}, epochs=2)
 
@@ -328,7 +368,9 @@ def test_what_there_is_not_cannot_be_resumed(tmp_path: Path) -> None:
         fit(tmp_path, {}, resume="https://host/step-000000001.ckpt")
     weft.Trainer(epochs=1, progress=False).fit(problem := make_problem(), make_data())
     save_weights(problem, tmp_path / "w.pt")
-    with pytest.raises(CheckpointError, match=r"no checkpoint of a run but a file of format 'weft-weights-1'.*load_weights"):
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint of a run but a file of format 'weft-weights-1'.*load_weights"
+    ):
         fit(tmp_path, {}, resume=str(tmp_path / "w.pt"))
     torch.save({"state_dict": problem.state_dict()}, tmp_path / "lightning.ckpt")
     with pytest.raises(CheckpointError, match=r"a file with the keys \['state_dict'\]"):
@@ -339,11 +381,15 @@ def test_a_checkpoint_of_a_newer_format_or_without_a_part_says_so(tmp_path: Path
     fit(tmp_path, {}, epochs=1)
     state, path = checkpoints.load(tmp_path / "run")
     archive.write(path, state | {"format": FORMAT + 1})
-    with pytest.raises(CheckpointError, match=rf"written by a newer weft \(format {FORMAT + 1}, known here: up to {FORMAT}\)"):
+    with pytest.raises(
+        CheckpointError, match=rf"written by a newer weft \(format {FORMAT + 1}, known here: up to {FORMAT}\)"
+    ):
         fit(tmp_path, {}, resume=str(path))
     for part in PARTS:
         archive.write(path, {k: v for k, v in state.items() if k != part})
-        with pytest.raises(CheckpointError, match="no checkpoint of a run" if part == "format" else rf"lacks \['{part}'\]"):
+        with pytest.raises(
+            CheckpointError, match="no checkpoint of a run" if part == "format" else rf"lacks \['{part}'\]"
+        ):
             fit(tmp_path, {}, resume=str(path))
 
 
@@ -352,12 +398,21 @@ OLD = sorted((Path(__file__).parent / "data").glob("format-*.ckpt"))
 
 def tiny(root: Path, **options: Any) -> weft.FitResult:
     """The run whose checkpoint is kept for each released format."""
-    problem = weft.Problem([weft.Node(nn.Linear(1, 1), ["p"], ["x"])], [weft.objective(lambda x: (x - 1) ** 2, name="f")])
+    problem = weft.Problem(
+        [weft.Node(nn.Linear(1, 1), ["p"], ["x"])], [weft.objective(lambda x: (x - 1) ** 2, name="f")]
+    )
     data = weft.Data({"p": torch.linspace(-1, 1, 8)[:, None]}, {"p": torch.linspace(-1, 1, 5)[:, None]}, batch_size=3)
     trainer = weft.Trainer(
-        epochs=3, seed=1, progress=False, patience=9, root_dir=str(root), run_name="tiny",
-        scheduler=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9), checkpoint={"every_n_steps": 5}, **options,
-    )  # fmt: skip
+        epochs=3,
+        seed=1,
+        progress=False,
+        patience=9,
+        root_dir=str(root),
+        run_name="tiny",
+        scheduler=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9),
+        checkpoint={"every_n_steps": 5},
+        **options,
+    )
     return trainer.fit(problem, data)
 
 
@@ -390,14 +445,19 @@ def test_an_error_leaves_its_own_file_which_only_its_path_resumes(tmp_path: Path
     folder = tmp_path / "run/checkpoints"
     state = archive.read(folder / "exception.ckpt")
     assert state["error"] == "Crash: " and state["progress"]["step"] == 8 and state["progress"]["batch"] == 3
-    assert checkpoints.find(folder).name == "step-000000008.ckpt" and archive.read(checkpoints.find(folder))["error"] is None
+    assert (
+        checkpoints.find(folder).name == "step-000000008.ckpt"
+        and archive.read(checkpoints.find(folder))["error"] is None
+    )
     with pytest.warns(UserWarning, match="saved at an error, maybe in the middle of a step"):
         result, _ = fit(tmp_path, {}, resume=str(folder / "exception.ckpt"), epochs=2)
     assert result.epochs == 2 and result.steps == 11  # the batch at which it happened is left out
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_full_disk_ends_the_training_with_its_name_and_spares_the_checkpoints(tmp_path: Path, background: bool) -> None:
+def test_a_full_disk_ends_the_training_with_its_name_and_spares_the_checkpoints(
+    tmp_path: Path, background: bool
+) -> None:
     how: dict[str, Any] = {"checkpoint": lambda: {"background": background}}
     fit(tmp_path, how, epochs=1, resume=None)
     folder = tmp_path / "run/checkpoints"
@@ -434,7 +494,9 @@ def test_a_new_run_under_an_old_name_does_not_mix_with_it(tmp_path: Path) -> Non
     fit(tmp_path, {}, epochs=4, resume=None)
     old = weft.load_result(tmp_path / "run")
     result, problem = fit(tmp_path, {}, epochs=1, resume=None)
-    assert same(dict(weft.load_weights(make_problem(seed=9), tmp_path / "run").state_dict()), dict(problem.state_dict()))
+    assert same(
+        dict(weft.load_weights(make_problem(seed=9), tmp_path / "run").state_dict()), dict(problem.state_dict())
+    )
     assert max(archive.read(p)["progress"]["step"] for p in (tmp_path / "run/checkpoints").glob("step*")) == SIX
     assert weft.load_result(tmp_path / "run").history.keys() == result.history.keys()
     assert len(weft.load_result(tmp_path / "run").history["train_loss"]) == 1
@@ -453,4 +515,7 @@ if __name__ == "__main__":  # writes the file of the present format
         try:
             tiny(Path(folder), hooks=Stop())
         except RuntimeError:
-            shutil.copy(Path(folder, "tiny/checkpoints/step-000000005.ckpt"), Path(__file__).parent / f"data/format-{FORMAT}.ckpt")
+            shutil.copy(
+                Path(folder, "tiny/checkpoints/step-000000005.ckpt"),
+                Path(__file__).parent / f"data/format-{FORMAT}.ckpt",
+            )

@@ -108,8 +108,15 @@ def test_fit_trains_what_the_file_and_the_options_say(here: Path, capsys: pytest
         "problem": {"class_path": f"{here}/pde_cli.py:make_problem", "init_args": {"width": 5}},
         "data": {"class_path": f"{here}/pde_cli.py:data_setup", "init_args": {"nsim": 90}},
         "optimizer": {"class_path": "AdamW", "init_args": {"lr": 1e-3}},
-        "trainer": {"epochs": 2, "seed": 1, "accelerator": "cpu", "progress": False, "run_name": "a", "root_dir": "runs"},
-    }  # fmt: skip
+        "trainer": {
+            "epochs": 2,
+            "seed": 1,
+            "accelerator": "cpu",
+            "progress": False,
+            "run_name": "a",
+            "root_dir": "runs",
+        },
+    }
     (session,) = yamlfile.load_file(folder / "environment.yaml")["sessions"]
     assert session["seed"] == 1 and session["versions"]["torch"] == torch.__version__
     assert session["host"] and session["devices"] and session["git"] is None  # the folder is in no git tree
@@ -161,10 +168,13 @@ def test_the_commit_is_recorded_and_whether_the_tree_was_clean(here: Path) -> No
 
 def test_steps_metrics_hooks_loggers_and_schedulers_are_named_too(here: Path) -> None:
     extra = {
-        "training_step": "pde_cli.py:double_loss", "metrics": {"size": "pde_cli.py:size"}, "loggers": ["tensorboard"],
+        "training_step": "pde_cli.py:double_loss",
+        "metrics": {"size": "pde_cli.py:size"},
+        "loggers": ["tensorboard"],
         "hooks": [{"class_path": "pde_cli.py:Slow", "init_args": {"seconds": 0.0}}],
-        "scheduler": {"class_path": "StepLR", "init_args": {"step_size": 1, "gamma": 0.5}}, "batches": {"batch_size": {"train": 30, "dev": 5}},
-    }  # fmt: skip
+        "scheduler": {"class_path": "StepLR", "init_args": {"step_size": 1, "gamma": 0.5}},
+        "batches": {"batch_size": {"train": 30, "dev": 5}},
+    }
     (here / "more.yaml").write_text(yamlfile.dump(extra))
     assert cli.main(["fit", "--config", "run.yaml", "--config", "more.yaml", "--epochs", "2"]) == cli.OK
     result = weft.load_result(here / "runs" / "a")

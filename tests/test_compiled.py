@@ -58,7 +58,9 @@ def rosenbrock() -> weft.Problem:
 
 def rows(n: int, seed: int = 1) -> weft.DictDataset:
     generator = torch.Generator().manual_seed(seed)
-    return weft.DictDataset({"a": torch.rand(n, 1, generator=generator), "p": 0.5 + torch.rand(n, 1, generator=generator)})
+    return weft.DictDataset(
+        {"a": torch.rand(n, 1, generator=generator), "p": 0.5 + torch.rand(n, 1, generator=generator)}
+    )
 
 
 def data(train: int = 40, dev: int = 10, batch_size: int = 10) -> weft.Data:
@@ -143,7 +145,10 @@ def test_batch_norm_dropout_noise_buffers_and_the_epoch_are_those_of_eager() -> 
 def test_momentum_and_coupled_weight_decay_agree() -> None:
     """Inductor of torch 2.13 drops the alpha of `grad.add(param, alpha=weight_decay)` after a matrix product."""
     assert_agree(
-        rosenbrock(), data(), optimizer=lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=1e-2), epochs=20
+        rosenbrock(),
+        data(),
+        optimizer=lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=1e-2),
+        epochs=20,
     )
 
 
@@ -214,8 +219,11 @@ def test_accumulated_batches_agree() -> None:
 def test_a_hook_that_reads_the_gradients_gets_them() -> None:
     norms: dict[bool, list[float]] = {False: [], True: []}
     for compiled in norms:
-        hook = {"on_before_optimizer_step": lambda trainer, _, c=compiled: norms[c].append(
-            float(nn.utils.get_total_norm([p.grad for p in trainer.problem.parameters()])))}  # fmt: skip
+        hook = {
+            "on_before_optimizer_step": lambda trainer, _, c=compiled: norms[c].append(
+                float(nn.utils.get_total_norm([p.grad for p in trainer.problem.parameters()]))
+            )
+        }
         _, trainer = fit(rosenbrock(), weft.Data(rows(40), batch_size=10), compiled, hooks=hook)
     assert_all_graphs(trainer)
     assert len(norms[True]) == 20
@@ -238,7 +246,9 @@ def test_what_a_step_logs_and_asks_of_the_trainer_is_in_the_graph() -> None:
 
     trainer = assert_agree(rosenbrock(), weft.Data(rows(40), batch_size=10), training_step=step)
     assert trainer.run is not None
-    assert trainer.run.history.values["half"][0] == pytest.approx(trainer.run.history.values["train_loss"][0] / 2, rel=1e-5)
+    assert trainer.run.history.values["half"][0] == pytest.approx(
+        trainer.run.history.values["train_loss"][0] / 2, rel=1e-5
+    )
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -298,17 +308,22 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_in_the_graph_and_outside_of_it_agree(name: str) -> None:
-    problem = weft.Problem([weft.Node(nn.Linear(1, 1), ["a"], ["x"])], [weft.objective(lambda x, p: (x - p) ** 2, name="f")])
+    problem = weft.Problem(
+        [weft.Node(nn.Linear(1, 1), ["a"], ["x"])], [weft.objective(lambda x, p: (x - p) ** 2, name="f")]
+    )
     trainer = assert_agree(problem, weft.Data(rows(20), batch_size=10), optimizer=OPTIMIZERS[name], epochs=10)
     assert trainer.run is not None
     is_inside = [type(graph).__name__ == "UpdateGraph" for graph in trainer.run.graphs.all()]
     assert is_inside == [name != "Adafactor"]
 
 
-# ---- resume, shapes, second fits ---------------------------------------------------------------------------------------
+# ---- resume, shapes, second fits
+# ---------------------------------------------------------------------------------------
 
 
-def resumed(compile: Any, folder: Path, stop_at: int, **options: Any) -> tuple[weft.FitResult, weft.FitResult, weft.Trainer]:
+def resumed(
+    compile: Any, folder: Path, stop_at: int, **options: Any
+) -> tuple[weft.FitResult, weft.FitResult, weft.Trainer]:
     """An uninterrupted fit, and one that was stopped after `stop_at` steps and resumed from its checkpoint."""
     given = weft.Data(rows(43), rows(10, 2), batch_size=10)
     is_armed = False
@@ -349,12 +364,16 @@ def test_batches_of_ever_new_shapes_do_not_compile_for_ever() -> None:
 
 @pytest.mark.usefixtures("uncompiled")
 def test_phases_begin_eagerly_and_go_on_as_graphs() -> None:
-    phases = [weft.Phase(epochs=2), weft.Phase(epochs=3, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), weights={"outer": 2.0})]
+    phases = [
+        weft.Phase(epochs=2),
+        weft.Phase(epochs=3, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), weights={"outer": 2.0}),
+    ]
     trainer = assert_agree(rosenbrock(), weft.Data(rows(40), batch_size=10), phases=phases)
     assert made(trainer) == [1, 1]
 
 
-# ---- what stays eager, and says why ------------------------------------------------------------------------------------
+# ---- what stays eager, and says why
+# ------------------------------------------------------------------------------------
 
 
 class WithNumpy(nn.Module):
@@ -388,7 +407,11 @@ class Branching(WithNumpy):
         (WithNumpy, {}, r"test_compiled.py, line \d+: shift = torch.from_numpy"),
         (Counting, {}, "sets Counting.calls anew every time"),
         (Branching, {}, r"data-dependent.*\(test_compiled.py, line \d+: return loss if loss > 0.1"),
-        (rosenbrock, {"optimizer": lambda p: torch.optim.LBFGS(p, lr=0.01)}, "LBFGS evaluates the loss in a line search"),
+        (
+            rosenbrock,
+            {"optimizer": lambda p: torch.optim.LBFGS(p, lr=0.01)},
+            "LBFGS evaluates the loss in a line search",
+        ),
     ],
 )
 def test_what_cannot_be_a_graph_runs_as_eager_and_says_why(problem: Any, options: dict[str, Any], reason: str) -> None:
@@ -419,7 +442,8 @@ def test_without_a_compiler_the_run_stays_eager(monkeypatch: pytest.MonkeyPatch,
     assert made(trainer) == [-1]
 
 
-# ---- "auto", and what is left behind -----------------------------------------------------------------------------------
+# ---- "auto", and what is left behind
+# -----------------------------------------------------------------------------------
 
 
 def test_auto_leaves_a_short_fit_alone_and_takes_a_long_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,9 @@ def problem(*extra: nn.Module) -> weft.Problem:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(2, 32), nn.GELU(), *extra, nn.Linear(32, 2))
     f = weft.objective(lambda x, a: (1 - x[:, :1]) ** 2 + a * (x[:, 1:] - x[:, :1] ** 2) ** 2, name="f")
-    return weft.Problem([weft.Node(net, ["a", "p"], ["x"])], [f], [weft.less_equal("x", 1.0, weight=10.0, name="upper")])
+    return weft.Problem(
+        [weft.Node(net, ["a", "p"], ["x"])], [f], [weft.less_equal("x", 1.0, weight=10.0, name="upper")]
+    )
 
 
 def data(bad: bool = False) -> weft.Data:
@@ -26,7 +28,9 @@ def data(bad: bool = False) -> weft.Data:
     tensors = {"a": torch.rand(200, 1), "p": torch.rand(200, 1)}
     if bad:
         tensors["a"][77] = torch.nan
-    return weft.Data(weft.DictDataset(tensors), weft.DictDataset({k: v[:30] for k, v in tensors.items()}), batch_size=32)
+    return weft.Data(
+        weft.DictDataset(tensors), weft.DictDataset({k: v[:30] for k, v in tensors.items()}), batch_size=32
+    )
 
 
 def fit(given: weft.Data, compile: bool, start: nn.Module, **options: Any) -> tuple[weft.FitResult, weft.Trainer]:
@@ -70,7 +74,9 @@ def test_a_step_in_the_graph_waits_for_nothing() -> None:
 def test_a_loss_that_is_not_finite_raises_with_its_step_and_keeps_the_weights() -> None:
     given, start = data(bad=True), problem()
     seen: list[dict[str, Any]] = []
-    hooks = {"on_step_end": lambda trainer, *_: seen.append({k: v.clone() for k, v in trainer.problem.state_dict().items()})}
+    hooks = {
+        "on_step_end": lambda trainer, *_: seen.append({k: v.clone() for k, v in trainer.problem.state_dict().items()})
+    }
     with pytest.raises(FloatingPointError, match="train_f is nan in step") as caught:
         fit(given, True, start, hooks=hooks)
     step = int(str(caught.value).split("in step ")[1].split()[0])
@@ -88,7 +94,9 @@ def test_inputs_that_require_grad_do_not_chain_the_steps() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1))
     start = weft.Problem([weft.Node(net, ["x"], ["u"])], [weft.objective(residual, name="pde")], grad_inference=True)
-    given = weft.Data(weft.DictDataset({"x": torch.linspace(0, 3, 96)[:, None]}), batch_size=32, inputs_require_grad=["x"])
+    given = weft.Data(
+        weft.DictDataset({"x": torch.linspace(0, 3, 96)[:, None]}), batch_size=32, inputs_require_grad=["x"]
+    )
     eager, _ = fit(given, False, start)
     compiled, trainer = fit(given, True, start)
     assert trainer.run is not None and min(trainer.run.graphs.made.values()) >= 1

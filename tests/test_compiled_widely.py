@@ -45,7 +45,16 @@ def both(problem: nn.Module, data: Any, **options: Any) -> tuple[weft.FitResult,
 
 # ---- twenty epochs -----------------------------------------------------------------------------------------------------
 
-WORKLOADS = ["rosenbrock_weft", "rosenbrock_neuromancer", "rosenbrock_sgd", "rollout", "pinn", "neural_ode", "one_batch", "wide"]
+WORKLOADS = [
+    "rosenbrock_weft",
+    "rosenbrock_neuromancer",
+    "rosenbrock_sgd",
+    "rollout",
+    "pinn",
+    "neural_ode",
+    "one_batch",
+    "wide",
+]
 
 
 @pytest.fixture
@@ -70,7 +79,9 @@ def test_twenty_epochs_of_every_workload_have_the_losses_of_eager(name: str, pre
     workload = getattr(workloads, name)()
     rows, size = len(next(iter(workload.train.values()))), workload.batch_size
     rows = min(rows, 2 * size + size // 3) if rows > size else rows
-    train, dev = ({k: v[:most] for k, v in t.items()} for t, most in ((workload.train, rows), (workload.dev, size // 2)))
+    train, dev = (
+        {k: v[:most] for k, v in t.items()} for t, most in ((workload.train, rows), (workload.dev, size // 2))
+    )
     data = weft.Data(
         weft.DictDataset(train), weft.DictDataset(dev), batch_size=size, inputs_require_grad=workload.require_grad
     )
@@ -87,7 +98,9 @@ def test_twenty_epochs_of_every_workload_have_the_losses_of_eager(name: str, pre
         other = weft.Trainer(epochs=20, seed=0, progress=False, **options).fit(shifted, data)
         allowed = 2 * furthest(eager, other)
     assert furthest(eager, compiled) <= allowed < 1e-3
-    assert eager.history["train_loss"][-1] != pytest.approx(eager.history["train_loss"][-2], rel=allowed)  # it does move
+    assert eager.history["train_loss"][-1] != pytest.approx(
+        eager.history["train_loss"][-2], rel=allowed
+    )  # it does move
 
 
 def furthest(one: weft.FitResult, other: weft.FitResult) -> float:
@@ -96,7 +109,8 @@ def furthest(one: weft.FitResult, other: weft.FitResult) -> float:
     return max(abs(a - b) / abs(a) for a, b in pairs)
 
 
-# ---- several processes -------------------------------------------------------------------------------------------------
+# ---- several processes
+# -------------------------------------------------------------------------------------------------
 
 
 def small() -> weft.Problem:
@@ -146,7 +160,8 @@ def test_two_processes_that_compile_end_where_two_eager_ones_do(
     )  # with other batches it ends elsewhere
 
 
-# ---- what is no torch code ---------------------------------------------------------------------------------------------
+# ---- what is no torch code
+# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning", "ignore:.*:UserWarning:cvxpy")

@@ -21,9 +21,15 @@ NAMES = st.text(st.characters(codec="utf-8", exclude_categories=("C",)), min_siz
 CHOSEN: dict[str, Any] = {
     "max_time": st.none() | st.floats(0.1, 1e6) | st.sampled_from(["01:00:00", "2:00:00:00", "00:30"]),
     "precision": st.sampled_from(["32-true", "64-true", "bf16-mixed", "32", 32, 64]),
-    "limit_batches": st.none() | st.integers(1, 9) | st.floats(0.01, 1.0) | st.dictionaries(st.sampled_from(["train", "dev"]), st.integers(1, 5)),
-    "batch_size": st.none() | st.integers(1, 99) | st.just("all") | st.dictionaries(st.sampled_from(["train", "dev"]), st.integers(1, 5)),
-}  # fmt: skip
+    "limit_batches": st.none()
+    | st.integers(1, 9)
+    | st.floats(0.01, 1.0)
+    | st.dictionaries(st.sampled_from(["train", "dev"]), st.integers(1, 5)),
+    "batch_size": st.none()
+    | st.integers(1, 99)
+    | st.just("all")
+    | st.dictionaries(st.sampled_from(["train", "dev"]), st.integers(1, 5)),
+}
 
 
 def values_of(hint: Any, name: str) -> st.SearchStrategy[Any]:
@@ -37,9 +43,14 @@ def values_of(hint: Any, name: str) -> st.SearchStrategy[Any]:
     if hint is CheckpointConfig:
         return configs(CheckpointConfig)
     return {
-        int: st.integers(2, 2**40), float: st.floats(1e-9, 1e9), bool: st.booleans(), str: NAMES,
-        type(None): st.none(), list[int]: st.lists(st.integers(0, 7), max_size=3), list[str]: st.lists(NAMES, max_size=3),
-    }[hint]  # fmt: skip
+        int: st.integers(2, 2**40),
+        float: st.floats(1e-9, 1e9),
+        bool: st.booleans(),
+        str: NAMES,
+        type(None): st.none(),
+        list[int]: st.lists(st.integers(0, 7), max_size=3),
+        list[str]: st.lists(NAMES, max_size=3),
+    }[hint]
 
 
 def configs(cls: Any) -> st.SearchStrategy[Any]:
@@ -96,8 +107,17 @@ def test_plain_data_comes_back_from_yaml_with_its_types(data: Any) -> None:
 def test_yaml_reads_as_people_expect() -> None:
     text = "a: 1e-3\nb: no\nc: 12:30:00\nd: 2024-01-01\ne: 1_000\nf: +5\ng: ~\nh: .5\ni: 1.\nj: on"
     assert yamlfile.load(text) == {
-        "a": 0.001, "b": "no", "c": "12:30:00", "d": "2024-01-01", "e": "1_000", "f": 5, "g": None, "h": 0.5, "i": 1.0, "j": "on",
-    }  # fmt: skip
+        "a": 0.001,
+        "b": "no",
+        "c": "12:30:00",
+        "d": "2024-01-01",
+        "e": "1_000",
+        "f": 5,
+        "g": None,
+        "h": 0.5,
+        "i": 1.0,
+        "j": "on",
+    }
 
 
 @given(configs(TrainerConfig).map(lambda c: c.to_dict()))
@@ -123,18 +143,31 @@ def test_another_class_drops_the_arguments_of_the_one_before() -> None:
 def test_options_reach_their_places() -> None:
     config: dict[str, Any] = {}
     for name, value in [
-        ("problem", "a.py:b"), ("problem.width", "3"), ("data.init_args.name", "x"), ("scheduler", "StepLR"), ("scheduler.interval", "step"),
-        ("scheduler.step_size", "2"), ("hooks.0", "h:H"), ("hooks.0.every", "2"), ("trainer.checkpoint.keep", "3"), ("weights", "w.pt"),
-        ("weights.strict", "false"), ("phases.0.epochs", "2"), ("phases.0.optimizer", "LBFGS"), ("phases.0.optimizer.lr", "1"),
-    ]:  # fmt: skip
+        ("problem", "a.py:b"),
+        ("problem.width", "3"),
+        ("data.init_args.name", "x"),
+        ("scheduler", "StepLR"),
+        ("scheduler.interval", "step"),
+        ("scheduler.step_size", "2"),
+        ("hooks.0", "h:H"),
+        ("hooks.0.every", "2"),
+        ("trainer.checkpoint.keep", "3"),
+        ("weights", "w.pt"),
+        ("weights.strict", "false"),
+        ("phases.0.epochs", "2"),
+        ("phases.0.optimizer", "LBFGS"),
+        ("phases.0.optimizer.lr", "1"),
+    ]:
         config = with_option(config, name, value)
     assert config == {
-        "problem": {"class_path": "a.py:b", "init_args": {"width": "3"}}, "data": {"init_args": {"name": "x"}},
+        "problem": {"class_path": "a.py:b", "init_args": {"width": "3"}},
+        "data": {"init_args": {"name": "x"}},
         "scheduler": {"class_path": "StepLR", "interval": "step", "init_args": {"step_size": "2"}},
-        "hooks": [{"class_path": "h:H", "init_args": {"every": "2"}}], "trainer": {"checkpoint": {"keep": "3"}},
+        "hooks": [{"class_path": "h:H", "init_args": {"every": "2"}}],
+        "trainer": {"checkpoint": {"keep": "3"}},
         "weights": {"path": "w.pt", "strict": "false"},
         "phases": [{"epochs": "2", "optimizer": {"class_path": "LBFGS", "init_args": {"lr": "1"}}}],
-    }  # fmt: skip
+    }
     assert isinstance(config["trainer"]["checkpoint"]["keep"], Text)
     several = with_option({"optimizer": {"gen": "Adam", "disc": "Adam"}}, "optimizer.disc.lr", "3")
     assert several["optimizer"] == {"gen": "Adam", "disc": {"class_path": "Adam", "init_args": {"lr": "3"}}}
@@ -181,10 +214,18 @@ MISTAKES: list[tuple[dict[str, Any], list[str], str]] = [
     ({"trainer": {"epochs": "many"}}, [], "trainer.epochs='many': expected a whole number"),
     ({"trainer": {"epochs": True}}, [], "trainer.epochs=True: expected a whole number"),
     ({"trainer": {"clip": 0}}, [], "trainer.clip=0: must be greater than 0"),
-    ({"trainer": {"monitor_mode": "minn"}}, [], "trainer.monitor_mode='minn': expected 'min' or 'max'; did you mean 'min'?"),
+    (
+        {"trainer": {"monitor_mode": "minn"}},
+        [],
+        "trainer.monitor_mode='minn': expected 'min' or 'max'; did you mean 'min'?",
+    ),
     ({"trainer": {"precision": "64-ture"}}, [], "did you mean '64-true'?"),
     ({"trainer": {"max_time": "soon"}}, [], "trainer.max_time='soon': expected seconds or \"DD:HH:MM:SS\""),
-    ({"trainer": {"checkpoint": {"every_n_epoch": 2}}}, [], "trainer.checkpoint.every_n_epoch=2: there is no such option; did you mean 'every_n_epochs'?"),
+    (
+        {"trainer": {"checkpoint": {"every_n_epoch": 2}}},
+        [],
+        "trainer.checkpoint.every_n_epoch=2: there is no such option; did you mean 'every_n_epochs'?",
+    ),
     ({"trainer": {"checkpoint": {"keep": 1}}}, [], "trainer.checkpoint.keep=1: must be at least 2"),
     ({"trainer": {"limit_batches": {"trian": 3}}}, [], "no split is named ['trian']"),
     ({"trainer": 5}, [], "trainer=5: expected a dict of options"),
@@ -194,11 +235,23 @@ MISTAKES: list[tuple[dict[str, Any], list[str], str]] = [
     ({"batches": {"num_workers": "every"}}, [], "batches.num_workers='every': expected a whole number or 'all'"),
     ({"optimiser": "Adam"}, [], "optimiser: there is no such section; did you mean 'optimizer'?"),
     ({"optimizer": "AdmaW"}, [], "optimizer='AdmaW': torch.optim has no 'AdmaW'; did you mean 'AdamW'?"),
-    ({"optimizer": {"class_path": "AdamW", "init_args": {"learning_rate": 1}}}, [], "optimizer.learning_rate=1: AdamW has no such parameter; it has lr, betas"),
+    (
+        {"optimizer": {"class_path": "AdamW", "init_args": {"learning_rate": 1}}},
+        [],
+        "optimizer.learning_rate=1: AdamW has no such parameter; it has lr, betas",
+    ),
     ({"optimizer": {"class_path": "AdamW", "init_args": {"lr": "fast"}}}, [], "optimizer.lr='fast': expected a number"),
     ({"optimizer": {"class_path": "AdamW", "lr": 1e-3}}, [], "its own parameters go into optimizer.init_args"),
-    ({"optimizer": {"class_path": "good.py:number"}}, [], "optimizer='{here}/good.py:number': found int, expected a class or a function"),
-    ({"scheduler": {"class_path": "StepLR", "init_args": {"step_size": 2}, "interval": "steps"}}, [], "scheduler.interval='steps': expected 'epoch' or 'step'; did you mean 'step'?"),
+    (
+        {"optimizer": {"class_path": "good.py:number"}},
+        [],
+        "optimizer='{here}/good.py:number': found int, expected a class or a function",
+    ),
+    (
+        {"scheduler": {"class_path": "StepLR", "init_args": {"step_size": 2}, "interval": "steps"}},
+        [],
+        "scheduler.interval='steps': expected 'epoch' or 'step'; did you mean 'step'?",
+    ),
     ({"scheduler": {"class_path": "StepLR"}}, [], "scheduler.step_size: missing; StepLR needs it (a whole number)"),
     ({"problem": "good.py:make_probem"}, [], "has no 'make_probem'; did you mean 'make_problem'?"),
     ({"problem": "god.py:make_problem"}, [], "there is no file {here}/god.py; did you mean 'good.py'?"),
@@ -206,17 +259,37 @@ MISTAKES: list[tuple[dict[str, Any], list[str], str]] = [
     ({"problem": "no_such_package.module:make"}, [], "there is no module 'no_such_package'"),
     ({"problem": "make_problem"}, [], "problem='make_problem': expected 'module:function'"),
     ({"problem": {"init_args": {"width": 3}}}, [], "problem: found no class_path"),
-    ({"problem": {"class_path": "good.py:make_problem", "init_args": {"width": 1.5}}}, [], "problem.width=1.5: expected a whole number"),
-    ({"problem": {"class_path": "good.py:make_problem", "init_args": {"kind": "tan"}}}, [], "problem.kind='tan': expected 'tanh' or 'relu'; did you mean 'tanh'?"),
+    (
+        {"problem": {"class_path": "good.py:make_problem", "init_args": {"width": 1.5}}},
+        [],
+        "problem.width=1.5: expected a whole number",
+    ),
+    (
+        {"problem": {"class_path": "good.py:make_problem", "init_args": {"kind": "tan"}}},
+        [],
+        "problem.kind='tan': expected 'tanh' or 'relu'; did you mean 'tanh'?",
+    ),
     ({"problem": "broken.py:make"}, [], "broken.py, line 3: '(' was never closed"),
-    ({"problem": "raising.py:value"}, [], "importing it raised ZeroDivisionError: division by zero (raising.py, line 3)"),
-    ({"problem": "missing_import.py:make"}, [], "No module named 'a_module_that_is_not_there' (missing_import.py, line 1)"),
+    (
+        {"problem": "raising.py:value"},
+        [],
+        "importing it raised ZeroDivisionError: division by zero (raising.py, line 3)",
+    ),
+    (
+        {"problem": "missing_import.py:make"},
+        [],
+        "No module named 'a_module_that_is_not_there' (missing_import.py, line 1)",
+    ),
     ({"problem": "ring_a.py:make"}, [], "circular import"),
     ({"problem": "good.py:no_module"}, [], "the problem is int 3; expected a torch.nn.Module"),
     ({"problem": "good.py:raises"}, [], "RuntimeError: no such experiment (good.py, line 16)"),
     ({"data": "good.py:data_setup"}, [], "data.nsim: missing; data_setup needs it (a whole number)"),
     ({"data": "good.py:tuple_of_three"}, [], "expected (train, dev, test, batch_size) or a weft.Data"),
-    ({"data": {"class_path": "good.py:data_setup", "init_args": {"nsim": 8, "keys": "a"}}}, [], "data.keys='a': expected a list (each text) or nothing (null)"),
+    (
+        {"data": {"class_path": "good.py:data_setup", "init_args": {"nsim": 8, "keys": "a"}}},
+        [],
+        "data.keys='a': expected a list (each text) or nothing (null)",
+    ),
     ({"hooks": ["good.py:number"]}, [], "Hook 'int' has no event to be called at"),
     ({"loggers": ["tensorbord"]}, [], "did you mean 'tensorboard'?"),
     ({"phases": [{"epochs": 0}]}, [], "phases.0.epochs=0: expected a whole number of at least 1"),
@@ -236,7 +309,7 @@ MISTAKES: list[tuple[dict[str, Any], list[str], str]] = [
     ({}, ["--trainer.devices", "[0,"], "devices='[0,'"),
     ({}, ["runs/a"], "'runs/a': not expected here"),
     ({"objects": {"problem": "x"}}, [], "this run was started from Python"),
-]  # fmt: skip
+]
 
 
 @pytest.fixture

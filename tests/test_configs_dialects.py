@@ -27,8 +27,10 @@ config:
   scheduler: {name: ReduceLROnPlateau, config: {factor: 0.5}, interval: epoch, frequency: 2, monitor: val/total/loss}
   datamodule: {train: {batch_size: 64, drop_last: false}, validation: {batch_size: 128}, predict: {batch_size: 7},
                num_workers: all, pre_batch: in_memory, cut_off: 5.0}
-  trainer: {max_epochs: 20, min_epochs: 2, accelerator: cpu, devices: 1, strategy: {name: DDPStrategy, config: {static_graph: true}},
-            precision: 64, gradient_clip_val: 10, gradient_clip_algorithm: value, default_root_dir: here, enable_checkpointing: true,
+  trainer: {max_epochs: 20, min_epochs: 2, accelerator: cpu, devices: 1, strategy: {name: DDPStrategy, config:
+  {static_graph: true}},
+            precision: 64, gradient_clip_val: 10, gradient_clip_algorithm: value, default_root_dir: here,
+            enable_checkpointing: true,
             callbacks: {stop: {name: EarlyStopping, config: {monitor: val/total/loss, patience: 5, min_delta: 0.1}}},
             logger: {name: TensorBoardLogger}}
 """
@@ -46,25 +48,42 @@ def problems_of(config: dict[str, Any]) -> list[str]:
 
 def test_a_physicsml_config_becomes_this() -> None:
     assert translate(yamlfile.load(PHYSICSML)) == {
-        "problem": {"class_path": "my.models:make", "init_args": {"x_features": ["numbers"], "y_features": ["energy"], "hidden": 64}},
+        "problem": {
+            "class_path": "my.models:make",
+            "init_args": {"x_features": ["numbers"], "y_features": ["energy"], "hidden": 64},
+        },
         "data": {"class_path": "my.data:setup", "init_args": {"cut_off": 5.0}},
         "batches": {
             "batch_size": {"train": 64, "dev": 128, "test": 64, "predict": 7},
-            "drop_last": False, "num_workers": "all", "pre_batch": "in_memory",
+            "drop_last": False,
+            "num_workers": "all",
+            "pre_batch": "in_memory",
         },
         "optimizer": {"class_path": "AdamW", "init_args": {"lr": 1e-3}},
         "scheduler": {
-            "class_path": "ReduceLROnPlateau", "init_args": {"factor": 0.5},
-            "interval": "epoch", "frequency": 2, "monitor": "dev_loss",
+            "class_path": "ReduceLROnPlateau",
+            "init_args": {"factor": 0.5},
+            "interval": "epoch",
+            "frequency": 2,
+            "monitor": "dev_loss",
         },
         "trainer": {
-            "epochs": 20, "min_epochs": 2, "accelerator": "cpu", "devices": 1, "precision": 64, "clip": 10,
-            "clip_algorithm": "value", "root_dir": "here", "checkpoint": True,
-            "patience": 5, "min_delta": 0.1, "monitor_metric": "dev_loss",
+            "epochs": 20,
+            "min_epochs": 2,
+            "accelerator": "cpu",
+            "devices": 1,
+            "precision": 64,
+            "clip": 10,
+            "clip_algorithm": "value",
+            "root_dir": "here",
+            "checkpoint": True,
+            "patience": 5,
+            "min_delta": 0.1,
+            "monitor_metric": "dev_loss",
         },
         "strategy": {"class_path": "lightning.fabric.strategies.DDPStrategy", "init_args": {"static_graph": True}},
         "loggers": ["tensorboard"],
-    }  # fmt: skip
+    }
 
 
 def test_what_a_physicsml_config_leaves_out_gets_its_own_defaults() -> None:
@@ -79,62 +98,94 @@ def test_what_a_physicsml_config_leaves_out_gets_its_own_defaults() -> None:
 
 def test_a_lightning_cli_config_becomes_this() -> None:
     config = {
-        "seed_everything": 3, "ckpt_path": "last",
-        "model": {"class_path": "m.Model", "init_args": {"width": 3}}, "data": {"class_path": "m.Data"},
+        "seed_everything": 3,
+        "ckpt_path": "last",
+        "model": {"class_path": "m.Model", "init_args": {"width": 3}},
+        "data": {"class_path": "m.Data"},
         "trainer": {
-            "max_epochs": 7, "max_steps": -1, "accumulate_grad_batches": 4, "check_val_every_n_epoch": 2, "log_every_n_steps": 5,
-            "limit_train_batches": 10, "limit_val_batches": 1.0, "max_time": {"hours": 1, "minutes": 30},
+            "max_epochs": 7,
+            "max_steps": -1,
+            "accumulate_grad_batches": 4,
+            "check_val_every_n_epoch": 2,
+            "log_every_n_steps": 5,
+            "limit_train_batches": 10,
+            "limit_val_batches": 1.0,
+            "max_time": {"hours": 1, "minutes": 30},
             "callbacks": [
-                {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"every_n_train_steps": 50, "monitor": "val_loss"}},
+                {
+                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                    "init_args": {"every_n_train_steps": 50, "monitor": "val_loss"},
+                },
                 {"class_path": "my.Callback", "init_args": {"a": 1}},
             ],
             "logger": [{"class_path": "lightning.pytorch.loggers.MLFlowLogger", "init_args": {"experiment_name": "x"}}],
-            "enable_progress_bar": False, "reload_dataloaders_every_n_epochs": 3, "profiler": "simple",
+            "enable_progress_bar": False,
+            "reload_dataloaders_every_n_epochs": 3,
+            "profiler": "simple",
         },
         "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}},
         "lr_scheduler": {"class_path": "torch.optim.lr_scheduler.ExponentialLR", "init_args": {"gamma": 0.9}},
-    }  # fmt: skip
+    }
     assert translate(config) == {
-        "problem": config["model"], "data": config["data"],
+        "problem": config["model"],
+        "data": config["data"],
         "trainer": {
-            "epochs": 7, "accumulate": 4, "validate_every": 2, "log_every": 5, "limit_batches": {"train": 10}, "max_time": 5400.0,
-            "checkpoint": {"every_n_steps": 50}, "monitor_metric": "val_loss", "progress": False, "profiler": "simple",
-            "seed": 3, "resume": "last",
+            "epochs": 7,
+            "accumulate": 4,
+            "validate_every": 2,
+            "log_every": 5,
+            "limit_batches": {"train": 10},
+            "max_time": 5400.0,
+            "checkpoint": {"every_n_steps": 50},
+            "monitor_metric": "val_loss",
+            "progress": False,
+            "profiler": "simple",
+            "seed": 3,
+            "resume": "last",
         },
         "hooks": [{"class_path": "my.Callback", "init_args": {"a": 1}}],
-        "loggers": config["trainer"]["logger"], "batches": {"refresh_every": 3},
-        "optimizer": config["optimizer"], "scheduler": config["lr_scheduler"],
-    }  # fmt: skip
+        "loggers": config["trainer"]["logger"],
+        "batches": {"refresh_every": 3},
+        "optimizer": config["optimizer"],
+        "scheduler": config["lr_scheduler"],
+    }
 
 
 def test_stages_of_transfer_learning_are_phases() -> None:
     config = {
         "name": "a:b",
         "config": {
-            "optimizer": {"name": "Adam", "config": {"lr": 1e-3}}, "scheduler": None,
+            "optimizer": {"name": "Adam", "config": {"lr": 1e-3}},
+            "scheduler": None,
             "trainer": {"max_epochs": 9},
             "transfer_learning": {
-                "pre_trained_model_path": "old.ckpt", "modules_to_match": {"new": "old"},
+                "pre_trained_model_path": "old.ckpt",
+                "modules_to_match": {"new": "old"},
                 "stages": [
                     {"freeze_modules": ["body"], "trainer": {"max_epochs": 2}},
-                    {"optimizer": {"config": {"lr": 1e-5}}, "scheduler": {"name": "StepLR", "config": {"step_size": 2}},
-                     "datamodule": {"train": {"batch_size": 4}},
-                     "trainer": {"callbacks": [{"name": "EarlyStopping", "config": {"patience": 6}}]}},
+                    {
+                        "optimizer": {"config": {"lr": 1e-5}},
+                        "scheduler": {"name": "StepLR", "config": {"step_size": 2}},
+                        "datamodule": {"train": {"batch_size": 4}},
+                        "trainer": {"callbacks": [{"name": "EarlyStopping", "config": {"patience": 6}}]},
+                    },
                 ],
             },
         },
-    }  # fmt: skip
+    }
     found = translate(config)
     assert found["weights"] == {"path": "old.ckpt", "match": {"new": "old"}}
     assert "epochs" not in found["trainer"]
     assert found["phases"] == [
         {"epochs": 2, "freeze": ["body"], "optimizer": {"class_path": "Adam", "init_args": {"lr": 1e-3}}},
         {
-            "epochs": 9, "patience": 6, "optimizer": {"class_path": "Adam", "init_args": {"lr": 1e-5}},
+            "epochs": 9,
+            "patience": 6,
+            "optimizer": {"class_path": "Adam", "init_args": {"lr": 1e-5}},
             "scheduler": {"class_path": "StepLR", "init_args": {"step_size": 2}, "interval": "step"},
             "batches": {"batch_size": dict.fromkeys(("train", "dev", "test", "predict"), 4)},
         },
-    ]  # fmt: skip
+    ]
     _, wrong = schema.normal({**found, "weights": None, "problem": "weft.demo:make_problem"})
     assert wrong == []
 
@@ -156,7 +207,7 @@ def test_stages_of_transfer_learning_are_phases() -> None:
         ({"callbacks": ["ModelCheckpointApply"]}, {}),
         ({"epochs": 3, "patience": 2}, {"epochs": 3, "patience": 2}),
     ],
-)  # fmt: skip
+)
 def test_a_lightning_option_means_this(given: dict[str, Any], meant: dict[str, Any]) -> None:
     assert trainer_of(**given) == meant
 
@@ -171,9 +222,19 @@ def test_a_lightning_option_means_this(given: dict[str, Any], meant: dict[str, A
         ({"trainer": {"detect_anomaly": True}}, "set_detect_anomaly"),
         ({"trainer": {"deterministic": "warn"}}, "expected true or false"),
         ({"trainer": {"callbacks": [{"nam": "EarlyStopping"}]}}, "expected {name, config}"),
-        ({"trainer": {"callbacks": [{"name": "EarlyStopping", "config": {"stopping_threshold": 1}}]}}, "stopping_threshold=1: has no meaning"),
         (
-            {"trainer": {"callbacks": [{"name": "EarlyStopping", "config": {"monitor": "val_a"}}, {"name": "ModelCheckpoint", "config": {"monitor": "val_b"}}]}},
+            {"trainer": {"callbacks": [{"name": "EarlyStopping", "config": {"stopping_threshold": 1}}]}},
+            "stopping_threshold=1: has no meaning",
+        ),
+        (
+            {
+                "trainer": {
+                    "callbacks": [
+                        {"name": "EarlyStopping", "config": {"monitor": "val_a"}},
+                        {"name": "ModelCheckpoint", "config": {"monitor": "val_b"}},
+                    ]
+                }
+            },
             "one monitored metric",
         ),
         ({"datamodule": {"train": {"batch_sizes": 3}}}, "did you mean 'batch_size'"),
@@ -188,7 +249,7 @@ def test_a_lightning_option_means_this(given: dict[str, Any], meant: dict[str, A
         ({"transfer_learning": {"stages": [{"freeze": ["a"]}]}}, "there is no such key; did you mean 'freeze_modules'"),
         ({"transfer_learning": {"stages": [{"trainer": {"precision": 64}}]}}, "one for the whole run"),
     ],
-)  # fmt: skip
+)
 def test_a_key_without_meaning_here_says_so(config: dict[str, Any], message: str) -> None:
     assert any(message in problem for problem in problems_of(config)), problems_of(config)
 
@@ -203,8 +264,10 @@ def test_what_changes_no_result_is_noted() -> None:
     )
     assert found["trainer"] == {}
     assert [note.split(":")[0] for note in found["notes"]] == [
-        "trainer.num_sanity_val_steps=2", "trainer.enable_model_summary=True", "trainer.callbacks.0='RichProgressBar'",
-    ]  # fmt: skip
+        "trainer.num_sanity_val_steps=2",
+        "trainer.enable_model_summary=True",
+        "trainer.callbacks.0='RichProgressBar'",
+    ]
 
 
 def test_overrides_of_a_call_end_with_it() -> None:
@@ -244,12 +307,18 @@ def test_wefts_own_configs_stay_as_they_are(config: dict[str, Any]) -> None:
 
 def test_a_cosine_over_num_steps_ends_at_zero_after_the_last_step(tmp_path: Any) -> None:
     config = {
-        "name": "weft.demo:make_problem", "data": {"class_path": "weft.demo:data_setup", "init_args": {"nsim": 90}},
+        "name": "weft.demo:make_problem",
+        "data": {"class_path": "weft.demo:data_setup", "init_args": {"nsim": 90}},
         "config": {
             "datamodule": {"train": {"batch_size": 8}},
-            "trainer": {"max_epochs": 3, "accelerator": "cpu", "default_root_dir": str(tmp_path), "enable_progress_bar": False},
+            "trainer": {
+                "max_epochs": 3,
+                "accelerator": "cpu",
+                "default_root_dir": str(tmp_path),
+                "enable_progress_bar": False,
+            },
         },
-    }  # fmt: skip
+    }
     rates: list[float] = []
     made = recipe.make(recipe.check(translate(config)))
     made.trainer.hooks.append(
@@ -268,16 +337,21 @@ def test_a_cosine_over_num_steps_ends_at_zero_after_the_last_step(tmp_path: Any)
 
 def test_a_physicsml_config_trains_like_the_same_written_by_hand(tmp_path: Any) -> None:
     config = {
-        "name": "weft.demo:make_problem", "data": {"class_path": "weft.demo:data_setup", "init_args": {"nsim": 90}},
+        "name": "weft.demo:make_problem",
+        "data": {"class_path": "weft.demo:data_setup", "init_args": {"nsim": 90}},
         "config": {
-            "optimizer": {"name": "SGD", "config": {"lr": 1e-3}}, "scheduler": None,
+            "optimizer": {"name": "SGD", "config": {"lr": 1e-3}},
+            "scheduler": None,
             "datamodule": {"train": {"batch_size": 8, "drop_last": False}},
             "trainer": {
-                "max_epochs": 2, "accelerator": "cpu", "default_root_dir": str(tmp_path), "enable_progress_bar": False,
+                "max_epochs": 2,
+                "accelerator": "cpu",
+                "default_root_dir": str(tmp_path),
+                "enable_progress_bar": False,
                 "gradient_clip_val": 0.5,
             },
         },
-    }  # fmt: skip
+    }
     torch.manual_seed(3)
     by_config = recipe.make(recipe.check(translate(config))).fit()
     torch.manual_seed(3)

@@ -84,7 +84,9 @@ def test_constants_of_a_function_are_found_moved_and_put_back(function: Any, nam
     assert set(before) == names
     with constants_on(node, META, torch.float64):
         inside = {c.name: c.value for c in constants_of(node)}
-        assert {c.device.type for c in inside.values()} == {"meta"} and {c.dtype for c in inside.values()} == {torch.float64}
+        assert {c.device.type for c in inside.values()} == {"meta"} and {c.dtype for c in inside.values()} == {
+            torch.float64
+        }
     assert all(c.value is before[c.name] for c in constants_of(node))
 
 
@@ -115,7 +117,9 @@ def test_an_error_says_which_node_uses_which_constant_where() -> None:
 
 def test_in_float64_a_plant_with_float32_matrices_trains() -> None:
     net = weft.Node(nn.Linear(2, 2), ["x"], ["u"], name="policy")
-    problem = weft.Problem([net, weft.Node(helper, ["u"], ["y"], name="plant")], [weft.objective(lambda y: y.square(), name="f")])
+    problem = weft.Problem(
+        [net, weft.Node(helper, ["u"], ["y"], name="plant")], [weft.objective(lambda y: y.square(), name="f")]
+    )
     trainer = weft.Trainer(epochs=2, precision="64-true", progress=False, accelerator="cpu")
     result = trainer.fit(problem, {"x": torch.rand(8, 2)})
     assert len(result.history["train_loss"]) == 2 and A.dtype == torch.float32

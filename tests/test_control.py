@@ -77,9 +77,12 @@ def test_evaluation_steps_replace_what_is_measured_and_predicted() -> None:
 
     module, dev = problem(), tensors(20)
     trainer = weft.Trainer(
-        epochs=2, progress=False, validation_step=mean_error, test_step=lambda t, b: {"loss": mean_error(t, b) * 2},
+        epochs=2,
+        progress=False,
+        validation_step=mean_error,
+        test_step=lambda t, b: {"loss": mean_error(t, b) * 2},
         predict_step=lambda trainer, batch: {"twice": 2 * trainer.problem.net(batch["x"])},
-    )  # fmt: skip
+    )
     result = trainer.fit(module, weft.Data(tensors(), dev, dev, batch_size=BATCH))
     with torch.no_grad():
         y = module.net(dev["x"])
@@ -97,7 +100,10 @@ def test_evaluation_steps_replace_what_is_measured_and_predicted() -> None:
 def weighted(weight: float = 1.0) -> weft.Problem:
     return weft.Problem(
         [weft.Node(problem().net, ["x"], ["y"], name="net")],
-        [weft.objective(lambda y, t: (y - t) ** 2, name="fit"), weft.objective(lambda y: y**2, weight=weight, name="size")],
+        [
+            weft.objective(lambda y, t: (y - t) ** 2, name="fit"),
+            weft.objective(lambda y: y**2, weight=weight, name="size"),
+        ],
     )
 
 
@@ -221,7 +227,9 @@ def test_what_an_update_returns_is_logged(returned: str) -> None:
     assert same(result.last_weights, dict(theirs.state_dict()))
     if returned != "nothing":
         assert result.history["train_loss"] == pytest.approx(curve, rel=1e-6)
-    assert set(result.history) == {"nothing": set(), "dict": {"train_loss", "train_extra"}}.get(returned, {"train_loss"})
+    assert set(result.history) == {"nothing": set(), "dict": {"train_loss", "train_extra"}}.get(
+        returned, {"train_loss"}
+    )
 
 
 # ---------------------------------------------------------------- several optimizers
@@ -308,7 +316,9 @@ def test_alternating_updates_as_a_gan_wants_them_go_into_update() -> None:
             return losses
 
     ours, theirs = Game(), Game()
-    result = Alternating(epochs=EPOCHS, progress=False, optimizer=two(), monitor_metric="train_critic").fit(ours, data())
+    result = Alternating(epochs=EPOCHS, progress=False, optimizer=two(), monitor_metric="train_critic").fit(
+        ours, data()
+    )
     train_alternating(theirs)
     assert same(result.last_weights, dict(theirs.state_dict()))
     assert result.steps == 5 * EPOCHS
@@ -360,9 +370,15 @@ def test_backward_and_step_of_a_loop_of_ones_own_equal_pytorch(tmp_path: Any) ->
     }
     ours, theirs = problem(), problem()
     trainer = weft.Trainer(
-        epochs=EPOCHS, progress=False, optimizer=ADAM, clip=0.05, hooks=hooks, root_dir=str(tmp_path), checkpoint=True,
+        epochs=EPOCHS,
+        progress=False,
+        optimizer=ADAM,
+        clip=0.05,
+        hooks=hooks,
+        root_dir=str(tmp_path),
+        checkpoint=True,
         scheduler=weft.Schedule(lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9), interval="step"),
-    )  # fmt: skip
+    )
     with trainer.start(ours, data()) as run:
         for _ in run.epochs():
             for batch in run.batches():
@@ -384,8 +400,12 @@ def test_backward_and_step_of_a_loop_of_ones_own_equal_pytorch(tmp_path: Any) ->
     assert run.result.history["rows"] == [pytest.approx(ROWS / 5)] * EPOCHS
     counts = {name: events.count(name) for name in hooks}
     assert counts == {
-        "on_step_start": 20, "on_before_optimizer_step": 20, "on_step_end": 20, "on_epoch_end": 4, "on_fit_end": 1
-    }  # fmt: skip
+        "on_step_start": 20,
+        "on_before_optimizer_step": 20,
+        "on_step_end": 20,
+        "on_epoch_end": 4,
+        "on_fit_end": 1,
+    }
     assert events[:3] == ["on_step_start", "on_before_optimizer_step", "on_step_end"]
     loaded = weft.load_weights(problem(1), run.run_dir / "checkpoints" / "step-000000020.ckpt")  # pyright: ignore[reportOptionalOperand]
     assert same(dict(loaded.state_dict()), run.result.last_weights)
@@ -448,5 +468,3 @@ def test_batches_of_any_split_and_the_best_of_evaluated_epochs_only() -> None:
     assert measured == [1, 3]
     assert run.result.best_epoch in (1, 3)
     assert metrics["dev_loss"] == run.result.history["dev_loss"][3]
-
-

@@ -89,7 +89,9 @@ def test_many_chunks_give_the_same_batches_as_one(monkeypatch):
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_share_each_global_batch_without_doubles(world):
     whole = batches_of(weft.Data(numbered(), batch_size=10 * world), "train", seed=0)
-    shares = [batches_of(weft.Data(numbered(), batch_size=10), "train", seed=0, rank=r, world=world) for r in range(world)]
+    shares = [
+        batches_of(weft.Data(numbered(), batch_size=10), "train", seed=0, rank=r, world=world) for r in range(world)
+    ]
     assert {len(s) for s in shares} == {len(whole)}
     for batch, *parts in zip(whole.epoch(1), *(s.epoch(1) for s in shares), strict=True):
         assert torch.cat([p["n"] for p in parts]).tolist() == batch["n"].tolist()
@@ -113,9 +115,10 @@ def test_a_split_of_several_datasets_is_nested_and_the_smaller_ones_start_over()
 
 def test_batch_sizes_by_split_and_part():
     data = weft.Data(
-        {"a": numbered(20), "b": numbered(10)}, {"a": numbered(6), "b": numbered(6)},
+        {"a": numbered(20), "b": numbered(10)},
+        {"a": numbered(6), "b": numbered(6)},
         batch_size={"train": {"a": 5, "b": 2}, "dev": 3},
-    )  # fmt: skip
+    )
     first = next(iter(batches_of(data, "train", seed=0).epoch(0)))
     assert (len(first["a"]["n"]), len(first["b"]["n"])) == (5, 2)
     assert [len(b["b"]["n"]) for b in batches_of(data, "dev", seed=0).epoch(0)] == [3, 3]
@@ -153,7 +156,9 @@ def test_a_problem_trains_on_interior_and_boundary_points():
 
 
 def test_numpy_lists_and_integers_keep_their_types():
-    data = weft.DictDataset({"a": np.ones((4, 2)), "b": [1, 2, 3, 4], "c": [0.5] * 4, "d": np.arange(4, dtype=np.int32)})
+    data = weft.DictDataset(
+        {"a": np.ones((4, 2)), "b": [1, 2, 3, 4], "c": [0.5] * 4, "d": np.arange(4, dtype=np.int32)}
+    )
     assert [t.dtype for t in data.datadict.values()] == [torch.float64, torch.int64, torch.float32, torch.int32]
     assert len(data) == 4 and data[1]["b"] == 2 and "a: (4, 2)" in repr(data)
 
@@ -313,7 +318,11 @@ def one_batch_fit(data, dev=None, **kwargs):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: weft.DictDataset({"a": torch.rand(3), "b": torch.rand(4)}), ValueError, r"unequal lengths \{'a': 3, 'b': 4\}"),
+        (
+            lambda: weft.DictDataset({"a": torch.rand(3), "b": torch.rand(4)}),
+            ValueError,
+            r"unequal lengths \{'a': 3, 'b': 4\}",
+        ),
         (lambda: weft.DictDataset({"a": torch.rand(0, 2)}), ValueError, "empty"),
         (lambda: weft.DictDataset({}), TypeError, "dict of tensors"),
         (lambda: weft.DictDataset({"a": "text"}), TypeError, "'a' cannot be made a tensor"),
@@ -323,17 +332,29 @@ def one_batch_fit(data, dev=None, **kwargs):
         (lambda: weft.Data(None), ValueError, "no training data"),
         (lambda: weft.Data(numbered(), refresh_every=0), ValueError, "refresh_every=0"),
         (lambda: one_batch_fit([]), ValueError, "train data is empty"),
-        (lambda: one_batch_fit(DataLoader(numbered(3), batch_size=5, drop_last=True)), ValueError, "train data is empty"),
+        (
+            lambda: one_batch_fit(DataLoader(numbered(3), batch_size=5, drop_last=True)),
+            ValueError,
+            "train data is empty",
+        ),
         (lambda: one_batch_fit(weft.Data(numbered(3), batch_size=5, drop_last=True)), ValueError, "drop_last=True"),
-        (lambda: one_batch_fit(numbered(), weft.DictDataset({"x": torch.rand(3, 1)}, name="train")), ValueError, "'train' was given as the dev"),
+        (
+            lambda: one_batch_fit(numbered(), weft.DictDataset({"x": torch.rand(3, 1)}, name="train")),
+            ValueError,
+            "'train' was given as the dev",
+        ),
         (lambda: one_batch_fit(numbered(), nsim=3), TypeError, "unknown arguments.*nsim"),
         (lambda: one_batch_fit(None), TypeError, "no data given"),
         (lambda: one_batch_fit(7), TypeError, "expected a dataset"),
         (lambda: one_batch_fit(lambda: numbered()), TypeError, r"expected \(train, dev, test, batch_size\)"),
         (lambda: one_batch_fit(iter([{"x": torch.rand(2, 1)}])), RuntimeError, "one-shot iterable"),
-        (lambda: one_batch_fit(weft.Data(numbered(), inputs_require_grad=["t"])), ValueError, "inputs_require_grad names"),
+        (
+            lambda: one_batch_fit(weft.Data(numbered(), inputs_require_grad=["t"])),
+            ValueError,
+            "inputs_require_grad names",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_data_is_refused_in_words(make, error, message):
     with pytest.raises(error, match=message):
         make()
@@ -345,7 +366,9 @@ def test_nan_and_inf_are_counted_by_key():
     data = weft.DictDataset({"x": x, "good": torch.ones(10)})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        weft.Trainer(epochs=1, progress=False, on_nonfinite="skip").fit(Mean(), weft.Data(data, batch_size=2, shuffle=False))
+        weft.Trainer(epochs=1, progress=False, on_nonfinite="skip").fit(
+            Mean(), weft.Data(data, batch_size=2, shuffle=False)
+        )
     assert "train data: 'x' has NaN or Inf in 2 of 10 rows" in str(caught[0].message)
     with pytest.raises(ValueError, match="'x' has NaN or Inf in 2 of 10 rows"):
         weft.Trainer(epochs=1, progress=False, strict_data=True).fit(Mean(), data)
@@ -356,7 +379,9 @@ def test_nan_and_inf_are_counted_by_key():
 
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("batch_size", [4, 22, None])
-def test_a_problem_that_changes_its_batch_in_place_does_not_change_the_data(shuffle: bool, batch_size: int | None) -> None:
+def test_a_problem_that_changes_its_batch_in_place_does_not_change_the_data(
+    shuffle: bool, batch_size: int | None
+) -> None:
     class Doubles(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -371,4 +396,6 @@ def test_a_problem_that_changes_its_batch_in_place_does_not_change_the_data(shuf
     data = weft.Data({"p": train}, {"p": dev}, batch_size=batch_size, shuffle=shuffle)
     weft.Trainer(epochs=3, progress=False).fit(problem, data)
     assert torch.equal(train, before[0]) and torch.equal(dev, before[1])
-    assert max(problem.seen) == 2 * max(float(train.abs().max()), float(dev.abs().max()))  # and it did change its batches
+    assert max(problem.seen) == 2 * max(
+        float(train.abs().max()), float(dev.abs().max())
+    )  # and it did change its batches

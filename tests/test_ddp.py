@@ -47,7 +47,14 @@ def rank() -> int:
 
 
 def fit(processes: int, problem: nn.Module, data: Any, **options: Any) -> tuple[weft.FitResult, weft.Trainer]:
-    options = {"epochs": 3, "seed": 1, "precision": F64, "progress": False, "accelerator": "cpu", "timeout": 30} | options
+    options = {
+        "epochs": 3,
+        "seed": 1,
+        "precision": F64,
+        "progress": False,
+        "accelerator": "cpu",
+        "timeout": 30,
+    } | options
     several = {"devices": processes, "strategy": "ddp_fork"} if processes > 1 else {}
     trainer = weft.Trainer(**options, **several)
     return trainer.fit(problem, data), trainer
@@ -86,13 +93,28 @@ def assert_same_end(one: tuple[nn.Module, weft.FitResult], two: tuple[nn.Module,
     ("rows", "options"),
     [
         (51, {}),  # the last batch has 3 rows: one here, two there
-        (49, {"optimizer": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9)}),  # 1 row: none here, one there
+        (
+            49,
+            {"optimizer": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9)},
+        ),  # 1 row: none here, one there
         (49, {"accumulate": 2, "clip": 0.1}),
-        (51, {"optimizer": lambda params: torch.optim.LBFGS(params, line_search_fn="strong_wolfe", max_iter=5), "epochs": 2}),
-        (33, {"scheduler": lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0), "patience": 2}),
+        (
+            51,
+            {
+                "optimizer": lambda params: torch.optim.LBFGS(params, line_search_fn="strong_wolfe", max_iter=5),
+                "epochs": 2,
+            },
+        ),
+        (
+            33,
+            {
+                "scheduler": lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0),
+                "patience": 2,
+            },
+        ),
     ],
     ids=["adam", "empty share", "accumulated and clipped", "lbfgs", "plateau and patience"],
-)  # fmt: skip
+)
 def test_two_processes_end_where_one_does_with_doubled_batches(rows: int, options: dict[str, Any]) -> None:
     assert_same_end(*one_and_two(rows=rows, **options))
 
@@ -134,9 +156,16 @@ def test_several_optimizers_and_updates_of_your_own_work_in_two_processes() -> N
         torch.manual_seed(0)
         problem = Two().double()
         trainer = Alternating(
-            epochs=2, optimizer=optimizers, precision=F64, seed=1, progress=False, devices=processes, accelerator="cpu",
-            strategy="ddp_fork" if processes > 1 else "auto", timeout=30,
-        )  # fmt: skip
+            epochs=2,
+            optimizer=optimizers,
+            precision=F64,
+            seed=1,
+            progress=False,
+            devices=processes,
+            accelerator="cpu",
+            strategy="ddp_fork" if processes > 1 else "auto",
+            timeout=30,
+        )
         trainer.fit(problem, weft.Data(points(49), batch_size=16 // processes))
         ends.append(weights(problem))
     torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=1e-10)
@@ -183,7 +212,12 @@ def test_an_augmented_lagrangian_in_two_processes_is_resumed_bitwise_within_an_e
     def run(resume: str | None, folder: str) -> tuple[Tensor, dict[str, Any]]:
         torch.manual_seed(0)
         problem = constrained()
-        options = {"epochs": 6, "checkpoint": {"every_n_steps": 3, "keep": 99}, "root_dir": str(tmp_path), "run_name": folder}
+        options = {
+            "epochs": 6,
+            "checkpoint": {"every_n_steps": 3, "keep": 99},
+            "root_dir": str(tmp_path),
+            "run_name": folder,
+        }
         result, _ = fit(2, problem, weft.Data(points(51), points(13, 1), batch_size=8), resume=resume, **options)
         return weights(problem), {name: value for name, value in result.last_weights.items() if "loss" in name}
 
@@ -255,7 +289,9 @@ def recorder(tmp_path: Path, record: Callable[[weft.Trainer, Any], Any], name: s
     }
 
 
-def test_each_row_is_used_once_an_epoch_in_an_order_that_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+def test_each_row_is_used_once_an_epoch_in_an_order_that_does_not_depend_on_the_number_of_processes(
+    tmp_path: Path,
+) -> None:
     single: list[list[int]] = []
     data = weft.Data(points(23), batch_size=8)
     fit(1, Fit(), data, hooks={"on_step_start": lambda trainer, batch: single.append(batch["index"].tolist())})
@@ -346,9 +382,14 @@ def test_weights_that_were_initialised_differently_become_those_of_the_first_pro
     problem = Fit()
     before = weights(problem)
     trainer = Different(
-        epochs=1, devices=2, strategy="ddp_fork", accelerator="cpu", progress=False, timeout=30,
+        epochs=1,
+        devices=2,
+        strategy="ddp_fork",
+        accelerator="cpu",
+        progress=False,
+        timeout=30,
         optimizer=lambda params: torch.optim.SGD(params, lr=0.0),
-    )  # fmt: skip
+    )
     trainer.fit(problem, {"x": points(8)["x"].float()})
     assert torch.equal(weights(problem), before)
 
@@ -382,7 +423,9 @@ def test_predictions_of_two_processes_come_in_the_order_of_the_data() -> None:
     torch.testing.assert_close(trainer.predict(x)["y"], expected)
 
 
-@pytest.mark.filterwarnings("ignore:train_loss is nan in step 0 .epoch 0, rank 1", "ignore:'train_loss' does not appear")
+@pytest.mark.filterwarnings(
+    "ignore:train_loss is nan in step 0 .epoch 0, rank 1", "ignore:'train_loss' does not appear"
+)
 @pytest.mark.parametrize("policy", ["raise", "skip", "stop"])
 def test_a_number_that_is_not_finite_in_one_process_updates_nothing_in_any(policy: str) -> None:
     class Bad(Fit):
@@ -458,9 +501,17 @@ def test_a_second_fit_goes_on_where_the_first_ended() -> None:
         problem = copy.deepcopy(start)
         data = weft.Data(points(32), batch_size=8)
         trainer = weft.Trainer(
-            epochs=epochs[0], devices=2, strategy="ddp_fork", accelerator="cpu", seed=3, progress=False, precision=F64,
-            timeout=30, monitor_metric="train_loss", monitor_mode="max",
-        )  # fmt: skip
+            epochs=epochs[0],
+            devices=2,
+            strategy="ddp_fork",
+            accelerator="cpu",
+            seed=3,
+            progress=False,
+            precision=F64,
+            timeout=30,
+            monitor_metric="train_loss",
+            monitor_mode="max",
+        )
         for _ in epochs:
             result = trainer.fit(problem, data)
             problem.load_state_dict(result.last_weights)  # the best were put back
@@ -493,9 +544,15 @@ def test_a_loop_of_your_own_is_refused_where_processes_run_a_function() -> None:
 def test_two_processes_resume_to_the_same_bits_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     def run(name: str, problem: nn.Module, **options: Any) -> weft.FitResult:
         return fit(
-            2, problem, weft.Data(points(40), points(8, 1), batch_size=4), root_dir=str(tmp_path), run_name=name,
-            checkpoint={"every_n_steps": 3, "keep": 50}, epochs=3, **options,
-        )[0]  # fmt: skip
+            2,
+            problem,
+            weft.Data(points(40), points(8, 1), batch_size=4),
+            root_dir=str(tmp_path),
+            run_name=name,
+            checkpoint={"every_n_steps": 3, "keep": 50},
+            epochs=3,
+            **options,
+        )[0]
 
     torch.manual_seed(0)
     start = Fit(dropout=0.4, norm=True)
@@ -514,7 +571,9 @@ def test_two_processes_resume_to_the_same_bits_in_the_middle_of_an_epoch(tmp_pat
 
 
 def test_the_folder_of_a_run_is_written_by_the_first_process_alone(tmp_path: Path) -> None:
-    result, _ = fit(2, Fit(), weft.Data(points(16), batch_size=4), root_dir=str(tmp_path), checkpoint=True, loggers="csv")
+    result, _ = fit(
+        2, Fit(), weft.Data(points(16), batch_size=4), root_dir=str(tmp_path), checkpoint=True, loggers="csv"
+    )
     assert result.run_dir is not None and [p.name for p in tmp_path.iterdir()] == [result.run_dir.name]
     read = weft.load_result(result.run_dir)
     assert read.history["train_loss"] == pytest.approx(result.history["train_loss"], rel=1e-12)

@@ -37,9 +37,17 @@ def start(**options: Any) -> weft.Run:
         ({"strategy": "ddq", "accelerator": "cpu"}, "invalid strategy name.*ddq"),
         ({"devices": 0, "accelerator": "cpu"}, "devices=0"),
         ({"devices": -1, "accelerator": "cpu"}, "int > 0"),
-        ({"strategy": FSDPStrategy(cpu_offload=True), "accelerator": "cpu", "devices": 2}, "cpu_offload cannot be used here"),
-        ({"strategy": DDPStrategy(gradient_as_bucket_view=True), "accelerator": "cpu"}, "gradient_as_bucket_view.*no effect"),
-        pytest.param({"accelerator": "gpu"}, "No supported gpu backend", marks=pytest.mark.skipif(not NO_GPU, reason="a GPU")),
+        (
+            {"strategy": FSDPStrategy(cpu_offload=True), "accelerator": "cpu", "devices": 2},
+            "cpu_offload cannot be used here",
+        ),
+        (
+            {"strategy": DDPStrategy(gradient_as_bucket_view=True), "accelerator": "cpu"},
+            "gradient_as_bucket_view.*no effect",
+        ),
+        pytest.param(
+            {"accelerator": "gpu"}, "No supported gpu backend", marks=pytest.mark.skipif(not NO_GPU, reason="a GPU")
+        ),
         pytest.param(
             {"accelerator": "cuda", "devices": 2}, "not available", marks=pytest.mark.skipif(not NO_GPU, reason="a GPU")
         ),
@@ -77,12 +85,20 @@ def test_strategies_and_accelerators_may_be_objects() -> None:
 
 @pytest.mark.parametrize(
     ("strategy", "method"),
-    [("ddp", None), ("ddp_find_unused_parameters_true", None), ("ddp_spawn", "spawn"), ("ddp_fork", "fork"), ("ddp_notebook", "fork")],
+    [
+        ("ddp", None),
+        ("ddp_find_unused_parameters_true", None),
+        ("ddp_spawn", "spawn"),
+        ("ddp_fork", "fork"),
+        ("ddp_notebook", "fork"),
+    ],
 )
 def test_names_of_strategies_are_those_of_fabric(strategy: str, method: str | None) -> None:
     fabric = make_fabric(TrainerConfig(strategy=strategy, devices=2, accelerator="cpu", timeout=7.0))
     assert isinstance(fabric.strategy, DDPStrategy) and start_method(fabric) == method and fabric.world_size == 2
-    assert fabric.strategy._timeout is not None and fabric.strategy._timeout.total_seconds() == 300  # until all are there
+    assert (
+        fabric.strategy._timeout is not None and fabric.strategy._timeout.total_seconds() == 300
+    )  # until all are there
 
 
 def test_several_devices_in_a_notebook_are_forked(monkeypatch: pytest.MonkeyPatch) -> None:

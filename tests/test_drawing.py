@@ -24,16 +24,23 @@ def make_problem() -> weft.Problem:
 
 def test_the_edges_lead_from_who_writes_a_key_to_who_reads_it() -> None:
     assert make_problem().show().edges == [
-        ("data", "p", "map"), ("map", "x", "sine"), ("sine", "y", "fit"), ("data", "p", "fit"), ("map", "x", "limit"),
-    ]  # fmt: skip
+        ("data", "p", "map"),
+        ("map", "x", "sine"),
+        ("sine", "y", "fit"),
+        ("data", "p", "fit"),
+        ("map", "x", "limit"),
+    ]
 
 
 def test_the_text_has_a_line_for_each_node_and_term() -> None:
     lines = [" ".join(line.split()) for line in str(make_problem().show()).splitlines()]
     assert lines == [
-        "Problem 'problem'", "p of data --> [map] --> x", "x of map --> [sine] --> y",
-        "y of sine, p of data --> (fit, objective)", "x of map --> (limit, constraint <=)",
-    ]  # fmt: skip
+        "Problem 'problem'",
+        "p of data --> [map] --> x",
+        "x of map --> [sine] --> y",
+        "y of sine, p of data --> (fit, objective)",
+        "x of map --> (limit, constraint <=)",
+    ]
 
 
 def test_a_drawing_is_saved_as_its_ending_says(tmp_path: Path) -> None:
@@ -44,7 +51,9 @@ def test_a_drawing_is_saved_as_its_ending_says(tmp_path: Path) -> None:
         drawing.save(tmp_path / "a.pdf")
 
 
-def test_without_graphviz_a_drawing_is_text_and_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_graphviz_a_drawing_is_text_and_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     drawing = make_problem().show()
     with pytest.raises(RuntimeError, match="graphviz"):
@@ -77,6 +86,7 @@ def test_names_with_marks_of_their_own_and_names_used_twice_are_drawn_as_they_ar
     words, edges = picture_of(problem)
     assert words == {"data", name, "data: objective", "p", "x", "y"} and sorted(edges) == ["-1->0", "0->1", "1->2"]
     assert str(problem.show()).splitlines()[1].split() == ["p", "of", "data", "-->", *f"[{name}]".split(), "-->", "x"]
+
 
 def test_a_neuromancer_problem_is_drawn_by_its_keys() -> None:
     problems = pytest.importorskip("neuromancer_problems")
@@ -116,7 +126,10 @@ def test_figures_and_histograms_are_logged_this_often() -> None:
     from matplotlib.figure import Figure
 
     logger = Recorder()
-    hooks = [weft.hooks.Figures({"picture": lambda trainer: Figure()}, every=2), weft.hooks.WeightHistograms(every=4, gradients=True)]
+    hooks = [
+        weft.hooks.Figures({"picture": lambda trainer: Figure()}, every=2),
+        weft.hooks.WeightHistograms(every=4, gradients=True),
+    ]
     problem = train(hooks, logger)
     assert logger.figures == [("picture", 4), ("picture", 8), ("picture", 10)]  # every second epoch, and the last
     assert [(tag, step) for tag, step, _ in logger.histograms] == [

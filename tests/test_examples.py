@@ -41,8 +41,12 @@ ALWAYS: dict[str, Callable[[Figures], bool]] = {
     "part_4_koopman": lambda f: f["points_in_tensorboard"] >= 4 and f["images_in_tensorboard"] == 1,
     "part_5_cvxpy": lambda f: f["violation"] <= 1e-4 and f["projection_difference"] <= 1e-4,
     "part_6_multi_gpu": lambda f: f["two_processes_differ_by"] < 1e-10 and f["resumed_is_the_same"],
-    "part_7_profiling": lambda f: f["slowest_node"] == "tension" and "node tension" in f["ranges"] and f["items_in_trace"] >= 128,
-    "custom_logic": lambda f: f["subclass"] == 0 and f["loop"] == 0 and f["hook"] < 1e-5 and f["without_penalty"] > 1e-2,
+    "part_7_profiling": lambda f: (
+        f["slowest_node"] == "tension" and "node tension" in f["ranges"] and f["items_in_trace"] >= 128
+    ),
+    "custom_logic": lambda f: (
+        f["subclass"] == 0 and f["loop"] == 0 and f["hook"] < 1e-5 and f["without_penalty"] > 1e-2
+    ),
     "curriculum": lambda f: f["first_and_last_length"][0] < f["first_and_last_length"][1],
     "own_loop": lambda f: f["dev_loss"] == f["best"],
 }
@@ -57,17 +61,33 @@ ALWAYS: dict[str, Callable[[Figures], bool]] = {
 # - curriculum: 0.05 is a rhythm that is shifted by 0.05 radians, less than 1 % of a period;
 # - digits: the standard error of the difference of two classifiers on 300 digits is 1 %: two of them;
 # - GAN: no nearer to the distribution than the samples it learned from, so at most twice as far;
-# - own loop: least squares leave about a tenth of the noise's variance, 0.05**2, with 40 effective parameters for 400 rows.
+# - own loop: least squares leave about a tenth of the noise's variance, 0.05**2, with 40 effective parameters for 400
+# rows.
 FULL: dict[str, Callable[[Figures], bool]] = {
-    "part_1_basics": lambda f: f["mean_distance"] < 0.02 and abs(f["objective_gap"]) < 1e-3 and f["largest_violation"] < 1e-2,
-    "part_2_control": lambda f: f["excess_cost"] < 0.01 and f["final_distance"] < 0.01 and f["largest_control"] <= 1 and f["largest_state"] <= 5,
+    "part_1_basics": lambda f: (
+        f["mean_distance"] < 0.02 and abs(f["objective_gap"]) < 1e-3 and f["largest_violation"] < 1e-2
+    ),
+    "part_2_control": lambda f: (
+        f["excess_cost"] < 0.01 and f["final_distance"] < 0.01 and f["largest_control"] <= 1 and f["largest_state"] <= 5
+    ),
     "part_3_pinn": lambda f: f["relative_error"] <= 2e-3 and f["viscosity_error"] <= 3 * f["viscosity_standard_error"],
-    "part_4_koopman": lambda f: f["spectrum_error"] < 1e-6 and f["driven_spectrum_error"] < 1e-3 and f["open_loop_error"] < 0.01,
+    "part_4_koopman": lambda f: (
+        f["spectrum_error"] < 1e-6 and f["driven_spectrum_error"] < 1e-3 and f["open_loop_error"] < 0.01
+    ),
     "part_5_cvxpy": lambda f: f["excess_cost"] < 1e-3 and f["largest_distance"] < 0.01,
-    "part_6_multi_gpu": lambda f: f["penalised_excess"] < 0.05 and f["variance_gap"] < 0.01 and f["invested_to"] < 1e-6 and f["return_missing"] < 1e-6,
+    "part_6_multi_gpu": lambda f: (
+        f["penalised_excess"] < 0.05
+        and f["variance_gap"] < 0.01
+        and f["invested_to"] < 1e-6
+        and f["return_missing"] < 1e-6
+    ),
     "part_7_profiling": lambda f: f["faster_by"] > 2 and f["loss_difference"] < 1e-6,
-    "augmented_lagrangian": lambda f: f["multiplier_error"] < 1e-3 and f["violation"] < 1e-3 < f["violation_with_penalty"],
-    "curriculum": lambda f: f["error"] < 0.05 and f["error"] < f["error_at_once"] and f["steps_rolled_out"][0] < f["steps_rolled_out"][1],
+    "augmented_lagrangian": lambda f: (
+        f["multiplier_error"] < 1e-3 and f["violation"] < 1e-3 < f["violation_with_penalty"]
+    ),
+    "curriculum": lambda f: (
+        f["error"] < 0.05 and f["error"] < f["error_at_once"] and f["steps_rolled_out"][0] < f["steps_rolled_out"][1]
+    ),
     "digits": lambda f: f["accuracy"] > f["accuracy_svm"] - 0.02,
     "gan": lambda f: f["distance_after"] < 2 * f["distance_of_training_samples"],
     "own_loop": lambda f: f["dev_loss"] < 0.1 * 0.05**2,
@@ -106,7 +126,9 @@ def small_figures(name: str) -> Figures:
     return figures
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] if n in SLOW_TO_START else []) for n in NAMES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.long] if n in SLOW_TO_START else []) for n in NAMES]
+)
 def test_each_example_runs_at_small_settings(name: str) -> None:
     figures = small_figures(name)
     numbers = [value for value in figures.values() if isinstance(value, float)]
@@ -128,10 +150,14 @@ def test_the_measured_figures_hold_the_truths(name: str) -> None:
 def test_a_figure_that_is_off_would_be_noticed() -> None:
     figures = measured()
     worse = {
-        "part_2_control": {"largest_control": 1.01}, "part_3_pinn": {"relative_error": 2.1e-3}, "part_5_cvxpy": {"violation": 2e-4},
-        "part_4_koopman": {"driven_spectrum_error": 0.01}, "part_6_multi_gpu": {"two_processes_differ_by": 1e-6},
-        "part_7_profiling": {"slowest_node": "rope"}, "custom_logic": {"loop": 1e-9},
-    }  # fmt: skip
+        "part_2_control": {"largest_control": 1.01},
+        "part_3_pinn": {"relative_error": 2.1e-3},
+        "part_5_cvxpy": {"violation": 2e-4},
+        "part_4_koopman": {"driven_spectrum_error": 0.01},
+        "part_6_multi_gpu": {"two_processes_differ_by": 1e-6},
+        "part_7_profiling": {"slowest_node": "rope"},
+        "custom_logic": {"loop": 1e-9},
+    }
     for name, change in worse.items():
         changed = {**figures[name]["figures"], **change}
         assert not (FULL.get(name, lambda f: True)(changed) and ALWAYS.get(name, lambda f: True)(changed)), name
@@ -161,8 +187,10 @@ def test_cells_are_those_of_the_percent_format() -> None:
     cells_of = tool("notebooks").cells_of
     script = "# %% [markdown]\n# # Title\n#\n# Text with $x$.\n\n# %%\nimport os\n\nx = 1\n\n# %% a title\nprint(x)\n\n# %%\n"
     assert cells_of(script) == [
-        ("markdown", "# Title\n\nText with $x$."), ("code", "import os\n\nx = 1"), ("code", "print(x)"),
-    ]  # fmt: skip
+        ("markdown", "# Title\n\nText with $x$."),
+        ("code", "import os\n\nx = 1"),
+        ("code", "print(x)"),
+    ]
     assert cells_of(script.replace("x = 1", "x = 2")) != cells_of(script)
 
 

@@ -69,9 +69,16 @@ def test_lbfgs_in_64_true_ends_where_the_same_search_in_raw_float64_does() -> No
     problem = Line()
     weights = {k: v.double() for k, v in problem.state_dict().items()}
     problem, _ = trained(
-        problem, weft.Data(times(), shuffle=False), precision="64-true", epochs=3, seed=None, monitor_metric="train_loss",
-        monitor_mode="max", optimizer=lambda params: torch.optim.LBFGS(params, line_search_fn="strong_wolfe"), max_steps=1,
-    )  # fmt: skip
+        problem,
+        weft.Data(times(), shuffle=False),
+        precision="64-true",
+        epochs=3,
+        seed=None,
+        monitor_metric="train_loss",
+        monitor_mode="max",
+        optimizer=lambda params: torch.optim.LBFGS(params, line_search_fn="strong_wolfe"),
+        max_steps=1,
+    )
     raw = Line().double()
     raw.load_state_dict(weights)
     optimizer = torch.optim.LBFGS(raw.parameters(), line_search_fn="strong_wolfe")
@@ -182,7 +189,13 @@ def test_a_loader_that_is_passed_in_is_left_as_it_is() -> None:
 
 @pytest.mark.parametrize(
     ("variable", "value"),
-    [("LT_ACCELERATOR", "cuda"), ("LT_DEVICES", "2"), ("LT_STRATEGY", "ddp"), ("LT_PRECISION", "64-true"), ("LT_NUM_NODES", "2")],
+    [
+        ("LT_ACCELERATOR", "cuda"),
+        ("LT_DEVICES", "2"),
+        ("LT_STRATEGY", "ddp"),
+        ("LT_PRECISION", "64-true"),
+        ("LT_NUM_NODES", "2"),
+    ],
 )
 def test_variables_of_fabric_do_not_override_arguments_and_it_is_said(
     monkeypatch: pytest.MonkeyPatch, variable: str, value: str
@@ -203,9 +216,15 @@ def test_fabric_itself_lets_them_override_arguments(monkeypatch: pytest.MonkeyPa
 
 
 SLURM = {
-    "SLURM_NTASKS": "2", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
-    "SLURM_NODEID": "0", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "node",
-}  # fmt: skip
+    "SLURM_NTASKS": "2",
+    "SLURM_JOB_NAME": "train",
+    "SLURM_JOB_ID": "1",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_NNODES": "1",
+    "SLURM_JOB_NODELIST": "node",
+}
 
 
 def test_slurm_variables_do_not_break_a_run_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,7 +102,14 @@ def test_an_overflow_in_16_mixed_skips_the_step_and_training_goes_on(tmp_path: P
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"clip": 0.1}, {"accumulate": 2}, {"precision": "bf16-mixed"}, {"precision": "16-mixed"}, {"precision": "64-true"}],
+    [
+        {},
+        {"clip": 0.1},
+        {"accumulate": 2},
+        {"precision": "bf16-mixed"},
+        {"precision": "16-mixed"},
+        {"precision": "64-true"},
+    ],
     ids=str,
 )
 def test_no_step_waits_for_the_gpu(options: dict[str, Any]) -> None:
@@ -138,7 +145,11 @@ def test_a_step_that_is_not_finite_is_left_out_and_raises_at_the_end_of_the_epoc
         def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
             out = super().forward(batch)
             self.steps += self.training
-            return {**out, "train_loss": out["train_loss"] * (float("nan") if self.steps == 3 else 1.0)} if self.training else out
+            return (
+                {**out, "train_loss": out["train_loss"] * (float("nan") if self.steps == 3 else 1.0)}
+                if self.training
+                else out
+            )
 
     torch.manual_seed(0)
     problem = Breaks()
@@ -157,7 +168,9 @@ def test_a_resumed_run_with_dropout_on_the_gpu_ends_at_the_same_bits(tmp_path: P
     options = {"root_dir": str(tmp_path), "checkpoint": {"every_n_steps": 5, "keep": 50}}
     first, _ = fit(whole, run_name="whole", **options)
     torch.cuda.manual_seed(1234)  # what is resumed must not depend on this
-    second, _ = fit(resumed, run_name="again", resume=str(tmp_path / "whole/checkpoints/step-000000010.ckpt"), **options)
+    second, _ = fit(
+        resumed, run_name="again", resume=str(tmp_path / "whole/checkpoints/step-000000010.ckpt"), **options
+    )
     assert all(torch.equal(first.last_weights[k], second.last_weights[k]) for k in first.last_weights)
     assert first.history == second.history
     state = torch.load(tmp_path / "whole/checkpoints/step-000000010.ckpt", weights_only=True)
@@ -168,7 +181,9 @@ def test_hard_coded_matrices_of_plain_functions_work_on_the_gpu_and_come_back() 
     policy = weft.Node(nn.Linear(2, 1), ["x"], ["u"], name="policy")
     B = torch.tensor([[1.0], [0.5]])
     plant = weft.Node(lambda x, u: x @ A.T + u @ B.T, ["x", "u"], ["x"], name="plant")
-    problem = weft.Problem([weft.Rollout([policy, plant], steps=5)], [weft.objective(lambda x: x.square(), name="cost")])
+    problem = weft.Problem(
+        [weft.Rollout([policy, plant], steps=5)], [weft.objective(lambda x: x.square(), name="cost")]
+    )
     trainer = weft.Trainer(epochs=20, progress=False, accelerator="gpu", seed=0)
     result = trainer.fit(problem, {"x": torch.rand(64, 1, 2)})
     assert result.history["train_loss"][-1] < result.history["train_loss"][0]
@@ -186,8 +201,11 @@ def test_one_gpu_through_ddp_ends_where_one_gpu_does() -> None:
 
 def test_a_loader_with_workers_feeds_the_gpu() -> None:
     loader = torch.utils.data.DataLoader(
-        [{"x": x} for x in points(64)["x"]], batch_size=16, num_workers=2, pin_memory=True,  # type: ignore[arg-type]
-    )  # fmt: skip
+        [{"x": x} for x in points(64)["x"]],
+        batch_size=16,
+        num_workers=2,
+        pin_memory=True,  # type: ignore[arg-type]
+    )
     trainer = weft.Trainer(epochs=2, progress=False, accelerator="gpu")
     assert trainer.fit(pair()[0], loader).steps == 8
 

@@ -28,7 +28,10 @@ def problem(seed: int = 0) -> weft.Problem:
         weft.Node(nn.Sequential(nn.Linear(2, 4), nn.Tanh()), ["x"], ["h"], name="plant"),
         weft.Node(nn.Linear(4, 1), ["h"], ["out"], name="policy"),
     ]
-    terms = [weft.objective(lambda out, y: (out - y) ** 2, name="fit"), weft.objective(lambda h: h**2, 0.1, name="size")]
+    terms = [
+        weft.objective(lambda out, y: (out - y) ** 2, name="fit"),
+        weft.objective(lambda h: h**2, 0.1, name="size"),
+    ]
     return weft.Problem(nodes, terms)
 
 
@@ -71,7 +74,10 @@ def dev_loss(state: dict[str, Tensor]) -> float:
     of = problem()
     of.load_state_dict(state)
     with torch.no_grad():
-        losses = [of({k: v[i : i + 4] for k, v in points(seed=2).items()} | {"name": "dev"})["dev_loss"] for i in range(0, 16, 4)]
+        losses = [
+            of({k: v[i : i + 4] for k, v in points(seed=2).items()} | {"name": "dev"})["dev_loss"]
+            for i in range(0, 16, 4)
+        ]
     return torch.stack(losses).double().mean().item()
 
 
@@ -106,7 +112,9 @@ def test_swa_is_the_mean_of_the_weights_at_the_ends_of_epochs() -> None:
     hook = weft.hooks.SWA(start_epoch=2)
     fit(problem(), hook, epochs=6)
     for name, average in hook.averages.items():
-        torch.testing.assert_close(average, torch.stack([steps[i][name] for i in (11, 15, 19, 23)]).mean(0), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            average, torch.stack([steps[i][name] for i in (11, 15, 19, 23)]).mean(0), rtol=1e-5, atol=1e-7
+        )
     from_torch = averaged([steps[i] for i in (11, 15, 19, 23)], None)[-1]
     for name, average in hook.averages.items():
         torch.testing.assert_close(average, from_torch[name], rtol=1e-6, atol=1e-8)
@@ -167,7 +175,10 @@ def test_a_curriculum_sets_weights_and_attributes_by_epoch_and_logs_them() -> No
     lengths: list[int] = []
     of = weft.Problem(
         [weft.Rollout([plant], steps=1, name="loop")],
-        [weft.objective(lambda x: lengths.append(x.shape[1]) or x**2, name="track"), weft.objective(lambda x: x.abs(), name="effort")],
+        [
+            weft.objective(lambda x: lengths.append(x.shape[1]) or x**2, name="track"),
+            weft.objective(lambda x: x.abs(), name="effort"),
+        ],
     )
     schedule = weft.hooks.Curriculum(lambda epoch: {"loop.steps": 2 + epoch, "effort": 0.5**epoch})
     trainer = weft.Trainer(epochs=4, progress=False, hooks=schedule)
@@ -259,10 +270,14 @@ def derivative_residual(u: Tensor, x: Tensor) -> Tensor:
 
 def pinn() -> weft.Problem:
     node = weft.Node(Known(), ["x"], ["u"], name="u")
-    return weft.Problem([node], [weft.objective(lambda u, x: derivative_residual(u, x) ** 2, name="pde")], grad_inference=True)
+    return weft.Problem(
+        [node], [weft.objective(lambda u, x: derivative_residual(u, x) ** 2, name="pde")], grad_inference=True
+    )
 
 
-def resampled(epochs: int = 3, problem: weft.Problem | None = None, over: Any = None, **options: Any) -> tuple[Any, Tensor]:
+def resampled(
+    epochs: int = 3, problem: weft.Problem | None = None, over: Any = None, **options: Any
+) -> tuple[Any, Tensor]:
     hook = weft.hooks.Resample(derivative_residual, candidates, **{"every": 2, **options})
     trainer = weft.Trainer(epochs=epochs, progress=False, seed=3, hooks=hook)
     result = trainer.fit(problem or pinn(), over or collocation())
@@ -338,12 +353,20 @@ def test_one_part_of_nested_data_is_resampled_with_the_problem_at_hand() -> None
             self.u = Known()
 
         def forward(self, batch: Any) -> Tensor:
-            return derivative_residual(self.u(batch["interior"]["x"]), batch["interior"]["x"]).square().mean() + self.u.a**2
+            return (
+                derivative_residual(self.u(batch["interior"]["x"]), batch["interior"]["x"]).square().mean()
+                + self.u.a**2
+            )
 
     interior, boundary = collocation().train, {"x": torch.ones(4, 1)}
     over = weft.Data({"interior": interior, "boundary": boundary}, batch_size=10, inputs_require_grad=("x",))
     hook = weft.hooks.Resample(
-        lambda problem, x: derivative_residual(problem.u(x), x), candidates, every=1, part="interior", method="rar", add=4
+        lambda problem, x: derivative_residual(problem.u(x), x),
+        candidates,
+        every=1,
+        part="interior",
+        method="rar",
+        add=4,
     )
     trainer = weft.Trainer(epochs=3, progress=False, seed=3, hooks=hook)
     trainer.fit(Nested(), over)
@@ -365,7 +388,11 @@ def test_candidates_and_residuals_that_do_not_fit_are_errors_that_say_why() -> N
     fails(r"reads \['v'\]", residual="v")
     fails("no part 'interior'", part="interior")
     rows = weft.Problem(
-        [weft.Node(Known(), ["x"], ["u"])], [], [weft.equal(derivative_residual, 0.0)], weft.AugmentedLagrangian(), grad_inference=True
+        [weft.Node(Known(), ["x"], ["u"])],
+        [],
+        [weft.equal(derivative_residual, 0.0)],
+        weft.AugmentedLagrangian(),
+        grad_inference=True,
     )
     with pytest.raises(ValueError, match="multipliers for each row"):
         weft.Trainer(epochs=2, progress=False, hooks=weft.hooks.Resample("u", candidates)).fit(rows, collocation())

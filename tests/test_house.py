@@ -63,18 +63,55 @@ FOUND_LAZILY = {"plots", "report", "integrations"}
 # These stand above the public names and may use them as a user does.
 USERS = {"recipe", "report", "sweeps", "demo", "cli"}
 NOT_CORE = {
-    "integrations", "cli", "plots", "report", "sweeps", "demo", "yamlfile", "charts", "references", "schema", "arguments",
-    "recipe", "trials", "surroundings",
-    "graphs", "pure", "stepgraphs", "compiled",  # the same update once more, as a graph
-    "strategies", "sharded", "shardfiles",  # problems that outgrow one GPU
-}  # fmt: skip
+    "integrations",
+    "cli",
+    "plots",
+    "report",
+    "sweeps",
+    "demo",
+    "yamlfile",
+    "charts",
+    "references",
+    "schema",
+    "arguments",
+    "recipe",
+    "trials",
+    "surroundings",
+    "graphs",
+    "pure",
+    "stepgraphs",
+    "compiled",  # the same update once more, as a graph
+    "strategies",
+    "sharded",
+    "shardfiles",  # problems that outgrow one GPU
+}
 ADDED_ROOMS = {  # what checkpoints of whole runs, several processes and graphs brought
-    "resume", "sameness", "saving", "processes", "launch", "sharding", "constants", "prebatch", "drawing", "watching",
-}  # fmt: skip
+    "resume",
+    "sameness",
+    "saving",
+    "processes",
+    "launch",
+    "sharding",
+    "constants",
+    "prebatch",
+    "drawing",
+    "watching",
+}
 # Hooks that a user asks for; nothing of the core loads them.
 OPTIONAL_HOOKS = {
     f"weft.hooks.{name}"
-    for name in ("averaging", "balancing", "gradients", "parts", "pictures", "profiling", "sampling", "schedules", "terms", "timing")
+    for name in (
+        "averaging",
+        "balancing",
+        "gradients",
+        "parts",
+        "pictures",
+        "profiling",
+        "sampling",
+        "schedules",
+        "terms",
+        "timing",
+    )
 }
 
 
@@ -245,7 +282,9 @@ def test_every_public_name_has_a_docstring() -> None:
             missing += [
                 f"{name}.{member}"
                 for member, value in vars(thing).items()
-                if inspect.isfunction(value) and not member.startswith("_") and not inspect.getdoc(getattr(thing, member))
+                if inspect.isfunction(value)
+                and not member.startswith("_")
+                and not inspect.getdoc(getattr(thing, member))
             ]
     assert not missing, f"without a docstring: {missing}"
 

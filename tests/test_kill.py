@@ -117,8 +117,9 @@ def is_whole(root: Path, at_least: str) -> bool:
 def killed(
     root: Path, setting: Setting, seconds: float, chance: random.Random, tamper: Any = None, in_training: bool = False
 ) -> tuple[int, int]:
-    """Kills it at random moments until it reaches its end. Returns the number of kills, and of those that cost something:
-    after which the newest checkpoint was not the one that `last` names, or not whole, or older than one before.
+    """Kills it at random moments until it reaches its end. Returns the number of kills, and of those that cost
+    something: after which the newest checkpoint was not the one that `last` names, or not whole, or older than one
+    before.
 
     The moments lie between a start and a part of the time that a whole run takes, so that one run dies several times;
     `in_training`: between the first save of each life and so many seconds later (a start may take longer than the run).

@@ -24,14 +24,23 @@ LIMIT = 300  # seconds; a job takes about 10 on a machine that has nothing else 
 
 def environment(**more: str) -> dict[str, str]:
     source = str(Path(weft.__file__).parents[1])
-    return {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **more}
+    return {
+        **os.environ,
+        "PYTHONPATH": source,
+        "OMP_NUM_THREADS": "1",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        **more,
+    }
 
 
 def start(command: list[str], task: str, folder: Path, options: dict[str, Any], **more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*command, str(JOB), task, str(folder), json.dumps(options)],
-        env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        env=environment(**more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def run(command: list[str], task: str, folder: Path, options: dict[str, Any], **more: str) -> tuple[int, str]:
@@ -92,10 +101,16 @@ def test_torchrun_ends_at_the_same_bits_as_the_script(tmp_path: Path, by_script:
 
 def test_processes_started_by_slurm_end_at_the_same_bits(tmp_path: Path, by_script: dict[str, Any]) -> None:
     common = {
-        "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "1",
-        "SLURM_NODELIST": "localhost", "SLURM_NNODES": "1", "SLURM_NODEID": "0",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
-    }  # fmt: skip
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_JOB_NAME": "train",
+        "SLURM_JOB_ID": "1",
+        "SLURM_NODELIST": "localhost",
+        "SLURM_NNODES": "1",
+        "SLURM_NODEID": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+    }
     jobs = [
         start([sys.executable], "all", tmp_path, DDP, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), **common)
         for rank in range(2)
@@ -108,8 +123,18 @@ def test_processes_started_by_slurm_end_at_the_same_bits(tmp_path: Path, by_scri
 
 def test_the_example_runs_unchanged_on_one_device_and_on_two(repo: Path) -> None:
     def example(*arguments: str) -> dict[str, float]:
-        command = [sys.executable, str(repo / "examples/multi_gpu.py"), "--accelerator", "cpu", "--epochs", "2", *arguments]
-        lines = subprocess.run(command, env=environment(), check=True, capture_output=True, text=True).stdout.splitlines()
+        command = [
+            sys.executable,
+            str(repo / "examples/multi_gpu.py"),
+            "--accelerator",
+            "cpu",
+            "--epochs",
+            "2",
+            *arguments,
+        ]
+        lines = subprocess.run(
+            command, env=environment(), check=True, capture_output=True, text=True
+        ).stdout.splitlines()
         return {name: float(value) for name, value in (line.split() for line in lines if line.startswith("test_"))}
 
     one = example("--devices", "1", "--batch-size", "100")
@@ -129,12 +154,29 @@ def test_two_agents_of_torchrun_end_at_the_same_bits(tmp_path: Path, by_script: 
     port = free_port()
     agents = [
         start(
-            [*TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(node), "--rdzv-backend", "c10d",
-             "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "weft", "--local-addr", "127.0.0.1"],
-            "all", tmp_path, {"devices": 1, "num_nodes": 2},
+            [
+                *TORCHRUN,
+                "--nnodes",
+                "2",
+                "--nproc-per-node",
+                "1",
+                "--node-rank",
+                str(node),
+                "--rdzv-backend",
+                "c10d",
+                "--rdzv-endpoint",
+                f"127.0.0.1:{port}",
+                "--rdzv-id",
+                "weft",
+                "--local-addr",
+                "127.0.0.1",
+            ],
+            "all",
+            tmp_path,
+            {"devices": 1, "num_nodes": 2},
         )
         for node in range(2)
-    ]  # fmt: skip
+    ]
     errors = [agent.communicate(timeout=LIMIT)[1] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], errors
     assert told(tmp_path) == by_script
@@ -142,12 +184,20 @@ def test_two_agents_of_torchrun_end_at_the_same_bits(tmp_path: Path, by_script: 
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["raise", "kill"])
-def test_a_job_that_lost_a_process_is_restarted_and_ends_at_the_bits_of_the_undisturbed_one(tmp_path: Path, kind: str) -> None:
+def test_a_job_that_lost_a_process_is_restarted_and_ends_at_the_bits_of_the_undisturbed_one(
+    tmp_path: Path, kind: str
+) -> None:
     ends = []
     for name, trouble in (("whole", None), ("broken", [kind, 1, 12, True])):
         folder = tmp_path / name
         folder.mkdir()
-        options = {"devices": 2, "root_dir": str(folder), "run_name": "run", "checkpoint": {"every_n_steps": 5}, "resume": "auto"}
+        options = {
+            "devices": 2,
+            "root_dir": str(folder),
+            "run_name": "run",
+            "checkpoint": {"every_n_steps": 5},
+            "resume": "auto",
+        }
         options |= {"trouble": trouble} if trouble else {}
         elastic = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "3", "--monitor-interval", "0.2"]
         status, errors = run([*TORCHRUN, *elastic], "fit", folder, options)
@@ -172,7 +222,9 @@ def test_a_job_that_lost_a_process_is_restarted_and_ends_at_the_bits_of_the_undi
 )
 def test_a_job_ends_when_one_of_its_processes_does(tmp_path: Path, kind: str, of: int) -> None:
     folder = {"root_dir": str(tmp_path), "run_name": "run", "checkpoint": {"every_n_steps": 1}}
-    status, errors = run([sys.executable], "fit", tmp_path, {**DDP, **folder, "timeout": 5, "trouble": [kind, of, 3, False]})
+    status, errors = run(
+        [sys.executable], "fit", tmp_path, {**DDP, **folder, "timeout": 5, "trouble": [kind, of, 3, False]}
+    )
     # The timeout plus 5 s, and as much again for a machine that has something else to do.
     assert status != 0 and time.time() - (tmp_path / "trouble").stat().st_mtime < 2 * (5 + 5)
     if kind == "raise":  # the first traceback is that of the cause
@@ -186,7 +238,9 @@ def test_a_job_ends_when_one_of_its_processes_does(tmp_path: Path, kind: str, of
 
 def test_a_second_machine_that_nobody_starts_is_an_error_at_once() -> None:
     with pytest.raises(ValueError, match="num_nodes=2.*torchrun or srun"):
-        weft.Trainer(num_nodes=2, accelerator="cpu").start(weft.Problem([], [weft.objective(lambda x: x)]), {"x": [1.0]})
+        weft.Trainer(num_nodes=2, accelerator="cpu").start(
+            weft.Problem([], [weft.objective(lambda x: x)]), {"x": [1.0]}
+        )
 
 
 def test_torchrun_with_one_device_asked_for_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -312,7 +312,9 @@ def test_a_module_adds_to_checkpoints_and_reads_it_back(tmp_path: Path) -> None:
 
 def test_callbacks_keep_their_state_over_a_resume(tmp_path: Path) -> None:
     options = {"root_dir": str(tmp_path), "run_name": "a", "checkpoint": True, "max_epochs": 2}
-    weft_trainer(**options, callbacks=[stopping := EarlyStopping("val_loss", patience=9)]).fit(line(lr=1.5), **loaders())
+    weft_trainer(**options, callbacks=[stopping := EarlyStopping("val_loss", patience=9)]).fit(
+        line(lr=1.5), **loaders()
+    )
     assert stopping.wait_count == 1
     with pytest.warns(UserWarning, match="Changed since: optimizer default"):
         weft_trainer(**options, callbacks=[again := EarlyStopping("val_loss", patience=9)]).fit(
@@ -348,7 +350,8 @@ def test_an_error_reaches_the_callbacks_and_ends_the_run() -> None:
 
     seen: list[str] = []
     callback = LambdaCallback(
-        on_exception=lambda trainer, module, error: seen.append(repr(error)), on_fit_end=lambda *a: seen.append("fit end")
+        on_exception=lambda trainer, module, error: seen.append(repr(error)),
+        on_fit_end=lambda *a: seen.append("fit end"),
     )
     module = Fails()
     with pytest.raises(KeyError, match="mine"):
@@ -361,13 +364,43 @@ def test_an_error_reaches_the_callbacks_and_ends_the_run() -> None:
 
 def test_the_trainer_that_a_module_reads_says_what_lightnings_says() -> None:
     read = (
-        "current_epoch", "global_step", "max_epochs", "max_steps", "min_epochs", "estimated_stepping_batches",
-        "num_training_batches", "num_val_batches", "is_global_zero", "global_rank", "local_rank", "node_rank",
-        "world_size", "num_nodes", "num_devices", "accumulate_grad_batches", "gradient_clip_val",
-        "gradient_clip_algorithm", "training", "validating", "testing", "predicting", "sanity_checking", "should_stop",
-        "is_last_batch", "check_val_every_n_epoch", "fast_dev_run", "limit_train_batches", "limit_val_batches",
-        "overfit_batches", "precision", "interrupted", "received_sigterm", "evaluating", "enable_validation", "barebones",
-    )  # fmt: skip
+        "current_epoch",
+        "global_step",
+        "max_epochs",
+        "max_steps",
+        "min_epochs",
+        "estimated_stepping_batches",
+        "num_training_batches",
+        "num_val_batches",
+        "is_global_zero",
+        "global_rank",
+        "local_rank",
+        "node_rank",
+        "world_size",
+        "num_nodes",
+        "num_devices",
+        "accumulate_grad_batches",
+        "gradient_clip_val",
+        "gradient_clip_algorithm",
+        "training",
+        "validating",
+        "testing",
+        "predicting",
+        "sanity_checking",
+        "should_stop",
+        "is_last_batch",
+        "check_val_every_n_epoch",
+        "fast_dev_run",
+        "limit_train_batches",
+        "limit_val_batches",
+        "overfit_batches",
+        "precision",
+        "interrupted",
+        "received_sigterm",
+        "evaluating",
+        "enable_validation",
+        "barebones",
+    )
 
     class Reads(Line):
         def _read(self) -> None:
@@ -404,7 +437,9 @@ def test_anything_else_raises_an_attribute_error_that_names_it() -> None:
             assert not hasattr(self.trainer, "fit_loop")
             self.trainer.curent_epoch  # noqa: B018
 
-    with pytest.raises(AttributeError, match="self.trainer has no 'curent_epoch' under weft; did you mean 'current_epoch'"):
+    with pytest.raises(
+        AttributeError, match="self.trainer has no 'curent_epoch' under weft; did you mean 'current_epoch'"
+    ):
         weft_trainer(max_epochs=1).fit(Reads(), **loaders())
 
 
@@ -486,8 +521,16 @@ def test_on_a_gpu_losses_follow_lightnings(precision: str) -> None:
         module = line()
         trainer = use(max_epochs=3, precision=precision, accelerator="gpu", devices=1)
         trainer.fit(module, **loaders())
-        trained.append((weights(module), float(trainer.callback_metrics["val_loss"] if use is lightning_trainer else
-                                               trainer.run.history.values["val_loss"][-1])))  # fmt: skip
+        trained.append(
+            (
+                weights(module),
+                float(
+                    trainer.callback_metrics["val_loss"]
+                    if use is lightning_trainer
+                    else trainer.run.history.values["val_loss"][-1]
+                ),
+            )
+        )
     assert trained[0][1] == pytest.approx(trained[1][1], rel=1e-3)
     for name, weight in trained[0][0].items():
         torch.testing.assert_close(trained[1][0][name].cpu(), weight.cpu(), rtol=1e-3, atol=1e-4)

@@ -16,9 +16,18 @@ pytestmark = [pytest.mark.filterwarnings(w) for w in LIGHTNING_WARNINGS]
 
 NOT_RECORDED = {"configure_sharded_model", "on_save_checkpoint", "on_load_checkpoint"}  # legacy; not in a plain fit
 MODULE_HOOKS = {name for c in (ModelHooks, DataHooks, CheckpointHooks) for name in vars(c) if name[0] != "_"} | {
-    "training_step", "validation_step", "test_step", "predict_step", "configure_optimizers", "configure_callbacks",
-    "optimizer_step", "optimizer_zero_grad", "backward", "lr_scheduler_step", "configure_gradient_clipping",
-}  # fmt: skip
+    "training_step",
+    "validation_step",
+    "test_step",
+    "predict_step",
+    "configure_optimizers",
+    "configure_callbacks",
+    "optimizer_step",
+    "optimizer_zero_grad",
+    "backward",
+    "lr_scheduler_step",
+    "configure_gradient_clipping",
+}
 DATA_HOOKS = {name for name in vars(DataHooks) if name[0] != "_"}
 
 
@@ -30,9 +39,15 @@ def record(owner: str, name: str, log: list[Any], original: Any) -> Any:
             trainer = module.trainer
             grads = [p.grad is not None for p in module.parameters()]
             state = (
-                trainer.current_epoch, trainer.global_step, str(trainer.state.fn), str(trainer.state.stage), grads,
-                module.training, torch.is_grad_enabled(), module._current_fx_name,
-            )  # fmt: skip
+                trainer.current_epoch,
+                trainer.global_step,
+                str(trainer.state.fn),
+                str(trainer.state.stage),
+                grads,
+                module.training,
+                torch.is_grad_enabled(),
+                module._current_fx_name,
+            )
         shown = tuple(a for a in args if isinstance(a, int | str))
         log.append((owner, name, shown, state))
         return original(self, *args, **kwargs)

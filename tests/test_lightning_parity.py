@@ -404,13 +404,16 @@ MODULES: dict[str, tuple[Callable[[], tuple[Any, dict[str, Any]]], dict[str, Any
     "clipping by value": (regression, {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"}),
     "schedulers by step, epoch and monitor": (lambda: (recorded(Scheduled)(), regression()[1]), {"max_epochs": 4}),
     "schedulers while accumulating": (
-        lambda: (recorded(Scheduled)(), regression()[1]), {"max_epochs": 3, "accumulate_grad_batches": 2},
+        lambda: (recorded(Scheduled)(), regression()[1]),
+        {"max_epochs": 3, "accumulate_grad_batches": 2},
     ),
     "one cycle over the estimated steps": (
-        lambda: (recorded(OneCycle)(), regression()[1]), {"max_epochs": 3, "accumulate_grad_batches": 2},
+        lambda: (recorded(OneCycle)(), regression()[1]),
+        {"max_epochs": 3, "accumulate_grad_batches": 2},
     ),
     "two validation loaders": (
-        lambda: (recorded(TwoValidationSets)(), {"train_dataloaders": loader(), **{k: v() for k, v in TWO.items()}}), {},
+        lambda: (recorded(TwoValidationSets)(), {"train_dataloaders": loader(), **{k: v() for k, v in TWO.items()}}),
+        {},
     ),
     "nested batches": (nested, {}),
     "iterable data": (lambda: regression(train_dataloaders=DataLoader(Noise(), batch_size=4)), {}),
@@ -430,19 +433,22 @@ MODULES: dict[str, tuple[Callable[[], tuple[Any, dict[str, Any]]], dict[str, Any
     "two training loaders": (per_part, {}),
     "two training loaders, min_size": (lambda: per_part("min_size"), {}),
     "accumulation that grows": (
-        regression, {"callbacks": lambda: [GradientAccumulationScheduler({0: 1, 1: 3})], "max_epochs": 3},
+        regression,
+        {"callbacks": lambda: [GradientAccumulationScheduler({0: 1, 1: 3})], "max_epochs": 3},
     ),
     "a backbone that joins later": (
-        lambda: (recorded(TwoParts)(), regression()[1]), {"callbacks": lambda: [BackboneFinetuning(1)], "max_epochs": 3},
+        lambda: (recorded(TwoParts)(), regression()[1]),
+        {"callbacks": lambda: [BackboneFinetuning(1)], "max_epochs": 3},
     ),
     "averaged weights": (regression, {"callbacks": lambda: [EMAWeightAveraging(decay=0.8)], "max_epochs": 3}),
     "with a sanity check": (regression, {"num_sanity_val_steps": 2}),
     "torchmetrics, with a sanity check": (
-        lambda: (recorded(Digits)(), {"datamodule": DigitsData()}), {"num_sanity_val_steps": 2},
+        lambda: (recorded(Digits)(), {"datamodule": DigitsData()}),
+        {"num_sanity_val_steps": 2},
     ),
     "worker processes": (lambda: regression(train_dataloaders=workers()), {}),
     "at most so many steps": (lambda: (recorded(Training)(), no_val()), {"max_steps": 5, "max_epochs": 5}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -458,7 +464,9 @@ def test_losses_weights_and_metrics_equal_lightnings_bit_for_bit(name: str) -> N
         ours_, theirs_ = dict(getattr(ours.trainer, metrics)), dict(getattr(their_trainer, metrics))
         assert same(dict(sorted(ours_.items())), dict(sorted(theirs_.items()))), metrics
     assert {k: v for k, v in ours.trainer.progress_bar_metrics.items()} == their_trainer.progress_bar_metrics
-    states = [{str(k): v for k, v in t.optimizers[0].state_dict()["state"].items()} for t in (ours.trainer, their_trainer)]
+    states = [
+        {str(k): v for k, v in t.optimizers[0].state_dict()["state"].items()} for t in (ours.trainer, their_trainer)
+    ]
     assert same(*states)
 
 

@@ -63,7 +63,11 @@ def test_a_returned_log_dict_is_refused_with_todays_form() -> None:
         (lambda m: [{"optimizer": sgd(m), "frequency": 2}], NotImplementedError, "a form of Lightning 1"),
         (lambda m: ([o := sgd(m)], [plateau(o)]), ValueError, "needs a metric: return"),
         (lambda m: ([sgd(m)], [plateau(sgd(m))]), ValueError, "needs a metric|another|belongs to an optimizer"),
-        (lambda m: ([o := sgd(m)], [{"scheduler": steps(o), "interval": "batch"}]), ValueError, "expected 'step' or 'epoch'"),
+        (
+            lambda m: ([o := sgd(m)], [{"scheduler": steps(o), "interval": "batch"}]),
+            ValueError,
+            "expected 'step' or 'epoch'",
+        ),
         (lambda m: ([o := sgd(m)], [{"scheduler": steps(o), "freq": 1}]), ValueError, "unknown key 'freq'"),
         (lambda m: ([sgd(m)], [steps(sgd(m))]), ValueError, "belongs to an optimizer that was not returned"),
     ],
@@ -135,8 +139,10 @@ def test_options_and_data_that_do_not_fit_are_refused(
 ) -> None:
     if "resume" in options:
         plain = weft_trainer(max_epochs=1, root_dir="other", run_name="a", checkpoint=True)
-        plain.fit(weft.Problem([weft.Node(nn.Linear(1, 1), ["x"], ["y"])], [weft.objective(lambda y: y**2)]),
-                  weft.DictDataset({"x": torch.ones(4, 1)}))  # fmt: skip
+        plain.fit(
+            weft.Problem([weft.Node(nn.Linear(1, 1), ["x"], ["y"])], [weft.objective(lambda y: y**2)]),
+            weft.DictDataset({"x": torch.ones(4, 1)}),
+        )
     with pytest.raises(error, match=message):
         weft_trainer(max_epochs=1, **options).fit(line(), **{**loaders(), **given})
 

@@ -233,9 +233,15 @@ def test_without_dev_data_the_training_loss_decides_and_the_weights_are_saved() 
 def test_other_losses_are_trained_on_and_reported_under_their_own_names() -> None:
     problem = PNLP.make()
     trainer = weft.LitTrainer(
-        epochs=2, train_metric="train_f", dev_metric="dev_f", clip=None, shuffle=False, save_weights=False,
-        progress=False, custom_optimizer=lambda params: torch.optim.SGD(params, 1e-3),
-    )  # fmt: skip
+        epochs=2,
+        train_metric="train_f",
+        dev_metric="dev_f",
+        clip=None,
+        shuffle=False,
+        save_weights=False,
+        progress=False,
+        custom_optimizer=lambda params: torch.optim.SGD(params, 1e-3),
+    )
     result = trainer.fit(problem, setup_of(PNLP))
     raw = PNLP.make()
     optimizer = torch.optim.SGD(raw.parameters(), 1e-3)
@@ -428,10 +434,14 @@ def test_neuromancers_example_of_a_custom_step_runs_as_written() -> None:
 def test_a_custom_step_trains_as_the_same_step_in_raw_pytorch() -> None:
     problem, raw = PNLP.make(), PNLP.make()
     trainer = weft.LitTrainer(
-        epochs=2, shuffle=False, save_weights=False, progress=False, clip=None,
+        epochs=2,
+        shuffle=False,
+        save_weights=False,
+        progress=False,
+        clip=None,
         custom_training_step=lambda model, batch: 2.0 * model.problem(batch)[model.train_metric],
         custom_optimizer=lambda params: torch.optim.SGD(params, 1e-4),
-    )  # fmt: skip
+    )
     result = trainer.fit(problem, setup_of(PNLP))
     optimizer = torch.optim.SGD(raw.parameters(), 1e-4)
     for _ in range(2):
@@ -453,9 +463,14 @@ def test_a_step_may_take_care_of_gradients_itself() -> None:
 
     problem, raw = PNLP.make(), PNLP.make()
     trainer = weft.LitTrainer(
-        epochs=2, shuffle=False, save_weights=False, progress=False, custom_training_step=custom_training_step,
-        automatic_optimization=False, custom_optimizer=lambda params: torch.optim.SGD(params, 1e-2),
-    )  # fmt: skip
+        epochs=2,
+        shuffle=False,
+        save_weights=False,
+        progress=False,
+        custom_training_step=custom_training_step,
+        automatic_optimization=False,
+        custom_optimizer=lambda params: torch.optim.SGD(params, 1e-2),
+    )
     result = trainer.fit(problem, setup_of(PNLP))
     optimizer = torch.optim.SGD(raw.parameters(), 1e-2)
     for _ in range(2):
@@ -486,9 +501,14 @@ def test_two_optimizers_alternate_as_in_raw_pytorch() -> None:
 
     problem, raw = formulation.make(), formulation.make()
     trainer = weft.LitTrainer(
-        epochs=2, shuffle=False, save_weights=False, progress=False, custom_training_step=custom_training_step,
-        automatic_optimization=False, custom_optimizer={name: step_of(rate) for name, rate in rates.items()},
-    )  # fmt: skip
+        epochs=2,
+        shuffle=False,
+        save_weights=False,
+        progress=False,
+        custom_training_step=custom_training_step,
+        automatic_optimization=False,
+        custom_optimizer={name: step_of(rate) for name, rate in rates.items()},
+    )
     result = trainer.fit(problem, setup_of(formulation))
     parts = {"encoder": raw.nodes[0], "decoder": raw.nodes[2]}
     optimizers = [torch.optim.SGD(parts[name].parameters(), rate) for name, rate in rates.items()]
@@ -523,10 +543,16 @@ def test_two_processes_end_where_one_does(options: dict[str, Any]) -> None:
         problem = PNLP.make()
         several = {"devices": 2, "strategy": "ddp_fork", "timeout": 30} if processes == 2 else {}
         trainer = weft.LitTrainer(
-            epochs=2, accelerator="cpu", precision="64-true", seed=1, weight_name=f"of_{processes}", progress=False,
+            epochs=2,
+            accelerator="cpu",
+            precision="64-true",
+            seed=1,
+            weight_name=f"of_{processes}",
+            progress=False,
             custom_hooks={"on_train_epoch_end": lambda self: self.log("epochs", self.current_epoch)},
-            **several, **options,
-        )  # fmt: skip
+            **several,
+            **options,
+        )
         result = trainer.fit(problem, setup_of(PNLP, batch_size=16 // processes))
         assert result.history["epochs"] == [0.0, 1.0] and trainer.weights_file == Path(f"of_{processes}.ckpt")
         assert same(

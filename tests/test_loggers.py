@@ -51,7 +51,11 @@ def test_every_logged_number_is_one_row_that_pandas_reads(tmp_path: Path) -> Non
     assert frame["time"].tolist() == [1_760_000_000.123] * 3
 
 
-@given(st.dictionaries(st.text(st.characters(exclude_characters="\r"), min_size=1, max_size=8), st.floats(), min_size=1, max_size=4))
+@given(
+    st.dictionaries(
+        st.text(st.characters(exclude_characters="\r"), min_size=1, max_size=8), st.floats(), min_size=1, max_size=4
+    )
+)
 def test_names_and_values_round_trip_to_the_last_bit(tmp_path_factory: pytest.TempPathFactory, metrics: dict) -> None:
     metrics.pop("epoch", None)
     path = tmp_path_factory.mktemp("csv") / "metrics.csv"
@@ -355,7 +359,9 @@ def test_the_history_is_read_back_without_what_logging_added(tmp_path: Path) -> 
     clock, logger = Clock(), CSVLogger(tmp_path / "metrics.csv")
     trainer = drive(Logging([logger], log_every=1, clock=clock), clock)
     assert trainer.run is not None and trainer.run.result is not None
-    assert read_history(logger.path, 2) == trainer.run.result.history == {"train_loss": [1.0] * 2, "dev_loss": [2.0] * 2}
+    assert (
+        read_history(logger.path, 2) == trainer.run.result.history == {"train_loss": [1.0] * 2, "dev_loss": [2.0] * 2}
+    )
     logger.log_metrics({"dev_extra": 0.1, "epoch": 1}, 8)
     logger.save()
     extra = read_history(logger.path, 2)["dev_extra"]
@@ -400,9 +406,16 @@ def train_with_files(folder: Path, *, die_at_step: int | None = None, **options:
     rows = torch.linspace(-1, 1, 8)[:, None]
     data = weft.Data(weft.DictDataset({"p": rows}), weft.DictDataset({"p": rows}), batch_size=2)
     trainer = weft.Trainer(
-        epochs=5, seed=1, root_dir=str(folder), run_name="run", loggers=["csv", "tensorboard"], log_every=1,
-        progress=False, hooks={"on_step_start": die}, **options,
-    )  # fmt: skip
+        epochs=5,
+        seed=1,
+        root_dir=str(folder),
+        run_name="run",
+        loggers=["csv", "tensorboard"],
+        log_every=1,
+        progress=False,
+        hooks={"on_step_start": die},
+        **options,
+    )
     trainer.fit(problem, data)
 
 

@@ -172,7 +172,9 @@ def test_a_skipped_step_changes_nothing_and_is_counted(way: str, kind: str) -> N
 
 def test_the_numbers_of_a_skipped_step_are_left_out_of_the_means() -> None:
     with pytest.warns(UserWarning, match="skipped"):
-        _, result = train(Fragile({1: "loss"}), epochs=1, on_nonfinite="skip", optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+        _, result = train(
+            Fragile({1: "loss"}), epochs=1, on_nonfinite="skip", optimizer=lambda p: torch.optim.SGD(p, lr=0.0)
+        )
     problem, losses = Fragile(), []
     for i, p in enumerate(data().train.datadict["p"].split(3)):
         if i != 1:
@@ -191,7 +193,9 @@ def test_a_hundred_skipped_steps_in_a_row_are_an_error_also_over_a_resume(tmp_pa
         train(bad(), tmp_path, max_steps=60, **options)
     assert checkpoints.load(tmp_path / "run")[0]["progress"]["skipped"] == 55
     trainer_steps = {"max_steps": 1000}
-    with pytest.raises(FloatingPointError, match=r"in step 104 .*100 steps in a row"):  # 5 good ones, then the hundredth
+    with pytest.raises(
+        FloatingPointError, match=r"in step 104 .*100 steps in a row"
+    ):  # 5 good ones, then the hundredth
         train(bad(), tmp_path, **trainer_steps, **options)
 
 

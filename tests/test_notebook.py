@@ -9,8 +9,8 @@ SETUP = """
 import signal, time, torch, weft
 torch.manual_seed(0)
 before = signal.getsignal(signal.SIGINT)
-problem = weft.Problem([weft.Node(torch.nn.Linear(1, 1), ["x"], ["y"])], [weft.objective(lambda x, y: (y - x) ** 2, name="f")])
-data = weft.DictDataset({"x": torch.rand(64, 1)})
+problem = weft.Problem([weft.Node(torch.nn.Linear(1, 1), ["x"], ["y"])], [weft.objective(lambda x, y: (y - x) ** 2,
+name="f")]) data = weft.DictDataset({"x": torch.rand(64, 1)})
 steps = []
 def slow(trainer, batch, loss):
     steps.append(trainer.global_step)

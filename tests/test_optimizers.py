@@ -129,7 +129,10 @@ def test_an_optimizer_for_a_node_that_does_not_exist_is_an_error_with_a_suggesti
 
 def test_a_parameter_in_two_optimizers_is_an_error_that_names_it() -> None:
     problem = Regression()
-    twice = {"all": torch.optim.SGD(problem.parameters(), lr=0.1), "head": torch.optim.SGD(problem.head.parameters(), lr=0.1)}
+    twice = {
+        "all": torch.optim.SGD(problem.parameters(), lr=0.1),
+        "head": torch.optim.SGD(problem.head.parameters(), lr=0.1),
+    }
     with pytest.raises(ValueError, match=r"'head.weight', 'head.bias'.*belong to several optimizers"):
         fit(problem, plain(regression()), epochs=1, optimizer=twice)
 
@@ -158,7 +161,8 @@ def test_either_all_optimizers_step_or_none(breaks: bool) -> None:
     assert (problem.a.item() == 1.0, problem.b.item() == 1.0) == (breaks, breaks)
 
 
-# ------------------------------------------------------------------------------------------------------------- schedules
+# -------------------------------------------------------------------------------------------------------------
+# schedules
 
 
 def sequential(o: Any) -> Any:
@@ -250,7 +254,8 @@ def test_a_monitored_schedule_waits_in_epochs_without_validation_and_misses_a_wr
         fit(Regression(), both, epochs=7, scheduler=plateau("dev_los"), **options)
 
 
-# ----------------------------------------------------------------------------------------------------------------- LBFGS
+# -----------------------------------------------------------------------------------------------------------------
+# LBFGS
 
 
 def lbfgs(params: Any, **options: Any) -> torch.optim.LBFGS:
@@ -275,9 +280,13 @@ def test_lbfgs_evaluates_and_ends_as_in_a_loop_written_by_hand(search: str | Non
     size = rows or len(data["x"])
     batches = [{k: v[i : i + size] for k, v in data.items()} for i in range(0, len(data["x"]), size)]
     result, _ = fit(
-        ours, weft.Data(data, batch_size=rows, shuffle=False), epochs=epochs, precision="64-true",
-        optimizer=lambda p: lbfgs(p, line_search_fn=search, lr=0.5), monitor_metric="train_loss",
-    )  # fmt: skip
+        ours,
+        weft.Data(data, batch_size=rows, shuffle=False),
+        epochs=epochs,
+        precision="64-true",
+        optimizer=lambda p: lbfgs(p, line_search_fn=search, lr=0.5),
+        monitor_metric="train_loss",
+    )
     optimizer = lbfgs(theirs.parameters(), line_search_fn=search, lr=0.5)
     for _ in range(epochs):
         for batch in batches:
@@ -316,7 +325,10 @@ def test_accumulated_batches_are_one_loss_for_a_line_search() -> None:
         ({"max_iter": 50, "max_eval": 3}, "max_eval"),
         ({"max_iter": 500, "max_eval": 5000, "tolerance_grad": 1e-3, "tolerance_change": 0.0}, "tolerance_grad"),
         ({"tolerance_grad": 1e3}, "tolerance_grad"),
-        ({"max_iter": 500, "max_eval": 5000, "tolerance_grad": 0.0, "tolerance_change": 1e-5}, "tolerance_change (loss)"),
+        (
+            {"max_iter": 500, "max_eval": 5000, "tolerance_grad": 0.0, "tolerance_change": 1e-5},
+            "tolerance_change (loss)",
+        ),
         ({"tolerance_change": 1e6}, "tolerance_change (slope)"),
         ({"lr": 1e-12, "line_search_fn": None, "tolerance_change": 1e-10}, "tolerance_change (step)"),
     ],
@@ -369,9 +381,14 @@ def test_a_number_that_is_not_finite_in_a_search_gives_weights_and_search_back()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             result, trainer = fit(
-                problem, plain(regression(dtype=torch.float64)), epochs=4, precision="64-true", optimizer=lbfgs,
-                on_nonfinite="skip", hooks={"on_step_start": on_step_start, "on_step_end": on_step_end},
-            )  # fmt: skip
+                problem,
+                plain(regression(dtype=torch.float64)),
+                epochs=4,
+                precision="64-true",
+                optimizer=lbfgs,
+                on_nonfinite="skip",
+                hooks={"on_step_start": on_step_start, "on_step_end": on_step_end},
+            )
         return result.last_weights, trainer
 
     broken, trainer = run(breaks_in=2)
@@ -454,7 +471,8 @@ def test_a_closure_optimizer_beside_another_is_an_error() -> None:
         fit(Regression(), plain(regression()), epochs=1, optimizer=made)
 
 
-# ------------------------------------------------------------------------------------------------------------------- GAN
+# -------------------------------------------------------------------------------------------------------------------
+# GAN
 
 
 class Gan(nn.Module):

@@ -128,9 +128,13 @@ def test_a_scheduler_with_a_metric_steps_only_after_epochs_that_were_validated()
         lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0, threshold=0.999), monitor="dev_loss"
     )
     trainer = weft.Trainer(
-        epochs=7, validate_every=3, progress=False, scheduler=plateau, optimizer=OPTIMIZERS["sgd"],
+        epochs=7,
+        validate_every=3,
+        progress=False,
+        scheduler=plateau,
+        optimizer=OPTIMIZERS["sgd"],
         hooks={"on_epoch_start": lambda trainer: rates.append(trainer.optimizer.param_groups[0]["lr"])},
-    )  # fmt: skip
+    )
     trainer.fit(problem(), weft.Data(tensors(), tensors(20), batch_size=BATCH))
     # validated: 2, 5 and the last, 6. The first sets the best; the next are bad.
     assert rates == pytest.approx([0.05] * 6 + [0.005])

@@ -24,7 +24,10 @@ def problem() -> weft.Problem:
         weft.Node(nn.Sequential(nn.Linear(2, 4), nn.Tanh()), ["x"], ["h"], name="plant"),
         weft.Node(nn.Linear(4, 1), ["h"], ["out"], name="policy"),
     ]
-    terms = [weft.objective(lambda out, y: (out - y) ** 2, name="fit"), weft.objective(lambda h: h**2, 0.1, name="size")]
+    terms = [
+        weft.objective(lambda out, y: (out - y) ** 2, name="fit"),
+        weft.objective(lambda h: h**2, 0.1, name="size"),
+    ]
     return weft.Problem(nodes, terms)
 
 
@@ -92,8 +95,10 @@ def test_a_phase_has_its_own_schedule_and_loses_the_one_before() -> None:
 
     fit(
         [weft.Phase(epochs=3), weft.Phase(epochs=2, optimizer=sgd), weft.Phase(epochs=2, scheduler=halving)],
-        optimizer=adam, scheduler=halving, hooks=watch,
-    )  # fmt: skip
+        optimizer=adam,
+        scheduler=halving,
+        hooks=watch,
+    )
     assert rates == [0.01, 0.005, 0.0025, 0.1, 0.1, 0.1, 0.05]
 
 
@@ -115,7 +120,10 @@ def test_a_name_to_freeze_that_does_not_exist_is_an_error_with_a_suggestion() ->
 def test_a_phase_sets_weights_and_calls_its_setup_once() -> None:
     calls, seen = [], []
     watch = {"on_epoch_start": lambda t: seen.append(t.problem.terms["size"].weight.item())}
-    fit([weft.Phase(2), weft.Phase(2, weights={"size": 4.0}, setup=lambda t: calls.append(t.current_epoch))], hooks=watch)
+    fit(
+        [weft.Phase(2), weft.Phase(2, weights={"size": 4.0}, setup=lambda t: calls.append(t.current_epoch))],
+        hooks=watch,
+    )
     assert calls == [2]
     assert seen == pytest.approx([0.1, 0.1, 4.0, 4.0])
 
@@ -153,7 +161,12 @@ def test_a_phase_trains_on_its_own_data_which_a_refresh_makes_anew(every: int | 
     def note(trainer: Any, batch: Any) -> None:
         trained.append((len(batch["x"]), len(first), len(second)))
 
-    fit([weft.Phase(3), weft.Phase(5, data=drawing(12, second))], drawing(8, first, every), seed=3, hooks={"on_step_start": note})
+    fit(
+        [weft.Phase(3), weft.Phase(5, data=drawing(12, second))],
+        drawing(8, first, every),
+        seed=3,
+        hooks={"on_step_start": note},
+    )
     made = [1, 1, 2] if every else [1, 1, 1]
     assert trained == [(8, n, 0) for n in made] + [(12, made[-1], n) for n in (1, 1, 2, 2, 3)]
     drawn = first + second
@@ -224,9 +237,12 @@ def test_the_last_epoch_of_each_phase_is_validated() -> None:
 def test_a_second_fit_goes_through_the_phases_again_from_the_first_optimizer() -> None:
     phases = [weft.Phase(epochs=2, optimizer=adam), weft.Phase(epochs=2, optimizer=sgd)]
     kinds: list[str] = []
-    of, trainer = problem(), weft.Trainer(
-        phases=phases, progress=False, hooks={"on_epoch_start": lambda t: kinds.append(type(t.optimizer).__name__)}
-    )  # fmt: skip
+    of, trainer = (
+        problem(),
+        weft.Trainer(
+            phases=phases, progress=False, hooks={"on_epoch_start": lambda t: kinds.append(type(t.optimizer).__name__)}
+        ),
+    )
     data = weft.Data(points(), shuffle=False)
     trainer.fit(of, data)
     result = trainer.fit(of, data)
@@ -250,10 +266,14 @@ def test_an_interrupted_phase_is_taken_up_where_it_was_without_beginning_again()
     phases = [
         weft.Phase(epochs=2, optimizer=sgd),
         weft.Phase(
-            epochs=4, optimizer=adam, freeze=["plant"], weights={"size": 1.0}, setup=lambda t: calls.append(1),
+            epochs=4,
+            optimizer=adam,
+            freeze=["plant"],
+            weights={"size": 1.0},
+            setup=lambda t: calls.append(1),
             data=weft.Data(points(seed=4), shuffle=False),
         ),
-    ]  # fmt: skip
+    ]
 
     def adapt(trainer: Any, batch: Any, loss: Tensor) -> None:  # a weight that moves on its own
         trainer.problem.terms["size"].weight.mul_(1.5)
@@ -267,7 +287,9 @@ def test_an_interrupted_phase_is_taken_up_where_it_was_without_beginning_again()
     begun: list[float] = []
     of = problem()
     watch = {"on_epoch_start": lambda t: begun.append(t.problem.terms["size"].weight.item())}
-    trainer = weft.Trainer(phases=phases, progress=False, hooks=[{"on_step_end": adapt, "on_epoch_end": interrupt}, watch])
+    trainer = weft.Trainer(
+        phases=phases, progress=False, hooks=[{"on_step_end": adapt, "on_epoch_end": interrupt}, watch]
+    )
     trainer.monitors_by_default = False
     data = weft.Data(points(), shuffle=False)
     with pytest.raises(KeyboardInterrupt):

@@ -146,7 +146,9 @@ def test_a_phase_portrait_draws_paths_their_beginnings_and_the_target() -> None:
 def test_a_spectrum_shows_the_eigenvalues_and_the_known_ones() -> None:
     ax = plots.spectrum(torch.tensor([[0.0, -0.5], [0.5, 0.0]]), np.array([0.5j, -0.5j]), Figure().add_subplot())
     _, known, learned = ax.lines
-    assert sorted(learned.get_ydata()) == pytest.approx([-0.5, 0.5]) and list(learned.get_xdata()) == pytest.approx([0, 0])
+    assert sorted(learned.get_ydata()) == pytest.approx([-0.5, 0.5]) and list(learned.get_xdata()) == pytest.approx(
+        [0, 0]
+    )
     assert list(known.get_ydata()) == [0.5, -0.5]
     with pytest.raises(ValueError, match=r"shape \(2, 3\); expected a square one"):
         plots.spectrum(torch.zeros(2, 3))

@@ -53,7 +53,9 @@ def test_the_order_is_a_function_of_seed_and_epoch_alone() -> None:
     assert source is not None
     skipped = [tuple(b["p"].flatten().tolist()) for b in source.epoch(3, start=2)]
     assert skipped == epoch(data, 3)[2:]
-    assert [t for b in batches_of(data, "train", seed=1).epoch(3) for t in b["p"].flatten().tolist()] != sum(epoch(data, 3), ())
+    assert [t for b in batches_of(data, "train", seed=1).epoch(3) for t in b["p"].flatten().tolist()] != sum(
+        epoch(data, 3), ()
+    )
 
 
 def test_splits_keep_their_order_and_drop_last_is_kept() -> None:

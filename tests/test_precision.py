@@ -31,7 +31,9 @@ class Net(nn.Module):
 
 def trained(precision: Any, problem: nn.Module | None = None, **options: Any) -> tuple[Net, weft.FitResult]:
     problem = Net() if problem is None else problem
-    trainer = weft.Trainer(**{"epochs": 3, "precision": precision, "progress": False, "accelerator": "cpu", "seed": 0} | options)
+    trainer = weft.Trainer(
+        **{"epochs": 3, "precision": precision, "progress": False, "accelerator": "cpu", "seed": 0} | options
+    )
     result = trainer.fit(problem, weft.Data({"t": TIMES}, {"t": TIMES}, shuffle=False))
     assert isinstance(problem, Net)
     return problem, result
@@ -109,7 +111,9 @@ def adam(params: Any) -> torch.optim.Optimizer:
 @pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("inside", [False, True], ids=["loss", "gradient"])
 @pytest.mark.parametrize("clip", [None, 1.0])
-def test_a_fused_optimizer_leaves_a_bad_step_out_and_the_epoch_ends_with_the_error(inside: bool, clip: float | None) -> None:
+def test_a_fused_optimizer_leaves_a_bad_step_out_and_the_epoch_ends_with_the_error(
+    inside: bool, clip: float | None
+) -> None:
     torch.manual_seed(0)
     problem = Breaks(1, inside)
     expected = copy.deepcopy(problem)
@@ -121,7 +125,9 @@ def test_a_fused_optimizer_leaves_a_bad_step_out_and_the_epoch_ends_with_the_err
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
-def test_steps_that_are_looked_at_later_train_as_those_that_are_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_that_are_looked_at_later_train_as_those_that_are_looked_at_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     torch.manual_seed(0)
     later = Net()
     now = copy.deepcopy(later)
@@ -139,7 +145,9 @@ def test_training_stops_after_the_epoch_in_which_a_step_was_left_out() -> None:
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
-@pytest.mark.parametrize("options", [{"optimizer": lambda params: torch.optim.Adam(params, fused=False)}, {"on_nonfinite": "skip"}])
+@pytest.mark.parametrize(
+    "options", [{"optimizer": lambda params: torch.optim.Adam(params, fused=False)}, {"on_nonfinite": "skip"}]
+)
 def test_where_each_step_must_be_looked_at_it_is_said_once(options: dict[str, Any]) -> None:
     with pytest.warns(UserWarning, match="waits for the GPU in each step") as caught:
         trained("32-true", **options)

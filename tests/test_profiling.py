@@ -54,7 +54,15 @@ def test_the_simple_profile_adds_up_and_names_the_slowest_node() -> None:
     assert calls["evaluation"] == 3 and calls["data"] == 18  # a wait for each batch, one to learn that none is left
     assert found["nodes"]["filter"]["calls"] == found["nodes"]["net"]["calls"] == 30
     assert found["nodes"]["filter"]["seconds"] >= 30 * 0.002
-    for word in ("node filter", "forward", "backward", "optimizer", "evaluation", "ms/step", "slowest node is 'filter'"):
+    for word in (
+        "node filter",
+        "forward",
+        "backward",
+        "optimizer",
+        "evaluation",
+        "ms/step",
+        "slowest node is 'filter'",
+    ):
         assert word in str(profile)
 
 
@@ -111,17 +119,30 @@ def test_hooks_checkpoints_rollouts_and_line_searches_have_their_rows(tmp_path: 
     def slow_hook(trainer: Any, metrics: Any) -> None:
         time.sleep(0.002)
 
-    loop = weft.Rollout([weft.Node(nn.Linear(2, 1), ["x"], ["u"], name="policy"), weft.Node(lambda x, u: x + u, ["x", "u"], ["x"], name="plant")], 4)
+    loop = weft.Rollout(
+        [
+            weft.Node(nn.Linear(2, 1), ["x"], ["u"], name="policy"),
+            weft.Node(lambda x, u: x + u, ["x", "u"], ["x"], name="plant"),
+        ],
+        4,
+    )
     problem = weft.Problem([loop], [weft.objective(lambda x: x**2, name="f")])
     rows = weft.DictDataset({"x": torch.rand(8, 1, 2)})
     trainer = weft.Trainer(
-        epochs=2, progress=False, profiler="simple", checkpoint=True, root_dir=str(tmp_path),
-        hooks={"on_epoch_end": slow_hook}, optimizer=lambda params: torch.optim.LBFGS(params, max_iter=3),
-    )  # fmt: skip
+        epochs=2,
+        progress=False,
+        profiler="simple",
+        checkpoint=True,
+        root_dir=str(tmp_path),
+        hooks={"on_epoch_end": slow_hook},
+        optimizer=lambda params: torch.optim.LBFGS(params, max_iter=3),
+    )
     result = trainer.fit(problem, rows)
     found = result.profile.to_dict()
     assert found["parts"]["checkpoint"]["calls"] >= 2 and found["parts"]["optimizer"]["calls"] == 2
-    assert found["nodes"]["rollout.policy"]["calls"] == 4 * result.evaluations == found["nodes"]["rollout.plant"]["calls"]
+    assert (
+        found["nodes"]["rollout.policy"]["calls"] == 4 * result.evaluations == found["nodes"]["rollout.plant"]["calls"]
+    )
     assert "slow_hook" in str(result.profile) and found["parts"]["hooks"]["seconds"] >= 0.004
     assert json.loads((result.run_dir / "profile" / "profile.json").read_text()) == found  # type: ignore[operator]
     assert weft.load_result(result.run_dir).steps == 2  # type: ignore[arg-type]

@@ -26,9 +26,18 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("runs")
     torch.manual_seed(0)
     trainer = weft.Trainer(
-        epochs=12, patience=5, seed=0, accelerator="cpu", progress=False, root_dir=str(root), run_name="a", log_every=2, validate_every=2,
-        optimizer=lambda p: torch.optim.Adam(p, lr=1e-2), scheduler=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.8),
-    )  # fmt: skip
+        epochs=12,
+        patience=5,
+        seed=0,
+        accelerator="cpu",
+        progress=False,
+        root_dir=str(root),
+        run_name="a",
+        log_every=2,
+        validate_every=2,
+        optimizer=lambda p: torch.optim.Adam(p, lr=1e-2),
+        scheduler=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.8),
+    )
     trainer.fit(make_problem(), data_setup, nsim=300)
     return root / "a"
 
@@ -140,7 +149,9 @@ def test_a_run_that_is_still_going_can_be_looked_at(run_folder: Path, tmp_path: 
 
 def test_a_failed_report_costs_a_warning_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     block = {"on_epoch_start": lambda trainer: (tmp_path / "b" / "report.html").mkdir()}  # cannot be written
-    trainer = weft.Trainer(epochs=1, accelerator="cpu", progress=False, root_dir=str(tmp_path), run_name="b", hooks=block)
+    trainer = weft.Trainer(
+        epochs=1, accelerator="cpu", progress=False, root_dir=str(tmp_path), run_name="b", hooks=block
+    )
     with pytest.warns(UserWarning, match=r"No report.html was written"):
         assert trainer.fit(make_problem(), data_setup, nsim=30).stop_reason == "epochs"
 
@@ -158,12 +169,25 @@ def test_a_browser_draws_the_curves_without_a_complaint(run_folder: Path, tmp_pa
     picture.unlink(missing_ok=True)
     done = subprocess.run(
         [
-            str(chromium()), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
-            f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={log}", "--enable-logging=stderr", "--v=0",
-            "--window-size=1120,2400", f"--screenshot={picture}", f"file://{run_folder / 'report.html'}",
+            str(chromium()),
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--hide-scrollbars",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--log-net-log={log}",
+            "--enable-logging=stderr",
+            "--v=0",
+            "--window-size=1120,2400",
+            f"--screenshot={picture}",
+            f"file://{run_folder / 'report.html'}",
         ],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0 and "CONSOLE" not in done.stderr, done.stderr
     urls = set(re.findall(r'"url":"((?:https?|ftp|ws)[^"]*)"', log.read_text()))
     assert not [url for url in urls if "google" not in url and "gvt1" not in url]  # the browser itself calls home

@@ -28,7 +28,7 @@ from resuming import (
     rewrite,
     start_alike,
     summary,
-)  # fmt: skip
+)
 from weft.checkpoint import folder as checkpoints
 from weft.devices import seeding
 from weft.loggers.csv import read_rows
@@ -41,7 +41,11 @@ def undisturbed(setting: dict[str, Any], root: Path, **changes: Any) -> dict[str
 
 
 def cut_off(
-    setting: dict[str, Any], root: Path, cuts: tuple[int, ...], tamper: Callable[[Path], None] | None = None, **changes: Any
+    setting: dict[str, Any],
+    root: Path,
+    cuts: tuple[int, ...],
+    tamper: Callable[[Path], None] | None = None,
+    **changes: Any,
 ) -> dict[str, Any]:
     """The same with a crash after so many forward passes, then after so many more of the resumed run, and so on."""
     start_alike()
@@ -152,7 +156,9 @@ def forget_hook(state: dict[str, Any]) -> None:
     "forget",
     [forget_random, forget_position, forget_schedule, forget_order, forget_optimizer, forget_flag, forget_hook],
 )
-def test_leaving_out_a_part_of_the_state_would_be_noticed(forget: Callable[[dict[str, Any]], None], tmp_path: Path) -> None:
+def test_leaving_out_a_part_of_the_state_would_be_noticed(
+    forget: Callable[[dict[str, Any]], None], tmp_path: Path
+) -> None:
     setting = SETTINGS["loader, global random state"] | {"scheduler": cosine, "hooks": Average}
     expected = undisturbed(setting, tmp_path / "whole")
     assert not differences(expected, cut_off(setting, tmp_path / "good", (9,), tamper=rewrite(lambda state: None)))

@@ -209,7 +209,9 @@ def test_names_of_folders_may_hold_anything(tmp_path: Path) -> None:
         assert not differences(expected, found), (name, differences(expected, found)[:8])
 
 
-def test_a_working_directory_that_changes_does_not_split_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_working_directory_that_changes_does_not_split_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere").mkdir()
     expected = whole(tmp_path / "whole")
@@ -230,7 +232,9 @@ def test_a_disk_that_is_really_full_spares_what_is_there_and_the_run_goes_on_whe
         pytest.skip("mounting is not allowed here")
     try:
         checkpoints.save(disk / "save", 1, state_of_step(1))
-        with pytest.raises(OSError, match=r"step-000000002.ckpt could not be written: No space left .* bytes needed, \d+ free"):
+        with pytest.raises(
+            OSError, match=r"step-000000002.ckpt could not be written: No space left .* bytes needed, \d+ free"
+        ):
             checkpoints.save(disk / "save", 2, state_of_step(2, 1_000_000))
         assert checkpoints.load(disk / "save")[0]["step"] == 1 and not list((disk / "save").glob(".*"))
         expected = whole(tmp_path / "whole")
@@ -282,12 +286,18 @@ def test_a_save_while_averages_stand_in_the_problem_keeps_the_trained_weights(fo
     assert bool(differences(expected, averaging_loop(tmp_path / "cut"))) == forgets
 
 
-def test_a_save_that_a_hook_asks_for_is_there_after_the_update_in_a_loop_over_batches_of_ones_own(tmp_path: Path) -> None:
+def test_a_save_that_a_hook_asks_for_is_there_after_the_update_in_a_loop_over_batches_of_ones_own(
+    tmp_path: Path,
+) -> None:
     asked: list[Path] = []
     trainer = weft.Trainer(
-        epochs=1, progress=False, root_dir=str(tmp_path), run_name="run", checkpoint={"every_n_epochs": 100},
+        epochs=1,
+        progress=False,
+        root_dir=str(tmp_path),
+        run_name="run",
+        checkpoint={"every_n_epochs": 100},
         hooks={"on_step_end": lambda trainer, *_: asked.append(trainer.run.save())},
-    )  # fmt: skip
+    )
     with trainer.start(plain_problem(), plain_data()) as run:
         for _ in run.epochs():
             for number, batch in enumerate(list(run.batches_of("train"))):
@@ -318,7 +328,9 @@ def test_a_save_that_a_hook_asks_for_after_a_step_waits_for_the_hooks_after_it(t
     assert not differences(expected, summary(tmp_path / "cut", *fit(tmp_path / "cut", setting, every=100)))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it interrupts what comes after the save
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # it interrupts what comes after the save
 @pytest.mark.parametrize("background", [False, True])
 def test_ctrl_c_pressed_over_and_over_during_a_save_does_not_damage_it(background: bool, tmp_path: Path) -> None:
     """A signal at every fifth call of the operating system, from the first one on."""
@@ -391,5 +403,7 @@ def test_a_change_of_what_modules_keep_is_noticed_and_what_cannot_be_written_hol
     found = changed_attributes(problem, before)
     assert found == {"table": problem.table, "mixed": problem.mixed}
     assert found["table"] is not problem.table and found["mixed"]["a"][2] is not True
-    weft.Trainer(epochs=1, progress=False, root_dir=str(tmp_path), run_name="run", checkpoint=True).fit(problem, plain_data())
+    weft.Trainer(epochs=1, progress=False, root_dir=str(tmp_path), run_name="run", checkpoint=True).fit(
+        problem, plain_data()
+    )
     assert checkpoints.load(tmp_path / "run" / "checkpoints")[0]["module_state"] == {}

@@ -98,10 +98,16 @@ class Life(RuleBasedStateMachine):
         self.net = net()
         problem = weft.Problem([weft.Node(self.net, ["p"], ["x"])], [weft.objective(loss_of, name="f")])
         trainer = weft.Trainer(
-            epochs=STEPS, seed=SEED, progress=False, root_dir=str(self.folder), run_name="run", checkpoint=self.how,
-            optimizer=lambda p: torch.optim.AdamW(p, lr=0.02), resume=resume,
+            epochs=STEPS,
+            seed=SEED,
+            progress=False,
+            root_dir=str(self.folder),
+            run_name="run",
+            checkpoint=self.how,
+            optimizer=lambda p: torch.optim.AdamW(p, lr=0.02),
+            resume=resume,
             scheduler=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9),
-        )  # fmt: skip
+        )
         self.run = trainer.start(problem, weft.Data({"p": P}, {"p": DEV}, batch_size={"train": SIZE, "dev": 6}))
         self.run.__enter__()
         self.steps = self.loop(self.run)

@@ -50,7 +50,7 @@ from weft.hooks.gradients import GradientNorms
         (shard_all, 51, {"clip": 0.1}),
     ],
     ids=["uneven", "clipped by norm, empty share", "clipped by value", "all, empty share", "all, clipped"],
-)  # fmt: skip
+)
 def test_two_processes_in_shards_end_where_one_does_with_doubled_batches(
     parallelize: Callable, rows: int, changed: dict[str, Any]
 ) -> None:
@@ -127,7 +127,10 @@ def call_layers_often(given: dict[str, Any], batch: int) -> Any:
     """A closed loop, in which each layer of a policy is called ten times before backward."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 1)).double()
-    loop = [weft.Node(net, ["x"], ["u"], name="policy"), weft.Node(lambda x, u: 1.1 * x + 0.5 * u, ["x", "u"], ["x"], name="plant")]
+    loop = [
+        weft.Node(net, ["x"], ["u"], name="policy"),
+        weft.Node(lambda x, u: 1.1 * x + 0.5 * u, ["x", "u"], ["x"], name="plant"),
+    ]
     problem = weft.Problem([weft.Rollout(loop, steps=10)], objectives=[weft.objective(lambda x: x**2, name="f")])
     data = weft.Data({"x": points(51)["x"][:, None, :1]}, {"x": points(13, 1)["x"][:, None, :1]}, batch_size=batch)
     result = weft.Trainer(**given).fit(problem, data)
@@ -155,9 +158,16 @@ def test_processes_that_split_the_layers_end_where_one_does() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")  # of torch 2.13: in-place operations on views
-def test_four_processes_that_split_layers_and_shard_the_pieces_end_where_one_does_and_are_resumed(tmp_path: Path) -> None:
+def test_four_processes_that_split_layers_and_shard_the_pieces_end_where_one_does_and_are_resumed(
+    tmp_path: Path,
+) -> None:
     def run(given: dict[str, Any], resume: str | None = None) -> Any:
-        folder = {"root_dir": str(tmp_path), "run_name": "run", "checkpoint": {"every_n_epochs": 1, "keep": 9}, "resume": resume}
+        folder = {
+            "root_dir": str(tmp_path),
+            "run_name": "run",
+            "checkpoint": {"every_n_epochs": 1, "keep": 9},
+            "resume": resume,
+        }
         return train({**given, **folder}, 51, 8, 8)
 
     given = in_shards(split_and_shard, data=2, world=4, clip=0.1)
@@ -173,7 +183,9 @@ def test_fsdp_shards_the_nodes_of_a_problem(kind: str) -> None:
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).double()
         node = weft.Node(net, ["x"], ["y"], name="net")
-        problem = weft.Problem([node], objectives=[weft.objective(lambda y, x: (y - x.sum(1, keepdim=True)) ** 2, name="f")])
+        problem = weft.Problem(
+            [node], objectives=[weft.objective(lambda y, x: (y - x.sum(1, keepdim=True)) ** 2, name="f")]
+        )
         sharded = []
         hooks = {"on_fit_start": lambda trainer: sharded.extend(hasattr(p, "to_local") for p in problem.parameters())}
         trainer = weft.Trainer(**options(strategy=strategy, devices=devices, hooks=hooks))
@@ -205,7 +217,9 @@ if not torch.distributed.get_rank():
 def by_script(folder: Path, accelerator: str) -> dict[str, Tensor]:
     """What a plain script, which starts its second process itself, ends with."""
     tests, source = Path(__file__).parent, Path(weft.__file__).parents[1]
-    (folder / "script.py").write_text(SCRIPT.replace("TESTS", repr(str(tests))).replace("ACCELERATOR", repr(accelerator)))
+    (folder / "script.py").write_text(
+        SCRIPT.replace("TESTS", repr(str(tests))).replace("ACCELERATOR", repr(accelerator))
+    )
     command = [sys.executable, str(folder / "script.py"), str(folder / "weights")]
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": str(source)}, capture_output=True, text=True, timeout=300, check=False
@@ -283,7 +297,9 @@ def test_a_lit_trainer_writes_whole_weights(tmp_path: Path) -> None:
     def fit() -> dict[str, Tensor]:
         problem = start()
         given = {name: value for name, value in in_shards().items() if name in ("devices", "strategy", "accelerator")}
-        trainer = weft.LitTrainer(epochs=2, weight_path=str(tmp_path), weight_name="best", custom_optimizer=adam, **given)
+        trainer = weft.LitTrainer(
+            epochs=2, weight_path=str(tmp_path), weight_name="best", custom_optimizer=adam, **given
+        )
         trainer.fit(problem, lambda: (points(51), points(13, 1), None, 8))
         return state(problem)
 

@@ -122,8 +122,14 @@ def test_two_processes_that_hold_everything_go_on_from_shards(tmp_path: Path) ->
     in_two(fit, in_shards(shard_all, **given), tmp_path / "cut")
 
     def whole() -> Any:
-        with pytest.warns(UserWarning, match="Changed since: .*strategy") if os.environ["RANK"] == "0" else pytest.warns():
-            return fit(options(epochs=4, strategy="ddp", devices=2, timeout=20, checkpoint=True), tmp_path / "cut", "last")
+        with (
+            pytest.warns(UserWarning, match="Changed since: .*strategy")
+            if os.environ["RANK"] == "0"
+            else pytest.warns()
+        ):
+            return fit(
+                options(epochs=4, strategy="ddp", devices=2, timeout=20, checkpoint=True), tmp_path / "cut", "last"
+            )
 
     for name, value in in_two(whole)[0][0].items():
         torch.testing.assert_close(value, straight[0][0][name], rtol=0, atol=1e-10)
@@ -218,7 +224,9 @@ def test_metadata_that_would_run_code_runs_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "harm").exists()
 
 
-@pytest.mark.parametrize("value", [os.system, eval, pickle.loads, torch.load, Path.unlink, torch.nn.Linear, print, getattr])
+@pytest.mark.parametrize(
+    "value", [os.system, eval, pickle.loads, torch.load, Path.unlink, torch.nn.Linear, print, getattr]
+)
 def test_metadata_may_name_no_other_function_or_class(value: Any, tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(pickle.dumps({"x": value}))
     with pytest.raises(CheckpointError, match="cannot be loaded safely: it holds"):
@@ -251,7 +259,11 @@ def test_a_folder_that_torch_wrote_gives_its_weights(tmp_path: Path) -> None:
 def test_a_kill_while_saving_leaves_the_checkpoint_before(where: str, tmp_path: Path, monkeypatch: Any) -> None:
     def killed() -> None:
         count = 0
-        target, name = {"save": (state_dict_saver, "save"), "_commit": (shardfiles, "_commit"), "replace": (os, "replace")}[where]
+        target, name = {
+            "save": (state_dict_saver, "save"),
+            "_commit": (shardfiles, "_commit"),
+            "replace": (os, "replace"),
+        }[where]
         real = getattr(target, name)
 
         def dies(*args: Any, **kwargs: Any) -> Any:
@@ -278,8 +290,12 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(where: str, tmp_path: 
     assert not [path.name for path in folder.iterdir() if path.suffix == ".tmp"]
 
 
-@pytest.mark.parametrize("exchange", [shardfiles._exchange, lambda one, other: False], ids=["at one instant", "in two steps"])
-def test_a_step_that_is_saved_again_replaces_what_was_there(exchange: Callable, tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(
+    "exchange", [shardfiles._exchange, lambda one, other: False], ids=["at one instant", "in two steps"]
+)
+def test_a_step_that_is_saved_again_replaces_what_was_there(
+    exchange: Callable, tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(shardfiles, "_exchange", exchange)
     path = tmp_path / "step-000000001.ckpt"
     for number in (1, 2):
@@ -325,7 +341,9 @@ def test_a_process_that_fails_ends_both_and_leaves_the_last_checkpoint(kind: str
         given = in_shards(checkpoint={"every_n_steps": 2}, hooks={"on_step_end": trouble}) | {"timeout": 3}
         fit(given, tmp_path / "run")
 
-    error, message = (ValueError, "this is the cause") if kind == "raise" else (RuntimeError, "lost contact|Connection|timed out")
+    error, message = (
+        (ValueError, "this is the cause") if kind == "raise" else (RuntimeError, "lost contact|Connection|timed out")
+    )
     with pytest.raises(error, match=message) as raised:
         in_two(fails)
     if kind == "raise":

@@ -43,7 +43,9 @@ def handlers_are_put_back() -> Iterator[None]:
 
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
-def test_a_signal_stops_after_the_step_saves_and_is_resumed_bitwise(name: str, background: bool, tmp_path: Path) -> None:
+def test_a_signal_stops_after_the_step_saves_and_is_resumed_bitwise(
+    name: str, background: bool, tmp_path: Path
+) -> None:
     setting: dict[str, Any] = {"checkpoint": lambda: {"background": background}}
     expected = summary(tmp_path / "whole", *fit(tmp_path / "whole", setting, every=100))
     torch.manual_seed(1)
@@ -127,7 +129,9 @@ def test_a_second_ctrl_c_during_the_save_does_not_damage_it(tmp_path: Path) -> N
         root, moments = tmp_path / str(number), [0]
 
         def profile(frame: Any, event: str, function: Any, number: int = number, moments: list[int] = moments) -> None:
-            is_open = bool(moments[0]) or (getattr(function, "__name__", "") == "open" and "weft" in frame.f_code.co_filename)
+            is_open = bool(moments[0]) or (
+                getattr(function, "__name__", "") == "open" and "weft" in frame.f_code.co_filename
+            )
             if is_open and getattr(function, "__name__", "") in IO_CALLS:
                 moments[0] += 1
                 if moments[0] == number:
@@ -157,19 +161,25 @@ def test_sigterm_goes_before_ctrl_c(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_slurm_puts_the_job_back_after_it_was_saved(fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_puts_the_job_back_after_it_was_saved(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "bin").mkdir()
     script = tmp_path / "bin/scontrol"
-    script.write_text(f"#!/bin/sh\necho \"$@\" >> {tmp_path}/calls\nls {tmp_path}/run/checkpoints >> {tmp_path}/calls\n" + (
-        "echo 'slurm_requeue error: Requeue disabled' >&2; exit 1\n" if fails else ""
-    ))  # fmt: skip
+    script.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nls {tmp_path}/run/checkpoints >> {tmp_path}/calls\n'
+        + ("echo 'slurm_requeue error: Requeue disabled' >&2; exit 1\n" if fails else "")
+    )
     script.chmod(0o755)
     with monkeypatch.context() as environment:
         environment.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
         environment.setenv("SLURM_JOB_ID", "4711")
         FUSE.set(4, send("SIGUSR1"))
         if fails:
-            with pytest.raises(SystemExit), pytest.warns(UserWarning, match="4711 was not requeued: .*Requeue disabled"):
+            with (
+                pytest.raises(SystemExit),
+                pytest.warns(UserWarning, match="4711 was not requeued: .*Requeue disabled"),
+            ):
                 fit(tmp_path, {}, every=100)
         else:
             with pytest.raises(SystemExit):

@@ -20,7 +20,9 @@ import torch
 import weft
 from browser import CHROMIUM, Browser
 
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian's package chromium), which is not installed")
+needs_chromium = pytest.mark.skipif(
+    CHROMIUM is None, reason="needs Chromium (Debian's package chromium), which is not installed"
+)
 
 
 def train(root: Path, name: str, **options: Any) -> weft.FitResult:
@@ -31,7 +33,14 @@ def train(root: Path, name: str, **options: Any) -> weft.FitResult:
         [weft.less_equal("y", 1.0, weight=10.0, name="limit")],
     )
     data = weft.DictDataset({"x": torch.linspace(0, 1, 40)[:, None]})
-    settings = {"epochs": 4, "seed": 0, "progress": False, "root_dir": str(root), "run_name": name, "loggers": "tensorboard"}
+    settings = {
+        "epochs": 4,
+        "seed": 0,
+        "progress": False,
+        "root_dir": str(root),
+        "run_name": name,
+        "loggers": "tensorboard",
+    }
     return weft.Trainer(**{**settings, **options}).fit(problem, weft.Data(data, data, batch_size=10))
 
 
@@ -47,7 +56,11 @@ def picture(trainer: Any) -> Any:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, weft.FitResult]]:
     """Two runs with everything that TensorBoard can show, one of them profiled."""
     root = tmp_path_factory.mktemp("runs")
-    extras = [weft.hooks.Figures({"line": picture}, every=2), weft.hooks.WeightHistograms(gradients=True), weft.hooks.GradientNorms()]
+    extras = [
+        weft.hooks.Figures({"line": picture}, every=2),
+        weft.hooks.WeightHistograms(gradients=True),
+        weft.hooks.GradientNorms(),
+    ]
     profiler = weft.hooks.PyTorchProfiler(wait=1, warmup=1, active=2)
     return root, {"a": train(root, "a", hooks=extras), "b": train(root, "b", clip=1.0, profiler=profiler)}
 
@@ -59,9 +72,21 @@ def server(runs: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(runs[0]), "--host", "127.0.0.1", "--port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "tensorboard.main",
+        "--logdir",
+        str(runs[0]),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     with log.open("w") as stream:
-        process = subprocess.Popen([*command, "--load_fast", "false", "--reload_interval", "1"], stdout=stream, stderr=stream)
+        process = subprocess.Popen(
+            [*command, "--load_fast", "false", "--reload_interval", "1"], stdout=stream, stderr=stream
+        )
     address = f"http://127.0.0.1:{port}"
     try:
         wait_for(lambda: get(address + "/data/plugin/scalars/tags").keys() >= {"a", "b"}, process, log)
@@ -86,14 +111,23 @@ def wait_for(condition: Any, process: subprocess.Popen, log: Path, seconds: floa
 
 
 def get(address: str, **query: str) -> Any:
-    with urllib.request.urlopen(f"{address}?{urllib.parse.urlencode(query)}" if query else address, timeout=20) as answer:
+    with urllib.request.urlopen(
+        f"{address}?{urllib.parse.urlencode(query)}" if query else address, timeout=20
+    ) as answer:
         return json.loads(answer.read())
 
 
-def test_the_server_lists_runs_tags_and_the_values_of_the_history(runs: tuple[Path, dict[str, Any]], server: str) -> None:
+def test_the_server_lists_runs_tags_and_the_values_of_the_history(
+    runs: tuple[Path, dict[str, Any]], server: str
+) -> None:
     tags = get(server + "/data/plugin/scalars/tags")
     expected = {"loss/train", "loss/dev", "fit/train", "limit_violation/dev", "lr", "steps_per_second", "epoch"}
-    assert set(tags) == {"a", "b"} and expected <= set(tags["a"]) and "grad_norm" in tags["a"] and "grad_norm" not in tags["b"]
+    assert (
+        set(tags) == {"a", "b"}
+        and expected <= set(tags["a"])
+        and "grad_norm" in tags["a"]
+        and "grad_norm" not in tags["b"]
+    )
     for run, result in runs[1].items():
         points = get(server + "/data/plugin/scalars/scalars", run=run, tag="loss/dev")
         assert [step for _, step, _ in points] == [4, 8, 12, 16]
@@ -118,11 +152,20 @@ def hparams(server: str) -> dict[str, Any]:
     request = urllib.request.Request(
         server + "/data/plugin/hparams/session_groups",
         json.dumps(
-            {"experimentName": "", "allowedStatuses": ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"],
-             "colParams": [{"hparam": "epochs", "includeInResult": True}, {"hparam": "clip", "includeInResult": True}, {"metric": {"group": "", "tag": "final/best_metric"}, "includeInResult": True}], "startIndex": 0, "sliceSize": 10}
+            {
+                "experimentName": "",
+                "allowedStatuses": ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"],
+                "colParams": [
+                    {"hparam": "epochs", "includeInResult": True},
+                    {"hparam": "clip", "includeInResult": True},
+                    {"metric": {"group": "", "tag": "final/best_metric"}, "includeInResult": True},
+                ],
+                "startIndex": 0,
+                "sliceSize": 10,
+            }
         ).encode(),
         {"Content-Type": "application/json"},
-    )  # fmt: skip
+    )
     with urllib.request.urlopen(request, timeout=20) as answer:
         groups = json.loads(answer.read())["sessionGroups"]
     return {group["sessions"][0]["name"]: group for group in groups}

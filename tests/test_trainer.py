@@ -187,9 +187,14 @@ def test_limit_batches_limits_each_split() -> None:
 def test_fast_dev_run_is_one_epoch_of_few_batches_that_leaves_nothing_behind(batches: Any, tmp_path: Path) -> None:
     module = problem()
     trainer = weft.Trainer(
-        epochs=50, fast_dev_run=batches, progress=False, root_dir=str(tmp_path / "runs"), checkpoint=True,
-        loggers=["csv", "tensorboard"], patience=3,
-    )  # fmt: skip
+        epochs=50,
+        fast_dev_run=batches,
+        progress=False,
+        root_dir=str(tmp_path / "runs"),
+        checkpoint=True,
+        loggers=["csv", "tensorboard"],
+        patience=3,
+    )
     result = trainer.fit(module, weft.Data(tensors(), tensors(), batch_size=BATCH))
     assert (result.epochs, result.steps) == (1, int(batches))
     assert list(tmp_path.iterdir()) == []
@@ -306,13 +311,24 @@ def test_a_phase_may_change_data_weights_and_anything_else_and_ends_by_its_own_p
     )
     phases = [
         weft.Phase(epochs=50, patience=2),
-        weft.Phase(epochs=2, data=weft.Data(tensors(12)), weights={"fit": 3.0}, patience=99,
-                   setup=lambda trainer: setattr(trainer, "note", "second")),
-    ]  # fmt: skip
+        weft.Phase(
+            epochs=2,
+            data=weft.Data(tensors(12)),
+            weights={"fit": 3.0},
+            patience=99,
+            setup=lambda trainer: setattr(trainer, "note", "second"),
+        ),
+    ]
     trainer = weft.Trainer(
-        phases=phases, progress=False, monitor_metric="bad", optimizer=SGD,
-        hooks=[{"on_step_end": note}, {"on_step_start": lambda trainer, batch: trainer.log("bad", trainer.current_epoch)}],
-    )  # fmt: skip
+        phases=phases,
+        progress=False,
+        monitor_metric="bad",
+        optimizer=SGD,
+        hooks=[
+            {"on_step_end": note},
+            {"on_step_start": lambda trainer, batch: trainer.log("bad", trainer.current_epoch)},
+        ],
+    )
     result = trainer.fit(module, weft.Data(tensors(24)))
     assert [s[:2] for s in seen] == [(0, 24), (1, 24), (2, 24), (3, 12), (4, 12)]
     assert [s[2] for s in seen] == [1.0, 1.0, 1.0, 3.0, 3.0]
@@ -347,17 +363,31 @@ def test_hooks_fire_exactly_this_often() -> None:
             return events
 
     events = [
-        "on_fit_start", "on_epoch_start", "on_step_start", "on_before_optimizer_step", "on_step_end",
-        "on_validation_start", "on_validation_end", "on_epoch_end", "on_fit_end", "on_exception",
-    ]  # fmt: skip
+        "on_fit_start",
+        "on_epoch_start",
+        "on_step_start",
+        "on_before_optimizer_step",
+        "on_step_end",
+        "on_validation_start",
+        "on_validation_end",
+        "on_epoch_end",
+        "on_fit_end",
+        "on_exception",
+    ]
     trainer = weft.Trainer(epochs=EPOCHS, progress=False, validate_every=2, accumulate=2, hooks=Counter())
     trainer.fit(module, weft.Data(tensors(), tensors(20), batch_size=BATCH))
     steps = EPOCHS * math.ceil(batches / 2)
     assert counts == {
-        "on_fit_start": 1, "on_epoch_start": EPOCHS, "on_step_start": steps, "on_before_optimizer_step": steps,
-        "on_step_end": steps, "on_validation_start": EPOCHS // 2, "on_validation_end": EPOCHS // 2,
-        "on_epoch_end": EPOCHS, "on_fit_end": 1,
-    }  # fmt: skip
+        "on_fit_start": 1,
+        "on_epoch_start": EPOCHS,
+        "on_step_start": steps,
+        "on_before_optimizer_step": steps,
+        "on_step_end": steps,
+        "on_validation_start": EPOCHS // 2,
+        "on_validation_end": EPOCHS // 2,
+        "on_epoch_end": EPOCHS,
+        "on_fit_end": 1,
+    }
     assert forwards == {"train": EPOCHS * batches, "dev": EPOCHS // 2 * dev_batches}  # no dry runs
     before = dict(counts)
     trainer.validate()
@@ -537,10 +567,15 @@ def test_validate_and_test_give_the_means_of_the_history_under_its_names() -> No
         exact = {n: module({**tensors(n), "name": "test"})["test_loss"].item() for n in (30, 40)}
     assert trainer.test() == {"test_loss": pytest.approx(exact[30], rel=1e-6)}
     others = [tensors(40), weft.DictDataset(tensors(40)), weft.Data(None, None, tensors(40), batch_size=7)]
-    others += [DataLoader(weft.DictDataset(tensors(40)), 7), [{k: v[i : i + 8] for k, v in tensors(40).items()} for i in range(0, 40, 8)]]
+    others += [
+        DataLoader(weft.DictDataset(tensors(40)), 7),
+        [{k: v[i : i + 8] for k, v in tensors(40).items()} for i in range(0, 40, 8)],
+    ]
     for other in others:
         assert trainer.test(other) == {"test_loss": pytest.approx(exact[40], rel=1e-6)}
-    assert trainer.test(lambda n: (None, None, tensors(n), 9), n=40) == {"test_loss": pytest.approx(exact[40], rel=1e-6)}
+    assert trainer.test(lambda n: (None, None, tensors(n), 9), n=40) == {
+        "test_loss": pytest.approx(exact[40], rel=1e-6)
+    }
     assert trainer.test() == {"test_loss": pytest.approx(exact[30], rel=1e-6)}  # the data of the fit are still there
     fresh = weft.Trainer(progress=False)
     assert fresh.test(tensors(40), problem=module) == {"test_loss": pytest.approx(exact[40], rel=1e-6)}
@@ -622,7 +657,12 @@ def test_metrics_of_ones_own_are_functions_of_outputs_and_data() -> None:
         exact = (module.net(dev["x"]) - dev["t"]).abs().mean().item()
     assert trainer.validate()["dev_mae"] == pytest.approx(exact, rel=1e-6)
     assert result.history["train_loss_twice"] == pytest.approx([2 * v for v in result.history["train_loss"]], rel=1e-6)
-    bare = weft.Trainer(epochs=1, progress=False, metrics={"rows": lambda x: len(x)}, training_step=lambda t, b: t.problem(b)["train_loss"])
+    bare = weft.Trainer(
+        epochs=1,
+        progress=False,
+        metrics={"rows": lambda x: len(x)},
+        training_step=lambda t, b: t.problem(b)["train_loss"],
+    )
     assert bare.fit(problem(), tensors()).history["train_rows"] == [70.0]
 
 

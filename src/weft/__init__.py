@@ -1,7 +1,7 @@
 """weft: trains scientific machine-learning problems in an explicit loop on Lightning Fabric.
 
-    problem = weft.Problem([weft.Node(net, ["p"], ["x"])], objectives=[weft.objective(lambda x, p: (x - p) ** 2, name="f")])
-    result = weft.Trainer(epochs=100).fit(problem, weft.DictDataset({"p": p}), weft.DictDataset({"p": p_dev}))
+problem = weft.Problem([weft.Node(net, ["p"], ["x"])], objectives=[weft.objective(lambda x, p: (x - p) ** 2, name="f")])
+result = weft.Trainer(epochs=100).fit(problem, weft.DictDataset({"p": p}), weft.DictDataset({"p": p_dev}))
 """
 
 from importlib import import_module

@@ -18,9 +18,19 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from weft.types import suggest
 
 Precision = Literal[
-    "32-true", "64-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true",
-    "transformer-engine", "transformer-engine-float16", "16", "bf16", "32", "64",
-]  # fmt: skip
+    "32-true",
+    "64-true",
+    "16-mixed",
+    "bf16-mixed",
+    "16-true",
+    "bf16-true",
+    "transformer-engine",
+    "transformer-engine-float16",
+    "16",
+    "bf16",
+    "32",
+    "64",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,16 +197,38 @@ class DataConfig:
 
 
 _AT_LEAST = {
-    "epochs": 0, "min_epochs": 0, "max_steps": 0, "patience": 1, "min_delta": 0, "warmup": 0, "accumulate": 1,
-    "validate_every": 1, "num_nodes": 1, "seed": 0, "log_every": 1, "fast_dev_run": 0,
-    "every_n_steps": 1, "every_n_epochs": 1, "keep": 2, "batch_size": 1, "num_workers": 0, "refresh_every": 1,
-    "trials": 1, "workers": 1, "max_failures": 0,
-}  # fmt: skip
+    "epochs": 0,
+    "min_epochs": 0,
+    "max_steps": 0,
+    "patience": 1,
+    "min_delta": 0,
+    "warmup": 0,
+    "accumulate": 1,
+    "validate_every": 1,
+    "num_nodes": 1,
+    "seed": 0,
+    "log_every": 1,
+    "fast_dev_run": 0,
+    "every_n_steps": 1,
+    "every_n_epochs": 1,
+    "keep": 2,
+    "batch_size": 1,
+    "num_workers": 0,
+    "refresh_every": 1,
+    "trials": 1,
+    "workers": 1,
+    "max_failures": 0,
+}
 _POSITIVE = {"max_time", "clip", "timeout", "every_n_seconds"}
 _WORDS = {
-    int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a dict", list: "a list",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    dict: "a dict",
+    list: "a list",
     type(None): "nothing (null)",
-}  # fmt: skip
+}
 
 
 def build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:

@@ -96,10 +96,15 @@ def compare(trainer: weft.Trainer, num_points: int = 200) -> dict[str, np.ndarra
     x = trainer.predict({"a": a, "p": p})["x"]
     best = torch.tensor(np.array([true_optimum(*point) for point in torch.cat([a, p], 1).double().tolist()]))
     return {
-        "a": a[:, 0].numpy(), "p": p[:, 0].numpy(), "x": x.numpy(), "x_true": best.numpy(),
-        "f": rosenbrock(x, a)[:, 0].numpy(), "f_true": rosenbrock(best, a.double())[:, 0].numpy(),
-        "violation": violation(x, p).numpy(), "violation_true": violation(best, p.double()).numpy(),
-    }  # fmt: skip
+        "a": a[:, 0].numpy(),
+        "p": p[:, 0].numpy(),
+        "x": x.numpy(),
+        "x_true": best.numpy(),
+        "f": rosenbrock(x, a)[:, 0].numpy(),
+        "f_true": rosenbrock(best, a.double())[:, 0].numpy(),
+        "violation": violation(x, p).numpy(),
+        "violation_true": violation(best, p.double()).numpy(),
+    }
 
 
 def violation(x: Tensor, p: Tensor) -> Tensor:
@@ -115,10 +120,15 @@ def main(epochs: int = 400, root_dir: str = "runs", progress: Any = "auto", **se
     problem = make_problem()
     print(problem.describe(), "\n")
     trainer = weft.Trainer(
-        epochs=epochs, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True),
+        epochs=epochs,
+        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True),
         scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs),
-        seed=0, root_dir=root_dir, run_name="demo", loggers="tensorboard", progress=progress,
-    )  # fmt: skip
+        seed=0,
+        root_dir=root_dir,
+        run_name="demo",
+        loggers="tensorboard",
+        progress=progress,
+    )
     result = trainer.fit(problem, data_setup, **setup)
     print(result)
     began = time.perf_counter()
@@ -167,9 +177,13 @@ def _solution_maps(trainer: weft.Trainer, path: Path) -> None:
 
 def _solution_map(trainer: weft.Trainer, ax: Axes, a: float, p: float) -> None:
     weft.plot.solution_map(
-        lambda x, y: (1 - x) ** 2 + a * (y - x**2) ** 2 + 1e-3, (-0.5, 2.0), (-1.2, 1.5), ax, log=True,
+        lambda x, y: (1 - x) ** 2 + a * (y - x**2) ** 2 + 1e-3,
+        (-0.5, 2.0),
+        (-1.2, 1.5),
+        ax,
+        log=True,
         labels=("$x_0$", "$x_1$", "objective"),
-    )  # fmt: skip
+    )
     x, y = np.meshgrid(np.linspace(-0.5, 2.0, 301), np.linspace(-1.2, 1.5, 301))
     infeasible = (y > x) | (x**2 + y**2 < (p / 2) ** 2) | (x**2 + y**2 > p**2)
     ax.contourf(x, y, infeasible.astype(float), levels=[0.5, 1.5], colors="white", alpha=0.55)

@@ -1,10 +1,10 @@
 """What happens when: the training loop as pseudocode, and the hooks that listen to it.
 
-    class PrintLoss(weft.Hook):
-        def on_epoch_end(self, trainer, metrics):
-            print(trainer.current_epoch, metrics["train_loss"])
+class PrintLoss(weft.Hook):
+    def on_epoch_end(self, trainer, metrics):
+        print(trainer.current_epoch, metrics["train_loss"])
 
-    weft.Trainer(hooks=[PrintLoss(), {"on_step_end": lambda trainer, batch, loss: ...}])
+weft.Trainer(hooks=[PrintLoss(), {"on_step_end": lambda trainer, batch, loss: ...}])
 """
 
 from __future__ import annotations

@@ -129,8 +129,8 @@ def _plain_tensor(tensor: Tensor, where: str, clone: bool) -> Tensor:
 def write(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """Write `state` to `path` so that, whatever happens, the old or the new file is there whole.
 
-    Raises TypeError, naming the key, for what could not be loaded safely (see `plain`), and OSError, naming the path and
-    the bytes needed, if the disk fails; then an older file at `path` is unchanged. Missing folders are made.
+    Raises TypeError, naming the key, for what could not be loaded safely (see `plain`), and OSError, naming the path
+    and the bytes needed, if the disk fails; then an older file at `path` is unchanged. Missing folders are made.
     """
     path = local(path)
     data = _serialised(plain(state), path)
@@ -273,4 +273,3 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(handle)
-

@@ -4,8 +4,9 @@
     state, path = checkpoint.load(folder)                   # the newest that is whole
     problem = checkpoint.load_weights(problem, run_folder)  # the best weights of a run
 
-A checkpoint is a dict of tensors and plain values in torch's own zip format: `torch.load(path, weights_only=True)` reads
-it, here and anywhere. `last` and `best` are text files that hold a file name; they move once the new file is verified.
+A checkpoint is a dict of tensors and plain values in torch's own zip format: `torch.load(path, weights_only=True)`
+reads it, here and anywhere. `last` and `best` are text files that hold a file name; they move once the new file is
+verified.
 
 A file with a higher step than `last` belongs to a future that was given up (a run resumed from an older checkpoint):
 it comes after all others when one is looked for, and it is the first to be deleted.
@@ -32,31 +33,55 @@ STEP_FILE = re.compile(r"step-(\d{9,})\.ckpt")
 TEMPORARY_FILE = re.compile(r"\..+\.(\d+)-\d+@(.+)\.tmp")
 
 __all__ = [
-    "BackgroundWriter", "CheckpointError", "Snapshot", "clean", "find", "latest", "load", "load_into", "load_weights",
-    "plain", "random_state", "read", "save", "save_weights", "set_last", "set_random_state", "state_of", "step_path", "write",
-]  # fmt: skip
+    "BackgroundWriter",
+    "CheckpointError",
+    "Snapshot",
+    "clean",
+    "find",
+    "latest",
+    "load",
+    "load_into",
+    "load_weights",
+    "plain",
+    "random_state",
+    "read",
+    "save",
+    "save_weights",
+    "set_last",
+    "set_random_state",
+    "state_of",
+    "step_path",
+    "write",
+]
 
 
 # ---- a folder of checkpoints -----------------------------------------------------------------------------------------
 
 
 def save(
-    folder: str | os.PathLike[str], step: int, state: Mapping[str, Any], *, keep: int = 2, best: bool = False,
+    folder: str | os.PathLike[str],
+    step: int,
+    state: Mapping[str, Any],
+    *,
+    keep: int = 2,
+    best: bool = False,
     write: Any = write,
-) -> Path:  # fmt: skip
+) -> Path:
     """Write `step-<step>.ckpt` and return its path; then move `last` (and `best` if asked), then delete old ones.
 
     Call on one rank. `write(path, state)`: what writes, else the function of that name. Kept are the `keep` newest (at
-    least 2: the newest may be damaged after it was verified) and what `best` points to. Raises like `write`; then nothing
-    was moved or deleted.
-    If `best` points to a higher step, one that was given up, it moves here too: each checkpoint carries its best weights.
+    least 2: the newest may be damaged after it was verified) and what `best` points to. Raises like `write`; then
+    nothing was moved or deleted.
+    If `best` points to a higher step, one that was given up, it moves here too: each checkpoint carries its best
+    weights.
     """
     if keep < 2:
         raise ValueError(f"keep={keep} checkpoints; expected at least 2, so that one is left if the newest is damaged.")
     folder = local(folder)
     path = step_path(folder, step)
     write(path, state)
-    # `best` before `last`: a crash in between repeats these steps and moves both; the other way round `best` stays behind.
+    # `best` before `last`: a crash in between repeats these steps and moves both; the other way round `best` stays
+    # behind.
     try:
         best = best or _step_of(_pointed(folder, "best")) > step
     except CheckpointError:  # the pointer is damaged
@@ -81,8 +106,8 @@ def step_path(folder: str | os.PathLike[str], step: int) -> Path:
 def find(folder: str | os.PathLike[str], which: str = "last") -> Path:
     """The path of the newest verified checkpoint (or of the best) in a run folder or its `checkpoints` folder.
 
-    One that is damaged is passed over, with one warning that names it: then the next older one is taken (of any, as each
-    carries the best weights up to then). Raises CheckpointError if none is whole, or there is no `best`.
+    One that is damaged is passed over, with one warning that names it: then the next older one is taken (of any, as
+    each carries the best weights up to then). Raises CheckpointError if none is whole, or there is no `best`.
     """
     return _first_whole(folder, which, "meta")[1]  # every byte is verified, but no numbers are loaded
 
@@ -241,4 +266,3 @@ class BackgroundWriter:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
-

@@ -13,18 +13,22 @@ from torch import Tensor, nn
 
 
 _OF_TORCH = {
-    *vars(nn.Module()), "_is_full_backward_hook", "_compiled_call_impl", "_is_fsdp_managed_module", "_fsdp_use_orig_params",
-}  # fmt: skip
+    *vars(nn.Module()),
+    "_is_full_backward_hook",
+    "_compiled_call_impl",
+    "_is_fsdp_managed_module",
+    "_fsdp_use_orig_params",
+}
 
 
 def attributes(problem: nn.Module) -> dict[str, Any]:
-    """Plain values (bool, int, float, str, None; lists, dicts and sets of them) and tensors that modules keep outside of
-    their state dict, by name.
+    """Plain values (bool, int, float, str, None; lists, dicts and sets of them) and tensors that modules keep outside
+    of their state dict, by name.
 
-    Also which parameters are trained (`requires_grad`), and which modules a hook has put in eval mode. A plain value comes
-    as its bytes (10^6 numbers in a list take 20 ms), a tensor with its version: both tell a change in place. Not taken:
-    tensors with a graph, and those whose name begins with "_", which are caches (NeuroMANCER's variables keep their last
-    value so).
+    Also which parameters are trained (`requires_grad`), and which modules a hook has put in eval mode. A plain value
+    comes as its bytes (10^6 numbers in a list take 20 ms), a tensor with its version: both tell a change in place. Not
+    taken: tensors with a graph, and those whose name begins with "_", which are caches (NeuroMANCER's variables keep
+    their last value so).
     """
     found: dict[str, Any] = {f"{name}.requires_grad": p.requires_grad for name, p in problem.named_parameters()}
     for prefix, module in problem.named_modules():
@@ -86,4 +90,3 @@ def set_attributes(problem: nn.Module, values: Mapping[str, Any]) -> None:
         else:
             device = next((p.device for p in problem.parameters()), value.device)
             setattr(module, attribute, value.detach().clone().to(device))
-

@@ -2,12 +2,13 @@
 
     step-000000123.ckpt/  .metadata  __0_0.distcp  __1_0.distcp  ...  state.ckpt
 
-The shards are in the format of `torch.distributed.checkpoint`, so torch's own tools read them too. `state.ckpt` holds all
+The shards are in the format of `torch.distributed.checkpoint`, so torch's own tools read them too. `state.ckpt` holds
+all
 else: in place of each sharded tensor its name, and the size and checksum of every other file. All is written into a
 temporary folder, read back and compared by the process that wrote it, and committed by one rename.
 
-Nothing in the folder is trusted: checksums come before use, `.metadata`, which is a pickle, is read by an unpickler that
-knows only the classes it needs, and tensors with `weights_only=True`.
+Nothing in the folder is trusted: checksums come before use, `.metadata`, which is a pickle, is read by an unpickler
+that knows only the classes it needs, and tensors with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -43,15 +44,23 @@ if TYPE_CHECKING:
 STATE, METADATA, MARK = "state.ckpt", ".metadata", "weft.shards"
 _CLASSES = {  # what `.metadata` is made of; none of them runs anything when it is made or filled
     "torch.distributed.checkpoint.metadata": (
-        "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta",
+        "Metadata",
+        "TensorStorageMetadata",
+        "TensorProperties",
+        "ChunkStorageMetadata",
+        "MetadataIndex",
+        "StorageMeta",
         "_MEM_FORMAT_ENCODING",
     ),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
     "torch.serialization": ("_get_layout",),  # a layout by its name
-    "torch": ("Size", *sorted(str(v).removeprefix("torch.") for v in vars(torch).values() if isinstance(v, torch.dtype))),
+    "torch": (
+        "Size",
+        *sorted(str(v).removeprefix("torch.") for v in vars(torch).values() if isinstance(v, torch.dtype)),
+    ),
     "pathlib": ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),
     "pathlib._local": ("PosixPath", "WindowsPath"),  # Python 3.13
-}  # fmt: skip
+}
 
 
 def is_in_parts(path: Path) -> bool:
@@ -64,7 +73,8 @@ def is_torchs(path: Path) -> bool:
     return (path / METADATA).is_file() and not is_in_parts(path)
 
 
-# ---- writing: every process calls --------------------------------------------------------------------------------------
+# ---- writing: every process calls
+# --------------------------------------------------------------------------------------
 
 
 def write_parts(path: Path, state: Mapping[str, Any], processes: Processes) -> tuple[dict[str, Any], Callable]:
@@ -128,7 +138,9 @@ def _commit(temporary: Path, path: Path, state: Mapping[str, Any]) -> None:
         archive.write(temporary / STATE, {**state, MARK: files})
         sync_folder(temporary)
         if not (path.exists() and _exchange(temporary, path)):
-            if path.exists():  # no folder can be renamed onto another; a crash right here costs this step's earlier save
+            if (
+                path.exists()
+            ):  # no folder can be renamed onto another; a crash right here costs this step's earlier save
                 os.replace(path, temporary.with_name(temporary.name.replace(path.name, f"{path.name}.old", 1)))
             os.replace(temporary, path)
         sync_folder(path.parent)
@@ -212,7 +224,11 @@ def complete(state: Any, path: Path | None, processes: Any = None) -> dict[str, 
     """`state` of a checkpoint in parts with the tensors that are in other files: as shards of `processes`, or whole."""
     if path is None or not is_in_parts(path):
         return state
-    return put_shards(state, path, processes.meshes) if processes is not None and processes.in_shards else put_whole(state, path)
+    return (
+        put_shards(state, path, processes.meshes)
+        if processes is not None and processes.in_shards
+        else put_whole(state, path)
+    )
 
 
 def put_whole(state: Any, path: Path) -> Any:
@@ -227,11 +243,17 @@ def put_shards(state: Any, path: Path, meshes: Mapping[tuple[str, ...], DeviceMe
     from torch.distributed.tensor import Replicate, Shard, empty
     from torch.distributed.tensor.placement_types import _StridedShard
 
-    kinds: tuple[Callable[..., Any], ...] = (Replicate, Shard, lambda dim, factor: _StridedShard(dim, split_factor=factor))
+    kinds: tuple[Callable[..., Any], ...] = (
+        Replicate,
+        Shard,
+        lambda dim, factor: _StridedShard(dim, split_factor=factor),
+    )
     wanted = {}
     for mark in _marks(state):
         if (mesh := meshes.get(tuple(mark["mesh"]))) is None:
-            raise CheckpointError(f"{path}: {mark[MARK]} is sharded over {mark['mesh']}; this problem has {list(meshes)}.")
+            raise CheckpointError(
+                f"{path}: {mark[MARK]} is sharded over {mark['mesh']}; this problem has {list(meshes)}."
+            )
         placements = [kinds[len(numbers)](*numbers) for numbers in mark["placements"]]
         wanted[mark[MARK]] = empty(mark["shape"], dtype=mark["dtype"], device_mesh=mesh, placements=placements)
     _load(wanted, path)
@@ -349,4 +371,3 @@ def _size_and_checksum(file: Path) -> list[int]:
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error}.") from error
     return [size, checksum]
-

@@ -102,7 +102,8 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 def load_into(
     module: nn.Module, weights: Mapping[str, Any], *, source: str, strict: bool = True, any_size: bool = False
 ) -> None:
-    """Copy a state dict into the module in place; if it does not fit, nothing is changed and a ValueError names `source`.
+    """Copy a state dict into the module in place; if it does not fit, nothing is changed and a ValueError names
+    `source`.
 
     A buffer that holds at most one number is a place for one of any size (multipliers that grow at the first step of
     training) and takes the size found; with `any_size`, which is for a module's own earlier state, every buffer does.
@@ -161,4 +162,3 @@ def few(names: Iterable[str]) -> str:
     """The first five names, for a message."""
     names = list(names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "nothing"
-

@@ -85,4 +85,3 @@ def _below(names: Mapping[str, Any], prefix: str) -> dict[str, str]:
     return {name[len(dotted) :]: name for name in names if name.startswith(dotted)} or (
         {"": prefix} if prefix in names else {}
     )
-

@@ -204,7 +204,6 @@ def _compare(call: Call) -> int:
 def _sweep(call: Call) -> int:
     if call.wrong:
         raise ConfigError(call.wrong)
-    
 
     result = sweep_from_file(call.places[0], {k: yamlfile.load(v) for k, v in call.others.items()})
     print(result)
@@ -229,7 +228,9 @@ COMMANDS = {
     "validate": Command(_evaluate, "metrics of a run's best weights on the dev set", ("[RUN]",), takes_config=True),
     "test": Command(_evaluate, "metrics of a run's best weights on the test set", ("[RUN]",), takes_config=True),
     "predict": Command(
-        _predict, "what a run's problem computes for its predict set", ("[RUN]",),
+        _predict,
+        "what a run's problem computes for its predict set",
+        ("[RUN]",),
         {
             "output": "the file: .npz or .pt (default: predictions.npz in the run's folder)",
             "split": "the data predicted for: predict (default), train, dev or test",
@@ -240,16 +241,25 @@ COMMANDS = {
     "config": Command(_config, "check a config and print it in full, in weft's own words", takes_config=True),
     "runs": Command(_runs, "list runs with their best metric", ("[FOLDER]",)),
     "compare": Command(
-        _compare, "what differs between two runs", ("RUN", "RUN"), {"html": "also draw the curves into this file"},
+        _compare,
+        "what differs between two runs",
+        ("RUN", "RUN"),
+        {"html": "also draw the curves into this file"},
     ),
     "sweep": Command(
-        _sweep, "search settings, as a sweep.yaml says", ("FILE",),
+        _sweep,
+        "search settings, as a sweep.yaml says",
+        ("FILE",),
         {
-            "trials": "how many trials are to be completed", "workers": "how many run at the same time",
-            "sampler": "tpe, random or grid", "pruner": "median, halving or none", "storage": "a database by URL",
-            "name": "the sweep's name: its folder, and its study in the database", "seed": "of the sampler",
+            "trials": "how many trials are to be completed",
+            "workers": "how many run at the same time",
+            "sampler": "tpe, random or grid",
+            "pruner": "median, halving or none",
+            "storage": "a database by URL",
+            "name": "the sweep's name: its folder, and its study in the database",
+            "seed": "of the sampler",
             "take_over": "true: trials of lost machines are run again",
         },
     ),
-    "completion": Command(_completion, "completion for your shell: eval \"$(weft completion bash)\"", ("SHELL",)),
-}  # fmt: skip
+    "completion": Command(_completion, 'completion for your shell: eval "$(weft completion bash)"', ("SHELL",)),
+}

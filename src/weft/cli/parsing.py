@@ -12,9 +12,11 @@ from weft.types import suggest
 
 FLAGS = ("help", "debug", "print_config")
 SHORT = {
-    "seed": "trainer.seed", "devices": "trainer.devices", "epochs": "trainer.epochs",
+    "seed": "trainer.seed",
+    "devices": "trainer.devices",
+    "epochs": "trainer.epochs",
     "fast_dev_run": "trainer.fast_dev_run",
-}  # fmt: skip
+}
 """Options of the trainer that may be given by their bare names."""
 
 
@@ -116,4 +118,3 @@ def _read_configs(call: Call, files: Sequence[str], overrides: Sequence[tuple[st
 def _needs_whole(name: str) -> bool:
     """Whether an option changes a list or one of several by name, which must be known to be changed."""
     return name.split(".")[0] in ("hooks", "loggers", "phases", "optimizer", "scheduler", "weights")
-

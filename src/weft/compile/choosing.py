@@ -287,4 +287,3 @@ def steps_to_come(state: RunState, split: str) -> int:
         return 0
     steps = epochs * (-(-batches // config.accumulate) if split == "train" else batches)
     return steps if split != "train" or progress.last_step is None else min(steps, progress.last_step - progress.step)
-

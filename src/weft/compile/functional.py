@@ -79,7 +79,12 @@ class Watch:
         dicts: list[tuple[str, Any]] = [(type(owner).__name__, vars(owner))]
         for name, module in problem.named_modules():
             name = name or type(problem).__name__
-            dicts += [(name, module.__dict__), (name, module._parameters), (name, module._buffers), (name, module._modules)]
+            dicts += [
+                (name, module.__dict__),
+                (name, module._parameters),
+                (name, module._buffers),
+                (name, module._modules),
+            ]
         for name, values in list(dicts):
             held = ((k, v) for k, v in values.items() if isinstance(v, list | dict | set))
             dicts += [(f"{name}.{k}", v) for k, v in held if not k.startswith("_") or k in _HOOKS]
@@ -141,7 +146,9 @@ def _notes(values: Any) -> set[str]:
 def _same(now: Any, before: Any, notes: set[str]) -> bool:
     try:
         if notes:
-            return {k: v for k, v in now.items() if k not in notes} == {k: v for k, v in before.items() if k not in notes}
+            return {k: v for k, v in now.items() if k not in notes} == {
+                k: v for k, v in before.items() if k not in notes
+            }
         return now == before
     except (RuntimeError, ValueError):  # two tensors or arrays do not compare: another one stands there
         return False
@@ -218,16 +225,22 @@ def step_alone(optimizer: Any) -> None:
 
 
 def step_in_graph(
-    optimizer: Optimizer, parameters: Sequence[Tensor], grads: Sequence[Tensor | None],
-    states: Sequence[Mapping[str, Any]], rates: Sequence[Tensor],
-) -> tuple[list[Tensor], list[dict[str, Any]]]:  # fmt: skip
+    optimizer: Optimizer,
+    parameters: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    states: Sequence[Mapping[str, Any]],
+    rates: Sequence[Tensor],
+) -> tuple[list[Tensor], list[dict[str, Any]]]:
     """New parameters and states, computed by torch's own optimizer code without reading a tensor's value.
 
     Torch allows that (`capturable`) on a CPU only while compiling, so it is told so. Counters are kept in float64,
     which makes bias corrections as precise as python's floats.
     """
     new = [p.detach().clone() for p in parameters]
-    copied = [{k: (v.double() if v.dim() == 0 else v.clone()) if isinstance(v, Tensor) else v for k, v in s.items()} for s in states]
+    copied = [
+        {k: (v.double() if v.dim() == 0 else v.clone()) if isinstance(v, Tensor) else v for k, v in s.items()}
+        for s in states
+    ]
     other = moved_optimizer(optimizer, new, copied)
     for group, rate in zip(other.param_groups, rates, strict=True):
         group |= {"lr": rate, "foreach": False, "fused": False}
@@ -243,4 +256,3 @@ def step_in_graph(
     finally:
         torch.compiler.is_compiling = told
     return new, [other.state.get(p, {}) for p in new]
-

@@ -197,9 +197,14 @@ def _key(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> str:
     parts = [
         graph.graph.python_code("self").src,
         [(tuple(t.shape), tuple(t.stride()), str(t.dtype), str(t.device)) for t in inputs],
-        torch.__version__, torch.version.git_version, torch.get_num_threads(), torch.get_default_dtype(),
-        torch.are_deterministic_algorithms_enabled(), OPTIONS, *_cpu(),
-    ]  # fmt: skip
+        torch.__version__,
+        torch.version.git_version,
+        torch.get_num_threads(),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        OPTIONS,
+        *_cpu(),
+    ]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
@@ -222,7 +227,9 @@ def _captured(graph: fx.GraphModule, inputs: Sequence[Tensor], moving: int) -> C
     from torch.fx._lazy_graph_module import _LazyGraphModule
 
     if elsewhere := [t for t in inputs if not t.is_cuda and t.dim()]:
-        raise CannotCompile(f"a tensor of shape {tuple(elsewhere[0].shape)} that it needs is on the {elsewhere[0].device}")
+        raise CannotCompile(
+            f"a tensor of shape {tuple(elsewhere[0].shape)} that it needs is on the {elsewhere[0].device}"
+        )
     _LazyGraphModule.force_recompile(graph)
     fused = torch.compile(graph, fullgraph=True, dynamic=False, options={"fallback_random": True})
     device, addresses = inputs[0].device, [t.data_ptr() for t in inputs[moving:]]
@@ -274,4 +281,3 @@ def _where(error: BaseException) -> str:
     ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
     foreign = [f for f in frames if not f.filename.startswith((*ours, "<"))] or frames
     return f"{Path(foreign[-1].filename).name}, line {foreign[-1].lineno}: {foreign[-1].line}"
-

@@ -1,7 +1,8 @@
 """One step as a graph: what it computes, how it runs, and how it is compared with the eager step.
 
 An `EvaluationGraph` gives the scalars of a batch, a `GradientGraph` also the loss and the gradients, an `UpdateGraph`
-also clips, checks and steps the optimizer. Each is traced from pure functions of tensors (see `weft.compile.functional`).
+also clips, checks and steps the optimizer. Each is traced from pure functions of tensors (see
+`weft.compile.functional`).
 """
 
 from __future__ import annotations
@@ -96,7 +97,9 @@ class EvaluationGraph:
         moved, parameters, buffers, counters = groups
         return [self.read(batch, moved, parameters, buffers, counters)[1]]
 
-    def read(self, batch: Any, moved: list[Tensor], parameters: list[Tensor], buffers: list[Tensor], counters: list[Tensor]) -> tuple[Any, Tensor]:
+    def read(
+        self, batch: Any, moved: list[Tensor], parameters: list[Tensor], buffers: list[Tensor], counters: list[Tensor]
+    ) -> tuple[Any, Tensor]:
         """Loss, and all scalars as one vector. Epoch and step are tensors here, whoever asks for them."""
         state, progress, log = self.state, self.state.progress, _Log()
         was, state.step.evaluating = (progress.epoch, progress.step), (log, 1)  # type: ignore[assignment]
@@ -170,7 +173,9 @@ class EvaluationGraph:
             before = [t.detach().clone() for t in self.fixed]
             try:
                 found = self.outcome(self.call(tensors)) | {f"buffer {i}": b for i, b in enumerate(self.held.buffers)}
-                gaps = {name: gap for name, value in expected.items() if not (gap := _gap(found[name], value)) <= allowed}
+                gaps = {
+                    name: gap for name, value in expected.items() if not (gap := _gap(found[name], value)) <= allowed
+                }
             finally:
                 for tensor, value in zip(self.fixed, before, strict=True):
                     tensor.copy_(value)
@@ -195,7 +200,9 @@ class EvaluationGraph:
             return "the step gives something else when it is repeated: it depends on what it did before"
         return None
 
-    def _eagerly(self, batch: Any, step: Callable[..., dict[str, Tensor]], shift: float = 0.0, keep: bool = False) -> dict[str, Tensor]:
+    def _eagerly(
+        self, batch: Any, step: Callable[..., dict[str, Tensor]], shift: float = 0.0, keep: bool = False
+    ) -> dict[str, Tensor]:
         parameters = [
             (p.detach() * (1 + shift) if p.is_floating_point() else p.detach().clone()).requires_grad_(p.requires_grad)
             for p in self.held.parameters
@@ -235,9 +242,14 @@ class GradientGraph(EvaluationGraph):
         return [values, loss, *(g for g in grads if g is not None)]
 
     def differentiate(
-        self, batch: Any, moved: list[Tensor], parameters: list[Tensor], buffers: list[Tensor], counters: list[Tensor],
+        self,
+        batch: Any,
+        moved: list[Tensor],
+        parameters: list[Tensor],
+        buffers: list[Tensor],
+        counters: list[Tensor],
         share: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """Loss, scalars and the gradient of each trained parameter (None if the loss does not depend on it)."""
         required = [p.requires_grad for p in self.held.parameters]
         leaves = [p.detach().requires_grad_(r) for p, r in zip(parameters, required, strict=True)]
@@ -259,12 +271,16 @@ class GradientGraph(EvaluationGraph):
     def eager(self, batch: Any, parameters: list[Tensor], buffers: list[Tensor]) -> dict[str, Tensor]:
         loss, found = self._eager_loss(batch, parameters, buffers)
         grads = torch.autograd.grad(loss, [parameters[i] for i in self.numbers], allow_unused=True)
-        return found | {f"the gradient of parameter {i}": g for i, g in zip(self.numbers, grads, strict=True) if g is not None}
+        return found | {
+            f"the gradient of parameter {i}": g for i, g in zip(self.numbers, grads, strict=True) if g is not None
+        }
 
     def repeated(self, batch: Any, parameters: list[Tensor], buffers: list[Tensor]) -> dict[str, Tensor]:
         return GradientGraph.eager(self, batch, parameters, buffers)  # what the optimizer makes of it, takes memory
 
-    def _eager_loss(self, batch: Any, parameters: list[Tensor], buffers: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _eager_loss(
+        self, batch: Any, parameters: list[Tensor], buffers: list[Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         with self.held.replaced([*parameters, *buffers]):
             loss, scalars = self.forward(batch)
         return loss, {"a reported scalar": vector(list(scalars.values()), self.epoch.device), "the loss": loss.detach()}
@@ -397,14 +413,18 @@ def vector(values: Sequence[Any], device: torch.device) -> Tensor:
     dtype = torch.float32 if device.type == "mps" else torch.float64
     found = []
     for value in values:
-        tensor = value.detach() if isinstance(value, Tensor) else torch.full((), float(value), dtype=dtype, device=device)
+        tensor = (
+            value.detach() if isinstance(value, Tensor) else torch.full((), float(value), dtype=dtype, device=device)
+        )
         if tensor.dim():
             tensor = tensor.mean() if tensor.is_floating_point() else tensor.float().mean()
         found.append(tensor.to(dtype))
     return torch.stack(found) if found else torch.zeros(0, dtype=dtype, device=device)
 
 
-def _clipped(loss: Tensor, grads: list[Tensor | None], clip: float | None, by_value: bool) -> tuple[list[Tensor | None], Tensor]:
+def _clipped(
+    loss: Tensor, grads: list[Tensor | None], clip: float | None, by_value: bool
+) -> tuple[list[Tensor | None], Tensor]:
     """The gradients clipped as torch.nn.utils does, and whether loss and gradients are finite."""
     there = [g for g in grads if g is not None]
     if clip is None or by_value:
@@ -422,7 +442,9 @@ def _rate(lr: Any, device: torch.device) -> Tensor:
     return lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device=device)
 
 
-def _changes(before: Sequence[Tensor], after: Sequence[Tensor], states: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+def _changes(
+    before: Sequence[Tensor], after: Sequence[Tensor], states: Sequence[Mapping[str, Any]]
+) -> dict[str, Tensor]:
     """What an optimizer has done to its parameters and its state, by names for messages."""
     steps = {f"the step of parameter {i}": b.detach() - a for i, (a, b) in enumerate(zip(before, after, strict=True))}
     kept = {f"{k} of parameter {i}": v for i, s in enumerate(states) for k, v in s.items() if isinstance(v, Tensor)}
@@ -432,7 +454,10 @@ def _changes(before: Sequence[Tensor], after: Sequence[Tensor], states: Sequence
 def _gap(found: Tensor, expected: Tensor) -> float:
     """The distance of two tensors in units of the larger; 0 where both are equal, also in what is not finite."""
     found, expected = found.detach().double(), expected.detach().double()
-    if torch.equal(found, expected) or (found.isnan() == expected.isnan()).all() and torch.equal(found.nan_to_num(), expected.nan_to_num()):
+    if (
+        torch.equal(found, expected)
+        or (found.isnan() == expected.isnan()).all()
+        and torch.equal(found.nan_to_num(), expected.nan_to_num())
+    ):
         return 0.0
     return float((found - expected).norm() / expected.norm().clamp(min=1e-300))
-

@@ -1,6 +1,6 @@
 """The batches of a split: slices of tensors that are in memory, or what a DataLoader yields.
 
-    for batch in Batches(parts, sizes, split="train", ...).epoch(3, start=20):      # epoch 3 from its batch 20 on
+for batch in Batches(parts, sizes, split="train", ...).epoch(3, start=20):      # epoch 3 from its batch 20 on
 """
 
 from __future__ import annotations
@@ -34,9 +34,19 @@ class Batches:
     resident = True
 
     def __init__(
-        self, parts: dict[str, dict[str, Tensor]], sizes: dict[str, int | None], *, split: str, nested: bool,
-        shuffle: bool, drop_last: bool, seed: int, require_grad: Iterable[str] = (), rank: int = 0, world: int = 1,
-    ) -> None:  # fmt: skip
+        self,
+        parts: dict[str, dict[str, Tensor]],
+        sizes: dict[str, int | None],
+        *,
+        split: str,
+        nested: bool,
+        shuffle: bool,
+        drop_last: bool,
+        seed: int,
+        require_grad: Iterable[str] = (),
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
         self.parts, self.split, self.nested, self.shuffle, self.seed = parts, split, nested, shuffle, seed
         self.require_grad, self.rank, self.world, self.drop_last = set(require_grad), rank, world, drop_last
         self.lengths = {p: next(iter(t.values())).shape[0] for p, t in parts.items()}
@@ -72,7 +82,9 @@ class Batches:
         while done < self._num_batches:
             cycle, first = divmod(done, per_cycle)
             shuffle = self.shuffle and size < rows  # in one batch of all rows the order is of no consequence
-            order = seeded_order(rows, self.seed, (epoch, number_of_part, cycle)).to(self._device()) if shuffle else None
+            order = (
+                seeded_order(rows, self.seed, (epoch, number_of_part, cycle)).to(self._device()) if shuffle else None
+            )
             last = min(per_cycle, first + self._num_batches - done)
             yield from self._slices(part, order, range(first, last), epoch, done)
             done += last - first
@@ -158,4 +170,3 @@ def _first_tensor(batch: Any) -> Tensor | None:
         if found is not None:
             return found
     return None
-

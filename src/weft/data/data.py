@@ -1,9 +1,9 @@
 """Data: what trains, and in which batches. Tensors stay where they are used and are sliced; nothing is collated.
 
-    def data_setup(nsim=5000):
-        p = torch.rand(nsim, 2)
-        train, dev = weft.DictDataset({"p": p[100:]}), weft.DictDataset({"p": p[:100]})
-        return train, dev, None, 64                      # train, dev, test, batch size (None: one batch)
+def data_setup(nsim=5000):
+    p = torch.rand(nsim, 2)
+    train, dev = weft.DictDataset({"p": p[100:]}), weft.DictDataset({"p": p[:100]})
+    return train, dev, None, 64                      # train, dev, test, batch size (None: one batch)
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ SPLITS = ("train", "dev", "test", "predict")
 
 
 @dataclass(frozen=True)
-
-
 class Data:
     """The data of a run, by split, and how it is cut into batches.
 
@@ -131,4 +129,3 @@ def _from_setup(returned: Any, name: str) -> Data:
         )
     train, dev, test, batch_size = returned
     return Data(train, dev, test, batch_size=batch_size)
-

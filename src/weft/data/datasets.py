@@ -12,10 +12,7 @@ from torch.utils.data import Dataset
 
 def wrong_name(name: str, split: str) -> str:
     """What to say to a dataset that was named for another split."""
-    return (
-        f"A dataset named {name!r} was given as the {split} data. "
-        f"Name it {split!r}, or leave the name out."
-    )
+    return f"A dataset named {name!r} was given as the {split} data. Name it {split!r}, or leave the name out."
 
 
 def short(value: Any) -> str:
@@ -84,4 +81,3 @@ def windows(series: Any, length: int, stride: int = 1, name: str | None = None) 
                 tensor = tensor[:, None]
             cut.setdefault(key, []).append(tensor.unfold(0, length, stride).movedim(-1, 1))  # (windows, time, ...)
     return DictDataset({k: torch.cat(v).contiguous() for k, v in cut.items()}, name)
-

@@ -87,9 +87,18 @@ class SeededOrder(torch.utils.data.Sampler):
 
 
 def loader_batches(
-    data: Data, source: Any, split: str, *, seed: int, device: Any, to_device: Callable[[Any], Any], rank: int, world: int
+    data: Data,
+    source: Any,
+    split: str,
+    *,
+    seed: int,
+    device: Any,
+    to_device: Callable[[Any], Any],
+    rank: int,
+    world: int,
 ) -> LoaderBatches:
-    """The batches of a dataset that is no tensors (a DataLoader is made for it), a DataLoader, or an iterable of batches.
+    """The batches of a dataset that is no tensors (a DataLoader is made for it), a DataLoader, or an iterable of
+    batches.
 
     Batches for a GPU come from pinned memory, so that their copy waits for nothing.
     """
@@ -102,11 +111,15 @@ def loader_batches(
             raise ValueError(f"The {split} data is empty: {short(source)} has no rows.")
         sampler = SeededOrder(rows, seed, shuffle)
         source = DataLoader(
-            source, batch_size=size or rows, sampler=sampler, drop_last=training and data.drop_last,
-            num_workers=num_workers(data.num_workers), collate_fn=getattr(source, "collate_fn", None),
+            source,
+            batch_size=size or rows,
+            sampler=sampler,
+            drop_last=training and data.drop_last,
+            num_workers=num_workers(data.num_workers),
+            collate_fn=getattr(source, "collate_fn", None),
             pin_memory=torch.device(device).type == "cuda" and data.pre_batch is None,
             generator=torch.Generator(),  # its own, so that iterating does not draw from the global random state
-        )  # fmt: skip
+        )
     if not hasattr(source, "__iter__"):
         raise TypeError(
             f"The {split} data is {short(source)}; expected a dataset, a DataLoader or an iterable of batches."
@@ -121,8 +134,9 @@ def loader_batches(
         )
     if data.pre_batch is not None:
         if not made_here:
-            raise ValueError(f"Data: pre_batch needs a dataset; the {split} data is {short(source)}, which makes batches.")
+            raise ValueError(
+                f"Data: pre_batch needs a dataset; the {split} data is {short(source)}, which makes batches."
+            )
         once = LoaderBatches(source, split=split, to_device=lambda batch: batch, sampler=sampler)
         sampler = source = PreBatched(lambda: once.epoch(0), len(source), source.dataset, data.pre_batch, seed, shuffle)
     return LoaderBatches(source, split=split, to_device=to_device, sampler=sampler)
-

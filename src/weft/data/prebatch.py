@@ -83,4 +83,3 @@ def num_workers(given: int | str) -> int:
     if given != "all":
         return int(given)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-

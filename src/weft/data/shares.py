@@ -70,12 +70,18 @@ def shared_loader(
     order = loader.sampler if type(loader.sampler) is type(order) else order
     size = loader.batch_sampler.batch_size * world
     shared = DataLoader(
-        loader.dataset, batch_sampler=SharedBatches(order, size, loader.drop_last, rank, world),
-        num_workers=loader.num_workers, collate_fn=loader.collate_fn, pin_memory=loader.pin_memory,
-        timeout=loader.timeout, worker_init_fn=loader.worker_init_fn, prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers, multiprocessing_context=loader.multiprocessing_context,
+        loader.dataset,
+        batch_sampler=SharedBatches(order, size, loader.drop_last, rank, world),
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+        multiprocessing_context=loader.multiprocessing_context,
         generator=loader.generator,
-    )  # fmt: skip
+    )
     return shared, order
 
 
@@ -91,4 +97,3 @@ def _no_rows(batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return {k: _no_rows(v) for k, v in batch.items()}
     return type(batch)(_no_rows(v) for v in batch) if isinstance(batch, list | tuple) else batch
-

@@ -18,9 +18,16 @@ from weft.data.loaders import LoaderBatches, loader_batches
 
 
 def batches_of(
-    data: Data, split: str, *, seed: int, device: Any = "cpu", dtype: torch.dtype | None = None,
-    to_device: Callable[[Any], Any] = lambda batch: batch, rank: int = 0, world: int = 1,
-) -> Batches | LoaderBatches | None:  # fmt: skip
+    data: Data,
+    split: str,
+    *,
+    seed: int,
+    device: Any = "cpu",
+    dtype: torch.dtype | None = None,
+    to_device: Callable[[Any], Any] = lambda batch: batch,
+    rank: int = 0,
+    world: int = 1,
+) -> Batches | LoaderBatches | None:
     """The batches of one split of `data`, None if there is no such split.
 
     Tensors are moved to `device` once; floating ones are cast to `dtype` if one is given (64-true).
@@ -56,9 +63,17 @@ def batches_of(
         if training and data.drop_last and all((sizes[n] or 1) > len(next(iter(t.values()))) for n, t in moved.items()):
             raise ValueError("Data: drop_last=True leaves no training batch: the batch size is larger than the data.")
         return Batches(
-            moved, sizes, split=split, nested=nested, shuffle=training and data.shuffle,
-            drop_last=training and data.drop_last, seed=seed, require_grad=data.inputs_require_grad, rank=rank, world=world,
-        )  # fmt: skip
+            moved,
+            sizes,
+            split=split,
+            nested=nested,
+            shuffle=training and data.shuffle,
+            drop_last=training and data.drop_last,
+            seed=seed,
+            require_grad=data.inputs_require_grad,
+            rank=rank,
+            world=world,
+        )
     return loader_batches(data, source, split, seed=seed, device=device, to_device=to_device, rank=rank, world=world)
 
 
@@ -81,15 +96,18 @@ def check_finite(data: Data, strict: bool) -> None:
     """Warn, or with `strict` raise ValueError, about NaN and Inf in tensor datasets: which key, how many rows."""
     for split in SPLITS:
         source = getattr(data, split)
-        nested = isinstance(source, Mapping) and not any(isinstance(v, Tensor | np.ndarray | list) for v in source.values())
+        nested = isinstance(source, Mapping) and not any(
+            isinstance(v, Tensor | np.ndarray | list) for v in source.values()
+        )
         for part, dataset in source.items() if nested else [(None, source)]:
             for key, tensor in (_tensors(dataset, split, part) or {}).items() if dataset is not None else ():
                 if tensor.is_floating_point() or tensor.is_complex():
-                    finite = torch.isfinite(tensor.detach()).flatten(1).all(1) if tensor.dim() > 1 else tensor.isfinite()
+                    finite = (
+                        torch.isfinite(tensor.detach()).flatten(1).all(1) if tensor.dim() > 1 else tensor.isfinite()
+                    )
                     if bad := int((~finite).sum()):
                         where = f"{split} data" + (f", part {part!r}" if part else "")
                         message = f"{where}: {key!r} has NaN or Inf in {bad} of {len(finite)} rows."
                         if strict:
                             raise ValueError(message)
                         warnings.warn(message + " (strict_data=True makes this an error.)", stacklevel=3)
-

@@ -45,7 +45,9 @@ def make_fabric(config: TrainerConfig, strategy: Any = None, plugins: Any = None
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     plugins = [] if plugins is None else list(plugins) if isinstance(plugins, list | tuple) else [plugins]
-    asked: Any = copy(strategy) if strategy is not None else config.strategy  # Fabric writes into it; the next fit gives it again
+    asked: Any = (
+        copy(strategy) if strategy is not None else config.strategy
+    )  # Fabric writes into it; the next fit gives it again
     devices: Any = list(config.devices) if isinstance(config.devices, list | tuple) else config.devices
     if not any(isinstance(p, ClusterEnvironment) for p in plugins):
         _check_launch(config, asked)
@@ -60,9 +62,13 @@ def make_fabric(config: TrainerConfig, strategy: Any = None, plugins: Any = None
     try:
         with _without_overrides():
             fabric = Fabric(
-                accelerator=config.accelerator, devices=devices, num_nodes=config.num_nodes,
-                strategy=sharding_strategy(asked), precision=precision, plugins=plugins or None,
-            )  # fmt: skip
+                accelerator=config.accelerator,
+                devices=devices,
+                num_nodes=config.num_nodes,
+                strategy=sharding_strategy(asked),
+                precision=precision,
+                plugins=plugins or None,
+            )
         _check_strategy(fabric)
     except (ValueError, RuntimeError, TypeError, MisconfigurationException) as error:
         kind = type(error) if isinstance(error, ValueError | TypeError) else ValueError
@@ -173,7 +179,7 @@ def starts_function(fabric: Fabric) -> bool:
 
 
 def start_method(fabric: Fabric) -> str | None:
-    """"spawn" or "fork" where the strategy runs a function in processes of its own, else None."""
+    """ "spawn" or "fork" where the strategy runs a function in processes of its own, else None."""
     return getattr(fabric.strategy.launcher, "_start_method", None)
 
 
@@ -216,7 +222,9 @@ def _check_strategy(fabric: Fabric) -> None:
     if not isinstance(strategy, DDPStrategy | SingleDeviceStrategy | ModelParallelStrategy):
         raise TypeError(f"{type(strategy).__name__} is not supported; use 'ddp' or one of its like, or 'fsdp'.")
     if isinstance(strategy, ModelParallelStrategy) and strategy.num_processes * strategy.num_nodes == 1:
-        raise ValueError("There is one process (devices=1), so there is nobody to share a problem with; use strategy='auto'.")
+        raise ValueError(
+            "There is one process (devices=1), so there is nobody to share a problem with; use strategy='auto'."
+        )
     unused = set(getattr(strategy, "_ddp_kwargs", {})) - {"find_unused_parameters"}
     if unused:
         raise ValueError(
@@ -240,9 +248,10 @@ def _without_overrides() -> Iterator[None]:
     """Fabric lets these variables override arguments without a word; here arguments decide, and it is said."""
     hidden = {k: os.environ.pop(k) for k in _OVERRIDES if k in os.environ}
     if hidden:
-        warnings.warn(f"{', '.join(hidden)} in the environment is ignored: weft takes its devices from arguments.", stacklevel=4)
+        warnings.warn(
+            f"{', '.join(hidden)} in the environment is ignored: weft takes its devices from arguments.", stacklevel=4
+        )
     try:
         yield
     finally:
         os.environ.update(hidden)
-

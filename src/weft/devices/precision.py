@@ -86,4 +86,3 @@ def stepping(fabric: Fabric, optimizers: Sequence[Optimizer]) -> tuple[Callable[
 def scaler_of(fabric: Fabric) -> Any:
     """The gradient scaler of 16-mixed, else None."""
     return getattr(fabric._precision, "scaler", None)
-

@@ -5,7 +5,8 @@ the gradients of the whole batch. No wrapper stands around the problem: paramete
 optimizers, closures and loops of the user's own need nothing special.
 
     combine = processes.combiner(params)
-    loss = combine(loss, examples)        # p.grad and loss are those of the global batch, alike to the last bit everywhere
+    loss = combine(loss, examples)        # p.grad and loss are those of the global batch, alike to the last bit
+    everywhere
 """
 
 from __future__ import annotations
@@ -141,7 +142,9 @@ class Processes:
         if self.world == 1:
             return
         now = dict(_float_buffers(problem))
-        own = {f"{p}.{name}".lstrip(".") for p, m in problem.named_modules() for name in getattr(m, "of_each_process", ())}
+        own = {
+            f"{p}.{name}".lstrip(".") for p, m in problem.named_modules() for name in getattr(m, "of_each_process", ())
+        }
         changed = {n: tuple(b.shape) for n, b in now.items() if n not in own and not _equal(b, self._buffers.get(n))}
         told = self.gather(changed)
         names = sorted(set().union(*told))
@@ -203,15 +206,20 @@ class Processes:
     def combiner(
         self, params: Sequence[nn.Parameter], shards: Sequence[nn.Parameter] = ()
     ) -> Callable[[Tensor, int], Tensor] | None:
-        """A function (loss, examples) -> the loss of the global batch, which makes the gradients of `params` those of it.
+        """A function (loss, examples) -> the loss of the global batch, which makes the gradients of `params` those of
+        it.
 
         `loss` is the mean over this process's `examples` rows, as its gradients are; with 0 rows both are left out.
-        A parameter that no process used keeps the gradient None. None in a single process. `shards`: further parameters,
-        whose gradients are left alone.
+        A parameter that no process used keeps the gradient None. None in a single process. `shards`: further
+        parameters, whose gradients are left alone.
         """
         if self.world == 1:
             return None
-        widest = torch.float64 if any(p.dtype in (torch.float64, torch.complex128) for p in (*params, *shards)) else torch.float32
+        widest = (
+            torch.float64
+            if any(p.dtype in (torch.float64, torch.complex128) for p in (*params, *shards))
+            else torch.float32
+        )
 
         def combine(loss: Tensor, examples: int) -> Tensor:
             trained = [p for p in params if p.requires_grad]
@@ -326,4 +334,3 @@ def _float_buffers(problem: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _equal(a: Tensor, b: Tensor | None) -> bool:
     return b is not None and a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
-

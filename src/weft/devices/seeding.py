@@ -121,7 +121,9 @@ def fix_kept_batches(sources: Iterable[Any]) -> None:
 
 
 @contextmanager
-def _put_back_after(generators: Mapping[str, Any], random: Mapping[str, Any], states: Mapping[str, Any]) -> Iterator[None]:
+def _put_back_after(
+    generators: Mapping[str, Any], random: Mapping[str, Any], states: Mapping[str, Any]
+) -> Iterator[None]:
     before = random_state(), generator_states(generators)
     set_random_state(random)
     set_generator_states(generators, states)
@@ -136,10 +138,13 @@ def generators_of(loader: Any) -> dict[str, Any]:
     """The random generators of their own that a loader, its samplers and its dataset hold, by where they are."""
     batch_sampler, dataset = getattr(loader, "batch_sampler", None), getattr(loader, "dataset", None)
     places = {
-        "loader": loader, "sampler": getattr(loader, "sampler", None), "batch_sampler": batch_sampler,
+        "loader": loader,
+        "sampler": getattr(loader, "sampler", None),
+        "batch_sampler": batch_sampler,
         "batch_sampler.sampler": getattr(batch_sampler, "sampler", None),
-        "dataset": dataset, "dataset.dataset": getattr(dataset, "dataset", None),
-    }  # fmt: skip
+        "dataset": dataset,
+        "dataset.dataset": getattr(dataset, "dataset", None),
+    }
     return own_generators(places.items())
 
 
@@ -189,4 +194,3 @@ def _state_of(generator: Any) -> Any:
         return [version, torch.tensor(internal), gauss]
     is_old = isinstance(generator, np.random.RandomState)
     return with_tensors(generator.get_state(legacy=False) if is_old else generator.bit_generator.state)
-

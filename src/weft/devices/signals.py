@@ -1,7 +1,7 @@
 """Interruption by signals: a flag that is read between steps, so that no step is torn.
 
-SIGTERM and SIGUSR1 (a cluster takes the machine back) and SIGINT (Ctrl-C) set it; at the next boundary of a step the run
-saves, if it writes checkpoints, and leaves.
+SIGTERM and SIGUSR1 (a cluster takes the machine back) and SIGINT (Ctrl-C) set it; at the next boundary of a step the
+run saves, if it writes checkpoints, and leaves.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class Interruption:
     def caught(self) -> Iterator[None]:
         """Within: SIGINT, SIGTERM and SIGUSR1 set `asked`. The handlers before are restored.
 
-        A second Ctrl-C before the step is over interrupts at once. Only in the main thread, and only signals that nobody
+        A second Ctrl-C before the step is over interrupts at once. Only in the main thread, and only signals that
+        nobody
         else handles: a handler that you have installed stays in force.
         """
         if threading.current_thread() is not threading.main_thread():
@@ -143,4 +144,3 @@ def _is_free(handler: Any) -> bool:
 def interactive() -> bool:
     """Whether this is an interactive interpreter (a notebook, a prompt), where an interruption returns a result."""
     return hasattr(sys, "ps1") or bool(sys.flags.interactive)
-

@@ -1,8 +1,8 @@
 """Strategies that keep a part of the problem in each process, for problems that outgrow one GPU.
 
 `strategy="fsdp"` and Fabric's `FSDPStrategy` become a `ModelParallelStrategy` whose `parallelize_fn` is `shard_blocks`:
-one way to shard, that of torch's `fully_shard`, on a GPU and on a CPU. A `ModelParallelStrategy` of your own is taken as
-it is.
+one way to shard, that of torch's `fully_shard`, on a GPU and on a CPU. A `ModelParallelStrategy` of your own is taken
+as it is.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def _keeps_gathered(strategy: Any) -> bool:
     from lightning.fabric.strategies.fsdp import FSDPStrategy
 
     plain, found = vars(FSDPStrategy()), vars(strategy)
-    changed = sorted({**strategy._fsdp_kwargs, **strategy._activation_checkpointing_kwargs}.keys() - {"use_orig_params"})
+    changed = sorted(
+        {**strategy._fsdp_kwargs, **strategy._activation_checkpointing_kwargs}.keys() - {"use_orig_params"}
+    )
     changed += [name.strip("_") for name in _OPTIONS if repr(found[name]) != repr(plain[name])]
     kind = strategy.sharding_strategy.name
     if kind not in ("FULL_SHARD", "SHARD_GRAD_OP"):
@@ -68,13 +70,15 @@ def shard_blocks(problem: nn.Module, mesh: DeviceMesh, keep_gathered: bool = Fal
     """The problem, with the parameters of its blocks sharded over the processes of the mesh's "data_parallel".
 
     A block's parameters are gathered while it computes. Blocks are the parts of the problem (its nodes) and, inside
-    them, modules of at least `SMALLEST_BLOCK` parameters. Parameters of the problem itself, and single numbers, stay whole.
-    A problem that differentiates what its nodes compute (`grad_inference`, as PINNs have it) is one block.
+    them, modules of at least `SMALLEST_BLOCK` parameters. Parameters of the problem itself, and single numbers, stay
+    whole. A problem that differentiates what its nodes compute (`grad_inference`, as PINNs have it) is one block.
     """
     from torch.distributed.fsdp import fully_shard
 
     blocks = [block for part in _parts_of(problem) for block in _blocks(part, is_part=True)]
-    if any(getattr(module, "grad_inference", False) for module in problem.modules()):  # a block's weights are gone when it is differentiated from outside
+    if any(
+        getattr(module, "grad_inference", False) for module in problem.modules()
+    ):  # a block's weights are gone when it is differentiated from outside
         blocks = [problem] if blocks else []
     if not blocks:
         raise ValueError(
@@ -98,9 +102,10 @@ def _parts_of(module: nn.Module) -> Iterator[nn.Module]:
 def _blocks(module: nn.Module, is_part: bool = False) -> list[nn.Module]:
     """The blocks in `module`, inner ones first, as `fully_shard` wants them."""
     # Attention reads the weights of its output layer without calling it.
-    inner = [] if isinstance(module, nn.MultiheadAttention) else [b for child in module.children() for b in _blocks(child)]
+    inner = (
+        [] if isinstance(module, nn.MultiheadAttention) else [b for child in module.children() for b in _blocks(child)]
+    )
     taken = {id(p) for block in inner for p in block.parameters()}
     own = sum(p.numel() for p in module.parameters() if id(p) not in taken)
     is_block = own > 0 if is_part else own >= SMALLEST_BLOCK and not isinstance(module, _CONTAINERS)
     return [*inner, module] if is_block else inner
-

@@ -1,6 +1,6 @@
 """Hooks that come with weft, and which of them a trainer's options ask for.
 
-    weft.Trainer(hooks=[weft.hooks.EMA(0.999), weft.hooks.ReLoBRaLo()])
+weft.Trainer(hooks=[weft.hooks.EMA(0.999), weft.hooks.ReLoBRaLo()])
 """
 
 from __future__ import annotations
@@ -13,7 +13,14 @@ from weft.types import suggest
 # hooks that are asked for by name, and the module each lives in, imported when first used
 _HOME = {
     "weft.hooks.averaging": ("EMA", "SWA"),
-    "weft.hooks.balancing": ("GradNorm", "LearningRateAnnealing", "NTKWeights", "ReLoBRaLo", "SelfAdaptive", "SoftAdapt"),
+    "weft.hooks.balancing": (
+        "GradNorm",
+        "LearningRateAnnealing",
+        "NTKWeights",
+        "ReLoBRaLo",
+        "SelfAdaptive",
+        "SoftAdapt",
+    ),
     "weft.hooks.gradients": ("GradientNorms",),
     "weft.hooks.profiling": ("AdvancedProfiler", "PyTorchProfiler"),
     "weft.hooks.timing": ("SimpleProfiler",),

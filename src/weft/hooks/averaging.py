@@ -1,6 +1,6 @@
 """Averages of the weights along training: evaluated with, then swapped out again.
 
-    weft.Trainer(hooks=weft.hooks.EMA(0.999))
+weft.Trainer(hooks=weft.hooks.EMA(0.999))
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class WeightAverage(Hook):
     """Keeps averages of the parameters: dev and test sets are evaluated with them, training goes on with the others.
 
     Because the monitored metric is that of the averages, best weights are averages too. Without any validation the
-    problem holds the averages when the fit ends; `result.last_weights` are the trained ones in any case. Buffers are not
-    averaged (after a fit with batch norm: torch.optim.swa_utils.update_bn).
+    problem holds the averages when the fit ends; `result.last_weights` are the trained ones in any case. Buffers are
+    not averaged (after a fit with batch norm: torch.optim.swa_utils.update_bn).
     """
 
     def __init__(self) -> None:
@@ -87,7 +87,11 @@ class WeightAverage(Hook):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
-        self.count, self.averages, self._live = state_dict["count"], dict(state_dict["averages"]), state_dict.get("live")
+        self.count, self.averages, self._live = (
+            state_dict["count"],
+            dict(state_dict["averages"]),
+            state_dict.get("live"),
+        )
 
 
 class EMA(WeightAverage):

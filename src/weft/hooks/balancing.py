@@ -4,8 +4,9 @@
     weft.Trainer(hooks=weft.hooks.GradNorm(of="net", every=10))      # from gradients: passes of its own, every 10 steps
 
 All of them: `terms` are the names to balance (None: all, which must be named terms of a weft or NeuroMANCER problem);
-the weights are logged as `weight_<term>`, are part of every checkpoint, and survive phases and a second fit; the weights
-a term was given are where most methods start from (ReLoBRaLo, SoftAdapt, NTKWeights replace them). Methods that read losses set the weights after a step, for the next one; methods that read gradients compute them for the batch at
+the weights are logged as `weight_<term>`, are part of every checkpoint, and survive phases and a second fit; the
+weights a term was given are where most methods start from (ReLoBRaLo, SoftAdapt, NTKWeights replace them). Methods that
+read losses set the weights after a step, for the next one; methods that read gradients compute them for the batch at
 hand before its step, with a forward pass of their own (a training step that counts or draws numbers does so twice).
 The monitored loss changes its meaning with the weights: name a `monitor_metric` that does not, or validate a term.
 """
@@ -113,9 +114,13 @@ class ReLoBRaLo(Balancing):
     """
 
     def __init__(
-        self, alpha: float = 0.999, temperature: float = 1.0, rho: float = 0.9999, terms: Sequence[str] | None = None,
+        self,
+        alpha: float = 0.999,
+        temperature: float = 1.0,
+        rho: float = 0.9999,
+        terms: Sequence[str] | None = None,
         every: int = 1,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(terms, every)
         self.alpha, self.temperature, self.rho = alpha, temperature, rho
 
@@ -160,9 +165,13 @@ class SoftAdapt(Balancing):
     """
 
     def __init__(
-        self, beta: float = 0.1, normalized: bool = False, loss_weighted: bool = False,
-        terms: Sequence[str] | None = None, every: int = 1,
-    ) -> None:  # fmt: skip
+        self,
+        beta: float = 0.1,
+        normalized: bool = False,
+        loss_weighted: bool = False,
+        terms: Sequence[str] | None = None,
+        every: int = 1,
+    ) -> None:
         super().__init__(terms, every)
         self.beta, self.normalized, self.loss_weighted = beta, normalized, loss_weighted
 
@@ -185,8 +194,8 @@ class SoftAdapt(Balancing):
 class SelfAdaptive(Balancing):
     """Weights that are maximised while the parameters minimise: terms that stay wrong get ever more weight.
 
-    McClenny & Braga-Neto, arXiv:2009.04544, section on self-adaptive PINNs. The weight is m(v) = v^`power`, and v goes up
-    the gradient of the loss with step `ascent_rate`:
+    McClenny & Braga-Neto, arXiv:2009.04544, section on self-adaptive PINNs. The weight is m(v) = v^`power`, and v goes
+    up the gradient of the loss with step `ascent_rate`:
 
         v_i <- v_i + `ascent_rate` m'(v_i) L_i.
 
@@ -213,7 +222,8 @@ class GradNorm(Balancing):
 
     Chen et al., arXiv:1711.02257, eq. (1) and (2) and algorithm 1. With G_i = |grad_W(w_i L_i)|, G their mean, and
     r_i = (L_i / L_i(0)) / mean_j(L_j / L_j(0)), one step of gradient descent with `learning_rate` on
-    sum_i |G_i - G r_i^`alpha`| (the target G r_i^alpha taken as constant), then w is scaled to add up to the number of terms.
+    sum_i |G_i - G r_i^`alpha`| (the target G r_i^alpha taken as constant), then w is scaled to add up to the number of
+    terms.
 
     `of`: the node or submodule whose parameters are W (the last shared layer, say); None: all that train.
     """
@@ -221,9 +231,13 @@ class GradNorm(Balancing):
     reads_losses = False
 
     def __init__(
-        self, alpha: float = 1.5, learning_rate: float = 0.025, of: str | None = None,
-        terms: Sequence[str] | None = None, every: int = 1,
-    ) -> None:  # fmt: skip
+        self,
+        alpha: float = 1.5,
+        learning_rate: float = 0.025,
+        of: str | None = None,
+        terms: Sequence[str] | None = None,
+        every: int = 1,
+    ) -> None:
         super().__init__(terms, every)
         self.alpha, self.learning_rate, self.of = alpha, learning_rate, of
 
@@ -252,9 +266,13 @@ class LearningRateAnnealing(Balancing):
     reads_losses = False
 
     def __init__(
-        self, residual: str, alpha: float = 0.1, of: str | None = None, terms: Sequence[str] | None = None,
+        self,
+        residual: str,
+        alpha: float = 0.1,
+        of: str | None = None,
+        terms: Sequence[str] | None = None,
         every: int = 10,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(terms, every)
         self.residual, self.alpha, self.of = residual, alpha, of
 

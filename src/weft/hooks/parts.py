@@ -1,7 +1,7 @@
 """Weights of single nodes: loaded from another run, frozen, trained again.
 
-    weft.hooks.load_node(problem, "dynamics", "runs/identified", source="nodes.0")
-    weft.hooks.freeze(problem, "dynamics")               # for good; weft.Phase(freeze=["dynamics"]) for one phase
+weft.hooks.load_node(problem, "dynamics", "runs/identified", source="nodes.0")
+weft.hooks.freeze(problem, "dynamics")               # for good; weft.Phase(freeze=["dynamics"]) for one phase
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """More for TensorBoard: figures made by a function, and histograms of the weights.
 
-    weft.Trainer(loggers="tensorboard", hooks=[
-        weft.hooks.Figures({"rollouts": lambda trainer: draw(trainer.problem)}, every=10),
-        weft.hooks.WeightHistograms(every=50, gradients=True),
-    ])
+weft.Trainer(loggers="tensorboard", hooks=[
+    weft.hooks.Figures({"rollouts": lambda trainer: draw(trainer.problem)}, every=10),
+    weft.hooks.WeightHistograms(every=50, gradients=True),
+])
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@
     weft.Trainer(profiler=weft.hooks.PyTorchProfiler(wait=100, active=3, memory=True))
     weft.Trainer(profiler=anything)      # with start(), step() and stop()
 
-Whatever can be watched is known by name: the phases of a step ("data", "forward", "backward", "optimizer"), "evaluation",
-"checkpoint", each hook, and the nodes of the problem. A run folder also gets what was found, under `profile/`.
-Of a LightningModule the parts are the same, its submodules are the nodes; in manual optimization "forward" is what calls the
-module itself. In a compiled run the nodes are one graph and have no times of their own.
+Whatever can be watched is known by name: the phases of a step ("data", "forward", "backward", "optimizer"),
+"evaluation", "checkpoint", each hook, and the nodes of the problem. A run folder also gets what was found, under
+`profile/`. Of a LightningModule the parts are the same, its submodules are the nodes; in manual optimization "forward"
+is what calls the module itself. In a compiled run the nodes are one graph and have no times of their own.
 """
 
 from __future__ import annotations
@@ -46,9 +46,16 @@ class PyTorchProfiler:
     needs_folder = True
 
     def __init__(
-        self, wait: int = 5, warmup: int = 2, active: int = 3, repeat: int = 1, *, memory: bool = False,
-        shapes: bool = False, stacks: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        wait: int = 5,
+        warmup: int = 2,
+        active: int = 3,
+        repeat: int = 1,
+        *,
+        memory: bool = False,
+        shapes: bool = False,
+        stacks: bool = False,
+    ) -> None:
         if wait < 0 or warmup < 0 or active < 1 or repeat < 1:
             raise ValueError(
                 f"PyTorchProfiler: wait={wait}, warmup={warmup}, active={active}, repeat={repeat}; expected wait and warmup "
@@ -101,7 +108,12 @@ class PyTorchProfiler:
         averages = profile.key_averages()
         self.text = averages.table(sort_by="self_cpu_time_total", row_limit=MAX_ROWS, max_name_column_width=40)
         self.rows = [
-            {"name": e.key, "calls": e.count, "seconds": e.cpu_time_total / 1e6, "own_seconds": e.self_cpu_time_total / 1e6}
+            {
+                "name": e.key,
+                "calls": e.count,
+                "seconds": e.cpu_time_total / 1e6,
+                "own_seconds": e.self_cpu_time_total / 1e6,
+            }
             for e in averages
         ]
         assert self.folder is not None
@@ -166,8 +178,10 @@ class AdvancedProfiler:
 
 
 _MAKERS: dict[str, Callable[[], Any]] = {
-    "simple": SimpleProfiler, "pytorch": PyTorchProfiler, "advanced": AdvancedProfiler,
-}  # fmt: skip
+    "simple": SimpleProfiler,
+    "pytorch": PyTorchProfiler,
+    "advanced": AdvancedProfiler,
+}
 
 
 class Profiling(Hook):
@@ -200,7 +214,9 @@ class Profiling(Hook):
             self.profiler.folder = run.run_dir / "profile" if isinstance(self.profiler, PyTorchProfiler) else None
         if isinstance(self.profiler, PyTorchProfiler):
             if run.run_dir is None:
-                raise ValueError("profiler='pytorch' writes a trace, but this run has no folder (fast_dev_run writes nothing).")
+                raise ValueError(
+                    "profiler='pytorch' writes a trace, but this run has no folder (fast_dev_run writes nothing)."
+                )
             self.profiler.worker = f"{socket.gethostname()}_{run.fabric.global_rank}"
         if self._watch is not None and not run.state.config.compile:  # a graph has no nodes any more
             for name, module in [("problem", run.problem), *nodes_of(run.problem)]:
@@ -229,7 +245,11 @@ class Profiling(Hook):
         found = self.profiler.profile if isinstance(self.profiler, SimpleProfiler) else self.profiler
         result.profile = found
         run = trainer.run
-        if isinstance(found, PyTorchProfiler) and result.stop_reason != "error" and (complaint := found.complaint(run.progress.step)):
+        if (
+            isinstance(found, PyTorchProfiler)
+            and result.stop_reason != "error"
+            and (complaint := found.complaint(run.progress.step))
+        ):
             run.state.warn_once(complaint)
         if run.run_dir is not None and run.is_global_zero and hasattr(found, "to_dict"):
             folder = run.run_dir / "profile"

@@ -1,10 +1,10 @@
 """Adaptive resampling of collocation points: more of them where the residual is large.
 
-    weft.hooks.Resample(
-        residual=lambda u, x, t: burgers(u, x, t),                       # argument names are keys
-        candidates=lambda g: {"x": 2 * torch.rand(10_000, 1, generator=g) - 1, "t": torch.rand(10_000, 1, generator=g)},
-        every=100,
-    )
+weft.hooks.Resample(
+    residual=lambda u, x, t: burgers(u, x, t),                       # argument names are keys
+    candidates=lambda g: {"x": 2 * torch.rand(10_000, 1, generator=g) - 1, "t": torch.rand(10_000, 1, generator=g)},
+    every=100,
+)
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Resample(Hook):
     Wu, Zhu, Tan, Kartha & Lu, arXiv:2207.10289. Of the `candidates` S, with e the absolute residual,
     "rad" (algorithm 2) replaces all points by as many, drawn without replacement with probabilities (eq. 2)
         p(x) ~ e(x)^`k` / mean_S(e^`k`) + `c`;
-    "rar-d" (algorithm 3) adds `add` points drawn so; "rar" (RAR-G, algorithm 1) adds the `add` points of largest residual.
-    The paper's defaults: k = 1, c = 1 for "rad"; k = 2, c = 0 for "rar-d".
+    "rar-d" (algorithm 3) adds `add` points drawn so; "rar" (RAR-G, algorithm 1) adds the `add` points of largest
+    residual. The paper's defaults: k = 1, c = 1 for "rad"; k = 2, c = 0 for "rar-d".
 
     residual: a key of what the nodes compute, or a function whose argument names are keys (`problem` is the problem).
     candidates: a function of a torch.Generator (on the CPU) that returns a tensor for every key of the data, all of one
@@ -41,10 +41,17 @@ class Resample(Hook):
     """
 
     def __init__(
-        self, residual: KeyFunction, candidates: Callable[[torch.Generator], Mapping[str, Tensor]], *, every: int = 100,
-        method: Literal["rad", "rar-d", "rar"] = "rad", k: float | None = None, c: float | None = None, add: int = 10,
+        self,
+        residual: KeyFunction,
+        candidates: Callable[[torch.Generator], Mapping[str, Tensor]],
+        *,
+        every: int = 100,
+        method: Literal["rad", "rar-d", "rar"] = "rad",
+        k: float | None = None,
+        c: float | None = None,
+        add: int = 10,
         part: str | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if method not in ("rad", "rar-d", "rar"):
             raise ValueError(f"Resample: method={method!r}; expected 'rad', 'rar-d' or 'rar'.")
         if every < 1 or add < 1:
@@ -60,7 +67,9 @@ class Resample(Hook):
 
     def on_fit_start(self, trainer: Any) -> None:
         if any(isinstance(module, AugmentedLagrangian) for module in trainer.problem.modules()):
-            raise ValueError("Resample: an AugmentedLagrangian has multipliers for each row; new points would get old ones.")
+            raise ValueError(
+                "Resample: an AugmentedLagrangian has multipliers for each row; new points would get old ones."
+            )
         self._run = trainer.run
         if trainer.run.state.control.is_new:
             self.version, self._points, self._to_put_back = 0, {}, None
@@ -79,7 +88,9 @@ class Resample(Hook):
     def _resample(self, run: Any) -> None:
         generator = torch.Generator().manual_seed((run.state.feed.seed * 1_000_003 + run.progress.epoch) % 2**63)
         old = self._dataset(run).datadict
-        found = {key: value.to(old[key].device, old[key].dtype) for key, value in self._candidates(generator, old).items()}
+        found = {
+            key: value.to(old[key].device, old[key].dtype) for key, value in self._candidates(generator, old).items()
+        }
         errors = self._errors(run, found)
         run.log({"residual_mean": errors.mean()})
         if self.method == "rar":
@@ -96,7 +107,9 @@ class Resample(Hook):
     def _candidates(self, generator: torch.Generator, old: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = dict(self.candidates(generator))
         if set(found) != set(old):
-            raise ValueError(f"Resample: the candidates have the keys {sorted(found)}, the training data {sorted(old)}.")
+            raise ValueError(
+                f"Resample: the candidates have the keys {sorted(found)}, the training data {sorted(old)}."
+            )
         needed = len(next(iter(old.values()))) if self.method == "rad" else self.add
         lengths = {key: len(value) for key, value in found.items()}
         if len(set(lengths.values())) > 1 or min(lengths.values()) < needed:
@@ -113,9 +126,13 @@ class Resample(Hook):
         with torch.enable_grad():
             errors = residual({**batch, "name": "train", "epoch": run.progress.epoch}).detach().abs()
         if errors.ndim == 0 or len(errors) != rows:
-            raise ValueError(f"Resample: the residual has shape {tuple(errors.shape)}; expected one row for each of {rows}.")
+            raise ValueError(
+                f"Resample: the residual has shape {tuple(errors.shape)}; expected one row for each of {rows}."
+            )
         if not bool(errors.isfinite().all()):
-            raise FloatingPointError(f"Resample: the residual is not finite at {int((~errors.isfinite()).sum())} candidates.")
+            raise FloatingPointError(
+                f"Resample: the residual is not finite at {int((~errors.isfinite()).sum())} candidates."
+            )
         return errors.flatten(1).mean(1) if errors.ndim > 1 else errors
 
     def _requiring_grad(self, run: Any) -> list[str]:

@@ -1,6 +1,6 @@
 """Curriculum: weights of terms and attributes of nodes as a function of the epoch.
 
-    weft.hooks.Curriculum(lambda epoch: {"rollout.steps": min(50, 5 + epoch // 20), "smoothness": 0.99**epoch})
+weft.hooks.Curriculum(lambda epoch: {"rollout.steps": min(50, 5 + epoch // 20), "smoothness": 0.99**epoch})
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class Curriculum(Hook):
     ("rollout.steps", NeuroMANCER's "system.nsteps"). The epoch counts from 0; as nothing else decides, a resumed run
     goes on as it was. Raises ValueError for a name that is neither.
 
-    Losses of different epochs then measure different things: a fixed dev problem or `monitor_metric` keeps best comparable.
+    Losses of different epochs then measure different things: a fixed dev problem or `monitor_metric` keeps best
+    comparable.
     """
 
     def __init__(self, schedule: Callable[[int], Mapping[str, Any]]) -> None:
@@ -46,7 +47,9 @@ def set_attribute(problem: nn.Module, name: str, value: Any) -> None:
     node, _, attribute = name.rpartition(".")
     if not node:
         terms = list(term_weights(problem))
-        raise ValueError(f"{name!r} is no term of the problem{suggest(name, terms) or f' ({terms})'}, nor 'node.attribute'.")
+        raise ValueError(
+            f"{name!r} is no term of the problem{suggest(name, terms) or f' ({terms})'}, nor 'node.attribute'."
+        )
     owner = submodule(problem, node)
     if not hasattr(owner, attribute):
         known = [k for k in vars(owner) if not k.startswith("_")]

@@ -32,7 +32,9 @@ def term_names(problem: nn.Module, wanted: Sequence[str] | None, who: str) -> li
         raise ValueError(f"{who} balances named terms, and {type(problem).__name__} has none; use a weft.Problem.")
     for name in wanted or ():
         if name not in weights:
-            raise ValueError(f"{who}: the problem has no term {name!r}{suggest(name, weights)}. It has {list(weights)}.")
+            raise ValueError(
+                f"{who}: the problem has no term {name!r}{suggest(name, weights)}. It has {list(weights)}."
+            )
     names = list(wanted or weights)
     if zero := [name for name in names if float(weights[name]) == 0.0]:
         raise ValueError(f"{who}: the weight of {zero} is 0, so that its loss cannot be read; start from another one.")
@@ -49,7 +51,8 @@ def weights_of(problem: nn.Module, names: Sequence[str]) -> Tensor:
 def losses_of_last_step(state: RunState, names: Sequence[str]) -> Tensor | None:
     """The losses of these terms in the last step, a vector on the device; None if the step was skipped.
 
-    The weights must be as they were in that step. A hook that calls this sets `state.step.measured = []` when a fit starts.
+    The weights must be as they were in that step. A hook that calls this sets `state.step.measured = []` when a fit
+    starts.
     """
     if not state.step.measured:
         return None
@@ -93,7 +96,9 @@ def flat_gradient(value: Tensor, params: Sequence[Tensor]) -> Tensor:
 def trained_parameters(state: RunState, of: str | None) -> list[nn.Parameter]:
     """The parameters that train, of the whole problem or of the node or submodule `of`. ValueError if they are in shards."""
     if state.processes.in_shards:
-        raise ValueError("Gradients of single terms need whole parameters, and the problem is in shards; use strategy='ddp'.")
+        raise ValueError(
+            "Gradients of single terms need whole parameters, and the problem is in shards; use strategy='ddp'."
+        )
     owner = state.problem if of is None else submodule(state.problem, of)
     return [p for p in owner.parameters() if p.requires_grad]
 
@@ -112,7 +117,9 @@ def key_function(fn: KeyFunction, problem: nn.Module, what: str) -> Callable[[Ma
         if any(key not in data for key in keys):
             data |= nodes(batch)
         if missing := [key for key in keys if key not in data]:
-            raise KeyError(f"{what} reads {missing}, which neither the data nor the problem's nodes provide: {list(data)}.")
+            raise KeyError(
+                f"{what} reads {missing}, which neither the data nor the problem's nodes provide: {list(data)}."
+            )
         return function(*[data[key] for key in keys])
 
     return call

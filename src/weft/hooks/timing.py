@@ -75,10 +75,13 @@ class TimeProfile:
             return {"seconds": timed.seconds, "own_seconds": timed.own_seconds, "calls": timed.calls, "share": share}
 
         return {
-            "seconds": self.seconds, "epochs": self.epochs, "steps": self.steps, "slowest_node": self.slowest_node,
+            "seconds": self.seconds,
+            "epochs": self.epochs,
+            "steps": self.steps,
+            "slowest_node": self.slowest_node,
             "parts": {name: row(part) for name, part in self.parts.items()},
             "nodes": {name: row(node) for name, node in self.nodes.items()},
-        }  # fmt: skip
+        }
 
     def __str__(self) -> str:
         """The table, and below it what to look at first."""
@@ -94,7 +97,11 @@ class TimeProfile:
                 lines.append(f"{name:34.34}{part.calls or '':>9}{s:10.3f}{per_epoch}{per_step}{100 * s / whole:7.1f}%")
         longest = max(self.parts.values(), key=lambda p: p.seconds, default=None)
         if longest is not None:
-            lines += ["", f"Most time goes into {longest.name!r}" + (f"; the slowest node is {n!r}." if (n := self.slowest_node) else ".")]
+            lines += [
+                "",
+                f"Most time goes into {longest.name!r}"
+                + (f"; the slowest node is {n!r}." if (n := self.slowest_node) else "."),
+            ]
         return "\n".join(lines)
 
 
@@ -137,7 +144,9 @@ class SimpleProfiler:
                 return function(*args, **kwargs)
             outer = self._current
             parts = self._root.parts if always_top else outer.parts
-            self._current = part = self._root if name == "loop" else parts.get(name) or parts.setdefault(name, Timed(name))
+            self._current = part = (
+                self._root if name == "loop" else parts.get(name) or parts.setdefault(name, Timed(name))
+            )
             part.calls += 1
             now = clock()
             outer.own_seconds += now - self._last

@@ -19,7 +19,6 @@ MODULES = {
 """The integrations by module name, and whom each is for."""
 
 
-
 def __getattr__(name: str) -> ModuleType:
     if name in MODULES:
         return import_module(f"weft.integrations.{name}")

@@ -4,8 +4,8 @@
     weft.Trainer(loggers=["csv", "tensorboard", lightning.pytorch.loggers.WandbLogger()])
 
 A logger is any object with `log_metrics(metrics, step)`, `log_hyperparams(params)`, `save()` and `finalize(status)`.
-It may have `rewind(step, epoch, in_epoch)`, called when a run goes on from a checkpoint, and `log_final(metrics, step)`.
-A `rewind` that drops the values of `step` itself returns True, and gets them again.
+It may have `rewind(step, epoch, in_epoch)`, called when a run goes on from a checkpoint, and `log_final(metrics,
+step)`. A `rewind` that drops the values of `step` itself returns True, and gets them again.
 """
 
 from __future__ import annotations

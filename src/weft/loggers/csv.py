@@ -1,9 +1,9 @@
 """`metrics.csv`: every logged number as one row, appended, and read back.
 
-    logger = CSVLogger("runs/a/metrics.csv")
-    logger.log_metrics({"train_loss": 0.5, "epoch": 0}, step=79)
-    logger.save()
-    read_rows("runs/a/metrics.csv")     # [Row(step=79, epoch=0, name='train_loss', value=0.5, time=1760000000.123)]
+logger = CSVLogger("runs/a/metrics.csv")
+logger.log_metrics({"train_loss": 0.5, "epoch": 0}, step=79)
+logger.save()
+read_rows("runs/a/metrics.csv")     # [Row(step=79, epoch=0, name='train_loss', value=0.5, time=1760000000.123)]
 """
 
 from __future__ import annotations
@@ -81,8 +81,9 @@ class CSVLogger:
         """Drop what a run that goes on from a checkpoint at `step` with `epoch` will log again.
 
         That is every row after `step`, and every mean over `epoch` or a later one, which may stand at `step` itself.
-        Step values (names that end in "_step") up to `step` stay. The file is replaced in one operation. Rows that cannot
-        be read (the disk or its power failed) do not hold the run up: a warning names the copy that is kept of them.
+        Step values (names that end in "_step") up to `step` stay. The file is replaced in one operation. Rows that
+        cannot be read (the disk or its power failed) do not hold the run up: a warning names the copy that is kept of
+        them.
         """
         self._waiting = []
         if _is_empty(self.path):
@@ -91,7 +92,9 @@ class CSVLogger:
         if broken:
             copy = self.path.with_name(f"{self.path.stem}-damaged{self.path.suffix}")
             put(copy, self.path.read_bytes())
-            warnings.warn(f"{self.path} has {len(broken)} broken rows, left out now: {broken[0]}; {copy} has all.", stacklevel=2)
+            warnings.warn(
+                f"{self.path} has {len(broken)} broken rows, left out now: {broken[0]}; {copy} has all.", stacklevel=2
+            )
         kept = [row for row in rows if row.step <= step and (row.epoch < epoch or row.name.endswith("_step"))]
         if len(kept) < len(rows) or broken:
             text = _as_text([COLUMNS, *((*row[:3], repr(row.value), row.time) for row in kept)])

@@ -24,9 +24,19 @@ if TYPE_CHECKING:
 
 # These say how long, where and how visibly a run trains; changing them changes no number of an epoch.
 _FREE_OPTIONS = {
-    "epochs", "max_steps", "max_time", "root_dir", "run_name", "log_every", "checkpoint", "resume", "profiler",
-    "progress", "timeout", "loggers",
-}  # fmt: skip
+    "epochs",
+    "max_steps",
+    "max_time",
+    "root_dir",
+    "run_name",
+    "log_every",
+    "checkpoint",
+    "resume",
+    "profiler",
+    "progress",
+    "timeout",
+    "loggers",
+}
 
 
 # A LightningModule brings its loaders only when training begins.
@@ -49,7 +59,9 @@ def fixed_settings(state: RunState) -> dict[str, str]:
         "compile": state.kept.compile_choice,
         "phases": len(state.training.phases),
         "optimizers": {name: type(o).__name__ for name, o in state.training.optimizers.items()},
-        "schedulers": {name: f"{type(s.scheduler).__name__} each {s.interval}" for name, s in state.training.schedules.items()},
+        "schedulers": {
+            name: f"{type(s.scheduler).__name__} each {s.interval}" for name, s in state.training.schedules.items()
+        },
         "rows of the training data": state.rows("train"),
         "batch_size": state.feed.data.batch_size,
         "batches in an epoch": _num_batches(state.source("train")),
@@ -147,4 +159,3 @@ def _name_of(value: Any) -> str:
     if isinstance(value, list | tuple):
         return str([_name_of(v) for v in value])
     return value if isinstance(value, str) else getattr(value, "__qualname__", type(value).__qualname__)
-

@@ -40,4 +40,3 @@ def hooks_from(state: RunState) -> list[Any]:
 
         hooks.append(RunFolder())  # last: the report reads what the loggers wrote
     return hooks
-

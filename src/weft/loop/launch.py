@@ -39,14 +39,17 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 
-
 def call(trainer: Any, fabric: Fabric, method: str, problem: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """`getattr(trainer, method)(*args, **kwargs)` in the processes of `fabric`; what the first of them returns.
 
     `problem` and `trainer.run` are afterwards as they are there. The error of the process that failed first is raised.
     """
     spawns = start_method(fabric) == "spawn"
-    with tempfile.TemporaryDirectory(prefix="weft-") as folder, _same_environment(), _interrupts_go_to_children() as asked:
+    with (
+        tempfile.TemporaryDirectory(prefix="weft-") as folder,
+        _same_environment(),
+        _interrupts_go_to_children() as asked,
+    ):
         work: Any = (trainer, problem, method, args, kwargs)
         if spawns:  # pickle cannot send lambdas, cloudpickle can
             import cloudpickle
@@ -181,4 +184,3 @@ def _interrupts_go_to_children() -> Iterator[list[int]]:
         yield asked
     finally:
         signal.signal(signal.SIGINT, before)
-

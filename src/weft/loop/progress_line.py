@@ -212,4 +212,3 @@ class _Notebook:
             self._handle = display(bundle, raw=True, display_id=True)
         else:
             self._handle.update(bundle, raw=True)
-

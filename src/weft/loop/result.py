@@ -93,11 +93,20 @@ def result_of(state: RunState, last_weights: dict[str, Tensor]) -> FitResult:
     """The result of a run as it stands."""
     progress, best = state.progress, state.best
     return FitResult(
-        epochs=progress.epoch, steps=progress.step, best_metric=best.value, best_epoch=best.epoch,
-        stop_reason=state.control.stop_reason or "epochs", history={name: list(column) for name, column in state.history.values.items()},
-        last_weights=last_weights, seconds=progress.seconds, seed=state.feed.seed, run_dir=state.kept.run_dir,
-        monitor=best.name, evaluations=progress.evaluations, search_stop=progress.search_stop,
-    )  # fmt: skip
+        epochs=progress.epoch,
+        steps=progress.step,
+        best_metric=best.value,
+        best_epoch=best.epoch,
+        stop_reason=state.control.stop_reason or "epochs",
+        history={name: list(column) for name, column in state.history.values.items()},
+        last_weights=last_weights,
+        seconds=progress.seconds,
+        seed=state.feed.seed,
+        run_dir=state.kept.run_dir,
+        monitor=best.name,
+        evaluations=progress.evaluations,
+        search_stop=progress.search_stop,
+    )
 
 
 def load_result(run_dir: str | Path) -> FitResult:
@@ -105,7 +114,7 @@ def load_result(run_dir: str | Path) -> FitResult:
 
     Raises FileNotFoundError naming what is missing.
     """
-    
+
     from weft.loggers.csv import read_history
 
     folder = Path(run_dir)
@@ -117,4 +126,3 @@ def load_result(run_dir: str | Path) -> FitResult:
     if (folder / "checkpoints" / "last").is_file():
         last = dict(checkpoints.load(folder / "checkpoints", "last")[0]["problem"])
     return FitResult(**plain, history=history, last_weights=last, run_dir=folder)
-

@@ -41,11 +41,36 @@ if TYPE_CHECKING:
 FORMAT = 1
 
 PARTS = (
-    "format", "problem", "module_state", "term_weights", "optimizers", "schedules", "scaler", "progress", "stop_reason",
-    "means", "logged", "recent", "own_buffers", "random_before_data", "random_before_epoch", "generators_before_epoch",
-    "generators", "random", "other_processes", "evaluated", "history", "best", "hooks", "notes", "state", "seed", "fixed",
-    "options", "error",
-)  # fmt: skip
+    "format",
+    "problem",
+    "module_state",
+    "term_weights",
+    "optimizers",
+    "schedules",
+    "scaler",
+    "progress",
+    "stop_reason",
+    "means",
+    "logged",
+    "recent",
+    "own_buffers",
+    "random_before_data",
+    "random_before_epoch",
+    "generators_before_epoch",
+    "generators",
+    "random",
+    "other_processes",
+    "evaluated",
+    "history",
+    "best",
+    "hooks",
+    "notes",
+    "state",
+    "seed",
+    "fixed",
+    "options",
+    "error",
+)
 
 
 # ---- the mirror ------------------------------------------------------------------------------------------------------
@@ -54,8 +79,8 @@ PARTS = (
 def state_of_run(state: RunState, error: BaseException | None = None) -> dict[str, Any]:
     """Everything that decides how the run goes on: tensors and plain values only.
 
-    Call on every rank, between steps. After an `error` no rank waits for another: the parts that each has of its own are
-    those of this one alone, and the state may be that of the middle of a step.
+    Call on every rank, between steps. After an `error` no rank waits for another: the parts that each has of its own
+    are those of this one alone, and the state may be that of the middle of a step.
     """
     own = _own_state(state)
     return {
@@ -67,8 +92,8 @@ def state_of_run(state: RunState, error: BaseException | None = None) -> dict[st
         "schedules": {name: s.state_dict() for name, s in state.training.schedules.items()},
         "scaler": scaler.state_dict() if (scaler := scaler_of(state.fabric)) is not None else None,
         "progress": {**state.progress.state_dict(), "seconds": state.seconds},
-        # A process that dies after it was told to stop, and before the end, stops there again. Whoever resumes a fit that
-        # came to its end wants to go on.
+        # A process that dies after it was told to stop, and before the end, stops there again. Whoever resumes a fit
+        # that # came to its end wants to go on.
         "stop_reason": None if error is not None or state.control.ending else state.control.stop_reason,
         **own,
         "other_processes": state.processes.gather(own)[1:] if error is None else [],
@@ -133,7 +158,10 @@ def restore_run(state: RunState, saved: Mapping[str, Any], hooks: bool = True) -
     flags = {k: v for k, v in state.kept.attributes_at_start.items() if k.endswith(".requires_grad")}
     now = {k: v for k, v in attributes(state.problem).items() if k not in saved["module_state"]}
     state.kept.attributes_at_start = {**now, **flags}
-    state.kept.random_before_data, state.kept.random_before_epoch = saved["random_before_data"], saved["random_before_epoch"]
+    state.kept.random_before_data, state.kept.random_before_epoch = (
+        saved["random_before_data"],
+        saved["random_before_epoch"],
+    )
     state.kept.generators_before_epoch = saved["generators_before_epoch"]
     state.kept.random_to_resume, state.kept.generators_to_resume = saved["random"], saved["generators"]
     seeding.set_random_state(saved["random"])
@@ -265,7 +293,9 @@ def find_state(state: RunState, resume: str) -> dict[str, Any] | None:
 
     Raises CheckpointError if there is nothing for "last" and "best", or what a path names cannot be resumed.
     """
-    found = state.processes.first(partial(_load, state.config, resume))  # tensors in shards are read later, by each process
+    found = state.processes.first(
+        partial(_load, state.config, resume)
+    )  # tensors in shards are read later, by each process
     if found is None:
         return None
     saved, path = found[0], found[1].absolute()
@@ -306,4 +336,3 @@ def check_format(saved: Mapping[str, Any], path: Path) -> None:
         raise CheckpointError(f"{path} was written by a newer weft (format {number}, known here: up to {FORMAT}).")
     if missing := [part for part in PARTS if part not in saved]:
         raise CheckpointError(f"{path} (format {number}) lacks {missing}.")
-

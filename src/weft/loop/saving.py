@@ -26,8 +26,8 @@ from weft.step.state import RunState, Stage
 class Checkpointing(Hook):
     """Saves after every n steps, epochs or seconds, whenever the monitored metric improved, at a signal and at the end.
 
-    An epoch that ends at the step of an earlier save is saved again under the same name: the later state holds. After an
-    error it writes `exception.ckpt`, in each process for itself. A disk that fails ends the training with the error.
+    An epoch that ends at the step of an earlier save is saved again under the same name: the later state holds. After
+    an error it writes `exception.ckpt`, in each process for itself. A disk that fails ends the training with the error.
     `clock` gives seconds.
     """
 
@@ -53,7 +53,9 @@ class Checkpointing(Hook):
         config, step, epoch = self.config, state.progress.step, state.progress.epoch
         if config.every_n_steps and step // config.every_n_steps != seen[0] // config.every_n_steps:
             return True
-        return epoch != seen[1] and bool((config.epochs and epoch % config.epochs == 0) or (config.best and state.epoch.improved))
+        return epoch != seen[1] and bool(
+            (config.epochs and epoch % config.epochs == 0) or (config.best and state.epoch.improved)
+        )
 
     def on_exception(self, trainer: Any, error: BaseException) -> None:
         """Write down what there is; if that fails too, the error carries a note."""
@@ -94,7 +96,9 @@ def save_run(state: RunState) -> Path:
     folder, step = state.kept.run_dir / "checkpoints", state.progress.step
     stage = state.control.stage
     state.kept.save_wanted = stage is Stage.STEP_HOOKS
-    if state.kept.save_wanted:  # hooks after the one that asks have not seen the step yet; `Run.end_step` comes back to it
+    if (
+        state.kept.save_wanted
+    ):  # hooks after the one that asks have not seen the step yet; `Run.end_step` comes back to it
         return checkpoints.step_path(folder, step)
     if stage is not Stage.REST:
         raise RuntimeError(f"save: {stage.value} is under way, so the state is not whole; save between updates.")
@@ -143,4 +147,3 @@ def save_at_error(state: RunState, error: BaseException) -> Path:
     path = state.kept.run_dir / "checkpoints" / f"exception{f'-rank{rank}' if rank else ''}.ckpt"
     archive.write(path, state_of_run(state, error))
     return path
-

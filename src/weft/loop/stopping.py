@@ -48,4 +48,3 @@ class EarlyStopping(Hook):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best, self.bad_validations = state_dict["best"], state_dict["bad_validations"]
         self.phase = state_dict["phase"]
-

@@ -1,7 +1,7 @@
 """Trainer: options in, the loop, a result out.
 
-    trainer = weft.Trainer(epochs=200, patience=20)
-    result = trainer.fit(problem, data_setup, nsim=5000)
+trainer = weft.Trainer(epochs=200, patience=20)
+result = trainer.fit(problem, data_setup, nsim=5000)
 """
 
 from __future__ import annotations
@@ -34,7 +34,18 @@ from weft.types import suggest
 
 _STEPS = {"train": "training_step", "dev": "validation_step", "test": "test_step", "predict": "predict_step"}
 _OBJECTS: dict[str, Any] = dict.fromkeys(
-    ("optimizer", "scheduler", "phases", "metrics", *_STEPS.values(), "hooks", "loggers", "plugins", "strategy", "profiler")
+    (
+        "optimizer",
+        "scheduler",
+        "phases",
+        "metrics",
+        *_STEPS.values(),
+        "hooks",
+        "loggers",
+        "plugins",
+        "strategy",
+        "profiler",
+    )
 )
 """Options that may be objects; all others are fields of TrainerConfig."""
 
@@ -96,9 +107,17 @@ class Trainer:
     # ------------------------------------------------------------------ fit
 
     def fit(
-        self, problem: nn.Module, data: Any = None, dev: Any = None, *, datamodule: Any = None,
-        train_dataloaders: Any = None, val_dataloaders: Any = None, resume: str | None = None, **setup_kwargs: Any,
-    ) -> FitResult:  # fmt: skip
+        self,
+        problem: nn.Module,
+        data: Any = None,
+        dev: Any = None,
+        *,
+        datamodule: Any = None,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        resume: str | None = None,
+        **setup_kwargs: Any,
+    ) -> FitResult:
         """Train `problem` and return the result; the problem then holds the best weights.
 
         `data`: a data setup function (called with `setup_kwargs`), a `weft.Data`, (train, dev, test, batch_size), a
@@ -123,9 +142,17 @@ class Trainer:
         return run.result
 
     def start(
-        self, problem: nn.Module, data: Any = None, dev: Any = None, *, datamodule: Any = None,
-        train_dataloaders: Any = None, val_dataloaders: Any = None, resume: str | None = None, **setup_kwargs: Any,
-    ) -> Run:  # fmt: skip
+        self,
+        problem: nn.Module,
+        data: Any = None,
+        dev: Any = None,
+        *,
+        datamodule: Any = None,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        resume: str | None = None,
+        **setup_kwargs: Any,
+    ) -> Run:
         """A run for a loop of your own (`with trainer.start(...) as run:`); the arguments are those of `fit`."""
         if not isinstance(problem, nn.Module):
             raise TypeError(f"fit: the problem is {type(problem).__name__} {problem!r}; expected a torch.nn.Module.")
@@ -263,9 +290,14 @@ class Trainer:
     # ------------------------------------------------------------------ after training
 
     def validate(
-        self, data: Any = None, dataloaders: Any = None, *, problem: nn.Module | None = None, datamodule: Any = None,
+        self,
+        data: Any = None,
+        dataloaders: Any = None,
+        *,
+        problem: nn.Module | None = None,
+        datamodule: Any = None,
         **setup_kwargs: Any,
-    ) -> dict[str, float]:  # fmt: skip
+    ) -> dict[str, float]:
         """Means over the dev set (of the last fit, or `data`) as floats, with the history's keys.
 
         A problem may come first: `validate(problem, data)`. A LightningModule may bring its own data or a `datamodule`.
@@ -273,16 +305,26 @@ class Trainer:
         return self._evaluate("dev", *asked(data, dataloaders, problem, datamodule), setup_kwargs)
 
     def test(
-        self, data: Any = None, dataloaders: Any = None, *, problem: nn.Module | None = None, datamodule: Any = None,
+        self,
+        data: Any = None,
+        dataloaders: Any = None,
+        *,
+        problem: nn.Module | None = None,
+        datamodule: Any = None,
         **setup_kwargs: Any,
-    ) -> dict[str, float]:  # fmt: skip
+    ) -> dict[str, float]:
         """Means over the test set (of the last fit, or `data`) as floats, with the history's keys; see `validate`."""
         return self._evaluate("test", *asked(data, dataloaders, problem, datamodule), setup_kwargs)
 
     def predict(
-        self, data: Any = None, dataloaders: Any = None, *, problem: nn.Module | None = None, datamodule: Any = None,
+        self,
+        data: Any = None,
+        dataloaders: Any = None,
+        *,
+        problem: nn.Module | None = None,
+        datamodule: Any = None,
         **setup_kwargs: Any,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         """What the nodes compute for each row of the predict set (or `data`), in order, on the CPU, by key.
 
         Inputs and losses are left out, and targets may be missing from the data. Of a LightningModule: what its
@@ -362,9 +404,15 @@ def _either(name: str, value: Any, other: str, alias: Any) -> Any:
 
 
 def _make_data(
-    run: Run, data: Any, dev: Any, *, datamodule: Any, train_dataloaders: Any, val_dataloaders: Any,
+    run: Run,
+    data: Any,
+    dev: Any,
+    *,
+    datamodule: Any,
+    train_dataloaders: Any,
+    val_dataloaders: Any,
     setup_kwargs: dict[str, Any],
-) -> Callable[[], Data]:  # fmt: skip
+) -> Callable[[], Data]:
     """A function that makes the `Data` of the arguments of `fit`."""
     data = _either("data", data, "train_dataloaders", train_dataloaders)
     dev = _either("dev", dev, "val_dataloaders", val_dataloaders)
@@ -401,9 +449,10 @@ def _metric(name: str, fn: Callable[..., Any]) -> Callable[[Mapping[str, Any], A
         for key in keys:
             found = next((d[k] for d in (out, inputs) for k in (key, prefix + key) if k in d), None)
             if found is None:
-                raise KeyError(f"Metric {name!r} reads {key!r}, which is neither in the output {list(out)} nor in the batch.")
+                raise KeyError(
+                    f"Metric {name!r} reads {key!r}, which is neither in the output {list(out)} nor in the batch."
+                )
             values.append(found)
         return fn(*values)
 
     return measure
-

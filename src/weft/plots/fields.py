@@ -66,8 +66,8 @@ def field(
     """A field over a grid; with a `reference`, that too and the absolute error, each on axes of its own.
 
     `x` and `y`: coordinates, (columns,) and (rows,). `values`, `reference`: (rows, columns). Field and reference share
-    their colours. `labels`: of both axes and of the bar, with units. `axes`: one, or three with a reference; None: new ones.
-    Raises ValueError for shapes that do not fit and for too few axes.
+    their colours. `labels`: of both axes and of the bar, with units. `axes`: one, or three with a reference; None: new
+    ones. Raises ValueError for shapes that do not fit and for too few axes.
     """
     x, y = array(x).ravel(), array(y).ravel()
     shown = [("network" if reference is not None else "", array(values))]
@@ -75,7 +75,9 @@ def field(
         shown += [("reference", array(reference)), ("absolute error", np.abs(array(values) - array(reference)))]
     for name, found in shown:
         if found.shape != (len(y), len(x)):
-            raise ValueError(f"field: {name or 'values'} has shape {found.shape}; expected (rows, columns) {len(y), len(x)}.")
+            raise ValueError(
+                f"field: {name or 'values'} has shape {found.shape}; expected (rows, columns) {len(y), len(x)}."
+            )
     axes = _row_of(len(shown)) if axes is None else list(np.ravel(np.asarray(axes, dtype=object)))
     if len(axes) < len(shown):
         raise ValueError(f"field got {len(axes)} axes for {len(shown)} pictures: {', '.join(n for n, _ in shown)}.")

@@ -68,8 +68,8 @@ def phase_portrait(
 ) -> Axes:
     """Paths in the plane of two states, a dot where each begins.
 
-    `states`: (batch, time, 2) or (time, 2); at most 10 are drawn. `reference`: other paths, drawn pale. `target`: a point,
-    marked. `bounds`: (x lower, x upper, y lower, y upper), drawn as a box. `labels`: with units.
+    `states`: (batch, time, 2) or (time, 2); at most 10 are drawn. `reference`: other paths, drawn pale. `target`: a
+    point, marked. `bounds`: (x lower, x upper, y lower, y upper), drawn as a box. `labels`: with units.
     Raises ValueError for another shape.
     """
     ax = ax if ax is not None else new_axes()

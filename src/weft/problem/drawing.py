@@ -1,8 +1,8 @@
 """The graph of a problem: which node hands which key to which node or term.
 
-    problem.show()                # in a notebook a picture where graphviz is installed, else text
-    print(problem.show())         # text
-    problem.show().save("problem.svg")
+problem.show()                # in a notebook a picture where graphviz is installed, else text
+print(problem.show())         # text
+problem.show().save("problem.svg")
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class Drawing:
         rows = []
         for number, (name, kind, _, writes) in enumerate(self.parts):
             shown = f"[{name}]" if kind == "node" else f"({name}, {kind})"
-            read = ", ".join(f"{key} of {a}" for (a, key, _), (_, _, b) in zip(self.edges, self._edges, strict=True) if b == number)
+            read = ", ".join(
+                f"{key} of {a}" for (a, key, _), (_, _, b) in zip(self.edges, self._edges, strict=True) if b == number
+            )
             rows.append((read, shown, ", ".join(writes)))
         width = max((len(row[0]) for row in rows), default=0)
         middle = max((len(row[1]) for row in rows if row[2]), default=0)
@@ -72,7 +74,9 @@ class Drawing:
         if text is None:
             raise ValueError(f"{path}: a drawing is saved as .svg, .dot or .txt; got {path.suffix!r}.")
         if (content := text()) is None:
-            raise RuntimeError(f"{path}: an svg needs graphviz's program 'dot', which is not installed; .dot and .txt do not.")
+            raise RuntimeError(
+                f"{path}: an svg needs graphviz's program 'dot', which is not installed; .dot and .txt do not."
+            )
         path.write_text(content + "\n", encoding="utf-8")
         return path
 
@@ -95,4 +99,3 @@ def draw(problem: Any) -> Drawing:
 
 def _quoted(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-

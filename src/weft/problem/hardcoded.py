@@ -3,10 +3,10 @@
     A = torch.tensor([[1.2, 1.0], [0.0, 1.0]])
     plant = weft.Node(lambda x, u: x @ A.T + u, ["x", "u"], ["x"], name="plant")
 
-For the time of a run such tensors are replaced by copies on its device (and in float64 under 64-true); then the originals
-are put back. Found are those that a function of the problem closes over, reads from its module, has as a default, or as an
-attribute of the object it belongs to; in lists and dicts too, and in functions that it calls; and plain attributes of
-modules, which are neither parameters nor buffers.
+For the time of a run such tensors are replaced by copies on its device (and in float64 under 64-true); then the
+originals are put back. Found are those that a function of the problem closes over, reads from its module, has as a
+default, or as an attribute of the object it belongs to; in lists and dicts too, and in functions that it calls; and
+plain attributes of modules, which are neither parameters nor buffers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def constants_of(problem: nn.Module) -> list[Constant]:
     found: list[Constant] = []
     seen: set[int] = set()
     for path, module in problem.named_modules():
-        owner = f"node {module.name!r}" if isinstance(getattr(module, "name", None), str) else path or type(module).__name__
+        owner = (
+            f"node {module.name!r}" if isinstance(getattr(module, "name", None), str) else path or type(module).__name__
+        )
         found += [Constant(owner, *place) for place in _in_module(module, seen)]
     return found
 
@@ -169,4 +171,3 @@ def _in_mapping(items: MutableMapping[Any, Any] | list[Any], seen: set[int]) -> 
             yield str(key), value, partial(items.__getitem__, key), partial(items.__setitem__, key)
         elif callable(value) or isinstance(value, dict | list):
             yield from _in(value, seen)
-

@@ -32,8 +32,8 @@ class AugmentedLagrangian(PenaltyLoss, Hook):
     multiplier (with norm 1; ch. 17.2), so choose weights above.
 
     The forward reads `batch["index"]` in training and changes nothing but `values` (the last values of the rows seen).
-    `update()` does the rest; the trainer calls it through `on_epoch_end`. Several processes tell each other the values of
-    the rows that each has seen, at the end of each epoch, so all hold the multipliers of all rows.
+    `update()` does the rest; the trainer calls it through `on_epoch_end`. Several processes tell each other the values
+    of the rows that each has seen, at the end of each epoch, so all hold the multipliers of all rows.
 
     rows: number of training rows. None: what the trainer says; outside of a trainer, as many as the largest index seen
         (finding it waits for the GPU in every step and cannot be compiled).
@@ -196,4 +196,3 @@ def _by_row(constraint: Constraint, value: Tensor, num_rows: int) -> Tensor:
             f"of the {num_rows} rows of batch['index']; its value has shape {tuple(value.shape)}."
         )
     return value.reshape(num_rows, -1)
-

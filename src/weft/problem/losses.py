@@ -144,4 +144,3 @@ def _softlog_barrier(value: Tensor, alpha: float) -> Tensor:
 
 def _expshift_barrier(value: Tensor, shift: float) -> Tensor:
     return torch.exp(value + shift)
-

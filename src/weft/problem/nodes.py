@@ -188,4 +188,3 @@ def _node_list(nodes: Any, what: str) -> list[Any]:
 def _check_steps(rollout: Rollout) -> None:
     if not isinstance(rollout.steps, int) or rollout.steps < 1:
         raise ValueError(f"{rollout}: steps must be an int >= 1; got {rollout.steps!r}.")
-

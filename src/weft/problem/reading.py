@@ -115,4 +115,3 @@ def _neuromancer_terms(problem: Any) -> dict[str, Any]:
 
 
 _ADDRESS = re.compile(r"0x[0-9a-f]{6,}|\d{10,}", re.IGNORECASE)  # new in every process: no name for a history
-

@@ -278,4 +278,3 @@ def greater_equal(
 def equal(lhs: Side, rhs: Side, weight: float | Tensor = 1.0, norm: int = 1, name: str | None = None) -> Constraint:
     """The constraint `lhs == rhs`; penalty `weight * mean(abs(lhs - rhs) ** norm)`. See `less_equal`."""
     return Constraint(lhs, "==", rhs, weight, norm, name)
-

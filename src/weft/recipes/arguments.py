@@ -159,4 +159,3 @@ def _fit(value: Any, hint: Any) -> Any:
             return parser.instantiate(parsed).value
     except (ArgumentError, TypeError, ValueError, KeyError, ImportError) as error:
         raise _Misfit from error
-

@@ -23,20 +23,29 @@ SPLITS = {"train": "train", "validation": "dev", "test": "test", "predict": "pre
 
 
 def translate(
-    config: Mapping[str, Any], *, trainer_config: Mapping[str, Any] | None = None,
-    datamodule_config: Mapping[str, Any] | None = None, optimizer_config: Mapping[str, Any] | None = None,
-    scheduler_config: Mapping[str, Any] | None = None, transfer_learning_config: Mapping[str, Any] | None = None,
-    compile_config: Any = None, ckpt_path: str | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    config: Mapping[str, Any],
+    *,
+    trainer_config: Mapping[str, Any] | None = None,
+    datamodule_config: Mapping[str, Any] | None = None,
+    optimizer_config: Mapping[str, Any] | None = None,
+    scheduler_config: Mapping[str, Any] | None = None,
+    transfer_learning_config: Mapping[str, Any] | None = None,
+    compile_config: Any = None,
+    ckpt_path: str | None = None,
+) -> dict[str, Any]:
     """`config` in weft's own words. Its key "notes", if there, lists what was left out because it changes nothing.
 
     The keyword arguments are those of physicsml's `model.train`: they go before what the config says, in the result
     only; `config` itself is never changed. Raises ConfigError for keys that ask for something weft does not do.
     """
     over = {
-        "trainer": trainer_config, "datamodule": datamodule_config, "optimizer": optimizer_config,
-        "scheduler": scheduler_config, "transfer_learning": transfer_learning_config, "compile": compile_config,
-    }  # fmt: skip
+        "trainer": trainer_config,
+        "datamodule": datamodule_config,
+        "optimizer": optimizer_config,
+        "scheduler": scheduler_config,
+        "transfer_learning": transfer_learning_config,
+        "compile": compile_config,
+    }
     given = {k: v for k, v in over.items() if v is not None} | ({"ckpt_path": ckpt_path} if ckpt_path else {})
     out, wrong = translated(config, given)
     if wrong:
@@ -286,4 +295,3 @@ def _stage(number: int, stage: Any, body: Mapping[str, Any], work: Translation) 
         _datamodule(stage["datamodule"], inner, work, f"{key}.datamodule")
         phase |= inner
     return phase
-

@@ -9,10 +9,15 @@ from weft.config import TrainerConfig
 from weft.types import suggest
 
 RENAMED = {
-    "max_epochs": "epochs", "gradient_clip_val": "clip", "gradient_clip_algorithm": "clip_algorithm",
-    "accumulate_grad_batches": "accumulate", "check_val_every_n_epoch": "validate_every",
-    "log_every_n_steps": "log_every", "default_root_dir": "root_dir", "enable_checkpointing": "checkpoint",
-}  # fmt: skip
+    "max_epochs": "epochs",
+    "gradient_clip_val": "clip",
+    "gradient_clip_algorithm": "clip_algorithm",
+    "accumulate_grad_batches": "accumulate",
+    "check_val_every_n_epoch": "validate_every",
+    "log_every_n_steps": "log_every",
+    "default_root_dir": "root_dir",
+    "enable_checkpointing": "checkpoint",
+}
 LIMITS = {
     "limit_train_batches": "train",
     "limit_val_batches": "dev",
@@ -29,7 +34,7 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "val_check_interval": ((None, 1.0), "use validate_every, in epochs"),
     "benchmark": ((None, False), "set torch.backends.cudnn.benchmark in the problem's file"),
     "plugins": ((None, []), "plugins are given in Python: weft.Trainer(plugins=...)"),
-}  # fmt: skip
+}
 """Lightning options without a counterpart: the values that ask for nothing, and what to do about the others."""
 NOTED = {
     "enable_model_summary": "weft prints no summary of the model",
@@ -257,4 +262,3 @@ def _apply_best(config: dict[str, Any], options: dict[str, Any], work: Translati
     work.notes += [
         f"{where}.config.{k}={v!r}: has no effect here; best weights are always put back" for k, v in config.items()
     ]
-

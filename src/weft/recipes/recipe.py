@@ -334,4 +334,3 @@ def _all_rows(size: Any) -> Any:
     if isinstance(size, Mapping):
         return {k: _all_rows(v) for k, v in size.items()}
     return None if size == "all" else size
-

@@ -360,4 +360,3 @@ def _reference_complaint(thing: Named) -> str:
     if complaint and thing.section == "loggers":
         complaint += suggest(thing.spec["class_path"], LOGGERS) if "did you mean" not in complaint else ""
     return complaint
-

@@ -1,6 +1,6 @@
 """Line charts as inline SVG: a few kilobytes of text that any browser draws, without a library.
 
-    chart("loss", [Line("train", {0: 1.0, 1: 0.5}), Line("dev", {0: 1.1, 1: 0.7})], "epoch", mark=1)
+chart("loss", [Line("train", {0: 1.0, 1: 0.5}), Line("dev", {0: 1.1, 1: 0.7})], "epoch", mark=1)
 """
 
 from __future__ import annotations
@@ -159,4 +159,3 @@ def _label(value: float) -> str:
         return f"{value:.6g}"
     mantissa, _, exponent = f"{value:.0e}".partition("e")
     return f"{mantissa}e{int(exponent)}"
-

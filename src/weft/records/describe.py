@@ -47,4 +47,3 @@ class RunFolder(Hook):
             report.write(run.run_dir)
         except Exception as error:  # noqa: BLE001 - the result matters more than its picture
             warnings.warn(f"No report.html was written to {run.run_dir}: {error!r}", stacklevel=2)
-

@@ -40,6 +40,7 @@ def _loaded(text: str) -> Any:
     except ValueError:
         return text
 
+
 PACKAGES = ("lightning", "numpy", "neuromancer")
 
 
@@ -135,9 +136,14 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 def _git(folder: Path, *arguments: str) -> str:
     done = subprocess.run(
-        ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True,
+        ["git", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=True,
         env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
-    )  # fmt: skip
+    )
     return done.stdout
 
 
@@ -161,4 +167,3 @@ def _processor() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-

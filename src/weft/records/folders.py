@@ -35,9 +35,15 @@ def new_folder(config: TrainerConfig, options: dict[str, Any]) -> Path | None:
 
 
 _OF_A_RUN = (
-    "checkpoints", "metrics.csv", "result.json", "profile", "events.out.tfevents.*", "environment.yaml", "report.html",
+    "checkpoints",
+    "metrics.csv",
+    "result.json",
+    "profile",
+    "events.out.tfevents.*",
+    "environment.yaml",
+    "report.html",
     "weights.pt",
-)  # fmt: skip
+)
 
 
 def _set_aside(folder: Path) -> None:
@@ -74,4 +80,3 @@ def folder_of(path: Path) -> Path | None:
     """The run folder that a checkpoint lies in; None if it was put somewhere else."""
     folder = path.absolute().parent
     return folder.parent if folder.name == "checkpoints" else None
-

@@ -236,12 +236,16 @@ def runs_table(root: str | Path = "runs") -> str:
         best = result.get("best_metric")
         rows.append(
             (
-                str(run.folder.relative_to(root)), str(run.sessions[0].get("started", ""))[:19] if run.sessions else "",
-                str(result.get("epochs", "")), str(result.get("steps", "")),
-                "" if best is None else f"{result.get('monitor')} {best:.6g}", str(result.get("best_epoch", "")),
-                f"{result['seconds']:.1f}" if "seconds" in result else "", run.status,
+                str(run.folder.relative_to(root)),
+                str(run.sessions[0].get("started", ""))[:19] if run.sessions else "",
+                str(result.get("epochs", "")),
+                str(result.get("steps", "")),
+                "" if best is None else f"{result.get('monitor')} {best:.6g}",
+                str(result.get("best_epoch", "")),
+                f"{result['seconds']:.1f}" if "seconds" in result else "",
+                run.status,
             )
-        )  # fmt: skip
+        )
     return f"No runs below {root}." if len(rows) == 1 else columns(rows)
 
 
@@ -323,4 +327,3 @@ def write_comparison(a: str | Path, b: str | Path, path: str | Path) -> Path:
         encoding="utf-8",
     )
     return path
-

@@ -6,8 +6,8 @@ weigh as many rows as they have, parameters that are whole in each process are s
 of all shards, and after a fit the module is whole again.
 
 The sum in backward is a mean over processes, whatever their shares. So each loss is multiplied by its number of rows
-before backward, and the gradients by (processes / rows of all) after: the same numbers as in one process, and no message
-more.
+before backward, and the gradients by (processes / rows of all) after: the same numbers as in one process, and no
+message more.
 """
 
 from __future__ import annotations
@@ -44,8 +44,14 @@ def _check(state: RunState) -> None:
     config, checkpointing = state.config, state.config.checkpointing
     wrong = {
         f"compile={config.compile!r}": (bool(config.compile), "use compile=False"),
-        "checkpoints in the background": (checkpointing is not None and checkpointing.background, "use background=False"),
-        "Phase(freeze=...)": (any(p.freeze for p in state.training.phases), "set requires_grad of the problem before the fit"),
+        "checkpoints in the background": (
+            checkpointing is not None and checkpointing.background,
+            "use background=False",
+        ),
+        "Phase(freeze=...)": (
+            any(p.freeze for p in state.training.phases),
+            "set requires_grad of the problem before the fit",
+        ),
     }
     for name, (found, instead) in wrong.items():
         if found:
@@ -111,7 +117,9 @@ class Shards(Processes):
         """
         if len(optimizers) > 1 or any(map(needs_closure, optimizers.values())):
             kinds = [type(o).__name__ for o in optimizers.values()]
-            raise ValueError(f"{WHAT} needs one optimizer that takes no closure, not {kinds}; use Adam, or strategy='ddp'.")
+            raise ValueError(
+                f"{WHAT} needs one optimizer that takes no closure, not {kinds}; use Adam, or strategy='ddp'."
+            )
         known = {id(p) for p in self.faces.parameters()}
         for optimizer in optimizers.values():
             if any(id(p) not in known for p in parameters_of(optimizer)):
@@ -224,10 +232,18 @@ def _whole(value: Any) -> Any:
 # ---- one module, whole or in shards ----------------------------------------------------------------------------------
 
 _HOOKS = (
-    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
-    "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
-)  # fmt: skip
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 Face = tuple[type, dict[str, dict[Any, Any]], dict[str, Any]]
 """A module's class, its parameters, submodules and hooks, and the attributes that only this face has."""
 
@@ -235,8 +251,8 @@ Face = tuple[type, dict[str, dict[Any, Any]], dict[str, Any]]
 class Faces:
     """A module that shows one of two faces: in shards while it is used, whole when a fit or an evaluation is over.
 
-    `parallelize` shards the module in place; it is called once. The same shards are shown again in the next fit, with the
-    values that the whole parameters then have, so an optimizer goes on.
+    `parallelize` shards the module in place; it is called once. The same shards are shown again in the next fit, with
+    the values that the whole parameters then have, so an optimizer goes on.
     """
 
     def __init__(self, parallelize: Callable[[nn.Module], nn.Module], device: torch.device) -> None:
@@ -263,7 +279,9 @@ class Faces:
             self._whole = {module: _face(module, set()) for module in problem.modules()}
             made = self._parallelize(problem)
             if made is not problem:
-                raise TypeError("parallelize_fn returned another module; shard the one that it is given in place, and return it.")
+                raise TypeError(
+                    "parallelize_fn returned another module; shard the one that it is given in place, and return it."
+                )
             self._own = {module: set(vars(module)) - names[module] for module in self._whole}
         else:
             for module, face in self._shards.items():
@@ -315,4 +333,3 @@ def _distribute(whole: Tensor, shard: Any) -> None:
     value = whole.detach().to(shard.device, shard.dtype)
     parts = distribute_tensor(value, shard.device_mesh, shard.placements, src_data_rank=None)
     shard.to_local().copy_(parts.to_local())
-

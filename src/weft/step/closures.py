@@ -68,6 +68,8 @@ class SearchReport:
             return False
         first = float(self._first)
         return abs(first - loss) <= 10 * torch.finfo(torch.float32).eps * abs(first)
+
+
 MAX_KEPT = 64  # evaluations of one line search whose parameters are kept to find the accepted one
 
 
@@ -134,11 +136,15 @@ def _only_closure_optimizer(state: RunState) -> Optimizer:
     optimizer = next(o for o in state.training.optimizers.values() if needs_closure(o))
     name = type(optimizer).__name__
     if len(state.training.optimizers) > 1:
-        raise ValueError(f"Optimizers {list(state.training.optimizers)}: {name}, which needs a closure, must be the only one.")
+        raise ValueError(
+            f"Optimizers {list(state.training.optimizers)}: {name}, which needs a closure, must be the only one."
+        )
     if scaler_of(state.fabric) is not None:
         raise ValueError(f"{name} cannot run with precision='16-mixed': its line search needs unscaled gradients.")
     if state.config.clip is not None:
-        state.warn_once(f"clip={state.config.clip} has no effect with {name}: its line search needs unclipped gradients.")
+        state.warn_once(
+            f"clip={state.config.clip} has no effect with {name}: its line search needs unclipped gradients."
+        )
     return optimizer
 
 
@@ -174,4 +180,3 @@ def _put_back(optimizer: Optimizer, params: Sequence[Tensor], before: Sequence[T
         p.copy_(old)
     optimizer.state.clear()
     optimizer.state.update(state)
-

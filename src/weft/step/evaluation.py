@@ -45,7 +45,9 @@ def evaluating(problem: nn.Module) -> Iterator[None]:
 def _switches_plainly(module: nn.Module) -> bool:
     # Nobody's own train(), eval() or __setattr__ is passed over; scripted modules keep their flag elsewhere.
     kind, own = type(module), module.__dict__
-    inherits = kind.train is nn.Module.train and kind.eval is nn.Module.eval and kind.__setattr__ is nn.Module.__setattr__
+    inherits = (
+        kind.train is nn.Module.train and kind.eval is nn.Module.eval and kind.__setattr__ is nn.Module.__setattr__
+    )
     return inherits and "training" in own and "train" not in own and "eval" not in own
 
 
@@ -56,7 +58,9 @@ def evaluate(state: RunState, split: str, forward: Forward) -> dict[str, float]:
     with evaluating(state.problem), state.processes.gathered(state.problem):
         try:
             for batch in state.batches_of(split):
-                if (examples := num_examples(batch)) or not skips:  # of several processes one may have no row of a short batch
+                if (
+                    examples := num_examples(batch)
+                ) or not skips:  # of several processes one may have no row of a short batch
                     state.step.evaluating = (means, examples)  # where `log` adds to until the step is over
                     means.add(forward(batch)[1], examples)
         finally:
@@ -74,7 +78,9 @@ def monitored_metric(state: RunState, metrics: Mapping[str, float], by_default: 
     never appears, listing those that do.
     """
     config, has_dev = state.config, state.has("dev")
-    asked = config.monitor_metric is not None or any((config.patience, *(phase.patience for phase in state.training.phases)))
+    asked = config.monitor_metric is not None or any(
+        (config.patience, *(phase.patience for phase in state.training.phases))
+    )
     name = config.monitor_metric or (config.dev_metric if has_dev else config.train_metric)
     if not asked and not by_default:
         return None
@@ -91,7 +97,11 @@ def predict(state: RunState, step: Callable[[Any], Mapping[str, Tensor]]) -> dic
     """What `step` returns for each batch of the predict set, concatenated in order on the CPU, by key."""
     found: list[dict[str, Tensor]] = []
     step, processes = in_precision(state.fabric, step), state.processes
-    with numerics(state.fabric, state.config.deterministic, state.problem), evaluating(state.problem), processes.gathered(state.problem):
+    with (
+        numerics(state.fabric, state.config.deterministic, state.problem),
+        evaluating(state.problem),
+        processes.gathered(state.problem),
+    ):
         for batch in state.batches_of("predict"):
             rows = step(batch) if num_examples(batch) or not processes.skips_empty else {}
             found.append({key: value.detach().cpu() for key, value in rows.items() if value.dim()})
@@ -100,4 +110,3 @@ def predict(state: RunState, step: Callable[[Any], Mapping[str, Tensor]]) -> dic
     # of each batch first the rows of process 0, then those of process 1, ...: their order in the data
     parts = [part for batch in zip(*state.processes.gather(found), strict=True) for part in batch if part]
     return {key: torch.cat([part[key] for part in parts]) for key in (parts[0] if parts else {})}
-

@@ -1,7 +1,7 @@
 """What a step returns, read into the loss to minimise and the scalars to report.
 
-    forward = forward_of(state, "train")
-    loss, scalars = forward(batch)        # scalars: {"train_loss": ..., "train_<term>": ...}
+forward = forward_of(state, "train")
+loss, scalars = forward(batch)        # scalars: {"train_loss": ..., "train_<term>": ...}
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def reader(
 ) -> Callable[[Any, Any], tuple[Any, dict[str, Any]]]:
     """A function (what a step returned, batch) -> (loss or None, scalars by their name in the history).
 
-    The loss is under `metric` (or "loss", where `metric` is the usual name; a term's name in the history will do), or is
-    what was returned; a dict keyed by
+    The loss is under `metric` (or "loss", where `metric` is the usual name; a term's name in the history will do), or
+    is what was returned; a dict keyed by
     the names of several optimizers gives one loss each. Terms of a weft or NeuroMANCER problem are picked by name; of
     any other dict, every scalar is reported. `metrics` are further functions of (output, batch).
     """
@@ -145,4 +145,3 @@ def explained(error: Exception, batch: Any, problem: nn.Module) -> Exception | N
         f"{text}. The data has {other}, the parameters are {sorted(map(str, weights))}. Convert the data, "
         "or train with precision='64-true', which casts both."
     )
-

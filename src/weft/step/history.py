@@ -165,4 +165,3 @@ def is_better(value: float, than: float | None, mode: str, by: float = 0.0) -> b
     if not math.isfinite(value):
         return False
     return than is None or (value < than - by if mode == "min" else value > than + by)
-

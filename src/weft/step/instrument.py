@@ -3,8 +3,8 @@
     backward = watched(state.hooks, "backward", fabric.backward)
 
 A hook of weft's own may have `watch_part(name, function)`, which returns what is called instead of that part. The parts
-are "data", "forward", "backward", "optimizer", "evaluation", "checkpoint" and "hook <its name>". They are resolved when a
-run or a phase begins, so a run that nobody watches pays nothing.
+are "data", "forward", "backward", "optimizer", "evaluation", "checkpoint" and "hook <its name>". They are resolved when
+a run or a phase begins, so a run that nobody watches pays nothing.
 """
 
 from __future__ import annotations
@@ -45,4 +45,3 @@ def bind_watched(hooks: Sequence[Any], event: str) -> list[Callable[..., Any]]:
 def _name(call: Callable[..., Any]) -> str:
     owner = getattr(call, "__self__", None)
     return type(owner).__name__ if owner is not None else getattr(call, "__name__", type(call).__name__)
-

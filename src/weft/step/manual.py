@@ -33,7 +33,9 @@ class Manual:
     begin, end: what frames every step (hooks, counting); see `weft.step.update.built_in`.
     """
 
-    def __init__(self, state: RunState, begin: Callable[[Any], None], end: Callable[[Any, Tensor | None], None]) -> None:
+    def __init__(
+        self, state: RunState, begin: Callable[[Any], None], end: Callable[[Any, Tensor | None], None]
+    ) -> None:
         self.state, self.begin, self.end = state, begin, end
         self.loss: Tensor | None = None
         """Of the last `backward`."""

@@ -1,8 +1,8 @@
 """Weighted means of what steps return: collected on the device, in float64, read once.
 
-    means = Means()
-    means.add({"train_loss": loss}, examples=64)      # no sync
-    means.compute()                                   # {"train_loss": 0.123}; one sync
+means = Means()
+means.add({"train_loss": loss}, examples=64)      # no sync
+means.compute()                                   # {"train_loss": 0.123}; one sync
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ class Means:
         """What was collected so far. Waiting values are kept apart: adding them up earlier would change last bits."""
         return {
             "sums": [
-                {"names": list(names), "sums": sums.cpu(), "examples": count} for names, (sums, count) in self._sums.items()
+                {"names": list(names), "sums": sums.cpu(), "examples": count}
+                for names, (sums, count) in self._sums.items()
             ],
             "waiting": [
                 {"names": list(names), "values": _stack(rows).cpu(), "examples": list(examples)}
@@ -145,4 +146,3 @@ def check_scalars(values: Mapping[str, Any]) -> None:
 
 def _widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-

@@ -65,4 +65,3 @@ def record(state: RunState, read: Sequence[tuple[Mapping[str, Any], int]]) -> No
         state.step.measured = [({name: torch.as_tensor(v).detach() for name, v in s.items()}, n) for s, n in read]
     for scalars, examples in read:
         state.epoch.means.add(scalars, examples)
-

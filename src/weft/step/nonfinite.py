@@ -31,9 +31,13 @@ class Doubts:
         self._one = torch.ones((), dtype=torch.float32, device=device)
 
     def guard(
-        self, step: int, loss: Tensor | None, norms: Sequence[Tensor | None], params: Iterable[Tensor],
+        self,
+        step: int,
+        loss: Tensor | None,
+        norms: Sequence[Tensor | None],
+        params: Iterable[Tensor],
         optimizers: Sequence[Optimizer],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Note `step` if its loss, gradient norms or gradients are not finite, and mark it for `optimizers`.
 
         Without optimizers (a gradient scaler watches the gradients) only the loss is looked at.
@@ -62,6 +66,7 @@ class Doubts:
         first = int(self._first)
         self._first = torch.full_like(self._first, -1)
         return None if first < 0 else first
+
 
 MAX_SKIPPED = 100  # steps in a row that on_nonfinite="skip" leaves out before it gives up
 
@@ -168,4 +173,3 @@ class RunningStatistics:
         """Put them back."""
         if self._live:
             torch._foreach_copy_(self._live, self._kept)  # pyright: ignore[reportPrivateImportUsage]
-

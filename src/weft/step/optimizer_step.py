@@ -30,12 +30,20 @@ def make_step(state: RunState, optimizers: Sequence[Optimizer]) -> Step:
     for optimizer in optimizers:
         if needs_closure(optimizer):
             raise TypeError(f"{type(optimizer).__name__} evaluates the loss itself (a closure): call update(batch).")
-    before_step, trainer, progress, clip = state.listeners("on_before_optimizer_step"), state.trainer, state.progress, _clip(state)
+    before_step, trainer, progress, clip = (
+        state.listeners("on_before_optimizer_step"),
+        state.trainer,
+        state.progress,
+        _clip(state),
+    )
     by_value, own = state.config.clip_algorithm == "value", [(o, parameters_of(o)) for o in optimizers]
     params, (do_step, unscale) = [p for _, mine in own for p in mine], stepping(state.fabric, optimizers)
     do_step = watched(state.hooks, "optimizer", do_step)
     is_finite = finite_check(params, scaled=unscale is not None)
-    doubts, guarded = doubts_of(state, optimizers, scaled=unscale is not None), () if unscale is not None else optimizers
+    doubts, guarded = (
+        doubts_of(state, optimizers, scaled=unscale is not None),
+        () if unscale is not None else optimizers,
+    )
 
     def step(loss: Tensor | None, read: Sequence) -> bool:
         norms = []
@@ -75,4 +83,3 @@ def _clip(state: RunState) -> Callable[[Sequence[Tensor]], Tensor | None] | None
     if state.config.clip_algorithm == "value":
         return lambda params: torch.nn.utils.clip_grad_value_(params, limit)
     return lambda params: torch.nn.utils.clip_grad_norm_(params, limit)
-

@@ -1,7 +1,7 @@
 """Optimizers and schedulers: from what the user gave to one dict of optimizers by name, and when schedules step.
 
-    Trainer(optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3),
-            scheduler=weft.Schedule(lambda opt: OneCycleLR(opt, 1e-2, total_steps=500), interval="step"))
+Trainer(optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3),
+        scheduler=weft.Schedule(lambda opt: OneCycleLR(opt, 1e-2, total_steps=500), interval="step"))
 """
 
 from __future__ import annotations
@@ -144,11 +144,15 @@ def submodule(problem: nn.Module, name: str) -> nn.Module:
     if name in named:
         return named[name]
     known = [*named, *(m for m in modules if m)]
-    raise ValueError(f"{type(problem).__name__} has no node or submodule {name!r}{suggest(name, known) or '.'} It has {known}.")
+    raise ValueError(
+        f"{type(problem).__name__} has no node or submodule {name!r}{suggest(name, known) or '.'} It has {known}."
+    )
 
 
 def _has(problem: nn.Module, name: str) -> bool:
-    return name in dict(problem.named_modules(remove_duplicate=False)) or any(getattr(m, "name", None) == name for m in problem.modules())
+    return name in dict(problem.named_modules(remove_duplicate=False)) or any(
+        getattr(m, "name", None) == name for m in problem.modules()
+    )
 
 
 def build_schedulers(given: Any, optimizers: Mapping[str, Optimizer]) -> dict[str, Scheduled]:
@@ -157,23 +161,33 @@ def build_schedulers(given: Any, optimizers: Mapping[str, Optimizer]) -> dict[st
         return {}
     if not isinstance(given, Mapping):
         if len(optimizers) > 1 and not isinstance(getattr(given, "factory", given), LRScheduler):
-            raise ValueError(f"With several optimizers {list(optimizers)}, give a dict of schedulers by the same names.")
+            raise ValueError(
+                f"With several optimizers {list(optimizers)}, give a dict of schedulers by the same names."
+            )
         given = {next(iter(optimizers)): given}
     built = {}
     for name, item in given.items():
         if name not in optimizers:
-            raise ValueError(f"There is a scheduler for {name!r}, but no such optimizer{suggest(name, optimizers) or '.'}")
+            raise ValueError(
+                f"There is a scheduler for {name!r}, but no such optimizer{suggest(name, optimizers) or '.'}"
+            )
         schedule = item if isinstance(item, Schedule) else Schedule(item)
         scheduler = schedule.factory
         if not isinstance(scheduler, LRScheduler):
             if not callable(scheduler):
-                raise TypeError(f"scheduler {name!r} is {scheduler!r}; expected a scheduler or a function of the optimizer.")
+                raise TypeError(
+                    f"scheduler {name!r} is {scheduler!r}; expected a scheduler or a function of the optimizer."
+                )
             scheduler = scheduler(optimizers[name])
         if not hasattr(scheduler, "step"):
-            raise TypeError(f"The factory of scheduler {name!r} returned {type(scheduler).__name__}, which has no step().")
+            raise TypeError(
+                f"The factory of scheduler {name!r} returned {type(scheduler).__name__}, which has no step()."
+            )
         owner = getattr(scheduler, "optimizer", None)
         if owner is not None and all(owner is not o for o in optimizers.values()):
-            raise ValueError(f"Scheduler {type(scheduler).__name__} belongs to another optimizer than the one that trains.")
+            raise ValueError(
+                f"Scheduler {type(scheduler).__name__} belongs to another optimizer than the one that trains."
+            )
         built[name] = Scheduled(scheduler, schedule.interval, schedule.monitor, schedule.frequency)
         kind, wants_metric = type(scheduler).__name__, built[name].wants_metric
         if wants_metric and schedule.interval == "step":
@@ -199,4 +213,3 @@ def needs_closure(optimizer: Optimizer) -> bool:
         return bool(optimizer.needs_closure)  # pyright: ignore[reportAttributeAccessIssue]
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
-

@@ -37,4 +37,3 @@ class Phase:
         check_count("Phase", "patience", self.patience, optional=True)
         if isinstance(self.freeze, str):
             raise TypeError(f"Phase: freeze={self.freeze!r}; expected a list of names.")
-

@@ -41,4 +41,3 @@ class Throughput:
             for rank, (rate, (_, waited, _)) in enumerate(zip(rates, told, strict=True)):
                 report |= {f"examples_per_second/process_{rank}": rate, f"wait_seconds/process_{rank}": waited}
         return report
-

@@ -69,7 +69,9 @@ def _several(state: RunState, begin: Callable, end: Callable) -> Update:
         )
     forward, backward = forward_of(state, "train"), watched(state.hooks, "backward", state.fabric.backward)
     parts, step, combine = parts_of(state), make_step(state, list(state.training.optimizers.values())), combiner(state)
-    parameters = {name: [p for p in parameters_of(o) if p.requires_grad] for name, o in state.training.optimizers.items()}
+    parameters = {
+        name: [p for p in parameters_of(o) if p.requires_grad] for name, o in state.training.optimizers.items()
+    }
 
     def update(batch: Any) -> Tensor:
         begin(batch)
@@ -91,4 +93,3 @@ def _several(state: RunState, begin: Callable, end: Callable) -> Update:
         return loss
 
     return update
-

@@ -55,9 +55,12 @@ class _Coordinator:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.storage = config.storage or f"sqlite:///{self.folder / 'sweep.db'}"
         self.study = optuna.create_study(
-            storage=self.storage, study_name=config.name, load_if_exists=True,
-            direction="minimize" if config.mode == "min" else "maximize", pruner=_pruner(config.pruner),
-        )  # fmt: skip
+            storage=self.storage,
+            study_name=config.name,
+            load_if_exists=True,
+            direction="minimize" if config.mode == "min" else "maximize",
+            pruner=_pruner(config.pruner),
+        )
         self._check_space()
         self.me = f"{platform.node()}:{os.getpid()}"
         seed = None if config.seed is None else config.seed + len(self.study.get_trials(deepcopy=False))
@@ -217,15 +220,23 @@ class _Coordinator:
         hidden = ("coordinator", "retries")
         trials = [
             {
-                "number": t.number, "state": t.state.name.lower(), "value": t.value, "params": dict(t.params),
+                "number": t.number,
+                "state": t.state.name.lower(),
+                "value": t.value,
+                "params": dict(t.params),
                 **{k: v for k, v in t.user_attrs.items() if k not in hidden},
             }
             for t in finished
-        ]  # fmt: skip
+        ]
         return SweepResult(
-            dict(best.params) if best else {}, best.value if best else None, best.number if best else None,
-            trials, self.folder, self.config.name, self.storage,
-        )  # fmt: skip
+            dict(best.params) if best else {},
+            best.value if best else None,
+            best.number if best else None,
+            trials,
+            self.folder,
+            self.config.name,
+            self.storage,
+        )
 
 
 def _suggested(trial: Any, name: str, spec: Any) -> Any:
@@ -262,4 +273,3 @@ def _is_alive(process: int) -> bool:
     except PermissionError:
         return True
     return True
-

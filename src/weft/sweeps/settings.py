@@ -107,4 +107,3 @@ def space_complaints(space: Any, sampler: str) -> list[str]:
         elif sampler == "grid" and not spec.get("step"):
             wrong.append(f"space.{name}: a grid needs a list of choices, or a step")
     return wrong
-

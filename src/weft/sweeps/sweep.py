@@ -66,4 +66,3 @@ def sweep_from_file(path: str | Path, options: Mapping[str, Any] | None = None) 
     run = Path(path).parent / run if isinstance(run, str) else run
     said.setdefault("name", Path(path).stem)
     return sweep(run, space, **{**said, **(options or {})})
-

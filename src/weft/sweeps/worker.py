@@ -38,10 +38,14 @@ class Worker:
             environment["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _CODE, str(theirs.fileno())], pass_fds=[theirs.fileno()], env=environment,
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                [sys.executable, "-c", _CODE, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
                 start_new_session=True,  # Ctrl-C is for the coordinator, which ends its workers
-            )  # fmt: skip
+            )
         theirs.close()
         with contextlib.suppress(OSError):  # one that died at once is found when its trial is asked for
             self.connection.send_bytes(work)
@@ -205,4 +209,3 @@ def _best_of(result: Any, metric: str | None) -> float | None:
         return result.best_metric
     values = [v for v in result.history.get(metric, []) if math.isfinite(v)]
     return values[-1] if values else None
-

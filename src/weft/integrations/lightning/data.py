@@ -99,9 +99,11 @@ class Source:
     def _flatten(self, name: str) -> None:
         combined_class = lightning_class(self.run.module, "utilities.combined_loader.CombinedLoader")
         loaders, sequential = self.loaders, self.split != "train"
-        combined = loaders if isinstance(loaders, combined_class) else combined_class(
-            loaders, "sequential" if sequential else "max_size_cycle"
-        )  # fmt: skip
+        combined = (
+            loaders
+            if isinstance(loaders, combined_class)
+            else combined_class(loaders, "sequential" if sequential else "max_size_cycle")
+        )
         if self.split == "train" and combined._mode == "sequential":
             raise ValueError(f"{name}: a CombinedLoader in mode 'sequential' cannot be trained with.")
         self.flat = list(combined.flattened)
@@ -109,7 +111,9 @@ class Source:
             try:  # Lightning starts an iterator to see whether it can, and a user's own may draw random numbers
                 _ = None if isinstance(loader, DataLoader) else iter(loader)
             except TypeError as error:
-                raise TypeError(f"{name}: found {loader!r}; expected a DataLoader, an iterable of batches, or several.") from error
+                raise TypeError(
+                    f"{name}: found {loader!r}; expected a DataLoader, an iterable of batches, or several."
+                ) from error
         self.limits = [self._limited(length_of(loader)) for loader in self.flat]
         is_plain = combined._mode == "sequential" or (loaders is self.flat[0] if len(self.flat) == 1 else False)
         self.combined = None if is_plain else combined
@@ -119,7 +123,9 @@ class Source:
         if limit is None:
             return length
         if isinstance(limit, float) and math.isinf(length):
-            raise ValueError(f"limit_batches={limit} is a share, but the {self.split} data has no length; give a number.")
+            raise ValueError(
+                f"limit_batches={limit} is a share, but the {self.split} data has no length; give a number."
+            )
         return max(1, int(limit * length)) if isinstance(limit, float) else min(limit, length)
 
     def open(self, tape: Tape | None = None) -> Stream:
@@ -263,7 +269,9 @@ class Transfer:
         fabric, module, datamodule = run.fabric, run.module, run.datamodule
         self._device = fabric.device
         precision = fabric._precision.precision
-        self._convert = fabric._precision.convert_input if precision.endswith("-true") and precision != "32-true" else None
+        self._convert = (
+            fabric._precision.convert_input if precision.endswith("-true") and precision != "32-true" else None
+        )
 
         def hook(name: str) -> Callable[..., Any] | None:
             if datamodule is not None and overrides(datamodule, name):

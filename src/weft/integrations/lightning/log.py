@@ -26,25 +26,47 @@ BY_STEP, BY_EPOCH, EPOCH_ONLY = (True, False, False), (False, True, False), (Fal
 DEFAULTS = {
     **dict.fromkeys(
         (
-            "training_step", "on_before_backward", "backward", "on_after_backward", "on_before_optimizer_step",
-            "optimizer_step", "configure_gradient_clipping", "clip_gradients", "on_before_zero_grad",
-            "optimizer_zero_grad", "on_train_batch_start", "on_train_batch_end",
-        ), BY_STEP,
+            "training_step",
+            "on_before_backward",
+            "backward",
+            "on_after_backward",
+            "on_before_optimizer_step",
+            "optimizer_step",
+            "configure_gradient_clipping",
+            "clip_gradients",
+            "on_before_zero_grad",
+            "optimizer_zero_grad",
+            "on_train_batch_start",
+            "on_train_batch_end",
+        ),
+        BY_STEP,
     ),
     **dict.fromkeys(
         (
-            "validation_step", "test_step", "on_validation_batch_start", "on_validation_batch_end",
-            "on_test_batch_start", "on_test_batch_end",
-        ), BY_EPOCH,
+            "validation_step",
+            "test_step",
+            "on_validation_batch_start",
+            "on_validation_batch_end",
+            "on_test_batch_start",
+            "on_test_batch_end",
+        ),
+        BY_EPOCH,
     ),
     **dict.fromkeys(
         (
-            "on_train_start", "on_train_epoch_start", "on_train_epoch_end", "on_validation_start",
-            "on_validation_epoch_start", "on_validation_epoch_end", "on_test_start", "on_test_epoch_start",
+            "on_train_start",
+            "on_train_epoch_start",
+            "on_train_epoch_end",
+            "on_validation_start",
+            "on_validation_epoch_start",
+            "on_validation_epoch_end",
+            "on_test_start",
+            "on_test_epoch_start",
             "on_test_epoch_end",
-        ), EPOCH_ONLY,
+        ),
+        EPOCH_ONLY,
     ),
-}  # fmt: skip
+}
 FLUSH_AFTER = 256  # tensors that wait on a device before they are read, all at once
 
 
@@ -68,9 +90,11 @@ class Logged:
         "on_step",
         "prog_bar",
         "reduce",
-    )  # fmt: skip
+    )
 
-    def __init__(self, fx: str, name: str, loader: int | None, args: tuple[Any, ...], levels: tuple[bool, bool]) -> None:
+    def __init__(
+        self, fx: str, name: str, loader: int | None, args: tuple[Any, ...], levels: tuple[bool, bool]
+    ) -> None:
         self.fx, self.name, self.loader, self.args = fx, name, loader, args
         self.on_step, self.on_epoch = levels
         self.prog_bar, self.reduce = args[0], args[1]
@@ -184,11 +208,21 @@ class Results:
         state, run = vars(module), self.run
 
         def log(
-            name: str, value: Any, prog_bar: bool = False, logger: bool | None = None, on_step: bool | None = None,
-            on_epoch: bool | None = None, reduce_fx: Any = "mean", enable_graph: bool = False, sync_dist: bool = False,
-            sync_dist_group: Any = None, add_dataloader_idx: bool = True, batch_size: int | None = None,
-            metric_attribute: str | None = None, rank_zero_only: bool = False,
-        ) -> None:  # fmt: skip
+            name: str,
+            value: Any,
+            prog_bar: bool = False,
+            logger: bool | None = None,
+            on_step: bool | None = None,
+            on_epoch: bool | None = None,
+            reduce_fx: Any = "mean",
+            enable_graph: bool = False,
+            sync_dist: bool = False,
+            sync_dist_group: Any = None,
+            add_dataloader_idx: bool = True,
+            batch_size: int | None = None,
+            metric_attribute: str | None = None,
+            rank_zero_only: bool = False,
+        ) -> None:
             results = run.results
             fx, loader = state["_current_fx_name"], results.loader if add_dataloader_idx else None
             args = (prog_bar, reduce_fx, logger, on_step, on_epoch, enable_graph)
@@ -235,7 +269,9 @@ class Results:
         by_step, by_epoch, epoch_only = DEFAULTS[fx]
         on_step, on_epoch = by_step if on_step is None else on_step, by_epoch if on_epoch is None else on_epoch
         if epoch_only and (on_step or not on_epoch):
-            raise ValueError(f"self.log({name!r}): {fx} is called once an epoch; expected on_step=False, on_epoch=True.")
+            raise ValueError(
+                f"self.log({name!r}): {fx} is called once an epoch; expected on_step=False, on_epoch=True."
+            )
         if not on_step and not on_epoch:
             raise ValueError(f"self.log({name!r}, on_step=False, on_epoch=False) records nothing.")
         entry = Logged(fx, name, loader, args, (on_step, on_epoch))
@@ -248,7 +284,9 @@ class Results:
         if not isinstance(metric, Metric):
             raise TypeError(f"self.log({entry.name!r}): {type(metric).__name__} cannot be logged; expected a Metric.")
         if entry.metric is None and all(m is not metric for m in self.run.module.modules()):
-            raise ValueError(f"self.log({entry.name!r}): the metric is no attribute of {type(self.run.module).__name__}.")
+            raise ValueError(
+                f"self.log({entry.name!r}): the metric is no attribute of {type(self.run.module).__name__}."
+            )
         entry.metric, entry.last = metric, metric._forward_cache
 
     def batch_size(self, name: str) -> int:
@@ -315,10 +353,20 @@ class Results:
 
 
 def _reduction(name: str, reduce: Any) -> str:
-    named = {torch.mean: "mean", torch.sum: "sum", sum: "sum", torch.max: "max", max: "max", torch.min: "min", min: "min"}
+    named = {
+        torch.mean: "mean",
+        torch.sum: "sum",
+        sum: "sum",
+        torch.max: "max",
+        max: "max",
+        torch.min: "min",
+        min: "min",
+    }
     found = {"avg": "mean"}.get(reduce.lower(), reduce.lower()) if isinstance(reduce, str) else named.get(reduce)
     if found not in ("mean", "sum", "max", "min"):
-        raise ValueError(f"self.log({name!r}, reduce_fx={reduce!r}): expected mean, sum, max or min; else log a Metric.")
+        raise ValueError(
+            f"self.log({name!r}, reduce_fx={reduce!r}): expected mean, sum, max or min; else log a Metric."
+        )
     return found
 
 

@@ -136,7 +136,9 @@ def _several(run: Context, source: Source) -> bool:
     for hook in (STEPS[source.split], f"on_{event}_batch_start", f"on_{event}_batch_end"):
         function = getattr(run.module, hook)
         if several and not takes(function, "dataloader_idx"):
-            raise RuntimeError(f"{name}.{hook} needs the argument dataloader_idx=0: there are {len(source.flat)} loaders.")
+            raise RuntimeError(
+                f"{name}.{hook} needs the argument dataloader_idx=0: there are {len(source.flat)} loaders."
+            )
         if not several and names_explicitly(function, "dataloader_idx") and _is_required(function, "dataloader_idx"):
             raise RuntimeError(f"{name}.{hook} takes dataloader_idx, but there is one loader; give it a default of 0.")
     return several

@@ -84,7 +84,9 @@ def refuse_legacy(module: Any) -> None:
     if found:
         today = "; ".join(f"{name} is today {LEGACY[name]}" for name in found)
         raise NotImplementedError(f"{who} has {found}, which Lightning 2 does not call: {today}. Keep outputs in self.")
-    if names_explicitly(module.training_step, "optimizer_idx") or names_explicitly(module.optimizer_step, "optimizer_idx"):
+    if names_explicitly(module.training_step, "optimizer_idx") or names_explicitly(
+        module.optimizer_step, "optimizer_idx"
+    ):
         raise NotImplementedError(
             f"{who} takes 'optimizer_idx'. Today: self.automatic_optimization = False in __init__, and in training_step "
             "`opt_a, opt_b = self.optimizers()`, self.manual_backward(loss), opt_a.step()."
@@ -93,7 +95,9 @@ def refuse_legacy(module: Any) -> None:
         raise NotImplementedError(f"{who}.training_step takes 'hiddens'. Today: keep the hidden state in self.")
     for step in ("training_step", "validation_step", "test_step", "predict_step"):
         if names_explicitly(getattr(module, step), "dataloader_iter"):
-            raise NotImplementedError(f"{who}.{step} takes 'dataloader_iter', which weft does not support; take `batch`.")
+            raise NotImplementedError(
+                f"{who}.{step} takes 'dataloader_iter', which weft does not support; take `batch`."
+            )
 
 
 def refuse_log_dict(returned: Any, module: Any, step: str) -> None:

@@ -27,7 +27,9 @@ def configured(run: Context) -> tuple[list[Optimizer], list[Any]]:
     """The optimizers and the scheduler configurations of a module. Raises for what is not one of `SHAPES`."""
     module, returned = run.module, run.hooks_of.call_module("configure_optimizers")
     if returned is None:
-        run.state.warn_once(f"{type(module).__name__}.configure_optimizers returned None: nothing is updated in this fit.")
+        run.state.warn_once(
+            f"{type(module).__name__}.configure_optimizers returned None: nothing is updated in this fit."
+        )
         return [], []
     optimizers, schedulers, monitor = _sorted_out(module, returned)
     if module.automatic_optimization and len(optimizers) > 1:
@@ -49,7 +51,11 @@ def _sorted_out(module: nn.Module, returned: Any) -> tuple[list[Optimizer], list
         return [returned], [], None
     if isinstance(returned, Mapping):
         _check_keys(returned)
-        return [returned["optimizer"]], [returned["lr_scheduler"]] if "lr_scheduler" in returned else [], returned.get("monitor")
+        return (
+            [returned["optimizer"]],
+            [returned["lr_scheduler"]] if "lr_scheduler" in returned else [],
+            returned.get("monitor"),
+        )
     if isinstance(returned, list | tuple):
         if len(returned) == 2 and isinstance(returned[0], list) and all(map(_is_optimizer, returned[0])):
             schedulers = returned[1] if isinstance(returned[1], list) else [returned[1]]
@@ -65,7 +71,9 @@ def _sorted_out(module: nn.Module, returned: Any) -> tuple[list[Optimizer], list
 
 
 def _is_optimizer(thing: Any) -> bool:
-    return isinstance(thing, Optimizer) or all(hasattr(thing, n) for n in ("step", "zero_grad", "param_groups", "state_dict"))
+    return isinstance(thing, Optimizer) or all(
+        hasattr(thing, n) for n in ("step", "zero_grad", "param_groups", "state_dict")
+    )
 
 
 def _check_keys(returned: Mapping[str, Any]) -> None:
@@ -76,7 +84,9 @@ def _check_keys(returned: Mapping[str, Any]) -> None:
             "self.automatic_optimization = False, and in training_step decide which optimizer steps."
         )
     if unknown := [k for k in returned if k not in known]:
-        raise ValueError(f"configure_optimizers: unknown key {unknown[0]!r}{suggest(unknown[0], known)}; known: {known}.")
+        raise ValueError(
+            f"configure_optimizers: unknown key {unknown[0]!r}{suggest(unknown[0], known)}; known: {known}."
+        )
     if "optimizer" not in returned:
         raise ValueError(f"configure_optimizers: the dict with {list(returned)} has no 'optimizer'.")
 
@@ -88,14 +98,18 @@ def _config(run: Context, given: Any, monitor: str | None) -> Any:
     given = dict(given) if isinstance(given, Mapping) else {"scheduler": given, "monitor": monitor}
     known = [f.name for f in fields(config_class)]
     if unknown := [k for k in given if k not in known]:
-        raise ValueError(f"configure_optimizers: unknown key {unknown[0]!r}{suggest(unknown[0], known)}; known: {known}.")
+        raise ValueError(
+            f"configure_optimizers: unknown key {unknown[0]!r}{suggest(unknown[0], known)}; known: {known}."
+        )
     if "scheduler" not in given:
         raise ValueError(f"configure_optimizers: the lr_scheduler dict with {list(given)} has no 'scheduler'.")
     scheduler = given["scheduler"]
     plateau = isinstance(scheduler, ReduceLROnPlateau)
     config = config_class(**{**given, "reduce_on_plateau": given.get("reduce_on_plateau", plateau)})
     if not module.automatic_optimization:
-        if said := [k for k in ("reduce_on_plateau", "strict") if k in given] + ["monitor"] * (given.get("monitor") is not None):
+        if said := [k for k in ("reduce_on_plateau", "strict") if k in given] + ["monitor"] * (
+            given.get("monitor") is not None
+        ):
             run.state.warn_once(f"The lr_scheduler's {said} have no effect in manual optimization: step it yourself.")
         return config_class(**{k: v for k, v in given.items() if k not in ("reduce_on_plateau", "monitor", "strict")})
     if config.interval not in ("step", "epoch"):
@@ -108,7 +122,9 @@ def _config(run: Context, given: Any, monitor: str | None) -> Any:
     if isinstance(scheduler, OneCycleLR) and config.interval == "epoch":
         run.state.warn_once("OneCycleLR steps once an epoch here; 'interval': 'step' in its dict is the usual choice.")
     if not isinstance(scheduler, LRScheduler | ReduceLROnPlateau) and not overrides(module, "lr_scheduler_step"):
-        raise TypeError(f"{type(scheduler).__name__} is no torch scheduler; {type(module).__name__} needs lr_scheduler_step.")
+        raise TypeError(
+            f"{type(scheduler).__name__} is no torch scheduler; {type(module).__name__} needs lr_scheduler_step."
+        )
     return config
 
 
@@ -146,7 +162,9 @@ class Schedulers:
 
     def _is_missing(self, config: Any) -> None:
         found = sorted(self.run.view.callback_metrics)
-        message = f"{type(config.scheduler).__name__} monitors {config.monitor!r}, which was not logged; logged: {found}"
+        message = (
+            f"{type(config.scheduler).__name__} monitors {config.monitor!r}, which was not logged; logged: {found}"
+        )
         if config.strict:
             raise ValueError(f"{message}{suggest(config.monitor, found)}. ('strict': False goes on without it.)")
         self.run.state.warn_once(f"{message}; the learning rate is left as it is.")

@@ -102,7 +102,9 @@ class LightningRun(Run):
             raise TypeError(f"{fn}: loaders and a data module were given; pass one of them.")
         for split, value in given.items():
             if isinstance(value, Data | DictDataset) or (callable(value) and not hasattr(value, "__iter__")):
-                raise TypeError(f"{fn}: a LightningModule takes loaders or a LightningDataModule, got {type(value).__name__}.")
+                raise TypeError(
+                    f"{fn}: a LightningModule takes loaders or a LightningDataModule, got {type(value).__name__}."
+                )
             self.sources[split].given = value
         self.datamodule = datamodule
 
@@ -125,8 +127,12 @@ class LightningRun(Run):
                 raise TypeError(f"{name} has no {method}; training needs one.")
         if not train.is_defined:
             raise TypeError(f"{name} has no train_dataloader, and neither loaders nor a data module were given.")
-        if not self.module.automatic_optimization and (self.state.config.accumulate > 1 or self.state.config.clip is not None):
-            raise ValueError(f"{name} optimizes manually: accumulate and clip have no effect; do both in training_step.")
+        if not self.module.automatic_optimization and (
+            self.state.config.accumulate > 1 or self.state.config.clip is not None
+        ):
+            raise ValueError(
+                f"{name} optimizes manually: accumulate and clip have no effect; do both in training_step."
+            )
         has_step = overrides(self.module, "validation_step")
         if has_step != dev.is_defined and (has_step or dev.given is not None):
             lacks = "val_dataloader" if has_step else "validation_step"
@@ -142,7 +148,9 @@ class LightningRun(Run):
     def _begin_stage(self, fn: str, stage: str) -> None:
         module, view = self.module, self.view
         if self.fabric.world_size > 1:
-            raise NotImplementedError("A LightningModule trains in one process for now; devices and num_nodes must be 1.")
+            raise NotImplementedError(
+                "A LightningModule trains in one process for now; devices and num_nodes must be 1."
+            )
         view.enter(fn, stage)
         view.reset_metrics()
         self.strategy = Strategy(self)
@@ -152,7 +160,9 @@ class LightningRun(Run):
         if not uses_own_log(module):
             vars(module)["log"] = log = self.results.make_log(module)
             vars(module)["log_dict"] = self.results.make_log_dict(log)
-        self.callbacks = with_model_callbacks(list(self.state.trainer.callbacks), self.hooks_of.call_module("configure_callbacks"))
+        self.callbacks = with_model_callbacks(
+            list(self.state.trainer.callbacks), self.hooks_of.call_module("configure_callbacks")
+        )
         for callback in self.callbacks:
             if why := unsupported(callback):
                 raise NotImplementedError(f"{type(callback).__name__} cannot be used with weft: {why}.")
@@ -375,7 +385,9 @@ class LightningRun(Run):
             if self.is_last_batch or self.skip_rest_of_epoch:
                 self.schedulers.step("epoch", plateau=True)
             # what the module logged becomes part of the epoch's metrics; its own train_loss replaces the core's
-            self.state.epoch.logged.add({name: float(value) for name, value in self.results_of_training.by_name().items()}, 1)
+            self.state.epoch.logged.add(
+                {name: float(value) for name, value in self.results_of_training.by_name().items()}, 1
+            )
             self.results_of_training.reset()
         super()._close_epoch()
 
@@ -448,17 +460,23 @@ def _own_state(resumed: Mapping[str, Any]) -> dict[str, Any]:
     for name, state in resumed["hooks"].items():
         if name == "Events":
             return state
-    raise ValueError("The checkpoint is not of a LightningModule; weft.load_weights(module, path) takes its weights only.")
+    raise ValueError(
+        "The checkpoint is not of a LightningModule; weft.load_weights(module, path) takes its weights only."
+    )
 
 
 def _refuse_options(trainer: Trainer) -> None:
     """Options that a LightningModule decides itself."""
     options = ("optimizer", "scheduler", "phases", "metrics", *STEPS.values())
     if given := [name for name in options if trainer.options[name] is not None]:
-        raise TypeError(f"Trainer: {given} have no effect with a LightningModule, which decides this itself; leave them out.")
+        raise TypeError(
+            f"Trainer: {given} have no effect with a LightningModule, which decides this itself; leave them out."
+        )
     if own := [name for name in ("update", "configure_optimizers", *STEPS.values()) if trainer.overrides(name)]:
         raise TypeError(f"{type(trainer).__name__} overrides {own}, and so does the LightningModule; keep one of them.")
     if trainer.config.compile is True:
-        raise NotImplementedError("compile=True: the update of a LightningModule is not compiled; compile parts of it yourself.")
+        raise NotImplementedError(
+            "compile=True: the update of a LightningModule is not compiled; compile parts of it yourself."
+        )
     if trainer.config.patience is not None and trainer.config.monitor_metric is None:
         raise ValueError("patience needs monitor_metric with a LightningModule: the name of what it logs.")

@@ -16,9 +16,19 @@ if TYPE_CHECKING:
     from weft.integrations.lightning.context import Context
 
 STANDARD = (
-    "epoch", "global_step", "pytorch-lightning_version", "state_dict", "loops", "callbacks", "optimizer_states",
-    "lr_schedulers", "hparams_name", "hyper_parameters", "datamodule_hparams_name", "datamodule_hyper_parameters",
-)  # fmt: skip
+    "epoch",
+    "global_step",
+    "pytorch-lightning_version",
+    "state_dict",
+    "loops",
+    "callbacks",
+    "optimizer_states",
+    "lr_schedulers",
+    "hparams_name",
+    "hyper_parameters",
+    "datamodule_hparams_name",
+    "datamodule_hyper_parameters",
+)
 
 
 def state_of(run: Context) -> dict[str, Any]:
@@ -84,9 +94,14 @@ def _entry_state(run: Context, entry: Logged) -> dict[str, Any]:
     """A logged name of the open epoch: how it was logged, and its values, or the name of its metric object."""
     args = [a if isinstance(a, bool | str | None) else entry.reduce for a in entry.args]  # a function is saved by name
     state = {
-        "key": [entry.fx, entry.name, entry.loader], "args": args, "levels": [entry.on_step, entry.on_epoch],
-        "reduce": entry.reduce, "metric": None, "last": None, "values": {},
-    }  # fmt: skip
+        "key": [entry.fx, entry.name, entry.loader],
+        "args": args,
+        "levels": [entry.on_step, entry.on_epoch],
+        "reduce": entry.reduce,
+        "metric": None,
+        "last": None,
+        "values": {},
+    }
     if entry.metric is None:
         return state | {"values": entry.state_dict()}
     name = next(name for name, m in run.module.named_modules() if m is entry.metric)
@@ -109,7 +124,9 @@ def _plain(value: Any) -> Any:
 
 def _set_metric(metric: Metric, state: dict[str, Any]) -> None:
     for key, value in state["values"].items():
-        setattr(metric, key, [v.to(metric.device) for v in value] if isinstance(value, list) else value.to(metric.device))
+        setattr(
+            metric, key, [v.to(metric.device) for v in value] if isinstance(value, list) else value.to(metric.device)
+        )
     metric._update_count, metric._computed = state["updates"], None
 
 

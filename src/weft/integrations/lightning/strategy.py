@@ -43,7 +43,9 @@ class Strategy:
         self._lightning_optimizers: list[Any] = []
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"trainer.strategy has no {name!r} under weft; it has {sorted(n for n in dir(self) if n[0] != '_')}.")
+        raise AttributeError(
+            f"trainer.strategy has no {name!r} under weft; it has {sorted(n for n in dir(self) if n[0] != '_')}."
+        )
 
     def use(self, optimizers: list[Optimizer]) -> None:
         """Hand these optimizers to the module, wrapped as Lightning wraps them."""
@@ -105,7 +107,9 @@ class Strategy:
     def checked(self, optimizer: Any, closure: Callable[[], Any]) -> Callable[[], Any]:
         """`closure`, then the hooks, clipping and the check of the gradients. It raises NotFinite."""
         after = self.precision_plugin.after_closure
-        closure = watched(self._run.state.hooks, "loop", closure)  # forward and backward are no parts of the optimizer's step
+        closure = watched(
+            self._run.state.hooks, "loop", closure
+        )  # forward and backward are no parts of the optimizer's step
 
         def call() -> Any:
             loss = closure()
@@ -197,7 +201,10 @@ class Precision:
         self._own_clipping = hooks.bind("configure_gradient_clipping", callbacks=False) or hooks.bind(
             "clip_gradients", callbacks=False
         )
-        self._before_step, self._listeners = hooks.bind("on_before_optimizer_step"), run.state.listeners("on_before_optimizer_step")
+        self._before_step, self._listeners = (
+            hooks.bind("on_before_optimizer_step"),
+            run.state.listeners("on_before_optimizer_step"),
+        )
 
     def after_closure(self, optimizer: Any) -> Tensor | None:
         """The hooks before an optimizer steps, and clipping; returns the gradients' norm where it was computed."""
@@ -214,7 +221,9 @@ class Precision:
             return self.clip_gradients(optimizer, clip, algorithm)
         return None
 
-    def clip_gradients(self, optimizer: Any, clip_val: float = 0.0, gradient_clip_algorithm: Any = "norm") -> Tensor | None:
+    def clip_gradients(
+        self, optimizer: Any, clip_val: float = 0.0, gradient_clip_algorithm: Any = "norm"
+    ) -> Tensor | None:
         """Clip an optimizer's gradients by their norm (which is returned) or by value."""
         if clip_val <= 0:
             return None

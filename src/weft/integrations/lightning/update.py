@@ -1,12 +1,12 @@
 """Automatic and manual optimization: one batch through the module, with every hook in Lightning's order.
 
-    on_train_batch_start
-    optimizer_step:  training_step
-                     on_before_zero_grad, optimizer_zero_grad        (first batch of an accumulation)
-                     on_before_backward, backward, on_after_backward
-                     on_before_optimizer_step, configure_gradient_clipping, the optimizer's own step
-    schedulers of interval "step", at the last batch those of interval "epoch"
-    on_train_batch_end
+on_train_batch_start
+optimizer_step:  training_step
+                 on_before_zero_grad, optimizer_zero_grad        (first batch of an accumulation)
+                 on_before_backward, backward, on_after_backward
+                 on_before_optimizer_step, configure_gradient_clipping, the optimizer's own step
+schedulers of interval "step", at the last batch those of interval "epoch"
+on_train_batch_end
 """
 
 from __future__ import annotations
@@ -72,7 +72,10 @@ def automatic(run: Context) -> Callable[[Any, int], tuple[Tensor | None, dict[st
     step = watched(run.state.hooks, "forward", training_step(run))
     optimizer = strategy.optimizers[0] if strategy.optimizers else None
     wrapped = strategy._lightning_optimizers[0] if strategy.optimizers else None
-    before_zero_grad, own_zero_grad = hooks.bind("on_before_zero_grad"), hooks.bind("optimizer_zero_grad", callbacks=False)
+    before_zero_grad, own_zero_grad = (
+        hooks.bind("on_before_zero_grad"),
+        hooks.bind("optimizer_zero_grad", callbacks=False),
+    )
     own_step = hooks.bind("optimizer_step", callbacks=False)
     progress, take_gradients, params = run.progress, strategy.take_gradients, _parameter_lists(optimizer)
     quick = optimizer is not None and strategy.precision_plugin.scaler is None and not needs_closure(optimizer)

@@ -204,11 +204,22 @@ class LitModel:
         return next((p.device for p in self.problem.parameters()), torch.device("cpu"))
 
     def log(
-        self, name: str, value: Any, prog_bar: bool = False, logger: bool | None = None, on_step: bool | None = None,
-        on_epoch: bool | None = None, reduce_fx: Any = "mean", enable_graph: bool = False, sync_dist: bool = False,
-        sync_dist_group: Any = None, add_dataloader_idx: bool = True, batch_size: int | None = None,
-        metric_attribute: str | None = None, rank_zero_only: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        value: Any,
+        prog_bar: bool = False,
+        logger: bool | None = None,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
+        reduce_fx: Any = "mean",
+        enable_graph: bool = False,
+        sync_dist: bool = False,
+        sync_dist_group: Any = None,
+        add_dataloader_idx: bool = True,
+        batch_size: int | None = None,
+        metric_attribute: str | None = None,
+        rank_zero_only: bool = False,
+    ) -> None:
         """Record a scalar: its mean over the epoch goes to the history and the loggers, and can be monitored.
 
         The arguments after `value` are Lightning's. They decide about its displays, which there are none of here; only
@@ -358,4 +369,3 @@ def _schedule(given: Any) -> Schedule:
         raise TypeError(f"lr_scheduler has {unknown}{suggest(unknown[0], known)}; known keys are {sorted(known)}.")
     interval, frequency = given.get("interval", "epoch"), given.get("frequency", 1)
     return Schedule(given["scheduler"], interval=interval, monitor=given.get("monitor"), frequency=frequency)
-

@@ -36,10 +36,11 @@ class LitTrainer(Trainer):
 
     epochs, train_metric, dev_metric, test_metric, patience, warmup, clip: as in `weft.TrainerConfig`.
     eval_metric, monitor_metric: the metric that decides about the best weights and patience, under either name (both,
-        and different: ValueError); None: dev_metric, or train_metric without dev data. "test_loss" is evaluated each epoch.
+        and different: ValueError); None: dev_metric, or train_metric without dev data. "test_loss" is evaluated each
+        epoch.
     custom_optimizer: an optimizer, or a function of the parameters; None: Adam(0.001, betas=(0.0, 0.9)).
-    save_weights, weight_path, weight_name: whether, into which folder and under which name the best weights are written,
-        as `{"state_dict": {"problem....": tensor}}`. The name may hold `{epoch}`, `{step}` and metrics
+    save_weights, weight_path, weight_name: whether, into which folder and under which name the best weights are
+        written, as `{"state_dict": {"problem....": tensor}}`. The name may hold `{epoch}`, `{step}` and metrics
         (`{dev_loss:.3f}`); None: "{epoch}-{step}". One file a fit, written when the weights got better.
     devices, strategy, accelerator: what Lightning Fabric knows. One device unless you ask for more.
     profiler: "simple", "pytorch", "advanced", or an object.
@@ -56,15 +57,32 @@ class LitTrainer(Trainer):
     """
 
     def __init__(
-        self, epochs: int = 1000, train_metric: str = "train_loss", dev_metric: str = "dev_loss",
-        test_metric: str = "test_loss", eval_metric: str | None = None, patience: int | None = None, warmup: int = 0,
-        clip: float | None = 100.0, custom_optimizer: Any = None, save_weights: bool = True, weight_path: Any = "./",
-        weight_name: str | None = None, devices: Any = 1, strategy: Any = "auto", accelerator: str = "auto",
-        profiler: Any = None, custom_training_step: Callable[..., Any] | None = None,
-        custom_hooks: Mapping[str, Callable[..., Any]] | None = None, logger: Any = None, hparam_config: Any = None,
-        automatic_optimization: bool = True, monitor_metric: str | None = None, shuffle: bool | None = None,
+        self,
+        epochs: int = 1000,
+        train_metric: str = "train_loss",
+        dev_metric: str = "dev_loss",
+        test_metric: str = "test_loss",
+        eval_metric: str | None = None,
+        patience: int | None = None,
+        warmup: int = 0,
+        clip: float | None = 100.0,
+        custom_optimizer: Any = None,
+        save_weights: bool = True,
+        weight_path: Any = "./",
+        weight_name: str | None = None,
+        devices: Any = 1,
+        strategy: Any = "auto",
+        accelerator: str = "auto",
+        profiler: Any = None,
+        custom_training_step: Callable[..., Any] | None = None,
+        custom_hooks: Mapping[str, Callable[..., Any]] | None = None,
+        logger: Any = None,
+        hparam_config: Any = None,
+        automatic_optimization: bool = True,
+        monitor_metric: str | None = None,
+        shuffle: bool | None = None,
         **options: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if None not in (eval_metric, monitor_metric) and eval_metric != monitor_metric:
             raise ValueError(
                 f"eval_metric={eval_metric!r} and monitor_metric={monitor_metric!r} are two names for one option; give one."
@@ -86,10 +104,20 @@ class LitTrainer(Trainer):
             "loggers", {True: "tensorboard", False: None}[logger] if isinstance(logger, bool) else logger
         )
         super().__init__(
-            epochs=epochs, train_metric=train_metric, dev_metric=dev_metric, test_metric=test_metric, patience=patience,
-            monitor_metric=eval_metric or monitor_metric, warmup=warmup, clip=clip if automatic_optimization else None,
-            devices=devices, strategy=strategy, accelerator=accelerator, profiler=profiler, **options,
-        )  # fmt: skip
+            epochs=epochs,
+            train_metric=train_metric,
+            dev_metric=dev_metric,
+            test_metric=test_metric,
+            patience=patience,
+            monitor_metric=eval_metric or monitor_metric,
+            warmup=warmup,
+            clip=clip if automatic_optimization else None,
+            devices=devices,
+            strategy=strategy,
+            accelerator=accelerator,
+            profiler=profiler,
+            **options,
+        )
         self._custom_step = _checked_step(custom_training_step, automatic_optimization)
         if self._custom_step or "on_before_zero_grad" in self.lit_hooks or "on_before_backward" in self.lit_hooks:
             self.training_step = self._training_step
@@ -103,13 +131,20 @@ class LitTrainer(Trainer):
     # ------------------------------------------------------------------------------------------------------------ fit
 
     def fit(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, problem: nn.Module, data_setup_function: Any = None, dev: Any = None, *, resume: str | None = None,
-        ckpt_path: str | None = None, **setup_kwargs: Any,
-    ) -> FitResult:  # fmt: skip
+        self,
+        problem: nn.Module,
+        data_setup_function: Any = None,
+        dev: Any = None,
+        *,
+        resume: str | None = None,
+        ckpt_path: str | None = None,
+        **setup_kwargs: Any,
+    ) -> FitResult:
         """Train `problem`, which then holds the best weights, and return the result.
 
-        `data_setup_function(**setup_kwargs)` returns (train, dev, test, batch_size); other data as in `weft.Trainer.fit`.
-        `resume`, or Lightning's name for it, `ckpt_path`: "auto", "last", "best" or a checkpoint's path.
+        `data_setup_function(**setup_kwargs)` returns (train, dev, test, batch_size); other data as in
+        `weft.Trainer.fit`. `resume`, or Lightning's name for it, `ckpt_path`: "auto", "last", "best" or a checkpoint's
+        path.
         """
         resume = resume if resume is not None else ckpt_path
         if (
@@ -212,25 +247,40 @@ class LitTrainer(Trainer):
     # ------------------------------------------------------------------------------------------------- after training
 
     def validate(
-        self, data: Any = None, dataloaders: Any = None, *, problem: nn.Module | None = None, datamodule: Any = None,
+        self,
+        data: Any = None,
+        dataloaders: Any = None,
+        *,
+        problem: nn.Module | None = None,
+        datamodule: Any = None,
         **setup_kwargs: Any,
-    ) -> dict[str, float]:  # fmt: skip
+    ) -> dict[str, float]:
         """Means over the dev set (of the last fit, or `data`) as floats."""
         problem, data = asked(data, dataloaders, problem, datamodule)
         return self._evaluating_as("validation", "validate", super().validate, data, problem, setup_kwargs)
 
     def test(
-        self, data: Any = None, dataloaders: Any = None, *, problem: nn.Module | None = None, datamodule: Any = None,
+        self,
+        data: Any = None,
+        dataloaders: Any = None,
+        *,
+        problem: nn.Module | None = None,
+        datamodule: Any = None,
         **setup_kwargs: Any,
-    ) -> dict[str, float]:  # fmt: skip
+    ) -> dict[str, float]:
         """Means over the test set (of the last fit, or `data`) as floats."""
         problem, data = asked(data, dataloaders, problem, datamodule)
         return self._evaluating_as("test", "test", super().test, data, problem, setup_kwargs)
 
     def predict(
-        self, data: Any = None, dataloaders: Any = None, *, problem: nn.Module | None = None, datamodule: Any = None,
+        self,
+        data: Any = None,
+        dataloaders: Any = None,
+        *,
+        problem: nn.Module | None = None,
+        datamodule: Any = None,
         **setup_kwargs: Any,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         """What the nodes compute for each row of the predict set (or `data`), in order, by key."""
         problem, data = asked(data, dataloaders, problem, datamodule)
         return self._evaluating_as("predict", "predict", super().predict, data, problem, setup_kwargs)
@@ -318,4 +368,3 @@ def _checked_step(step: Any, automatic: bool) -> Callable[[Any, Any], Any] | Non
         found = inspect.signature(step) if callable(step) else f" = {step!r}"
         raise TypeError(f"custom_training_step{found}: expected a function custom_training_step(model, batch).")
     return step
-

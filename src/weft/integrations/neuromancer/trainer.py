@@ -59,7 +59,8 @@ class Trainer:
     Where its rule is a defect, this one is right instead:
 
     * What decides about best weights and patience is the mean of `eval_metric` over the batches, not its last batch.
-    * Without dev data an `eval_metric` of the dev set means that of the training set; `test` leaves out what is missing.
+    * Without dev data an `eval_metric` of the dev set means that of the training set; `test` leaves out what is
+    missing.
     * `eval_mode="max"` also works for negative metrics. A loss or gradient that is not finite raises before the step.
     * Optimizers that need a closure (LBFGS) work; nothing is clipped inside their line search. `clip=None` is allowed.
     * Weights are copied tensor by tensor, so sparse buffers (cvxpylayers) do no harm; no graph outlives its step.
@@ -69,18 +70,33 @@ class Trainer:
       (a longer rollout) reaches on the dev data as they now are, not with a number from before the change. Without dev
       data, best starts anew.
 
-    All arguments are attributes that may be changed between two calls of `train`; the data, `clip` and `patience` also by
-    a callback, for the next epoch. `result` is the last `FitResult`.
+    All arguments are attributes that may be changed between two calls of `train`; the data, `clip` and `patience` also
+    by a callback, for the next epoch. `result` is the last `FitResult`.
     """
 
     def __init__(
-        self, problem: nn.Module, train_data: Iterable[Any], dev_data: Iterable[Any] | None = None,
-        test_data: Iterable[Any] | None = None, optimizer: torch.optim.Optimizer | None = None, logger: Any = None,
-        callback: Any = None, lr_scheduler: Any = False, epochs: int = 1000, epoch_verbose: int = 1,
-        patience: int | None = 5, warmup: int = 0, train_metric: str = "train_loss", dev_metric: str = "dev_loss",
-        test_metric: str = "test_loss", eval_metric: str = "dev_loss", eval_mode: str = "min",
-        clip: float | None = DEFAULT_CLIP, multi_fidelity: bool = False, device: Any = "cpu",
-    ) -> None:  # fmt: skip
+        self,
+        problem: nn.Module,
+        train_data: Iterable[Any],
+        dev_data: Iterable[Any] | None = None,
+        test_data: Iterable[Any] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        logger: Any = None,
+        callback: Any = None,
+        lr_scheduler: Any = False,
+        epochs: int = 1000,
+        epoch_verbose: int = 1,
+        patience: int | None = 5,
+        warmup: int = 0,
+        train_metric: str = "train_loss",
+        dev_metric: str = "dev_loss",
+        test_metric: str = "test_loss",
+        eval_metric: str = "dev_loss",
+        eval_mode: str = "min",
+        clip: float | None = DEFAULT_CLIP,
+        multi_fidelity: bool = False,
+        device: Any = "cpu",
+    ) -> None:
         self.model, self.train_data, self.dev_data, self.test_data = problem, train_data, dev_data, test_data
         self.optimizer = optimizer or torch.optim.Adam(problem.parameters(), 0.01, betas=(0.0, 0.9))
         self.logger, self.callback = logger, callback if callback is not None else Callback()
@@ -330,4 +346,3 @@ def _own_name(batch: Any) -> Any:
 
 def _detached(output: dict[str, Any]) -> dict[str, Any]:
     return {k: v.detach() if isinstance(v, Tensor) else v for k, v in output.items()}
-

@@ -39,7 +39,11 @@ class WeightsFile(Hook):
         run = trainer.run
         if run.state.epoch.improved or run.best.weights is None:
             self.values, self.is_current = {**metrics, "epoch": trainer.current_epoch, "step": run.progress.step}, False
-        if run.state.epoch.improved and not run.state.processes.in_shards and self.spent <= 0.1 * (time.perf_counter() - self.started):
+        if (
+            run.state.epoch.improved
+            and not run.state.processes.in_shards
+            and self.spent <= 0.1 * (time.perf_counter() - self.started)
+        ):
             self.write(trainer)
 
     def state_dict(self) -> dict[str, Any]:
@@ -59,7 +63,9 @@ class WeightsFile(Hook):
     def write(self, trainer: Any) -> None:
         """Write the weights that the name tells of, and remove the file before."""
         run, began = trainer.run, time.perf_counter()
-        weights = run.state.processes.whole(run.best.weights.state_dict() if run.best.weights is not None else state_of(run.problem))
+        weights = run.state.processes.whole(
+            run.best.weights.state_dict() if run.best.weights is not None else state_of(run.problem)
+        )
         if not run.is_global_zero or run.state.config.fast_dev_run or not weights:
             return
         state = {
@@ -90,4 +96,3 @@ class WeightsFile(Hook):
             number += 1
             path = self.folder / f"{stem}-v{number}.ckpt"
         return path
-
