@@ -326,7 +326,7 @@ def write_times(_: int) -> Iterator[Row]:
             for _ in run.epochs():
                 for batch in run.batches("train"):
                     run.update(batch)
-                    if writer := run.kept.writer:
+                    if writer := run.state.kept.writer:
                         writer.wait()
                     started, thread = time.perf_counter(), time.thread_time()
                     path = run.save()

@@ -305,7 +305,7 @@ def test_without_a_seed_the_users_random_state_is_used_as_it_is():
     trainer = weft.Trainer(epochs=1, progress=False)
     trainer.fit(Mean(), setup)
     assert torch.equal(trainer.run.data.train.datadict["x"], expected)
-    assert torch.initial_seed() == 3 and trainer.run.seed == 3  # recorded, not drawn
+    assert torch.initial_seed() == 3 and trainer.run.state.feed.seed == 3  # recorded, not drawn
 
 
 # ---- mistakes -----------------------------------------------------------------------------------------------------

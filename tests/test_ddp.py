@@ -18,7 +18,7 @@ from weft.checkpoint.archive import write as write_checkpoint
 from weft.checkpoint.folder import load as load_checkpoint
 from weft.data.shares import share
 from weft.loggers.csv import read_rows
-from weft.step.throughput import Feed
+from weft.step.throughput import Throughput
 
 F64 = "64-true"
 
@@ -458,7 +458,7 @@ def test_all_processes_stop_together_when_one_asks_to(tmp_path: Path) -> None:
     assert (result.stop_reason, result.steps) == ("enough", 6)  # one step after it was asked for
     mine, theirs = seen(tmp_path)
     assert mine == theirs == list(range(6))
-    assert trainer.run is not None and trainer.run.stop_reason == "enough"
+    assert trainer.run is not None and trainer.run.state.control.stop_reason == "enough"
 
 
 def test_the_end_of_the_time_in_one_process_ends_all(tmp_path: Path) -> None:
@@ -591,7 +591,7 @@ def test_throughput_is_reported_for_each_process_and_for_all(tmp_path: Path) -> 
 
 def test_time_spent_waiting_and_examples_are_counted() -> None:
     seconds = iter(range(100))
-    feed = Feed(clock=lambda: float(next(seconds)))
+    feed = Throughput(clock=lambda: float(next(seconds)))
     assert list(feed.timed([torch.zeros(3, 1), torch.zeros(2, 1)])) != []
     assert (feed.examples, feed.waited, feed.seconds) == (5, 2.0, 4.0)
     assert feed.report(lambda own: [own]) == {"examples_per_second": 1.25, "wait_seconds": 2.0}

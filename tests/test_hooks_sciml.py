@@ -235,7 +235,7 @@ def test_gradient_norms_of_several_optimizers_are_told_apart_and_taken_every_n_s
     hook = weft.hooks.GradientNorms(every=3)
     result = fit(problem(), hook, 2, optimizer=made)
     assert {"grad_norm_plant", "grad_norm_policy"} <= set(result.history)
-    watch = {"on_before_optimizer_step": lambda t, o: norms.append(bool(t.run.logged))}
+    watch = {"on_before_optimizer_step": lambda t, o: norms.append(bool(t.run.state.epoch.logged))}
     fit(problem(), [hook, watch], 1)
     assert norms == [True] * 4
 

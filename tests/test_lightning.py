@@ -259,7 +259,7 @@ def test_early_stopping_stops_where_lightnings_trainer_stops() -> None:
     options = {"max_epochs": 9, "callbacks": lambda: [EarlyStopping("val_loss", patience=2)]}
     theirs, their_trainer, ours, our_trainer = both(lambda: (line(lr=1.5), loaders()), **options)
     assert their_trainer.current_epoch == our_trainer.current_epoch == 3
-    assert our_trainer.run.stop_reason == "should_stop" and same(weights(ours), weights(theirs))
+    assert our_trainer.run.state.control.stop_reason == "should_stop" and same(weights(ours), weights(theirs))
 
 
 def test_model_checkpoint_keeps_the_same_files_which_lightning_and_weft_load(tmp_path: Path) -> None:

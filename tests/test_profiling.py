@@ -105,14 +105,14 @@ def test_nodes_are_left_as_they_were_even_when_training_fails() -> None:
 def test_without_a_profiler_every_part_is_called_as_it_is() -> None:
     trainer = weft.Trainer(epochs=1, progress=False)
     with trainer.start(make_problem(False), make_data()) as run:
-        assert watched(run.hooks, "backward", run.fabric.backward) == run.fabric.backward
+        assert watched(run.state.hooks, "backward", run.fabric.backward) == run.fabric.backward
         assert not [m for m in run.problem.modules() if "forward" in vars(m)]
         for _ in run.epochs():
             for batch in run.batches("train"):
                 run.update(batch)
     watching = weft.Trainer(epochs=1, progress=False, profiler="simple")
     with watching.start(make_problem(False), make_data()) as run:
-        assert watched(run.hooks, "backward", run.fabric.backward) != run.fabric.backward
+        assert watched(run.state.hooks, "backward", run.fabric.backward) != run.fabric.backward
 
 
 def test_hooks_checkpoints_rollouts_and_line_searches_have_their_rows(tmp_path: Path) -> None:

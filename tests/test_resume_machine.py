@@ -135,8 +135,8 @@ class Life(RuleBasedStateMachine):
         assert self.run is not None
         if self.step:  # between two updates, in the middle of an epoch
             self.run.save()
-            if self.run.kept.writer is not None:
-                self.run.kept.writer.wait()
+            if self.run.state.kept.writer is not None:
+                self.run.state.kept.writer.wait()
 
     @rule()
     def evaluate(self) -> None:

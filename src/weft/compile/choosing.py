@@ -191,7 +191,7 @@ class Chosen:
     """Which graph, if any, fits a batch: looked up by its shapes, made when needed, looked over once an epoch."""
 
     def __init__(self, graphs: Graphs, split: str, make: Callable[..., EvaluationGraph]) -> None:
-        self.graphs, self.state, self.split, self.make = graphs, graphs.run, split, make
+        self.graphs, self.state, self.split, self.make = graphs, graphs.state, split, make
         self.known: dict[str, list[EvaluationGraph]] = {}
         self._current: dict[tuple[Any, ...], EvaluationGraph | None] = {}
         self._first_seen: dict[str, int] = {}

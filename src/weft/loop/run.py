@@ -65,7 +65,7 @@ class Run(Seams):
         self.result: FitResult | None = None
         self.carried = previous.carried if previous else None  # the state of a run that was in other processes
         self._resumed: dict[str, Any] | None = None
-        self._graphs: Any = None  # of a compiled run
+        self.graphs: Any = None  # of a compiled run
         self._forwards: dict[str, Forward] = {}  # by split, of evaluations
         self._stack = ExitStack()
 
@@ -302,7 +302,7 @@ class Run(Seams):
     def _make_update(self) -> None:
         """The update, and the tools for one's own, with the optimizers and hooks that are in force."""
         state = self.state
-        self._forwards, self._graphs = {}, None
+        self._forwards = {}
         self.manual = Manual(state, self.begin_step, self.end_step)
         if state.trainer.overrides("update"):
             self.update = self.manual.framed(state.trainer.update)
@@ -311,8 +311,8 @@ class Run(Seams):
         if state.config.compile:
             from weft.compile.choosing import Graphs, compile_update
 
-            self._graphs = Graphs(state)
-            self.update = compile_update(self._graphs, self.update, self.begin_step, self.end_step)
+            self.graphs = self.graphs or Graphs(state)
+            self.update = compile_update(self.graphs, self.update, self.begin_step, self.end_step)
 
     def _in_phase(self) -> bool:
         """Whether a phase is in force for one more epoch; where one is over the next begins. False after the last."""
@@ -409,8 +409,8 @@ class Run(Seams):
         if split not in self._forwards:
             self._forwards[split] = forward_of(state, split)
         forward = self._forwards[split]
-        if self._graphs is not None:
-            forward = self._graphs.forward(split, forward)
+        if self.graphs is not None:
+            forward = self.graphs.forward(split, forward)
         metrics = watched(state.hooks, "evaluation", evaluate)(state, split, forward)
         if state.epoch.is_open:
             state.epoch.evaluated |= metrics

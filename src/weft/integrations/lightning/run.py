@@ -230,7 +230,7 @@ class LightningRun(Run):
         if resumed or not self.optimizers:
             optimizers, self._schedules_before = configured(self)
             plain = [getattr(o, "_optimizer", o) for o in optimizers]
-            self.optimizers = {DEFAULT if len(plain) == 1 else str(i): o for i, o in enumerate(plain)}
+            self.state.training.optimizers = {DEFAULT if len(plain) == 1 else str(i): o for i, o in enumerate(plain)}
         self.strategy.use(list(self.optimizers.values()))
         self.schedulers = Schedulers(self, self._schedules_before)
         self.strategy.bind()
