@@ -278,6 +278,6 @@ def _first_line(error: BaseException) -> str:
 def _where(error: BaseException) -> str:
     """File and line of the last call outside torch and weft, in which the reason is to be looked for."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
     foreign = [f for f in frames if not f.filename.startswith((*ours, "<"))] or frames
     return f"{Path(foreign[-1].filename).name}, line {foreign[-1].lineno}: {foreign[-1].line}"

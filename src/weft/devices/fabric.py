@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from weft.devices.signals import interactive
-from weft.devices.strategies import sharding_strategy
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -65,7 +64,7 @@ def make_fabric(config: TrainerConfig, strategy: Any = None, plugins: Any = None
                 accelerator=config.accelerator,
                 devices=devices,
                 num_nodes=config.num_nodes,
-                strategy=sharding_strategy(asked),
+                strategy=_strategy(asked),
                 precision=precision,
                 plugins=plugins or None,
             )
@@ -79,6 +78,15 @@ def make_fabric(config: TrainerConfig, strategy: Any = None, plugins: Any = None
     if config.timeout is not None and hasattr(fabric.strategy, "_timeout"):  # until all processes are there
         fabric.strategy._timeout = timedelta(seconds=max(config.timeout, STARTING_SECONDS))  # type: ignore[attr-defined]
     return fabric
+
+
+def _strategy(asked: Any) -> Any:
+    """What Fabric gets for `asked`: one that shards is made of weft's own pieces."""
+    if not (asked == "fsdp" or "fsdp" in type(asked).__module__):
+        return asked
+    from weft.devices.strategies import sharding_strategy
+
+    return sharding_strategy(asked)
 
 
 def start_processes(fabric: Fabric, timeout: float | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +11,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from weft.problem.hardcoded import constants_on
-
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 
 def float_dtype(fabric: Fabric) -> torch.dtype | None:
     """The dtype that floating data is cast to when it is made resident: float64 under 64-true, else None (kept)."""
-    return torch.float64 if fabric._precision.precision == "64-true" else None
+    return torch.float64 if fabric.strategy.precision.precision == "64-true" else None
 
 
 @contextmanager
@@ -32,12 +30,21 @@ def numerics(fabric: Fabric, deterministic: bool, problem: nn.Module) -> Iterato
             torch.set_default_dtype(torch.float64)
         if deterministic:
             torch.use_deterministic_algorithms(True)
-        with constants_on(problem, fabric.device, float_dtype(fabric)):
+        with _constants(problem, fabric):
             yield
     finally:
         torch.set_default_dtype(dtype)
         if deterministic:
             torch.use_deterministic_algorithms(was, warn_only=warn_only)
+
+
+def _constants(problem: nn.Module, fabric: Fabric) -> AbstractContextManager[None]:
+    """The constants of plain functions where the run computes; on a CPU in their own dtype they are there already."""
+    if fabric.device.type == "cpu" and float_dtype(fabric) is None:
+        return nullcontext()
+    from weft.problem.hardcoded import constants_on
+
+    return constants_on(problem, fabric.device, float_dtype(fabric))
 
 
 def in_precision(fabric: Fabric, step: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -46,7 +53,7 @@ def in_precision(fabric: Fabric, step: Callable[[Any], Any]) -> Callable[[Any], 
     Where all parameters are (bf16-true), autocast lets layers round what they compute with, and nothing else: a time or
     a coordinate of 1000.3 stays 1000.3.
     """
-    precision = fabric._precision.precision
+    precision = fabric.strategy.precision.precision
     if precision.endswith("-mixed"):
         autocast = fabric.autocast
     elif precision in ("bf16-true", "16-true"):
@@ -85,4 +92,4 @@ def stepping(fabric: Fabric, optimizers: Sequence[Optimizer]) -> tuple[Callable[
 
 def scaler_of(fabric: Fabric) -> Any:
     """The gradient scaler of 16-mixed, else None."""
-    return getattr(fabric._precision, "scaler", None)
+    return getattr(fabric.strategy.precision, "scaler", None)

@@ -72,11 +72,15 @@ class Seams:
         def interrupted() -> bool:
             return bool(state.control.interruption.asked)
 
-        if not hasattr(state.fabric.strategy, "_parallelize_fn"):
-            return Processes(state.fabric, interrupted)
-        from weft.sharded.shards import processes_in_shards
+        if hasattr(state.fabric.strategy, "_parallelize_fn"):
+            from weft.sharded.shards import processes_in_shards
 
-        return processes_in_shards(state, interrupted)
+            return processes_in_shards(state, interrupted)
+        if state.fabric.world_size == 1:
+            return Processes(state.fabric.device)
+        from weft.devices.group import Group
+
+        return Group(state.fabric, interrupted)
 
     def place(self, problem: nn.Module) -> nn.Module:
         """The problem in the run's precision and on its device (one to be sharded stays where it is)."""

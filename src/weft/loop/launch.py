@@ -29,7 +29,7 @@ from weft.checkpoint import archive
 from weft.checkpoint.weights import load_into, state_of
 from weft.devices import seeding
 from weft.devices.fabric import quiet, start_method
-from weft.devices.processes import dumps
+from weft.devices.group import dumps
 from weft.events import Hook
 from weft.loop.result import FitResult
 from weft.loop.resume import restore_hooks, state_of_run

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weft.checkpoint import folder as checkpoints
-from weft.checkpoint.archive import put
 
 if TYPE_CHECKING:
     import pandas
@@ -86,6 +84,8 @@ class FitResult:
     def save(self, run_dir: Path) -> None:
         """Write everything but weights and history to `run_dir/result.json`; `load_result` reads it back."""
         plain = {k: v for k, v in vars(self).items() if k not in ("history", "last_weights", "run_dir", "profile")}
+        from weft.checkpoint.archive import put
+
         put(run_dir / "result.json", json.dumps(plain, indent=1).encode())
 
 
@@ -114,7 +114,7 @@ def load_result(run_dir: str | Path) -> FitResult:
 
     Raises FileNotFoundError naming what is missing.
     """
-
+    from weft.checkpoint import folder as checkpoints
     from weft.loggers.csv import read_history
 
     folder = Path(run_dir)

@@ -384,8 +384,7 @@ class Run(Seams):
     def _rest(self, epoch_over: bool = False) -> None:
         """The state is whole, between steps or epochs: it may be saved, and an interruption takes effect here."""
         state, control, processes = self.state, self.state.control, self.state.processes
-        one = processes.world == 1
-        agreed = one or ((processes.called() or epoch_over) and processes.agree(control.interruption))
+        agreed = (processes.called() or epoch_over) and processes.agree(control.interruption)
         control.stop_reason = control.stop_reason or processes.granted.pop("stop", None)
         control.stage, control.leaving = Stage.REST, control.interruption.asked if agreed else 0
         state.call(AT_REST)

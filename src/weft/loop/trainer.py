@@ -6,8 +6,6 @@ result = trainer.fit(problem, data_setup, nsim=5000)
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -16,38 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.checkpoint.weights_files import save_weights
 from weft.config import TrainerConfig, build
-from weft.data.data import Data
 from weft.devices.fabric import fabric_for_calls
 from weft.events import as_hooks
 from weft.loop.adapters import adapter_for, split_hooks
 from weft.loop.default_hooks import hooks_from
+from weft.loop.options import OBJECTS, STEPS, as_metrics, as_phases, asked, data_maker, signature
 from weft.loop.result import FitResult
 from weft.loop.run import Run
 from weft.problem.reading import forward_nodes
-from weft.problem.terms import argument_keys
 from weft.step.optimizers import default_optimizer
 from weft.step.phase import Phase
 from weft.step.state import RunState
 from weft.types import suggest
-
-_STEPS = {"train": "training_step", "dev": "validation_step", "test": "test_step", "predict": "predict_step"}
-_OBJECTS: dict[str, Any] = dict.fromkeys(
-    (
-        "optimizer",
-        "scheduler",
-        "phases",
-        "metrics",
-        *_STEPS.values(),
-        "hooks",
-        "loggers",
-        "plugins",
-        "strategy",
-        "profiler",
-    )
-)
-"""Options that may be objects; all others are fields of TrainerConfig."""
 
 
 class Trainer:
@@ -75,21 +54,21 @@ class Trainer:
     """The config that describes this run, where it was made from one (weft.recipes.recipe); written into the run's folder."""
 
     def __init__(self, **options: Any) -> None:
-        known = {*TrainerConfig.__dataclass_fields__, *_OBJECTS}
+        known = {*TrainerConfig.__dataclass_fields__, *OBJECTS}
         if unknown := [name for name in options if name not in known]:
             hint = suggest(unknown[0], known)
             raise TypeError(f"{type(self).__name__} has no option {', '.join(map(repr, unknown))}{hint or '.'}")
-        self.options = {**_OBJECTS, **{k: v for k, v in options.items() if k in _OBJECTS}}
-        plain = {k: v for k, v in options.items() if k not in _OBJECTS}
+        self.options = {**OBJECTS, **{k: v for k, v in options.items() if k in OBJECTS}}
+        plain = {k: v for k, v in options.items() if k not in OBJECTS}
         for name in ("strategy", "profiler"):  # a name is plain data, an object is not
             if isinstance(self.options[name], str):
                 plain[name], self.options[name] = self.options[name], None
         self.config: TrainerConfig = build(TrainerConfig, plain)
         own, self.callbacks = split_hooks(self.options["hooks"])
         self.hooks: list[Any] = as_hooks(own)
-        self.phases: list[Phase] = _phases(self.options["phases"], plain)
-        self.metric_functions = _metrics(self.options["metrics"])
-        for name in _STEPS.values():
+        self.phases: list[Phase] = as_phases(self.options["phases"], plain)
+        self.metric_functions = as_metrics(self.options["metrics"])
+        for name in STEPS.values():
             if (step := self.options[name]) is not None:
                 if not callable(step):
                     raise TypeError(f"{name}={step!r}: expected a function (trainer, batch).")
@@ -130,7 +109,7 @@ class Trainer:
             from weft.loop.launch import call
 
             result = call(self, fabric, "fit", problem, problem, data, dev, resume=resume, **given, **setup_kwargs)
-            self._running.state.feed.make = _make_data(self._running, data, dev, **given, setup_kwargs=setup_kwargs)
+            self._running.state.feed.make = data_maker(self._running, data, dev, **given, setup_kwargs=setup_kwargs)
             return result
         with self.start(problem, data, dev, resume=resume, **given, **setup_kwargs) as run:
             for _ in run.epochs():
@@ -161,7 +140,7 @@ class Trainer:
         if previous is None:
             self.run = None
         run = self._run_of(problem, previous)
-        make_data = _make_data(run, data, dev, **given, setup_kwargs=setup_kwargs)
+        make_data = data_maker(run, data, dev, **given, setup_kwargs=setup_kwargs)
         run.prepare(make_data, resume if resume is not None else self.config.resume)
         self.run = run
         return run
@@ -220,7 +199,7 @@ class Trainer:
 
     def step_function(self, split: str, problem: nn.Module) -> Callable[[Any], Any]:
         """What is called with each batch of `split`: the user's step, or the problem itself."""
-        name = _STEPS[split]
+        name = STEPS[split]
         return getattr(self, name) if self.overrides(name) or split == "predict" else problem
 
     # ------------------------------------------------------------------ tools, while training
@@ -370,89 +349,9 @@ class Trainer:
 
     def save_weights(self, path: Any) -> None:
         """Write the problem's weights to `path`: plain tensors, readable with `weft.load_weights`."""
+        from weft.checkpoint.weights_files import save_weights
+
         save_weights(self.problem, path)
 
 
-def _signature() -> inspect.Signature:
-    """All options by name, with type and default, for `help` and for notebooks."""
-    fields = {f.name: (f.default, f.type) for f in dataclasses.fields(TrainerConfig)}
-    options = {**dict.fromkeys(_OBJECTS, (None, "Any")), **fields}
-    named = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-        for name, (default, annotation) in options.items()
-    ]
-    return inspect.Signature([inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD), *named])
-
-
-Trainer.__init__.__signature__ = _signature()  # pyright: ignore[reportFunctionMemberAccess]
-
-
-def asked(data: Any, dataloaders: Any, problem: nn.Module | None, datamodule: Any) -> tuple[nn.Module | None, Any]:
-    """The problem and the data that an evaluation was asked for; either may be None."""
-    if isinstance(data, nn.Module) and problem is None:
-        problem, data = data, None
-    given = [d for d in (data, dataloaders, datamodule) if d is not None]
-    if len(given) > 1:
-        raise TypeError("Give the data once: as `data`, `dataloaders` or `datamodule`.")
-    return problem, given[0] if given else None
-
-
-def _either(name: str, value: Any, other: str, alias: Any) -> Any:
-    if value is not None and alias is not None:
-        raise TypeError(f"fit: {name} and {other} are the same; give one of them.")
-    return value if alias is None else alias
-
-
-def _make_data(
-    run: Run,
-    data: Any,
-    dev: Any,
-    *,
-    datamodule: Any,
-    train_dataloaders: Any,
-    val_dataloaders: Any,
-    setup_kwargs: dict[str, Any],
-) -> Callable[[], Data]:
-    """A function that makes the `Data` of the arguments of `fit`."""
-    data = _either("data", data, "train_dataloaders", train_dataloaders)
-    dev = _either("dev", dev, "val_dataloaders", val_dataloaders)
-    return run.data_of_fit(data, dev, datamodule, setup_kwargs)
-
-
-def _phases(phases: Any, plain: Mapping[str, Any]) -> list[Phase]:
-    if not phases:
-        return []
-    if not isinstance(phases, list | tuple):
-        raise TypeError(f"phases={phases!r}: expected a list of weft.Phase.")
-    if wrong := [p for p in phases if not isinstance(p, Phase)]:
-        raise TypeError(f"phases: {wrong[0]!r} is no weft.Phase.")
-    if "epochs" in plain and plain["epochs"] != sum(p.epochs for p in phases):
-        raise ValueError(f"epochs={plain['epochs']} contradicts the phases, which last {[p.epochs for p in phases]}.")
-    return list(phases)
-
-
-def _metrics(given: Any) -> dict[str, Callable[[Mapping[str, Any], Any], Any]]:
-    if given is not None and not isinstance(given, Mapping):
-        raise TypeError(f"metrics={given!r}: expected a dict of functions by name.")
-    return {name: _metric(name, fn) for name, fn in (given or {}).items()}
-
-
-def _metric(name: str, fn: Callable[..., Any]) -> Callable[[Mapping[str, Any], Any], Any]:
-    """A metric function of keys as a function of (output, batch)."""
-    if not callable(fn):
-        raise TypeError(f"metrics[{name!r}] is {fn!r}; expected a function of keys.")
-    keys = argument_keys(fn, f"metrics[{name!r}]")
-
-    def measure(out: Mapping[str, Any], batch: Any) -> Any:
-        inputs = batch if isinstance(batch, Mapping) else {}
-        values, prefix = [], f"{inputs.get('name', '')}_"
-        for key in keys:
-            found = next((d[k] for d in (out, inputs) for k in (key, prefix + key) if k in d), None)
-            if found is None:
-                raise KeyError(
-                    f"Metric {name!r} reads {key!r}, which is neither in the output {list(out)} nor in the batch."
-                )
-            values.append(found)
-        return fn(*values)
-
-    return measure
+Trainer.__init__.__signature__ = signature()  # pyright: ignore[reportFunctionMemberAccess]

@@ -15,7 +15,6 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from weft.problem.drawing import Drawing, draw
 from weft.problem.losses import PenaltyLoss
 from weft.problem.nodes import _duplicates, _inputs, _node_list, _outputs
 from weft.problem.terms import RESERVED_KEYS, Constraint, MissingKeyError, Objective, Term, explain
@@ -157,8 +156,10 @@ class Problem(nn.Module):
             ]
         )
 
-    def show(self) -> Drawing:
+    def show(self) -> Any:
         """The graph of nodes, keys and terms: a picture in a notebook where graphviz is installed, text by `print`."""
+        from weft.problem.drawing import draw
+
         return draw(self)
 
     def __str__(self) -> str:

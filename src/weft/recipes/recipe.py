@@ -161,7 +161,7 @@ def _is_made(target: Any) -> bool:
 
 def users_line(error: BaseException) -> str:
     """ "file.py, line 12" of the innermost line of the user's own code that an error came through, "" if none."""
-    ours = [Path(__file__).parent, Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))]
+    ours = [Path(__file__).parents[1], Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))]
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
         if path.suffix == ".py" and path.is_file() and not any(path.is_relative_to(folder) for folder in ours):

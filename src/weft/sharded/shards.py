@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from weft.devices.processes import Processes, own_part
+from weft.devices.group import Group
+from weft.devices.processes import own_part
 from weft.step.optimizers import needs_closure, parameters_of
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def _check(state: RunState) -> None:
             raise ValueError(f"{WHAT} cannot be combined with {name}; {instead}.")
 
 
-class Shards(Processes):
+class Shards(Group):
     """The processes of a run, each of which holds a part of the problem."""
 
     in_shards = True

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from weft.devices.precision import in_precision
-from weft.problem.hardcoded import misplaced
 from weft.problem.reading import term_keys
 from weft.step.instrument import watched
 from weft.types import suggest
@@ -129,7 +128,7 @@ def explained(error: Exception, batch: Any, problem: nn.Module) -> Exception | N
     """A clearer error for a mixture of dtypes or devices, that says what to do; None for every other error."""
     text = str(error)
     device = next((p.device for p in problem.parameters()), None)
-    if "device" in text and device is not None and (found := misplaced(problem, device)):
+    if "device" in text and device is not None and (found := _misplaced(problem, device)):
         return RuntimeError(
             f"{text}. The parameters are on {device}, and {'; '.join(found)}. Give a node what it needs as an input, "
             "or as a buffer of a module."
@@ -145,3 +144,9 @@ def explained(error: Exception, batch: Any, problem: nn.Module) -> Exception | N
         f"{text}. The data has {other}, the parameters are {sorted(map(str, weights))}. Convert the data, "
         "or train with precision='64-true', which casts both."
     )
+
+
+def _misplaced(problem: nn.Module, device: torch.device) -> list[str]:
+    from weft.problem.hardcoded import misplaced
+
+    return misplaced(problem, device)

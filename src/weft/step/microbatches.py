@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from weft.data.batches import num_examples
+from weft.devices.processes import Combine
 from weft.step.optimizers import parameters_of
 
 if TYPE_CHECKING:
     from weft.step.state import RunState
-
-Combine = Callable[[Tensor, int], Tensor]
-"""(Loss, examples here) -> the loss of the global batch; gradients become its, too."""
 
 
 def parts_of(state: RunState) -> Callable[[Any], list[tuple[Any, int, float]]]:

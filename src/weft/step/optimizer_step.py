@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -74,12 +73,6 @@ def make_step(state: RunState, optimizers: Sequence[Optimizer]) -> Step:
 
 
 def _clip(state: RunState) -> Callable[[Sequence[Tensor]], Tensor | None] | None:
-    """A function that clips the gradients of some parameters and returns their norm, if it is known; None: no clipping."""
-    limit = state.config.clip
-    if limit is None:
-        return None
-    if state.processes.in_shards:
-        return partial(state.processes.clip, limit=limit, by_value=state.config.clip_algorithm == "value")
-    if state.config.clip_algorithm == "value":
-        return lambda params: torch.nn.utils.clip_grad_value_(params, limit)
-    return lambda params: torch.nn.utils.clip_grad_norm_(params, limit)
+    """What clips the gradients of some parameters and returns their norm, if it is known; None: no clipping."""
+    limit, by_value = state.config.clip, state.config.clip_algorithm == "value"
+    return None if limit is None else partial(state.processes.clip, limit=limit, by_value=by_value)

@@ -26,9 +26,10 @@ from weft.checkpoint.weights_files import load_weights
 from weft.data.data import Data, as_data
 from weft.integrations.neuromancer.lithooks import Bridge, LightningHooks, LitModel, from_configure_optimizers, takes
 from weft.integrations.neuromancer.weights_file import WeightsFile
+from weft.loop.options import asked
 from weft.loop.result import FitResult
 from weft.loop.run import Run
-from weft.loop.trainer import Trainer, asked
+from weft.loop.trainer import Trainer
 
 
 class LitTrainer(Trainer):
@@ -223,7 +224,7 @@ class LitTrainer(Trainer):
         if self.automatic_optimization:  # with a `backward` of the user's
             self._call("backward", self._loss_in(out))
             self.step()
-        return self._running.last_loss if out is None else out
+        return self._running.manual.loss if out is None else out
 
     def step_function(self, split: str, problem: nn.Module) -> Callable[[Any], Any]:
         """What is called with each batch of `split`."""
@@ -333,7 +334,7 @@ class LitTrainer(Trainer):
     @property
     def should_stop(self) -> bool:
         """Whether training ends after the current step; True may be assigned."""
-        return self._running.stop_reason is not None
+        return self._running.state.control.stop_reason is not None
 
     @should_stop.setter
     def should_stop(self, value: bool) -> None:
