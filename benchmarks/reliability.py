@@ -1,6 +1,6 @@
 """What a run survives, counted: `python -m benchmarks.reliability` writes results/reliability-<date>-<hardware>.md.
 
-The tests say yes or no; this says of how many. It uses their tools (tests/resuming.py and others), with more kills.
+The tests say yes or no; this says of how many. It uses their tools (tests/helpers), with more kills.
 `--readme` puts a short table between the marks in README.md.
 """
 
@@ -36,7 +36,7 @@ import torch
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
 import weft
 from weft import demo
@@ -124,7 +124,7 @@ def surroundings() -> str:
 
 def crash_points(_: int) -> Iterator[Row]:
     """A process dies at every moment of a save."""
-    from test_checkpoint_files import die_at_every_moment, state_of_step
+    from tests.helpers.crashes import die_at_every_moment, state_of_step
 
     template = Path("template").resolve()
     for step in (1, 2, 3):
@@ -148,7 +148,7 @@ def crash_points(_: int) -> Iterator[Row]:
 
 def kills(wanted: int) -> Iterator[Row]:
     """SIGKILL at random moments, in chains, of several kinds of runs; compiled ones with the real compiler."""
-    from test_kill import PROBES, Count, kill_until
+    from tests.helpers.killing import PROBES, Count, kill_until
 
     everything = Count(0, 0, 0, 0)
     for name in PROBES:
@@ -173,7 +173,7 @@ def full_disk(_: int) -> Iterator[Row]:
     """A limit on file sizes, and where it is allowed a small file system."""
     import resource
 
-    from test_checkpoint_files import in_child, state_of_step
+    from tests.helpers.crashes import in_child, state_of_step
 
     def outcome(folder: Path, limited: Callable[[], None]) -> str:
         checkpoints.save(folder, 1, state_of_step(1))
@@ -213,7 +213,7 @@ def damage(_: int) -> Iterator[Row]:
     """Flipped bits, zeroed pages, truncations."""
     import random
 
-    from bitwise import same
+    from tests.helpers.bitwise import same
     from weft.checkpoint.archive import CheckpointError
 
     state = {"x": torch.randn(200, 1100), "many": [torch.randn(3) for _ in range(10)], "step": 7}
@@ -248,7 +248,7 @@ def damage(_: int) -> Iterator[Row]:
         )
     yield Row(
         "files that are no checkpoints; flips in zip headers",
-        _pytest("test_checkpoint_files.py", "no_checkpoint or outside"),
+        _pytest("checkpoint/test_checkpoint_files.py", "no_checkpoint or outside"),
         False,
     )
 
@@ -257,7 +257,7 @@ def hostile_files(_: int) -> Iterator[Row]:
     """Files that run code when they are loaded without care."""
     yield Row(
         "malicious pickles on every load path, unsafe loading forced by the environment",
-        _pytest("test_checkpoint_contents.py", "runs_code or payloads_do_run"),
+        _pytest("checkpoint/test_checkpoint_contents.py", "runs_code or payloads_do_run"),
     )
 
 
@@ -266,7 +266,7 @@ def signals(_: int) -> Iterator[Row]:
     yield Row(
         "SIGTERM, SIGUSR1, SIGINT, SIGINT over and over inside a save, SLURM's requeue",
         _pytest(
-            "test_signals.py test_resume_edges.py",
+            "devices/test_signals.py loop/test_resume_edges.py",
             "signal or ctrl_c or sigterm or slurm or 143 or handler or fork or worker or fit_within",
         ),
     )
@@ -276,28 +276,28 @@ def not_finite(_: int) -> Iterator[Row]:
     """NaN and infinities in loss, terms, gradients and metrics."""
     yield Row(
         "NaN and Inf in loss, term, gradient, metric; 9 ways of updating; raise, skip, stop",
-        _pytest("test_nonfinite.py"),
+        _pytest("step/test_nonfinite.py"),
     )
-    yield Row("NaN in one process of two", _pytest("test_ddp.py", "not_finite_in_one_process"), False)
+    yield Row("NaN in one process of two", _pytest("devices/test_ddp.py", "not_finite_in_one_process"), False)
 
 
 def controls(_: int) -> Iterator[Row]:
     """Whether the comparisons can fail at all, and the files of earlier formats."""
     yield Row(
         "negative controls: random state, position, schedule, order, ... left out of a checkpoint",
-        f"noticed: {_pytest('test_resume.py test_kill.py', 'noticed or forgot or counts_as_lost')}",
+        f"noticed: {_pytest('loop/test_resume.py loop/test_kill.py', 'noticed or forgot or counts_as_lost')}",
         False,
     )
     yield Row(
         "a checkpoint of every released format",
-        f"goes on: {_pytest('test_checkpointing.py', 'released_format')}",
+        f"goes on: {_pytest('loop/test_checkpointing.py', 'released_format')}",
         False,
     )
 
 
 def memory(_: int) -> Iterator[Row]:
     """Ten thousand steps."""
-    from test_memory import STEPS, Measure, train
+    from tests.step.test_memory import STEPS, Measure, train
 
     measure = Measure(500, 500 + STEPS)
     train(measure, 500 + STEPS, log_every=100, root_dir="runs", loggers="csv", patience=10**6)
@@ -311,7 +311,7 @@ def machine(_: int) -> Iterator[Row]:
     """The state machine, with many more examples."""
     os.environ["WEFT_EXAMPLES"] = "150"
     yield Row(
-        "150 random lives (train, save, crash, load, evaluate) against a plain loop", _pytest("test_resume_machine.py")
+        "150 random lives (train, save, crash, load, evaluate) against a plain loop", _pytest("loop/test_resume_machine.py")
     )
 
 

@@ -142,6 +142,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where compiled graphs are kept while these tests run: not in the user's folder, unless KEEP names one."""
+    patch = pytest.MonkeyPatch()
+    folder = Path(os.environ.get("KEEP") or tmp_path_factory.mktemp("weft-cache"))
+    patch.setenv("WEFT_CACHE", str(folder))
+    yield folder
+    patch.undo()
+
+
 @pytest.fixture
 def repo() -> Path:
     """The folder that holds pyproject.toml."""
