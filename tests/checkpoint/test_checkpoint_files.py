@@ -255,8 +255,8 @@ def test_what_is_no_checkpoint_is_refused_with_its_reason(tmp_path: Path) -> Non
     (tmp_path / "page.ckpt").write_text("<!DOCTYPE html><html>404</html>")
     torch.save({"x": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     torch.save([1, 2], tmp_path / "list.pt")
-    with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
-        archive.writestr("a/b.txt", "hello")
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as zipped:
+        zipped.writestr("a/b.txt", "hello")
     reasons = {
         "empty": "is empty",
         "page.ckpt": "<!DOCTYPE html>",
@@ -410,6 +410,6 @@ def test_a_script_that_ends_without_waiting_still_finishes_its_file() -> None:
         "import torch; from weft.checkpoint.folder import BackgroundWriter\n"
         "BackgroundWriter().save('c', 1, {'x': torch.arange(3_000_000)})\n"
     )
-    source = str(Path(checkpoints.__file__).parent.parent)
+    source = str(Path(checkpoints.__file__).parents[2])
     subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": source})
     assert same(checkpoints.load("c")[0], {"x": torch.arange(3_000_000)})
