@@ -214,6 +214,7 @@ def damage(_: int) -> Iterator[Row]:
     import random
 
     from tests.helpers.bitwise import same
+
     from weft.checkpoint.archive import CheckpointError
 
     state = {"x": torch.randn(200, 1100), "many": [torch.randn(3) for _ in range(10)], "step": 7}
@@ -311,7 +312,8 @@ def machine(_: int) -> Iterator[Row]:
     """The state machine, with many more examples."""
     os.environ["WEFT_EXAMPLES"] = "150"
     yield Row(
-        "150 random lives (train, save, crash, load, evaluate) against a plain loop", _pytest("loop/test_resume_machine.py")
+        "150 random lives (train, save, crash, load, evaluate) against a plain loop",
+        _pytest("loop/test_resume_machine.py"),
     )
 
 
