@@ -77,7 +77,8 @@ def main(arguments: list[str] | None = None) -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / f"reliability-{date}-{re.sub(r'[^a-z0-9]+', '-', cpu().lower()).strip('-')}.md"
     path.write_text(
-        f"# Reliability, {date}\n\n{surroundings()}\n\n`python -m benchmarks.reliability --kills {given.kills}`\n\n{table(rows)}\n"
+        f"# Reliability, {date}\n\n{surroundings()}\n\n`python -m benchmarks.reliability --kills {given.kills}`\n\n"
+        f"{table(rows)}\n"
     )
     if given.readme:
         fill(ROOT / "README.md", table([row for row in rows if row.in_readme]), f"benchmarks/results/{path.name}")
@@ -340,7 +341,8 @@ def write_times(_: int) -> Iterator[Row]:
         assert result.run_dir is not None
         size = checkpoints.find(result.run_dir).stat().st_size / 1024
         median, slowest = statistics.median(seconds) * 1e3, max(seconds) * 1e3
-        times = f"median {median:.1f} ms, slowest of {len(seconds)} {slowest:.1f} ms; CPU time {statistics.median(busy) * 1e3:.1f} ms"
+        cpu_time = statistics.median(busy) * 1e3
+        times = f"median {median:.1f} ms, slowest of {len(seconds)} {slowest:.1f} ms; CPU time {cpu_time:.1f} ms"
         where = "in the background" if background else "in the training thread"
         yield Row(
             f"a checkpoint of the demo problem ({size:.0f} KiB) written {where}: time of the training thread",

@@ -88,7 +88,7 @@ def made(trainer: weft.Trainer) -> list[int]:
     return list(trainer.run.graphs.made.values())
 
 
-# ---- equal to eager ----------------------------------------------------------------------------------------------------
+# ---- equal to eager --------------------------------------------------------------------------------------------------
 
 
 def test_twenty_epochs_of_a_weft_problem_have_the_losses_of_eager() -> None:
@@ -197,7 +197,7 @@ def test_second_derivatives_have_the_losses_of_eager() -> None:
     assert_agree(problem, weft.Data(weft.DictDataset({"x": x}), inputs_require_grad=["x"]))
 
 
-# ---- options -----------------------------------------------------------------------------------------------------------
+# ---- options ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -276,7 +276,7 @@ def test_a_weight_that_is_not_finite_is_skipped_as_in_eager() -> None:
         fit(rosenbrock(), weft.Data(bad, batch_size=10), True, clip=1.0)
 
 
-# ---- optimizers --------------------------------------------------------------------------------------------------------
+# ---- optimizers ------------------------------------------------------------------------------------------------------
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "Adam": lambda p: torch.optim.Adam(p, lr=1e-3, weight_decay=0.1, fused=True),

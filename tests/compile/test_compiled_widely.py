@@ -42,7 +42,7 @@ def both(problem: nn.Module, data: Any, **options: Any) -> tuple[weft.FitResult,
     return results[0], results[1], list(trainer.run.graphs.made.values())
 
 
-# ---- twenty epochs -----------------------------------------------------------------------------------------------------
+# ---- twenty epochs ---------------------------------------------------------------------------------------------------
 
 WORKLOADS = [
     "rosenbrock_weft",
@@ -199,7 +199,7 @@ def test_a_problem_with_an_optimization_layer_stays_eager_and_says_so_once() -> 
     assert ends[0][0]["train_loss"][-1] < ends[0][0]["train_loss"][0]
 
 
-# ---- randomness --------------------------------------------------------------------------------------------------------
+# ---- randomness ------------------------------------------------------------------------------------------------------
 
 
 class Noisy(nn.Module):

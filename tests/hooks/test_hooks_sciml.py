@@ -1,4 +1,4 @@
-"""Averages of weights, curricula, gradient norms, resampled points, parts loaded and frozen: hooks asked for by name."""
+"""Averages of weights, curricula, gradient norms, resampled points, parts loaded and frozen: hooks by name."""
 
 from __future__ import annotations
 

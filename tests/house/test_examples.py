@@ -185,7 +185,8 @@ def test_notebook_and_script_have_the_same_cells(name: str) -> None:
 
 def test_cells_are_those_of_the_percent_format() -> None:
     cells_of = tool("notebooks").cells_of
-    script = "# %% [markdown]\n# # Title\n#\n# Text with $x$.\n\n# %%\nimport os\n\nx = 1\n\n# %% a title\nprint(x)\n\n# %%\n"
+    script = "# %% [markdown]\n# # Title\n#\n# Text with $x$.\n\n# %%\nimport os\n\nx = 1\n\n"
+    script += "# %% a title\nprint(x)\n\n# %%\n"
     assert cells_of(script) == [
         ("markdown", "# Title\n\nText with $x$."),
         ("code", "import os\n\nx = 1"),

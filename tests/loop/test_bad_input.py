@@ -219,7 +219,7 @@ TRAINING = {
     "dev loss": (
         lambda: returning(lambda w, b: {"train_loss": w.sum()}, dev=tensors(4)),
         UserWarning,
-        r"'dev_loss' does not appear \(the metrics are \['dev_train_loss', 'train_loss'\]\), so no best weights are kept",
+        r"'dev_loss' does not appear \(the metrics are \['dev_train_loss', 'train_loss'\]\), so no best weights are",
     ),
     "no dev scalar": (
         lambda: fit(dev=tensors(4), validation_step=lambda t, b: {"y": torch.ones(2)}),

@@ -1,4 +1,4 @@
-"""The four ways to take control: a step, hooks, a subclass, a loop of one's own. Each against the same logic by hand."""
+"""The four ways to take control: a step, hooks, a subclass, a loop of one's own. Each against its logic by hand."""
 
 from __future__ import annotations
 

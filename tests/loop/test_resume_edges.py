@@ -168,7 +168,7 @@ def test_a_full_disk_in_metrics_csv_names_it_and_leaves_no_half_rows(tmp_path: P
 
 
 def test_no_way_to_a_run_folder_runs_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files that would, in the place of every checkpoint of a run: resumed by word, by folder and by path, and read back."""
+    """Files that would, in the place of every checkpoint of a run: resumed by word, folder and path, and read back."""
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     marker = tmp_path / "executed"
     fit(tmp_path, {}, epochs=1)

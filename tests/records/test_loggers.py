@@ -322,7 +322,7 @@ class Scripted(torch.nn.Module):
 
 
 def drive(hook: Logging, clock: Clock, **options: Any) -> weft.Trainer:
-    """A fit of 2 epochs with 4 steps, in which a step lasts half a second and the learning rate falls after an epoch."""
+    """A fit of 2 epochs with 4 steps, in which a step lasts half a second and the learning rate falls after each."""
 
     def tick(trainer: weft.Trainer, batch: Any, loss: torch.Tensor) -> None:
         clock.now += 0.5

@@ -1,4 +1,4 @@
-"""A LightningModule as weft runs it: evaluation, logs, callbacks, checkpoints, what it sees as trainer, what is refused."""
+"""A LightningModule as weft runs it: evaluation, logs, callbacks, checkpoints, its trainer, what is refused."""
 
 from __future__ import annotations
 

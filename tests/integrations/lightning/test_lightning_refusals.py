@@ -1,4 +1,4 @@
-"""What weft refuses of LightningModules: older forms, shapes and options that would do nothing; each with today's form."""
+"""What weft refuses of LightningModules: older forms, shapes and options without effect; each with today's form."""
 
 from __future__ import annotations
 

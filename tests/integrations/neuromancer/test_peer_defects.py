@@ -1,4 +1,4 @@
-"""The 29 defects that were measured in NeuroMANCER 1.5.6's trainers, in our words, and the tests that exclude each here."""
+"""The 29 defects that were measured in NeuroMANCER 1.5.6's trainers, in our words, and the tests that exclude each."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ DEFECTS: dict[int, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     22: (
-        "Each process monitors its own numbers, all devices are taken unasked, sweeps need attributes, wandb must be there.",
+        "Each process monitors its own numbers, all devices are taken unasked, sweeps need attributes and wandb.",
         (
             f"{LIT}::test_two_processes_end_where_one_does",
             f"{LIT}::test_the_signature_holds_every_keyword_of_the_original_and_of_its_readme",
@@ -164,7 +164,7 @@ DEFECTS: dict[int, tuple[str, tuple[str, ...]]] = {
         (f"{REAL}::test_neuromancers_augmented_lagrangian_trains_on_one_full_batch_and_updates_once_an_epoch",),
     ),
     29: (
-        "The model stays behind when batches go to a device, graphs live too long, NaN goes on; no accumulation, no resume.",
+        "The model stays when batches go to a device, graphs live too long, NaN goes on; no accumulating, no resume.",
         (
             f"{BASE}::test_the_problem_goes_where_its_batches_go",
             f"{BASE}::test_no_graph_outlives_its_step",
