@@ -299,7 +299,7 @@ def controls(_: int) -> Iterator[Row]:
 
 def memory(_: int) -> Iterator[Row]:
     """Ten thousand steps."""
-    from tests.step.test_memory import STEPS, Measure, train
+    from tests.step.test_memory import STEPS, Measure, train_measured
 
     measure = Measure(500, 500 + STEPS)
     train(measure, 500 + STEPS, log_every=100, root_dir="runs", loggers="csv", patience=10**6)

@@ -119,7 +119,7 @@ DTYPES = [
 
 
 @st.composite
-def tensors(draw: st.DrawFn) -> Tensor:
+def any_tensor(draw: st.DrawFn) -> Tensor:
     shape = draw(st.lists(st.integers(0, 3), max_size=3))
     tensor = torch.arange(-3.0, float(torch.Size(shape).numel()) - 3)[: torch.Size(shape).numel()].reshape(shape)
     tensor = tensor.to(draw(st.sampled_from(DTYPES)))
@@ -143,12 +143,12 @@ plain_leaves = st.one_of(
     st.binary(min_size=1),
     st.sampled_from([*DTYPES, torch.device("cuda:1"), torch.device("cpu"), torch.Size([2, 0])]),
     st.sets(st.integers()),
-    tensors(),
+    any_tensor(),
 )
 keys = st.one_of(st.text(), st.integers(), st.booleans(), st.none(), st.tuples(st.integers(), st.text()))
 
 
-def nested(leaves: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+def nested_states(leaves: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.recursive(
         leaves,
         lambda inner: st.one_of(
@@ -161,7 +161,7 @@ def nested(leaves: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     )
 
 
-@given(st.dictionaries(st.text(), nested(plain_leaves), max_size=4))
+@given(st.dictionaries(st.text(), nested_states(plain_leaves), max_size=4))
 @settings(max_examples=150)
 def test_every_plain_state_reads_back_equal(state: dict[str, Any]) -> None:
     archive.write("a.ckpt", state)
@@ -169,7 +169,9 @@ def test_every_plain_state_reads_back_equal(state: dict[str, Any]) -> None:
         assert same(read_back, archive.plain(state))
 
 
-@given(st.dictionaries(st.text(), nested(st.one_of(plain_leaves, st.sampled_from(UNSAFE))), min_size=1, max_size=4))
+@given(
+    st.dictionaries(st.text(), nested_states(st.one_of(plain_leaves, st.sampled_from(UNSAFE))), min_size=1, max_size=4)
+)
 @settings(max_examples=150)
 def test_a_state_is_refused_by_key_or_reads_back_equal(state: dict[str, Any]) -> None:
     try:

@@ -37,11 +37,11 @@ class Growing(nn.Module):
         return self
 
 
-def state(module: nn.Module) -> dict[str, Any]:
+def cloned_state(module: nn.Module) -> dict[str, Any]:
     return OrderedDict((name, value.clone()) for name, value in module.state_dict().items())
 
 
-def disturb(module: nn.Module) -> None:
+def change_weights(module: nn.Module) -> None:
     with torch.no_grad():
         for value in module.state_dict().values():
             value.add_(1) if value.layout is torch.strided else value.mul_(2)
@@ -49,13 +49,13 @@ def disturb(module: nn.Module) -> None:
 
 def test_a_snapshot_holds_and_restores_every_bit_in_place() -> None:
     module = Growing().grow()
-    snapshot, before, parameters = Snapshot(), state(module), list(module.parameters())
+    snapshot, before, parameters = Snapshot(), cloned_state(module), list(module.parameters())
     for _ in range(2):  # the second take is the short way
         snapshot.take(module)
-        disturb(module)
-        assert same(snapshot.state_dict(), dict(before)) and not same(state(module), before)
+        change_weights(module)
+        assert same(snapshot.state_dict(), dict(before)) and not same(cloned_state(module), before)
         snapshot.restore(module)
-        assert same(state(module), before)
+        assert same(cloned_state(module), before)
         assert all(a is b for a, b in zip(parameters, module.parameters(), strict=True))
 
 
@@ -63,11 +63,11 @@ def test_a_snapshot_uses_its_memory_again_and_gives_out_copies_only() -> None:
     module, snapshot = nn.Linear(2, 2), Snapshot()
     snapshot.take(module)
     kept = [value.data_ptr() for value in snapshot._kept.values()]
-    disturb(module)
+    change_weights(module)
     snapshot.take(module)
     assert [value.data_ptr() for value in snapshot._kept.values()] == kept
     snapshot.state_dict()["weight"].zero_()
-    assert same(snapshot.state_dict(), dict(state(module)))
+    assert same(snapshot.state_dict(), dict(cloned_state(module)))
 
 
 def test_a_snapshot_follows_replaced_parameters_buffers_modules_and_dtypes() -> None:
@@ -95,7 +95,7 @@ def test_a_snapshot_follows_replaced_parameters_buffers_modules_and_dtypes() -> 
     for change in changes:
         change()
         snapshot.take(module)
-        assert same(snapshot.state_dict(), dict(state(module)))
+        assert same(snapshot.state_dict(), dict(cloned_state(module)))
         other = Snapshot()
         other.take(module)
         assert same(other.state_dict(), snapshot.state_dict())
@@ -103,18 +103,18 @@ def test_a_snapshot_follows_replaced_parameters_buffers_modules_and_dtypes() -> 
 
 def test_restoring_gives_buffers_their_old_size_or_absence_back() -> None:
     module, snapshot = Growing(), Snapshot()
-    before = state(module)
+    before = cloned_state(module)
     snapshot.take(module)
     module.grow()
     snapshot.restore(module)
-    assert same(state(module), before) and module.scale is None
+    assert same(cloned_state(module), before) and module.scale is None
     module.grow(3)
-    before = state(module)
+    before = cloned_state(module)
     snapshot.take(module)
     module.grow(9)
-    disturb(module)
+    change_weights(module)
     snapshot.restore(module)
-    assert same(state(module), before)
+    assert same(cloned_state(module), before)
 
 
 class Cone(nn.Module):
@@ -161,11 +161,11 @@ def test_an_empty_snapshot_says_so() -> None:
 
 def test_weights_come_back_from_every_kind_of_file() -> None:
     source = Growing().grow()
-    best, last = state(source), None
+    best, last = cloned_state(source), None
     save_weights(source, "w.pt")
     checkpoints.save("run/checkpoints", 1, {"problem": best, "best": {"weights": None}, "optimizer": {}}, best=True)
-    disturb(source)
-    last = state(source)
+    change_weights(source)
+    last = cloned_state(source)
     checkpoints.save("run/checkpoints", 2, {"problem": last, "best": {"weights": best}})
     torch.save(best, "bare.pt")
     lightning = {
@@ -185,32 +185,32 @@ def test_weights_come_back_from_every_kind_of_file() -> None:
     }
     for path, expected in cases.items():
         fresh = Growing()
-        assert not same(state(fresh), expected)
+        assert not same(cloned_state(fresh), expected)
         assert load_weights(fresh, path) is fresh
-        assert same(state(fresh), expected), path
+        assert same(cloned_state(fresh), expected), path
     os.remove("run/checkpoints/best")  # a run that monitored nothing keeps its last
-    assert same(state(load_weights(Growing(), "run")), best)  # that is in "best"
+    assert same(cloned_state(load_weights(Growing(), "run")), best)  # that is in "best"
     checkpoints.save("plain/checkpoints", 2, {"problem": last})
-    assert same(state(load_weights(Growing(), "plain")), last)
+    assert same(cloned_state(load_weights(Growing(), "plain")), last)
 
 
 def test_the_best_of_a_run_survives_the_damage_of_its_file() -> None:
     source = nn.Linear(2, 2)
-    best = state(source)
+    best = cloned_state(source)
     checkpoints.save("c", 1, {"problem": best, "best": {"weights": None}}, best=True)
-    disturb(source)
-    checkpoints.save("c", 2, {"problem": state(source), "best": {"weights": best}})
+    change_weights(source)
+    checkpoints.save("c", 2, {"problem": cloned_state(source), "best": {"weights": best}})
     checkpoints.step_path("c", 1).write_bytes(b"PK\x03\x04 damaged")
     with pytest.warns(UserWarning, match=r"step-000000001.ckpt is damaged"):
         loaded = load_weights(nn.Linear(2, 2), "c")
-    assert same(state(loaded), best)
+    assert same(cloned_state(loaded), best)
 
 
 def unchanged(module: nn.Module, error: type[Exception], message: str, *args: Any, **kwargs: Any) -> None:
-    before = state(module)
+    before = cloned_state(module)
     with pytest.raises(error, match=message):
         load_weights(module, *args, **kwargs)
-    assert same(state(module), before)
+    assert same(cloned_state(module), before)
 
 
 def test_weights_that_do_not_fit_are_named_with_the_file_and_change_nothing() -> None:
@@ -243,19 +243,21 @@ def test_strict_false_loads_what_fits_and_warns_of_the_rest() -> None:
     save_weights(source, "w.pt")
     with pytest.warns(UserWarning, match=r"w.pt: not in it.* nothing; not used: 1.weight, 1.bias"):
         load_weights(target, "w.pt", strict=False)
-    assert same(state(target[0]), state(source[0]))
+    assert same(cloned_state(target[0]), cloned_state(source[0]))
 
 
 def test_match_loads_parts_under_new_names_many_from_one() -> None:
     source = nn.ModuleDict({"net": nn.Linear(2, 2), "other": nn.Linear(5, 5)})
     target = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2), "ab": nn.Linear(2, 2)})
-    untouched = state(target["ab"])
+    untouched = cloned_state(target["ab"])
     save_weights(source, "w.pt")
     load_weights(target, "w.pt", match={"a": "net", "b": "net"})
-    assert same(state(target["a"]), state(source["net"])) and same(state(target["b"]), state(source["net"]))
-    assert same(state(target["ab"]), untouched)  # not "a": prefixes end at a dot
+    assert same(cloned_state(target["a"]), cloned_state(source["net"])) and same(
+        cloned_state(target["b"]), cloned_state(source["net"])
+    )
+    assert same(cloned_state(target["ab"]), untouched)  # not "a": prefixes end at a dot
     whole = nn.Linear(2, 2)
-    assert same(state(load_weights(whole, "w.pt", match={"": "net"})), state(source["net"]))
+    assert same(cloned_state(load_weights(whole, "w.pt", match={"": "net"})), cloned_state(source["net"]))
     load_weights(target, "w.pt", match={"ab.bias": "net.bias"})
     assert target["ab"].bias.equal(source["net"].bias) and target["ab"].weight.equal(untouched["weight"])
     unchanged(target, ValueError, r"this problem has nothing under 'c'", "w.pt", match={"c": "net"})
@@ -278,7 +280,7 @@ def test_a_module_that_resizes_in_its_own_loading_is_left_to_it() -> None:
     source[0].table = torch.ones(5)
     save_weights(source, "w.pt")
     target = nn.Sequential(Own(), nn.Linear(1, 1))
-    assert same(state(load_weights(target, "w.pt")), state(source))
+    assert same(cloned_state(load_weights(target, "w.pt")), cloned_state(source))
     source[1] = nn.Linear(2, 1)
     save_weights(source, "w.pt")
     fresh = nn.Sequential(Own(), nn.Linear(1, 1))

@@ -15,6 +15,7 @@ from torch._inductor import config as inductor  # pyright: ignore[reportPrivateI
 
 import weft
 from tests.helpers.bitwise import same
+from tests.helpers.problems import parameter_rows, small_rosenbrock, tanh_net
 from weft.compile import graph as graphs
 
 # A graph takes about 5 s to make, and tests that need the same one find it in the cache of the session.
@@ -34,40 +35,21 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "compile_graph", run_itself)
 
 
-def mlp(inputs: int, outputs: int, hidden: int = 8, *extra: nn.Module) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh(), *extra, nn.Linear(hidden, outputs))
+def rosenbrock_data(train: int = 40, dev: int = 10, batch_size: int = 10) -> weft.Data:
+    return weft.Data(parameter_rows(train), parameter_rows(dev, 2), batch_size=batch_size)
 
 
-def rosenbrock() -> weft.Problem:
-    torch.manual_seed(0)
-    net = weft.Node(mlp(2, 2), ["a", "p"], ["x"], name="net")
-    f = weft.objective(lambda x, a: (1 - x[:, :1]) ** 2 + a * (x[:, 1:] - x[:, :1] ** 2) ** 2, name="f")
-    outer = weft.less_equal(lambda x: x.square().sum(1, keepdim=True), lambda p: p**2, weight=10.0, name="outer")
-    return weft.Problem([net], [f], [outer])
-
-
-def rows(n: int, seed: int = 1) -> weft.DictDataset:
-    generator = torch.Generator().manual_seed(seed)
-    return weft.DictDataset(
-        {"a": torch.rand(n, 1, generator=generator), "p": 0.5 + torch.rand(n, 1, generator=generator)}
-    )
-
-
-def data(train: int = 40, dev: int = 10, batch_size: int = 10) -> weft.Data:
-    return weft.Data(rows(train), rows(dev, 2), batch_size=batch_size)
-
-
-def fit(problem: nn.Module, given: Any, compile: Any, **options: Any) -> tuple[weft.FitResult, weft.Trainer]:
+def fit_copy(problem: nn.Module, given: Any, compile: Any, **options: Any) -> tuple[weft.FitResult, weft.Trainer]:
     trainer = weft.Trainer(**{"epochs": 5, "seed": 0, "progress": False, "compile": compile} | options)
     return trainer.fit(copy.deepcopy(problem), given), trainer
 
 
 def assert_agree(problem: nn.Module, given: Any, rel: float = 1e-5, **options: Any) -> weft.Trainer:
     """The histories and last weights of an eager and a compiled fit agree, and the compiled one did run as a graph."""
-    eager, _ = fit(problem, given, False, **options)
+    eager, _ = fit_copy(problem, given, False, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        compiled, trainer = fit(problem, given, True, **options)
+        compiled, trainer = fit_copy(problem, given, True, **options)
     assert_all_graphs(trainer)
     assert eager.history.keys() == compiled.history.keys()
     for name, values in eager.history.items():
@@ -83,7 +65,7 @@ def assert_all_graphs(trainer: weft.Trainer) -> None:
     assert made and all(number >= 1 for number in made.values()), made
 
 
-def made(trainer: weft.Trainer) -> list[int]:
+def graphs_made(trainer: weft.Trainer) -> list[int]:
     assert trainer.run is not None
     return list(trainer.run.graphs.made.values())
 
@@ -92,26 +74,35 @@ def made(trainer: weft.Trainer) -> list[int]:
 
 
 def test_twenty_epochs_of_a_weft_problem_have_the_losses_of_eager() -> None:
-    assert_agree(rosenbrock(), data(), epochs=20, clip=1.0)
+    assert_agree(small_rosenbrock(), rosenbrock_data(), epochs=20, clip=1.0)
 
 
 def test_twenty_epochs_in_float64_agree_to_ten_digits() -> None:
-    assert_agree(rosenbrock(), weft.Data(rows(40), batch_size=10), rel=1e-10, epochs=20, clip=1.0, precision="64-true")
+    assert_agree(
+        small_rosenbrock(),
+        weft.Data(parameter_rows(40), batch_size=10),
+        rel=1e-10,
+        epochs=20,
+        clip=1.0,
+        precision="64-true",
+    )
 
 
 def test_the_comparison_of_histories_can_fail() -> None:
-    one, _ = fit(rosenbrock(), data(), False, clip=1.0)
-    other, _ = fit(rosenbrock(), data(), False, clip=1.0, optimizer=lambda p: torch.optim.Adam(p, lr=1.001e-3))
+    one, _ = fit_copy(small_rosenbrock(), rosenbrock_data(), False, clip=1.0)
+    other, _ = fit_copy(
+        small_rosenbrock(), rosenbrock_data(), False, clip=1.0, optimizer=lambda p: torch.optim.Adam(p, lr=1.001e-3)
+    )
     assert one.history["train_loss"][-1] != pytest.approx(other.history["train_loss"][-1], rel=1e-5)
 
 
-class Plain(nn.Module):
+class Stateful(nn.Module):
     """A module with every kind of state: batch norm, dropout, a buffer that it sets anew, the epoch."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.net = mlp(2, 1, 8, nn.BatchNorm1d(8), nn.Dropout(0.3))
+        self.net = tanh_net(2, 1, 8, nn.BatchNorm1d(8), nn.Dropout(0.3))
         self.register_buffer("seen", torch.zeros(()))
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -124,19 +115,19 @@ class Plain(nn.Module):
 
 
 def test_batch_norm_dropout_noise_buffers_and_the_epoch_are_those_of_eager() -> None:
-    trainer = assert_agree(Plain(), data(train=43, batch_size=10), epochs=6)  # its last batch has 3 rows
+    trainer = assert_agree(Stateful(), rosenbrock_data(train=43, batch_size=10), epochs=6)  # its last batch has 3 rows
     assert trainer.problem.seen == 43 * 6
-    fit(Plain(), data(train=43), False, epochs=6)
+    fit_copy(Stateful(), rosenbrock_data(train=43), False, epochs=6)
     after = torch.rand(())
-    fit(Plain(), data(train=43), True, epochs=6)
+    fit_copy(Stateful(), rosenbrock_data(train=43), True, epochs=6)
     assert torch.rand(()) == after  # the global random state ends where it does in eager
 
 
 def test_momentum_and_coupled_weight_decay_agree() -> None:
     """Inductor of torch 2.13 drops the alpha of `grad.add(param, alpha=weight_decay)` after a matrix product."""
     assert_agree(
-        rosenbrock(),
-        data(),
+        small_rosenbrock(),
+        rosenbrock_data(),
         optimizer=lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=1e-2),
         epochs=20,
     )
@@ -152,10 +143,12 @@ def test_a_graph_that_is_wrong_never_takes_over(monkeypatch: pytest.MonkeyPatch)
     optimizer = lambda p: torch.optim.SGD(p, lr=1e-2)
     monkeypatch.setattr(graphs, "_spell_out_alpha", wrong)
     with pytest.warns(UserWarning, match="does not agree with the eager step: .* differs by"):
-        compiled, trainer = fit(rosenbrock(), weft.Data(rows(40), batch_size=10), True, optimizer=optimizer)
-    eager, _ = fit(rosenbrock(), weft.Data(rows(40), batch_size=10), False, optimizer=optimizer)
+        compiled, trainer = fit_copy(
+            small_rosenbrock(), weft.Data(parameter_rows(40), batch_size=10), True, optimizer=optimizer
+        )
+    eager, _ = fit_copy(small_rosenbrock(), weft.Data(parameter_rows(40), batch_size=10), False, optimizer=optimizer)
     assert same(eager.last_weights, compiled.last_weights)
-    assert made(trainer) == [-1]
+    assert graphs_made(trainer) == [-1]
 
 
 class Neuro:
@@ -182,7 +175,7 @@ class Neuro:
 
 @pytest.mark.filterwarnings("ignore")  # of what `import neuromancer` imports
 def test_a_real_neuromancer_problem_has_the_losses_of_eager() -> None:
-    assert_agree(Neuro.make(), weft.Data(rows(40), batch_size=10), epochs=20)
+    assert_agree(Neuro.make(), weft.Data(parameter_rows(40), batch_size=10), epochs=20)
 
 
 def test_second_derivatives_have_the_losses_of_eager() -> None:
@@ -191,7 +184,7 @@ def test_second_derivatives_have_the_losses_of_eager() -> None:
         return (torch.autograd.grad(first.sum(), x, create_graph=True)[0] + x.sin()).square()
 
     torch.manual_seed(0)
-    node = weft.Node(mlp(1, 1), ["x"], ["u"], name="net")
+    node = weft.Node(tanh_net(1, 1), ["x"], ["u"], name="net")
     problem = weft.Problem([node], [weft.objective(residual, name="pde")], grad_inference=True)
     x = torch.linspace(0, 3, 30)[:, None]
     assert_agree(problem, weft.Data(weft.DictDataset({"x": x}), inputs_require_grad=["x"]))
@@ -202,7 +195,7 @@ def test_second_derivatives_have_the_losses_of_eager() -> None:
 
 @pytest.mark.usefixtures("uncompiled")
 def test_accumulated_batches_agree() -> None:
-    assert_agree(rosenbrock(), weft.Data(rows(36), batch_size=10), accumulate=2, clip=0.5)
+    assert_agree(small_rosenbrock(), weft.Data(parameter_rows(36), batch_size=10), accumulate=2, clip=0.5)
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -214,7 +207,7 @@ def test_a_hook_that_reads_the_gradients_gets_them() -> None:
                 float(nn.utils.get_total_norm([p.grad for p in trainer.problem.parameters()]))
             )
         }
-        _, trainer = fit(rosenbrock(), weft.Data(rows(40), batch_size=10), compiled, hooks=hook)
+        _, trainer = fit_copy(small_rosenbrock(), weft.Data(parameter_rows(40), batch_size=10), compiled, hooks=hook)
     assert_all_graphs(trainer)
     assert len(norms[True]) == 20
     assert norms[True] == pytest.approx(norms[False], rel=1e-4)
@@ -223,8 +216,8 @@ def test_a_hook_that_reads_the_gradients_gets_them() -> None:
 @pytest.mark.usefixtures("uncompiled")
 def test_schedules_change_the_rate_without_a_new_graph() -> None:
     schedule = weft.Schedule(lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9), interval="step")
-    trainer = assert_agree(rosenbrock(), data(), scheduler=schedule, clip=1.0)
-    assert set(made(trainer)) == {1}
+    trainer = assert_agree(small_rosenbrock(), rosenbrock_data(), scheduler=schedule, clip=1.0)
+    assert set(graphs_made(trainer)) == {1}
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -234,7 +227,7 @@ def test_what_a_step_logs_and_asks_of_the_trainer_is_in_the_graph() -> None:
         trainer.log({"half": out["train_loss"] / 2})
         return out["train_loss"] * (1 + 0.1 * trainer.current_epoch)
 
-    trainer = assert_agree(rosenbrock(), weft.Data(rows(40), batch_size=10), training_step=step)
+    trainer = assert_agree(small_rosenbrock(), weft.Data(parameter_rows(40), batch_size=10), training_step=step)
     assert trainer.run is not None
     assert trainer.run.history.values["half"][0] == pytest.approx(
         trainer.run.history.values["train_loss"][0] / 2, rel=1e-5
@@ -247,7 +240,7 @@ def test_an_attribute_that_changes_gets_its_own_graph() -> None:
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.net, self.scale = mlp(1, 1), 1.0
+            self.net, self.scale = tanh_net(1, 1), 1.0
 
         def forward(self, batch: dict[str, Any]) -> Tensor:
             return self.scale * (self.net(batch["a"]) - batch["p"]).square().mean()
@@ -255,25 +248,27 @@ def test_an_attribute_that_changes_gets_its_own_graph() -> None:
     def double(trainer: weft.Trainer) -> None:
         trainer.problem.scale = 1.0 if trainer.current_epoch < 3 else 2.0
 
-    trainer = assert_agree(Scaled(), weft.Data(rows(40), batch_size=10), hooks={"on_epoch_start": double}, epochs=6)
-    assert made(trainer) == [2]
+    trainer = assert_agree(
+        Scaled(), weft.Data(parameter_rows(40), batch_size=10), hooks={"on_epoch_start": double}, epochs=6
+    )
+    assert graphs_made(trainer) == [2]
 
 
 @pytest.mark.usefixtures("uncompiled")
 def test_a_weight_that_is_not_finite_is_skipped_as_in_eager() -> None:
-    bad = rows(40)
+    bad = parameter_rows(40)
     bad.datadict["a"][7] = torch.nan
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         options: dict[str, Any] = {"on_nonfinite": "skip", "clip": 1.0}
-        eager, one = fit(rosenbrock(), weft.Data(bad, batch_size=10), False, **options)
-        compiled, other = fit(rosenbrock(), weft.Data(bad, batch_size=10), True, **options)
-    assert made(other) == [1]
+        eager, one = fit_copy(small_rosenbrock(), weft.Data(bad, batch_size=10), False, **options)
+        compiled, other = fit_copy(small_rosenbrock(), weft.Data(bad, batch_size=10), True, **options)
+    assert graphs_made(other) == [1]
     assert one.run.progress.skipped_total == other.run.progress.skipped_total == 5
     assert compiled.history["train_loss"] == pytest.approx(eager.history["train_loss"], rel=1e-5)
     with pytest.raises(FloatingPointError, match="train_f is nan in step"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        fit(rosenbrock(), weft.Data(bad, batch_size=10), True, clip=1.0)
+        fit_copy(small_rosenbrock(), weft.Data(bad, batch_size=10), True, clip=1.0)
 
 
 # ---- optimizers ------------------------------------------------------------------------------------------------------
@@ -301,7 +296,7 @@ def test_optimizers_in_the_graph_and_outside_of_it_agree(name: str) -> None:
     problem = weft.Problem(
         [weft.Node(nn.Linear(1, 1), ["a"], ["x"])], [weft.objective(lambda x, p: (x - p) ** 2, name="f")]
     )
-    trainer = assert_agree(problem, weft.Data(rows(20), batch_size=10), optimizer=OPTIMIZERS[name], epochs=10)
+    trainer = assert_agree(problem, weft.Data(parameter_rows(20), batch_size=10), optimizer=OPTIMIZERS[name], epochs=10)
     assert trainer.run is not None
     is_inside = [type(graph).__name__ == "UpdateGraph" for graph in trainer.run.graphs.all()]
     assert is_inside == [name != "Adafactor"]
@@ -315,7 +310,7 @@ def resumed(
     compile: Any, folder: Path, stop_at: int, **options: Any
 ) -> tuple[weft.FitResult, weft.FitResult, weft.Trainer]:
     """An uninterrupted fit, and one that was stopped after `stop_at` steps and resumed from its checkpoint."""
-    given = weft.Data(rows(43), rows(10, 2), batch_size=10)
+    given = weft.Data(parameter_rows(43), parameter_rows(10, 2), batch_size=10)
     is_armed = False
 
     def stop(trainer: weft.Trainer, batch: Any, loss: Tensor) -> None:
@@ -323,13 +318,13 @@ def resumed(
             raise InterruptedError
 
     options |= {"clip": 1.0, "epochs": 4, "hooks": {"on_step_end": stop}}
-    whole, _ = fit(rosenbrock(), given, compile, **options)
+    whole, _ = fit_copy(small_rosenbrock(), given, compile, **options)
     options |= {"root_dir": str(folder), "run_name": "run", "checkpoint": {"every_n_steps": 1}}
     is_armed = True
     with pytest.raises(InterruptedError):
-        fit(rosenbrock(), given, compile, **options)
+        fit_copy(small_rosenbrock(), given, compile, **options)
     is_armed = False
-    rest, trainer = fit(rosenbrock(), given, compile, resume="last", **options)
+    rest, trainer = fit_copy(small_rosenbrock(), given, compile, resume="last", **options)
     return whole, rest, trainer
 
 
@@ -347,8 +342,8 @@ def test_a_resumed_compiled_run_ends_bitwise_where_the_uninterrupted_one_does(st
 def test_batches_of_ever_new_shapes_do_not_compile_for_ever() -> None:
     batches = [{"a": torch.rand(n, 1), "p": torch.rand(n, 1) + 0.5} for n in range(2, 14)]
     with pytest.warns(UserWarning, match="stays eager: its batches have more than 8 different shapes"):
-        result, trainer = fit(rosenbrock(), batches, True)
-    assert sorted(made(trainer)) == [-1] * 4 + [1] * 8
+        result, trainer = fit_copy(small_rosenbrock(), batches, True)
+    assert sorted(graphs_made(trainer)) == [-1] * 4 + [1] * 8
     assert result.steps == 12 * 5
 
 
@@ -358,8 +353,8 @@ def test_phases_begin_eagerly_and_go_on_as_graphs() -> None:
         weft.Phase(epochs=2),
         weft.Phase(epochs=3, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), weights={"outer": 2.0}),
     ]
-    trainer = assert_agree(rosenbrock(), weft.Data(rows(40), batch_size=10), phases=phases)
-    assert made(trainer) == [1, 1]
+    trainer = assert_agree(small_rosenbrock(), weft.Data(parameter_rows(40), batch_size=10), phases=phases)
+    assert graphs_made(trainer) == [1, 1]
 
 
 # ---- what stays eager, and says why
@@ -370,7 +365,7 @@ class WithNumpy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.net = mlp(1, 1)
+        self.net = tanh_net(1, 1)
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         shift = torch.from_numpy(batch["p"].numpy() ** 2)  # a result outside torch
@@ -398,18 +393,18 @@ class Branching(WithNumpy):
         (Counting, {}, "sets Counting.calls anew every time"),
         (Branching, {}, r"data-dependent.*\(test_compiled.py, line \d+: return loss if loss > 0.1"),
         (
-            rosenbrock,
+            small_rosenbrock,
             {"optimizer": lambda p: torch.optim.LBFGS(p, lr=0.01)},
             "LBFGS evaluates the loss in a line search",
         ),
     ],
 )
 def test_what_cannot_be_a_graph_runs_as_eager_and_says_why(problem: Any, options: dict[str, Any], reason: str) -> None:
-    given = weft.Data(rows(40), batch_size=10)
+    given = weft.Data(parameter_rows(40), batch_size=10)
     with pytest.warns(UserWarning, match=f"compile=True: the update stays eager: .*{reason}") as caught:
-        compiled, _ = fit(problem(), given, True, **options)
+        compiled, _ = fit_copy(problem(), given, True, **options)
     assert len([w for w in caught if "stays eager" in str(w.message)]) == 1
-    eager, _ = fit(problem(), given, False, **options)
+    eager, _ = fit_copy(problem(), given, False, **options)
     assert compiled.history == eager.history
     assert same(compiled.last_weights, eager.last_weights)
 
@@ -420,16 +415,16 @@ def test_an_update_of_ones_own_stays_eager() -> None:
             super().update(batch)
 
     with pytest.warns(UserWarning, match="Own has its own update"):
-        Own(epochs=1, compile=True, progress=False).fit(rosenbrock(), data())
+        Own(epochs=1, compile=True, progress=False).fit(small_rosenbrock(), rosenbrock_data())
 
 
 def test_without_a_compiler_the_run_stays_eager(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WEFT_CACHE", str(tmp_path / "empty"))
     absent = inductor.patch({"cpp.cxx": ("no-such-compiler",)})  # monkeypatch would leave the setting deleted
     with absent, pytest.warns(UserWarning, match=r"stays eager: there is no working C\+\+ compiler"):
-        result, trainer = fit(rosenbrock(), weft.Data(rows(20), batch_size=10), True, epochs=2)
+        result, trainer = fit_copy(small_rosenbrock(), weft.Data(parameter_rows(20), batch_size=10), True, epochs=2)
     assert result.steps == 4
-    assert made(trainer) == [-1]
+    assert graphs_made(trainer) == [-1]
 
 
 # ---- "auto", and what is left behind
@@ -440,11 +435,11 @@ def test_auto_leaves_a_short_fit_alone_and_takes_a_long_one(monkeypatch: pytest.
     def stop(trainer: weft.Trainer, batch: Any, loss: Tensor) -> None:
         trainer.stop("enough")
 
-    given = weft.Data(rows(40), batch_size=10)
-    _, short = fit(rosenbrock(), given, "auto", epochs=20)
-    assert made(short) == [-1]
-    _, long = fit(rosenbrock(), given, "auto", epochs=10**6, hooks={"on_step_end": stop})
-    assert made(long) == [0]
+    given = weft.Data(parameter_rows(40), batch_size=10)
+    _, short = fit_copy(small_rosenbrock(), given, "auto", epochs=20)
+    assert graphs_made(short) == [-1]
+    _, long = fit_copy(small_rosenbrock(), given, "auto", epochs=10**6, hooks={"on_step_end": stop})
+    assert graphs_made(long) == [0]
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -453,7 +448,7 @@ def test_checks_leave_problem_optimizer_and_random_state_alone() -> None:
     states = []
     for checks in (0, 10**6):
         trainer = weft.Trainer(epochs=3, seed=0, progress=False, compile=True)
-        with trainer.start(Plain(), weft.Data(rows(40), batch_size=10)) as run:
+        with trainer.start(Stateful(), weft.Data(parameter_rows(40), batch_size=10)) as run:
             for _ in run.epochs():
                 for batch in run.batches("train"):
                     run.update(batch)

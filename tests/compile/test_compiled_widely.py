@@ -18,7 +18,7 @@ from weft.compile import graph as graphs
 
 
 @pytest.fixture
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def uncompiled_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the traced graphs themselves, without the C++ compiler: quick, where a test is not about what it makes."""
 
     def run_itself(graph: torch.fx.GraphModule, inputs: Any, moving: int) -> Callable[[Any], Any]:
@@ -32,7 +32,9 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "compile_graph", run_itself)
 
 
-def both(problem: nn.Module, data: Any, **options: Any) -> tuple[weft.FitResult, weft.FitResult, list[int]]:
+def eager_and_compiled(
+    problem: nn.Module, data: Any, **options: Any
+) -> tuple[weft.FitResult, weft.FitResult, list[int]]:
     """An eager and a compiled fit from the same weights; how many graphs there are for each kind of batch."""
     results = []
     for compiled in (False, True):
@@ -86,7 +88,7 @@ def test_twenty_epochs_of_every_workload_have_the_losses_of_eager(name: str, pre
     )
     torch.manual_seed(0)
     problem, options = workload.make(), {"optimizer": workload.optimizer, "clip": workload.clip, "precision": precision}
-    eager, compiled, made = both(problem, data, **options)
+    eager, compiled, made = eager_and_compiled(problem, data, **options)
     assert made and min(made) == 1
     allowed = 1e-5 if precision == "32-true" else 1e-10
     if furthest(eager, compiled) > allowed:
@@ -120,7 +122,7 @@ def small() -> weft.Problem:
     return weft.Problem([weft.Node(net, ["a", "p"], ["x"], name="net")], [f], [upper])
 
 
-def rows(n: int, seed: int = 1) -> weft.DictDataset:
+def parameter_rows_in_double(n: int, seed: int = 1) -> weft.DictDataset:
     generator = torch.Generator().manual_seed(seed)
     a, p = (torch.rand(n, 1, generator=generator, dtype=torch.float64) for _ in range(2))
     return weft.DictDataset({"a": a.float(), "p": 0.5 + p.float()})
@@ -140,13 +142,13 @@ def test_two_processes_that_compile_end_where_two_eager_ones_do(
 ) -> None:
     """51 rows in batches of 8 for each of two processes: the last batch has 3 rows, two here and one there."""
     if not with_compiler:
-        request.getfixturevalue("uncompiled")
+        request.getfixturevalue("uncompiled_and_told")
     pair: dict[str, Any] = {"devices": 2, "strategy": "ddp_fork", "accelerator": "cpu", "timeout": 60, "epochs": 6}
     found = []
     for compiled in (False, True):
         problem = small()
         trainer = weft.Trainer(seed=1, progress=False, precision=precision, compile=compiled, **pair, **options)
-        result = trainer.fit(problem, weft.Data(rows(51), batch_size=8))
+        result = trainer.fit(problem, weft.Data(parameter_rows_in_double(51), batch_size=8))
         found.append((result.history, [p.detach().clone() for p in problem.parameters()]))
     (eager, weights), (compiled_history, compiled_weights) = found
     for name, values in eager.items():
@@ -154,9 +156,9 @@ def test_two_processes_that_compile_end_where_two_eager_ones_do(
     torch.testing.assert_close(compiled_weights, weights, rtol=100 * rel, atol=rel)
     assert not same(compiled_weights, weights) if with_compiler else Path("ran-as-a-graph").exists()
     one = weft.Trainer(seed=1, progress=False, precision=precision, epochs=6, **options)
-    assert one.fit(small(), weft.Data(rows(51), batch_size=8)).history["train_loss"][-1] != pytest.approx(
-        eager["train_loss"][-1], rel=rel
-    )  # with other batches it ends elsewhere
+    assert one.fit(small(), weft.Data(parameter_rows_in_double(51), batch_size=8)).history["train_loss"][
+        -1
+    ] != pytest.approx(eager["train_loss"][-1], rel=rel)  # with other batches it ends elsewhere
 
 
 # ---- what is no torch code
@@ -184,7 +186,7 @@ def test_a_problem_with_an_optimization_layer_stays_eager_and_says_so_once() -> 
         ]
         return weft.Problem(nodes, [weft.objective(lambda z, a: (z - a).square(), name="f")])
 
-    data, ends = weft.Data(rows(12), batch_size=6), []
+    data, ends = weft.Data(parameter_rows_in_double(12), batch_size=6), []
     for compiled in (False, True):
         problem = make()
         with warnings.catch_warnings(record=True) as caught:
@@ -202,7 +204,7 @@ def test_a_problem_with_an_optimization_layer_stays_eager_and_says_so_once() -> 
 # ---- randomness ------------------------------------------------------------------------------------------------------
 
 
-class Noisy(nn.Module):
+class WithDropout(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -212,11 +214,11 @@ class Noisy(nn.Module):
         return (self.net(torch.cat([batch["a"], batch["p"]], 1)) - batch["p"]).square().mean()
 
 
-@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.usefixtures("uncompiled_and_told")
 def test_dropout_draws_what_it_draws_in_eager_also_in_a_short_last_batch() -> None:
-    data = weft.Data(rows(27), batch_size=10)
-    eager, compiled, made = both(Noisy(), data, epochs=5)
+    data = weft.Data(parameter_rows_in_double(27), batch_size=10)
+    eager, compiled, made = eager_and_compiled(WithDropout(), data, epochs=5)
     assert made == [1, 1]
     assert compiled.history["train_loss"] == pytest.approx(eager.history["train_loss"], rel=1e-5)
-    other = weft.Trainer(epochs=5, seed=1, progress=False, compile=True).fit(Noisy(), data)
+    other = weft.Trainer(epochs=5, seed=1, progress=False, compile=True).fit(WithDropout(), data)
     assert other.history["train_loss"] != pytest.approx(eager.history["train_loss"], rel=1e-2)

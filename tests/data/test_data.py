@@ -21,7 +21,7 @@ def numbered(rows: int = ROWS) -> weft.DictDataset:
     return weft.DictDataset({"x": torch.arange(rows * 2.0).reshape(rows, 2), "n": torch.arange(rows)})
 
 
-def rows_of(batches) -> list[int]:
+def row_numbers(batches) -> list[int]:
     return torch.cat([b["n"] for b in batches]).tolist()
 
 
@@ -33,7 +33,7 @@ def test_an_epoch_yields_every_row_once_in_batches_of_the_asked_size():
     assert isinstance(found, Batches) and len(found) == 11 and found.rows == ROWS
     batches = list(found.epoch(0))
     assert [len(b["n"]) for b in batches] == [10] * 10 + [3]
-    assert sorted(rows_of(batches)) == list(range(ROWS))
+    assert sorted(row_numbers(batches)) == list(range(ROWS))
     for batch in batches:
         assert batch["name"] == "train" and batch["epoch"] == 0
         assert torch.equal(batch["index"], batch["n"])  # the row numbers
@@ -42,7 +42,7 @@ def test_an_epoch_yields_every_row_once_in_batches_of_the_asked_size():
 
 def test_the_order_is_a_function_of_seed_and_epoch_alone():
     def order(seed, epoch):
-        return rows_of(batches_of(weft.Data(numbered(), batch_size=10), "train", seed=seed).epoch(epoch))
+        return row_numbers(batches_of(weft.Data(numbered(), batch_size=10), "train", seed=seed).epoch(epoch))
 
     state = torch.get_rng_state()
     first = order(1, 0)
@@ -63,15 +63,15 @@ def test_an_epoch_started_in_the_middle_goes_on_as_the_whole_one():
 
 def test_dev_data_and_shuffle_false_keep_the_order_of_the_rows():
     data = weft.Data(numbered(), numbered(), batch_size=10, shuffle=False)
-    assert rows_of(batches_of(data, "train", seed=0).epoch(0)) == list(range(ROWS))
+    assert row_numbers(batches_of(data, "train", seed=0).epoch(0)) == list(range(ROWS))
     data = weft.Data(numbered(), numbered(), batch_size=10)
-    assert rows_of(batches_of(data, "dev", seed=0).epoch(5)) == list(range(ROWS))
+    assert row_numbers(batches_of(data, "dev", seed=0).epoch(5)) == list(range(ROWS))
 
 
 def test_drop_last_leaves_out_the_short_training_batch_only():
     data = weft.Data(numbered(), numbered(), batch_size=10, drop_last=True)
     assert [len(b["n"]) for b in batches_of(data, "train", seed=0).epoch(0)] == [10] * 10
-    assert len(rows_of(batches_of(data, "dev", seed=0).epoch(0))) == ROWS
+    assert len(row_numbers(batches_of(data, "dev", seed=0).epoch(0))) == ROWS
 
 
 def test_without_a_batch_size_all_rows_are_one_batch():
@@ -81,9 +81,9 @@ def test_without_a_batch_size_all_rows_are_one_batch():
 
 def test_many_chunks_give_the_same_batches_as_one(monkeypatch):
     found = batches_of(weft.Data(numbered(), batch_size=7), "train", seed=0)
-    whole = rows_of(found.epoch(2))
+    whole = row_numbers(found.epoch(2))
     monkeypatch.setattr("weft.data.batches.CHUNK_BYTES", 500)
-    assert rows_of(found.epoch(2)) == whole
+    assert row_numbers(found.epoch(2)) == whole
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -167,13 +167,13 @@ def test_a_dataloader_is_iterated_exactly_as_it_is():
     torch.manual_seed(5)
     loader = DataLoader(numbered(), batch_size=10, shuffle=True)
     torch.manual_seed(7)
-    expected = [rows_of(loader), rows_of(loader)]
+    expected = [row_numbers(loader), row_numbers(loader)]
     found = batches_of(weft.Data(loader), "train", seed=0)
     assert isinstance(found, LoaderBatches)
     torch.manual_seed(7)
-    assert [rows_of(found.epoch(0)), rows_of(found.epoch(1))] == expected
+    assert [row_numbers(found.epoch(0)), row_numbers(found.epoch(1))] == expected
     torch.manual_seed(8)
-    assert rows_of(found.epoch(0)) != expected[0]  # negative control
+    assert row_numbers(found.epoch(0)) != expected[0]  # negative control
 
 
 def test_batches_that_are_no_dicts_pass_unchanged():
@@ -192,10 +192,16 @@ def test_a_map_style_dataset_gets_a_loader_with_an_order_of_its_own():
 
     found = batches_of(weft.Data(Squares(), Squares(), batch_size=6), "train", seed=1)
     state = torch.get_rng_state()
-    first = rows_of(found.epoch(0))
-    assert sorted(first) == list(range(20)) and first != rows_of(found.epoch(1)) and first == rows_of(found.epoch(0))
+    first = row_numbers(found.epoch(0))
+    assert (
+        sorted(first) == list(range(20))
+        and first != row_numbers(found.epoch(1))
+        and first == row_numbers(found.epoch(0))
+    )
     assert torch.equal(state, torch.get_rng_state())
-    assert rows_of(batches_of(weft.Data(Squares(), Squares(), batch_size=6), "dev", seed=1).epoch(0)) == list(range(20))
+    assert row_numbers(batches_of(weft.Data(Squares(), Squares(), batch_size=6), "dev", seed=1).epoch(0)) == list(
+        range(20)
+    )
     x = TensorDataset(torch.rand(6, 2), torch.rand(6))
     assert [len(b) for b in batches_of(weft.Data(x, batch_size=4), "train", seed=0).epoch(0)] == [2, 2]
 

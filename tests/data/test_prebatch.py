@@ -15,7 +15,7 @@ import weft
 from weft.data.splits import batches_of
 
 
-class Rows(Dataset):
+class CountedRows(Dataset):
     """Counts how often a row is read."""
 
     def __init__(self, rows: int = 23) -> None:
@@ -36,18 +36,18 @@ def epoch(data: weft.Data, number: int, split: str = "train", source: Any = None
 
 @pytest.mark.parametrize("place", ["in_memory", "on_disk"])
 def test_batches_are_made_once_and_come_in_a_new_order(place: str) -> None:
-    rows = Rows()
+    rows = CountedRows()
     source = batches_of(weft.Data(rows, batch_size=4, pre_batch=place), "train", seed=0)
     first, second, again = (epoch(None, number, source=source) for number in (0, 1, 0))  # type: ignore[arg-type]
     assert rows.reads == 23  # once each, over three epochs
     assert first == again and first != second and sorted(first) == sorted(second)
     assert sorted(sum(first, ())) == [float(i) for i in range(23)]
-    plain = weft.Data(Rows(), batch_size=4)
+    plain = weft.Data(CountedRows(), batch_size=4)
     assert sorted(epoch(plain, 0)) == sorted(first) and sorted(epoch(plain, 1)) != sorted(second)
 
 
 def test_the_order_is_a_function_of_seed_and_epoch_alone() -> None:
-    data = weft.Data(Rows(), batch_size=4, pre_batch="in_memory")
+    data = weft.Data(CountedRows(), batch_size=4, pre_batch="in_memory")
     assert epoch(data, 3) == epoch(data, 3)
     source = batches_of(data, "train", seed=0)
     assert source is not None
@@ -59,13 +59,13 @@ def test_the_order_is_a_function_of_seed_and_epoch_alone() -> None:
 
 
 def test_splits_keep_their_order_and_drop_last_is_kept() -> None:
-    data = weft.Data(Rows(), dev=Rows(), batch_size=4, drop_last=True, pre_batch="in_memory")
+    data = weft.Data(CountedRows(), dev=CountedRows(), batch_size=4, drop_last=True, pre_batch="in_memory")
     assert epoch(data, 1, "dev") == [tuple(float(i) for i in range(k, min(k + 4, 23))) for k in range(0, 23, 4)]
     assert len(epoch(data, 0)) == 5
 
 
 def test_what_a_problem_does_to_a_batch_does_not_last() -> None:
-    source = batches_of(weft.Data(Rows(), batch_size=23, pre_batch="in_memory", shuffle=False), "train", seed=0)
+    source = batches_of(weft.Data(CountedRows(), batch_size=23, pre_batch="in_memory", shuffle=False), "train", seed=0)
     assert source is not None
     next(iter(source.epoch(0)))["p"].zero_()
     assert next(iter(source.epoch(0)))["p"].sum() == sum(range(23))
@@ -73,7 +73,9 @@ def test_what_a_problem_does_to_a_batch_does_not_last() -> None:
 
 def test_two_runs_on_disk_do_not_meet_and_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    sources = [batches_of(weft.Data(Rows(n), batch_size=4, pre_batch="on_disk"), "train", seed=0) for n in (8, 12)]
+    sources = [
+        batches_of(weft.Data(CountedRows(n), batch_size=4, pre_batch="on_disk"), "train", seed=0) for n in (8, 12)
+    ]
     assert [len(list(source.epoch(0))) for source in sources if source is not None] == [2, 3]
     assert len(list(tmp_path.glob("weft-batches-*/batch-*.pt"))) == 5
     del sources
@@ -81,13 +83,13 @@ def test_two_runs_on_disk_do_not_meet_and_leave_nothing(tmp_path: Path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-class Odd(Rows):
+class Odd(CountedRows):
     def __getitem__(self, row: int) -> Any:
         return {"p": torch.zeros(1)}
 
     @staticmethod
     def collate_fn(rows: list[Any]) -> Any:
-        return {"p": torch.zeros(len(rows), 1), "graph": Rows(3)}
+        return {"p": torch.zeros(len(rows), 1), "graph": CountedRows(3)}
 
 
 def test_what_cannot_be_kept_is_refused() -> None:
@@ -95,9 +97,9 @@ def test_what_cannot_be_kept_is_refused() -> None:
         list(batches_of(weft.Data(Odd(), batch_size=4, pre_batch="on_disk"), "train", seed=0).epoch(0))
     assert len(list(batches_of(weft.Data(Odd(), batch_size=4, pre_batch="in_memory"), "train", seed=0).epoch(0))) == 6
     with pytest.raises(ValueError, match="which makes batches"):
-        batches_of(weft.Data(DataLoader(Rows(), batch_size=4), pre_batch="in_memory"), "train", seed=0)
+        batches_of(weft.Data(DataLoader(CountedRows(), batch_size=4), pre_batch="in_memory"), "train", seed=0)
     with pytest.raises(ValueError, match="pre_batch='memory'; expected one of"):
-        weft.Data(Rows(), pre_batch="memory")
+        weft.Data(CountedRows(), pre_batch="memory")
 
 
 def test_training_on_tensors_is_the_same_with_it() -> None:

@@ -26,7 +26,7 @@ class Line(nn.Module):
         return {f"{batch['name']}_loss": self.layer(batch["x"]).square().mean()}
 
 
-def start(**options: Any) -> weft.Run:
+def start_line(**options: Any) -> weft.Run:
     return weft.Trainer(progress=False, **options).start(Line(), {"x": [[1.0], [2.0]]})
 
 
@@ -55,12 +55,12 @@ def start(**options: Any) -> weft.Run:
 )
 def test_what_cannot_be_had_is_an_error_that_says_what_this_machine_has(options: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=f"(?s){message}.*This machine has .*CPU cores"):
-        start(**options)
+        start_line(**options)
 
 
 def test_a_strategy_that_would_be_something_else_here_is_refused() -> None:
     with pytest.raises(ValueError, match="is not supported; use 'ddp'"):
-        start(strategy="dp", accelerator="cpu", devices=2, timeout=1)
+        start_line(strategy="dp", accelerator="cpu", devices=2, timeout=1)
 
 
 def test_a_strategy_object_serves_one_fit_after_the_other() -> None:
@@ -74,13 +74,13 @@ def test_a_strategy_object_serves_one_fit_after_the_other() -> None:
 def test_one_device_may_be_named_in_every_way_that_fabric_knows(devices: Any) -> None:
     if devices == [0]:
         with pytest.raises(TypeError, match="This machine has"):
-            start(devices=devices, accelerator="cpu")
+            start_line(devices=devices, accelerator="cpu")
     else:
-        assert start(devices=devices, accelerator="cpu").fabric.world_size == 1
+        assert start_line(devices=devices, accelerator="cpu").fabric.world_size == 1
 
 
 def test_strategies_and_accelerators_may_be_objects() -> None:
-    assert isinstance(start(strategy=SingleDeviceStrategy(device="cpu")).fabric.strategy, SingleDeviceStrategy)
+    assert isinstance(start_line(strategy=SingleDeviceStrategy(device="cpu")).fabric.strategy, SingleDeviceStrategy)
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import weft
+from tests.helpers.bitwise import flat_weights
 
 pytestmark = pytest.mark.gpu
 A = torch.tensor([[1.2, 1.0], [0.0, 1.0]])
 
 
-class Fit(nn.Module):
+class WatchedFit(nn.Module):
     def __init__(self, dropout: float = 0.0, factor: float = 1.0) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(2, 32), nn.GELU(), nn.Dropout(dropout), nn.Linear(32, 1))
@@ -31,23 +32,21 @@ class Fit(nn.Module):
         return {f"{batch['name']}_loss": (y - x.prod(1, keepdim=True)).square().mean() * self.factor, "y": y}
 
 
-def points(rows: int, seed: int = 0) -> dict[str, Tensor]:
+def points_float32(rows: int, seed: int = 0) -> dict[str, Tensor]:
     return {"x": torch.rand(rows, 2, generator=torch.Generator().manual_seed(seed))}
 
 
-def fit(problem: nn.Module, rows: int = 256, batch: int = 32, **options: Any) -> tuple[weft.FitResult, weft.Trainer]:
+def fit_on_gpu(
+    problem: nn.Module, rows: int = 256, batch: int = 32, **options: Any
+) -> tuple[weft.FitResult, weft.Trainer]:
     trainer = weft.Trainer(**{"epochs": 3, "seed": 0, "progress": False, "accelerator": "gpu"} | options)
-    return trainer.fit(problem, weft.Data(points(rows), points(64, 1), batch_size=batch)), trainer
+    return trainer.fit(problem, weft.Data(points_float32(rows), points_float32(64, 1), batch_size=batch)), trainer
 
 
-def pair(**options: Any) -> tuple[Fit, Fit]:
+def pair(**options: Any) -> tuple[WatchedFit, WatchedFit]:
     torch.manual_seed(0)
-    one = Fit(**options)
+    one = WatchedFit(**options)
     return one, copy.deepcopy(one)
-
-
-def weights(problem: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in problem.parameters()]).cpu()
 
 
 @contextmanager
@@ -68,10 +67,10 @@ def no_sync() -> Iterator[None]:
 def test_float64_on_the_gpu_ends_where_the_cpu_does(optimizer: Any) -> None:
     on_gpu, on_cpu = pair()
     for problem, accelerator in ((on_gpu, "gpu"), (on_cpu, "cpu")):
-        fit(problem, precision="64-true", accelerator=accelerator, optimizer=optimizer)
+        fit_on_gpu(problem, precision="64-true", accelerator=accelerator, optimizer=optimizer)
     assert next(on_gpu.parameters()).is_cuda and next(on_gpu.parameters()).dtype == torch.float64
-    torch.testing.assert_close(weights(on_gpu), weights(on_cpu), rtol=0, atol=1e-7)
-    assert not torch.allclose(weights(on_gpu), weights(pair()[0]).double(), atol=1e-3)  # it trained
+    torch.testing.assert_close(flat_weights(on_gpu), flat_weights(on_cpu), rtol=0, atol=1e-7)
+    assert not torch.allclose(flat_weights(on_gpu), flat_weights(pair()[0]).double(), atol=1e-3)  # it trained
 
 
 @pytest.mark.parametrize(
@@ -84,18 +83,20 @@ def test_float64_on_the_gpu_ends_where_the_cpu_does(optimizer: Any) -> None:
 )
 def test_half_precision_trains_and_leaves_inputs_alone(precision: str, inside: torch.dtype, kept: torch.dtype) -> None:
     problem, _ = pair()
-    result, _ = fit(problem, precision=precision, epochs=20, clip=1.0)
+    result, _ = fit_on_gpu(problem, precision=precision, epochs=20, clip=1.0)
     assert problem.seen == {"x": torch.float32, "y": inside} and next(problem.parameters()).dtype == kept
     assert result.history["train_loss"][-1] < result.history["train_loss"][0]
 
 
 def test_an_overflow_in_16_mixed_skips_the_step_and_training_goes_on(tmp_path: Path) -> None:
     problem, _ = pair(factor=1e4)  # times the first scale of 65,536: too large for float16
-    before = weights(problem)
+    before = flat_weights(problem)
     scales: list[float] = []
     look = {"on_epoch_end": lambda trainer, metrics: scales.append(trainer.run.fabric._precision.scaler.get_scale())}
-    fit(problem, precision="16-mixed", hooks=look, root_dir=str(tmp_path), run_name="run", checkpoint=True)
-    assert scales[0] < 65536 and not torch.equal(weights(problem), before) and weights(problem).isfinite().all()
+    fit_on_gpu(problem, precision="16-mixed", hooks=look, root_dir=str(tmp_path), run_name="run", checkpoint=True)
+    assert (
+        scales[0] < 65536 and not torch.equal(flat_weights(problem), before) and flat_weights(problem).isfinite().all()
+    )
     state = torch.load(tmp_path / "run/checkpoints/step-000000024.ckpt", weights_only=True)
     assert state["scaler"]["scale"] == scales[-1]
 
@@ -115,7 +116,7 @@ def test_an_overflow_in_16_mixed_skips_the_step_and_training_goes_on(tmp_path: P
 def test_no_step_waits_for_the_gpu(options: dict[str, Any]) -> None:
     problem, _ = pair()
     schedule = weft.Schedule(lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 10), interval="step")
-    data = weft.Data(points(4096), points(64, 1), batch_size=16)
+    data = weft.Data(points_float32(4096), points_float32(64, 1), batch_size=16)
     trainer = weft.Trainer(epochs=2, progress=False, accelerator="gpu", scheduler=schedule, **options)
     with trainer.start(problem, data) as run:
         for _ in run.epochs():
@@ -135,11 +136,11 @@ def test_the_check_for_syncs_can_fail() -> None:
 
 def test_an_optimizer_that_is_not_fused_says_that_it_waits() -> None:
     with pytest.warns(UserWarning, match="waits for the GPU in each step, as SGD is not fused"):
-        fit(pair()[0], optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+        fit_on_gpu(pair()[0], optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
 
 
 def test_a_step_that_is_not_finite_is_left_out_and_raises_at_the_end_of_the_epoch() -> None:
-    class Breaks(Fit):
+    class Breaks(WatchedFit):
         steps = 0
 
         def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -156,19 +157,19 @@ def test_a_step_that_is_not_finite_is_left_out_and_raises_at_the_end_of_the_epoc
     good = copy.deepcopy(problem)
     good.steps = -1000
     with pytest.raises(FloatingPointError, match="train_loss is nan in step 2 "):
-        fit(problem, batch=64, epochs=1)
+        fit_on_gpu(problem, batch=64, epochs=1)
     kept: list[Tensor] = []
-    keep = {"on_step_end": lambda trainer, batch, loss: kept.append(weights(good))}
-    fit(good, batch=64, epochs=1, hooks=keep)
-    assert weights(problem).isfinite().all() and not torch.equal(weights(problem), kept[-1])
+    keep = {"on_step_end": lambda trainer, batch, loss: kept.append(flat_weights(good))}
+    fit_on_gpu(good, batch=64, epochs=1, hooks=keep)
+    assert flat_weights(problem).isfinite().all() and not torch.equal(flat_weights(problem), kept[-1])
 
 
 def test_a_resumed_run_with_dropout_on_the_gpu_ends_at_the_same_bits(tmp_path: Path) -> None:
     whole, resumed = pair(dropout=0.5)
     options = {"root_dir": str(tmp_path), "checkpoint": {"every_n_steps": 5, "keep": 50}}
-    first, _ = fit(whole, run_name="whole", **options)
+    first, _ = fit_on_gpu(whole, run_name="whole", **options)
     torch.cuda.manual_seed(1234)  # what is resumed must not depend on this
-    second, _ = fit(
+    second, _ = fit_on_gpu(
         resumed, run_name="again", resume=str(tmp_path / "whole/checkpoints/step-000000010.ckpt"), **options
     )
     assert all(torch.equal(first.last_weights[k], second.last_weights[k]) for k in first.last_weights)
@@ -193,15 +194,15 @@ def test_hard_coded_matrices_of_plain_functions_work_on_the_gpu_and_come_back() 
 
 def test_one_gpu_through_ddp_ends_where_one_gpu_does() -> None:
     alone, through = pair()
-    fit(alone)
-    fit(through, strategy="ddp", devices=1, timeout=60)
+    fit_on_gpu(alone)
+    fit_on_gpu(through, strategy="ddp", devices=1, timeout=60)
     torch.distributed.destroy_process_group()
-    torch.testing.assert_close(weights(through), weights(alone), rtol=0, atol=1e-6)
+    torch.testing.assert_close(flat_weights(through), flat_weights(alone), rtol=0, atol=1e-6)
 
 
 def test_a_loader_with_workers_feeds_the_gpu() -> None:
     loader = torch.utils.data.DataLoader(
-        [{"x": x} for x in points(64)["x"]],
+        [{"x": x} for x in points_float32(64)["x"]],
         batch_size=16,
         num_workers=2,
         pin_memory=True,  # type: ignore[arg-type]
@@ -213,4 +214,4 @@ def test_a_loader_with_workers_feeds_the_gpu() -> None:
 def test_more_gpus_than_there_are_is_an_error_that_says_how_many_there_are() -> None:
     count = torch.cuda.device_count()
     with pytest.raises(ValueError, match=f"This machine has {count} CUDA device"):
-        fit(pair()[0], devices=count + 1)
+        fit_on_gpu(pair()[0], devices=count + 1)

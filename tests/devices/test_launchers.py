@@ -34,7 +34,9 @@ def environment(**more: str) -> dict[str, str]:
     }
 
 
-def start(command: list[str], task: str, folder: Path, options: dict[str, Any], **more: str) -> subprocess.Popen[str]:
+def start_job(
+    command: list[str], task: str, folder: Path, options: dict[str, Any], **more: str
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*command, str(JOB), task, str(folder), json.dumps(options)],
         env=environment(**more),
@@ -44,9 +46,9 @@ def start(command: list[str], task: str, folder: Path, options: dict[str, Any], 
     )
 
 
-def run(command: list[str], task: str, folder: Path, options: dict[str, Any], **more: str) -> tuple[int, str]:
+def run_job(command: list[str], task: str, folder: Path, options: dict[str, Any], **more: str) -> tuple[int, str]:
     """The exit status and what was written to stderr. No process may be left."""
-    job = start(command, task, folder, options, **more)
+    job = start_job(command, task, folder, options, **more)
     _, errors = job.communicate(timeout=LIMIT)
     no_process_is_left(folder)
     return job.returncode, errors
@@ -82,7 +84,7 @@ def free_port() -> str:
 def by_script(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the job finds when the plain script starts its second process."""
     folder = tmp_path_factory.mktemp("script")
-    status, errors = run([sys.executable], "all", folder, DDP)
+    status, errors = run_job([sys.executable], "all", folder, DDP)
     assert status == 0, errors
     assert errors == ""  # not a word of Fabric's
     return told(folder)
@@ -95,7 +97,7 @@ def test_a_plain_script_starts_its_processes_itself(by_script: dict[str, Any]) -
 
 
 def test_torchrun_ends_at_the_same_bits_as_the_script(tmp_path: Path, by_script: dict[str, Any]) -> None:
-    status, errors = run([*TORCHRUN, "--standalone", "--nproc-per-node", "2"], "all", tmp_path, {"devices": 2})
+    status, errors = run_job([*TORCHRUN, "--standalone", "--nproc-per-node", "2"], "all", tmp_path, {"devices": 2})
     assert status == 0, errors
     assert told(tmp_path) == by_script
 
@@ -113,7 +115,7 @@ def test_processes_started_by_slurm_end_at_the_same_bits(tmp_path: Path, by_scri
         "MASTER_PORT": free_port(),
     }
     jobs = [
-        start([sys.executable], "all", tmp_path, DDP, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), **common)
+        start_job([sys.executable], "all", tmp_path, DDP, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), **common)
         for rank in range(2)
     ]
     errors = [job.communicate(timeout=LIMIT)[1] for job in jobs]
@@ -145,7 +147,7 @@ def test_the_example_runs_unchanged_on_one_device_and_on_two(repo: Path) -> None
 
 @pytest.mark.long
 def test_ddp_spawn_ends_at_the_same_bits(tmp_path: Path, by_script: dict[str, Any]) -> None:
-    status, errors = run([sys.executable], "fit", tmp_path, {"devices": 2, "strategy": "ddp_spawn"})
+    status, errors = run_job([sys.executable], "fit", tmp_path, {"devices": 2, "strategy": "ddp_spawn"})
     assert (status, errors) == (0, "")
     assert told(tmp_path) == {name: by_script[name] for name in ("weights", "history", "stop_reason")}
 
@@ -154,7 +156,7 @@ def test_ddp_spawn_ends_at_the_same_bits(tmp_path: Path, by_script: dict[str, An
 def test_two_agents_of_torchrun_end_at_the_same_bits(tmp_path: Path, by_script: dict[str, Any]) -> None:
     port = free_port()
     agents = [
-        start(
+        start_job(
             [
                 *TORCHRUN,
                 "--nnodes",
@@ -201,7 +203,7 @@ def test_a_job_that_lost_a_process_is_restarted_and_ends_at_the_bits_of_the_undi
         }
         options |= {"trouble": trouble} if trouble else {}
         elastic = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "3", "--monitor-interval", "0.2"]
-        status, errors = run([*TORCHRUN, *elastic], "fit", folder, options)
+        status, errors = run_job([*TORCHRUN, *elastic], "fit", folder, options)
         assert status == 0, errors
         ends.append(told(folder))
     assert (tmp_path / "broken/once").exists()
@@ -223,7 +225,7 @@ def test_a_job_that_lost_a_process_is_restarted_and_ends_at_the_bits_of_the_undi
 )
 def test_a_job_ends_when_one_of_its_processes_does(tmp_path: Path, kind: str, of: int) -> None:
     folder = {"root_dir": str(tmp_path), "run_name": "run", "checkpoint": {"every_n_steps": 1}}
-    status, errors = run(
+    status, errors = run_job(
         [sys.executable], "fit", tmp_path, {**DDP, **folder, "timeout": 5, "trouble": [kind, of, 3, False]}
     )
     # The timeout plus 5 s, and as much again for a machine that has something else to do.

@@ -14,7 +14,7 @@ import weft
 TIMES = torch.tensor([[1000.3], [2.0], [3.5], [0.25]])  # 1000.3 is 1000 in bfloat16
 
 
-class Net(nn.Module):
+class DtypeNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
@@ -29,13 +29,13 @@ class Net(nn.Module):
         return {f"{batch['name']}_loss": loss, "y": y}
 
 
-def trained(precision: Any, problem: nn.Module | None = None, **options: Any) -> tuple[Net, weft.FitResult]:
-    problem = Net() if problem is None else problem
+def trained_in(precision: Any, problem: nn.Module | None = None, **options: Any) -> tuple[DtypeNet, weft.FitResult]:
+    problem = DtypeNet() if problem is None else problem
     trainer = weft.Trainer(
         **{"epochs": 3, "precision": precision, "progress": False, "accelerator": "cpu", "seed": 0} | options
     )
     result = trainer.fit(problem, weft.Data({"t": TIMES}, {"t": TIMES}, shuffle=False))
-    assert isinstance(problem, Net)
+    assert isinstance(problem, DtypeNet)
     return problem, result
 
 
@@ -52,7 +52,7 @@ def trained(precision: Any, problem: nn.Module | None = None, **options: Any) ->
 def test_each_precision_computes_in_its_dtype_and_leaves_inputs_alone(
     precision: Any, t: str, y: str, loss: str, weight: str
 ) -> None:
-    problem, result = trained(precision)
+    problem, result = trained_in(precision)
     names = {name: str(dtype).removeprefix("torch.") for name, dtype in problem.dtypes.items()}
     assert names == {"t": t, "y": y, "loss": loss, "weight": weight}
     assert torch.equal(problem.seen.float(), TIMES)
@@ -66,20 +66,20 @@ def test_the_inputs_of_bf16_are_not_rounded_and_would_be_by_a_cast() -> None:
 @pytest.mark.parametrize("precision", ["16-mixed", "16-true", 16])
 def test_float16_on_a_cpu_is_an_error_that_says_what_to_use(precision: Any) -> None:
     with pytest.raises(ValueError, match="needs a GPU.*use 'bf16-mixed'"):
-        trained(precision)
+        trained_in(precision)
 
 
 def test_a_precision_plugin_of_fabric_is_used() -> None:
     from lightning.fabric.plugins import DoublePrecision
 
-    problem, _ = trained("32-true", plugins=[DoublePrecision()])
+    problem, _ = trained_in("32-true", plugins=[DoublePrecision()])
     assert problem.dtypes["loss"] == problem.dtypes["weight"] == torch.float64
 
 
 # ---- numbers that are not finite, where looking at each would wait for the device
 
 
-class Breaks(Net):
+class Breaks(DtypeNet):
     """Its loss is NaN in step `bad` (counted from 0)."""
 
     def __init__(self, bad: int | None, inside: bool = False) -> None:
@@ -104,7 +104,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("weft.step.update.READS_ARE_FREE", ())
 
 
-def adam(params: Any) -> torch.optim.Optimizer:
+def fused_adam(params: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(params, lr=1e-2, fused=True)
 
 
@@ -118,9 +118,9 @@ def test_a_fused_optimizer_leaves_a_bad_step_out_and_the_epoch_ends_with_the_err
     problem = Breaks(1, inside)
     expected = copy.deepcopy(problem)
     with pytest.raises(FloatingPointError, match="in step 1 "):
-        trained("32-true", problem, optimizer=adam, clip=clip)
+        trained_in("32-true", problem, optimizer=fused_adam, clip=clip)
     expected.bad = None
-    trained("32-true", expected, optimizer=adam, clip=clip, max_steps=1)
+    trained_in("32-true", expected, optimizer=fused_adam, clip=clip, max_steps=1)
     assert all(torch.equal(a, b) for a, b in zip(problem.parameters(), expected.parameters(), strict=True))
 
 
@@ -129,18 +129,18 @@ def test_steps_that_are_looked_at_later_train_as_those_that_are_looked_at_one_by
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.manual_seed(0)
-    later = Net()
+    later = DtypeNet()
     now = copy.deepcopy(later)
-    trained("32-true", later, optimizer=adam, clip=0.5)
+    trained_in("32-true", later, optimizer=fused_adam, clip=0.5)
     monkeypatch.setattr("weft.step.update.READS_ARE_FREE", ("cpu",))
-    trained("32-true", now, optimizer=adam, clip=0.5)
+    trained_in("32-true", now, optimizer=fused_adam, clip=0.5)
     assert all(torch.equal(a, b) for a, b in zip(later.parameters(), now.parameters(), strict=True))
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_training_stops_after_the_epoch_in_which_a_step_was_left_out() -> None:
     with pytest.warns(UserWarning, match="in step 1 .*training stops"):
-        _, result = trained("32-true", Breaks(1), optimizer=adam, on_nonfinite="stop")
+        _, result = trained_in("32-true", Breaks(1), optimizer=fused_adam, on_nonfinite="stop")
     assert (result.stop_reason, result.epochs) == ("nonfinite", 2)
 
 
@@ -150,5 +150,5 @@ def test_training_stops_after_the_epoch_in_which_a_step_was_left_out() -> None:
 )
 def test_where_each_step_must_be_looked_at_it_is_said_once(options: dict[str, Any]) -> None:
     with pytest.warns(UserWarning, match="waits for the GPU in each step") as caught:
-        trained("32-true", **options)
+        trained_in("32-true", **options)
     assert len(caught) == 1

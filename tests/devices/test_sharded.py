@@ -19,13 +19,12 @@ from torch import Tensor, nn
 
 import weft
 from tests.helpers.bitwise import same
+from tests.helpers.problems import adam, points
 from tests.helpers.shards import (
-    adam,
     assert_same_end,
     in_shards,
     in_two,
     options,
-    points,
     shard_all,
     shard_net,
     split_and_shard,
@@ -91,7 +90,7 @@ class Derivative(nn.Module):
         return {f"{batch['name']}_loss": (ddu[:, :1] + self.c * u - x[:, 1:]).square().mean()}
 
 
-def solve(given: dict[str, Any], batch: int, scalar: bool = False) -> Any:
+def solve_derivative(given: dict[str, Any], batch: int, scalar: bool = False) -> Any:
     torch.manual_seed(0)
     problem = Derivative(scalar)
     result = weft.Trainer(**given).fit(problem, weft.Data(points(51), points(13, 1), batch_size=batch))
@@ -102,13 +101,13 @@ def solve(given: dict[str, Any], batch: int, scalar: bool = False) -> Any:
 def test_a_loss_of_derivatives_trains_where_the_problem_is_sharded_as_a_whole(how: str) -> None:
     given = in_shards(shard_all) if how == "by hand" else options(strategy="fsdp", devices=2, timeout=20)
     scalar = how == "fsdp"  # a single number cannot be sharded, and stays whole
-    assert_same_end(solve(options(), 16, scalar), in_two(solve, given, 8, scalar)[0])
+    assert_same_end(solve_derivative(options(), 16, scalar), in_two(solve_derivative, given, 8, scalar)[0])
 
 
 def test_a_loss_of_derivatives_of_a_sharded_block_is_an_error_that_says_what_to_do() -> None:
     def explained() -> str:
         with pytest.raises(RuntimeError) as error:
-            solve(in_shards(shard_net), 8)
+            solve_derivative(in_shards(shard_net), 8)
         return " ".join(error.value.__notes__)
 
     assert all("Shard the problem as a whole: fully_shard(problem" in told for told in in_two(explained))
@@ -214,7 +213,7 @@ if not torch.distributed.get_rank():
 """
 
 
-def by_script(folder: Path, accelerator: str) -> dict[str, Tensor]:
+def weights_by_script(folder: Path, accelerator: str) -> dict[str, Tensor]:
     """What a plain script, which starts its second process itself, ends with."""
     root, source = Path(__file__).parents[2], Path(weft.__file__).parents[1]
     (folder / "script.py").write_text(SCRIPT.replace("ROOT", repr(str(root))).replace("ACCELERATOR", repr(accelerator)))
@@ -228,7 +227,7 @@ def by_script(folder: Path, accelerator: str) -> dict[str, Tensor]:
 
 def test_a_plain_script_with_strategy_fsdp_ends_where_one_process_does(tmp_path: Path) -> None:
     one = train(options(), batch=16)[0]
-    for name, value in by_script(tmp_path, "cpu").items():
+    for name, value in weights_by_script(tmp_path, "cpu").items():
         torch.testing.assert_close(value, one[name], rtol=0, atol=1e-10)
 
 
@@ -236,7 +235,7 @@ def test_a_plain_script_with_strategy_fsdp_ends_where_one_process_does(tmp_path:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_two_gpus_in_shards_end_where_one_process_does(tmp_path: Path) -> None:
     one = train(options(), batch=16)[0]
-    for name, value in by_script(tmp_path, "gpu").items():
+    for name, value in weights_by_script(tmp_path, "gpu").items():
         assert value.device.type == "cpu"
         torch.testing.assert_close(value, one[name], rtol=0, atol=1e-10)
 

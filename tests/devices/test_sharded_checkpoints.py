@@ -18,7 +18,8 @@ from torch.distributed.checkpoint import state_dict_saver
 
 import weft
 from tests.helpers.bitwise import same
-from tests.helpers.shards import Fit, in_shards, in_two, options, points, shard_all, shard_net, start, state
+from tests.helpers.problems import points
+from tests.helpers.shards import Fit, in_shards, in_two, options, shard_all, shard_net, start, state
 from weft.checkpoint import archive
 from weft.checkpoint import folder as checkpoints
 from weft.checkpoint import parts as shardfiles
@@ -28,7 +29,7 @@ from weft.devices.seeding import seed_everything
 CLOCKS = {"seconds", "examples_per_second"}
 
 
-class Noisy(Fit):
+class NoisyFit(Fit):
     """With noise in each process of its own, and a running mean."""
 
     def __init__(self) -> None:
@@ -43,9 +44,9 @@ class Noisy(Fit):
         return super().forward(batch)
 
 
-def fit(given: dict[str, Any], folder: Path, resume: str | None = None, after: Callable | None = None) -> Any:
+def fit_noisy(given: dict[str, Any], folder: Path, resume: str | None = None, after: Callable | None = None) -> Any:
     seed_everything(0)
-    problem = Noisy()
+    problem = NoisyFit()
     given = given | {"root_dir": str(folder.parent), "run_name": folder.name, "resume": resume}
     data = weft.Data(points(51), points(13, 1), batch_size=8)
     result = weft.Trainer(**given).fit(problem, data)
@@ -70,56 +71,56 @@ def test_a_resumed_run_in_shards_ends_bitwise_where_the_undisturbed_one_does(
     parallelize: Callable, cut: str, tmp_path: Path
 ) -> None:
     given = in_shards(parallelize, scheduler=scheduled, checkpoint={"every_n_steps": 6, "keep": 9}, clip=0.5)
-    straight = in_two(fit, given | {"epochs": 4}, tmp_path / "straight")
+    straight = in_two(fit_noisy, given | {"epochs": 4}, tmp_path / "straight")
     if cut == "after epoch 2":
-        in_two(fit, given | {"epochs": 2}, tmp_path / "cut")
-        resumed = in_two(fit, given | {"epochs": 4}, tmp_path / "cut", "last")
+        in_two(fit_noisy, given | {"epochs": 2}, tmp_path / "cut")
+        resumed = in_two(fit_noisy, given | {"epochs": 4}, tmp_path / "cut", "last")
         folder = tmp_path / "cut"
     else:
         path = tmp_path / "straight" / "checkpoints" / "step-000000006.ckpt"
         assert stored(path)["progress"]["batch"] == 2
-        resumed = in_two(fit, given | {"epochs": 4}, tmp_path / "straight", str(path))
+        resumed = in_two(fit_noisy, given | {"epochs": 4}, tmp_path / "straight", str(path))
         folder = tmp_path / "straight"
     assert same(resumed, straight)
     if cut == "after epoch 2":
         one, two = stored(folder), stored(tmp_path / "straight")
         assert not [part for part in one if not same(one[part], two[part])]
     if parallelize is shard_all and cut == "after epoch 2":
-        assert not same(in_two(fit, given | {"epochs": 4, "seed": 2}, tmp_path / "other"), straight)
+        assert not same(in_two(fit_noisy, given | {"epochs": 4, "seed": 2}, tmp_path / "other"), straight)
 
 
 def test_forgetting_the_random_state_of_the_second_process_would_be_noticed(tmp_path: Path) -> None:
     given = in_shards(checkpoint=True)
-    straight = in_two(fit, given | {"epochs": 3}, tmp_path / "straight")
-    in_two(fit, given | {"epochs": 2}, tmp_path / "cut")
+    straight = in_two(fit_noisy, given | {"epochs": 3}, tmp_path / "straight")
+    in_two(fit_noisy, given | {"epochs": 2}, tmp_path / "cut")
     path = checkpoints.find(tmp_path / "cut")
     state = shardfiles.read_parts(path)
     state["other_processes"][0]["random"] = state["random"]
     files = {name: shardfiles._size_and_checksum(path / name) for name in (".metadata", "__0_0.distcp", "__1_0.distcp")}
     archive.write(path / "state.ckpt", {**state, shardfiles.MARK: files})
-    assert not same(in_two(fit, given | {"epochs": 3}, tmp_path / "cut", "last"), straight)
+    assert not same(in_two(fit_noisy, given | {"epochs": 3}, tmp_path / "cut", "last"), straight)
 
 
 def test_another_number_of_processes_is_refused_and_one_process_loads_the_weights(tmp_path: Path) -> None:
-    told = in_two(fit, in_shards(checkpoint=True), tmp_path / "run")
+    told = in_two(fit_noisy, in_shards(checkpoint=True), tmp_path / "run")
     with pytest.raises(ValueError, match="processes: 2 there, 1 here.*weft.load_weights"):
-        fit(options(epochs=5), tmp_path / "run", "last")
+        fit_noisy(options(epochs=5), tmp_path / "run", "last")
     best, last, history, _ = told[0]
-    loaded = weft.load_weights(Noisy(), tmp_path / "run")
+    loaded = weft.load_weights(NoisyFit(), tmp_path / "run")
     assert same(state(loaded), best)
-    assert same(state(weft.load_weights(Noisy(), checkpoints.find(tmp_path / "run"))), dict(last))
+    assert same(state(weft.load_weights(NoisyFit(), checkpoints.find(tmp_path / "run"))), dict(last))
     result = weft.load_result(tmp_path / "run")
     assert same(dict(result.last_weights), dict(last)) and result.history["train_loss"] == history["train_loss"]
     with pytest.raises(ValueError, match="problem: None there, in shards here|cannot be resumed"):
         whole = options(epochs=1, checkpoint=True, strategy="ddp", devices=2, timeout=20)
-        in_two(fit, whole, tmp_path / "whole")
-        in_two(fit, in_shards(epochs=2), tmp_path / "whole", "last")
+        in_two(fit_noisy, whole, tmp_path / "whole")
+        in_two(fit_noisy, in_shards(epochs=2), tmp_path / "whole", "last")
 
 
 def test_two_processes_that_hold_everything_go_on_from_shards(tmp_path: Path) -> None:
     given = {"epochs": 2, "checkpoint": True}
-    straight = in_two(fit, in_shards(**given | {"epochs": 4}), tmp_path / "straight")
-    in_two(fit, in_shards(shard_all, **given), tmp_path / "cut")
+    straight = in_two(fit_noisy, in_shards(**given | {"epochs": 4}), tmp_path / "straight")
+    in_two(fit_noisy, in_shards(shard_all, **given), tmp_path / "cut")
 
     def whole() -> Any:
         with (
@@ -127,7 +128,7 @@ def test_two_processes_that_hold_everything_go_on_from_shards(tmp_path: Path) ->
             if os.environ["RANK"] == "0"
             else pytest.warns()
         ):
-            return fit(
+            return fit_noisy(
                 options(epochs=4, strategy="ddp", devices=2, timeout=20, checkpoint=True), tmp_path / "cut", "last"
             )
 
@@ -139,7 +140,7 @@ def test_two_processes_that_hold_everything_go_on_from_shards(tmp_path: Path) ->
 
 
 def test_a_checkpoint_in_parts_holds_a_shard_of_each_process_and_keeps_to_its_number(tmp_path: Path) -> None:
-    in_two(fit, in_shards(epochs=4, checkpoint={"every_n_epochs": 1, "keep": 2}), tmp_path / "run")
+    in_two(fit_noisy, in_shards(epochs=4, checkpoint={"every_n_epochs": 1, "keep": 2}), tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints"
     found = sorted(path.name for path in folder.iterdir())
     assert {"best", "last"} < set(found) and not [name for name in found if name.endswith(".tmp")]
@@ -195,7 +196,7 @@ def made(tmp_path: Path) -> Path:
 
     if "folder" not in MADE:
         MADE["folder"] = Path(tempfile.mkdtemp(prefix="weft-test-")) / "run"
-        in_two(fit, in_shards(epochs=3, checkpoint={"every_n_epochs": 1, "keep": 3}), MADE["folder"])
+        in_two(fit_noisy, in_shards(epochs=3, checkpoint={"every_n_epochs": 1, "keep": 3}), MADE["folder"])
     shutil.copytree(MADE["folder"], tmp_path / "copy", symlinks=True)
     return tmp_path / "copy" / "checkpoints"
 
@@ -277,15 +278,17 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(where: str, tmp_path: 
             return real(*args, **kwargs)
 
         setattr(target, name, dies)
-        fit(in_shards(epochs=4, checkpoint={"every_n_epochs": 1, "best": False}) | {"timeout": 3}, tmp_path / "run")
+        fit_noisy(
+            in_shards(epochs=4, checkpoint={"every_n_epochs": 1, "best": False}) | {"timeout": 3}, tmp_path / "run"
+        )
 
     with pytest.raises((AssertionError, RuntimeError)):
         in_two(killed)
     folder = tmp_path / "run" / "checkpoints"
     assert [path.name for path in folder.iterdir() if path.suffix == ".tmp"]
     assert checkpoints.load(folder)[0]["progress"]["epoch"] == 1
-    straight = in_two(fit, in_shards(epochs=3), tmp_path / "straight")
-    resumed = in_two(fit, in_shards(epochs=3, checkpoint=True), tmp_path / "run", "auto")
+    straight = in_two(fit_noisy, in_shards(epochs=3), tmp_path / "straight")
+    resumed = in_two(fit_noisy, in_shards(epochs=3, checkpoint=True), tmp_path / "run", "auto")
     assert same(resumed, straight)
     assert not [path.name for path in folder.iterdir() if path.suffix == ".tmp"]
 
@@ -316,7 +319,7 @@ def test_a_disk_that_is_full_for_one_process_is_an_error_in_both(tmp_path: Path)
             resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.RLIM_INFINITY))
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         try:
-            fit(in_shards(epochs=1, checkpoint=True), tmp_path / "run")
+            fit_noisy(in_shards(epochs=1, checkpoint=True), tmp_path / "run")
         except OSError as error:
             return str(error)
         finally:
@@ -339,7 +342,7 @@ def test_a_process_that_fails_ends_both_and_leaves_the_last_checkpoint(kind: str
                 os.kill(os.getpid(), signal.SIGKILL)
 
         given = in_shards(checkpoint={"every_n_steps": 2}, hooks={"on_step_end": trouble}) | {"timeout": 3}
-        fit(given, tmp_path / "run")
+        fit_noisy(given, tmp_path / "run")
 
     error, message = (
         (ValueError, "this is the cause") if kind == "raise" else (RuntimeError, "lost contact|Connection|timed out")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def same(a: Any, b: Any) -> bool:
@@ -23,3 +23,12 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b or repr(a) == repr(b)
+
+
+def flat_weights(problem: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in problem.parameters()]).cpu()
+
+
+def weights(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Copies of parameters and buffers by name."""
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}

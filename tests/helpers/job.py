@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import weft
 
 
-class Line(nn.Module):
+class LineWithDropout(nn.Module):
     """A line with dropout, so that each process needs random numbers of its own."""
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class Trouble(weft.Hook):
 
 def main(task: str, folder: Path, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    problem = Line()
+    problem = LineWithDropout()
     (folder / f"pid-{rank()}-{os.getpid()}").touch()
     if "trouble" in options:
         kind, of, step, once = options.pop("trouble")

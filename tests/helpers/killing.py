@@ -55,7 +55,7 @@ PROBES: dict[str, Setting] = {
 }
 
 
-def train(root: Path, setting: Setting) -> None:
+def train_to_the_end(root: Path, setting: Setting) -> None:
     """The body of a process: go on from what is there, to the end; then write down the hash of everything."""
     FUSE.set(0)
     disturb() if list(root.glob("run/checkpoints/step-*")) else start_alike()
@@ -81,11 +81,11 @@ def hash_of(root: Path) -> str:
     return (root / "hash").read_text()
 
 
-def undisturbed(root: Path, setting: Setting) -> float:
+def undisturbed_seconds(root: Path, setting: Setting) -> float:
     """Runs to the end in one process. Returns the seconds it took."""
     root.mkdir()
     started = time.monotonic()
-    child = process(lambda: train(root, setting))
+    child = process(lambda: train_to_the_end(root, setting))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     return time.monotonic() - started
 
@@ -121,7 +121,7 @@ def killed(
     kills = lost = 0
     while True:
         found, waits = last_of(root), in_training
-        child = process(lambda: train(root, setting))
+        child = process(lambda: train_to_the_end(root, setting))
         span = chance.uniform(0.0, seconds) if in_training else chance.uniform(0.005, 0.6 * seconds * (1 + kills / 10))
         deadline = time.monotonic() + span  # later and later, for slow machines
         while waits or time.monotonic() < deadline:
@@ -158,8 +158,10 @@ def kill_until(folder: Path, name: str, kills: int, seed: int = 0) -> Count:
     """
     chance, setting, done, lost, runs, different = random.Random(seed), PROBES[name], 0, 0, 0, 0
     compiled = bool(setting.get("compile"))
-    undisturbed(folder / "whole", setting)
-    seconds = undisturbed(folder / "again", setting)  # timed here: the first one may have filled a compiler's cache
+    undisturbed_seconds(folder / "whole", setting)
+    seconds = undisturbed_seconds(
+        folder / "again", setting
+    )  # timed here: the first one may have filled a compiler's cache
     assert hash_of(folder / "again") == hash_of(folder / "whole")
     while done < kills:
         root = folder / f"run-{runs}"

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -72,12 +72,7 @@ def weft_trainer(**options: Any) -> weft.Trainer:
     return weft.Trainer(**{"accelerator": "cpu", "progress": False, **options})
 
 
-def weights(module: torch.nn.Module) -> dict[str, Tensor]:
-    """Copies of parameters and buffers by name."""
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
-
-
-class Line(pl.LightningModule):
+class LineModule(pl.LightningModule):
     """A line through points; everything that it does not need is left out."""
 
     def __init__(self, lr: float = 0.1, width: int = 1) -> None:
@@ -106,15 +101,15 @@ class Line(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.hparams["lr"])
 
 
-def points(n: int, seed: int = 0) -> DataLoader:
+def point_loader(n: int, seed: int = 0) -> DataLoader:
     x = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed))
     return DataLoader(TensorDataset(x, x.sum(1, keepdim=True) + 0.1), batch_size=4)
 
 
 def loaders() -> dict[str, Any]:
-    return {"train_dataloaders": points(16), "val_dataloaders": points(10, 1)}
+    return {"train_dataloaders": point_loader(16), "val_dataloaders": point_loader(10, 1)}
 
 
-def line(**kwargs: Any) -> Line:
+def line(**kwargs: Any) -> LineModule:
     seed_everything(0)
-    return Line(**kwargs)
+    return LineModule(**kwargs)

@@ -40,7 +40,7 @@ __all__ = [
     "NeuromancerTrainer",
     "augmented_rosenbrock",
     "load_state_dict_lightning",
-    "loader",
+    "neuromancer_loader",
     "rosenbrock",
     "rosenbrock_rows",
     "sine_rows",
@@ -73,7 +73,7 @@ class Formulation:
     def loaders(self, shuffle: bool = False) -> list[DataLoader]:
         """NeuroMANCER's loaders of the splits there are, in the order train, dev, test."""
         torch.manual_seed(1)
-        return [loader(tensors, name, self.batch_size, shuffle) for name, tensors in self.data().items()]
+        return [neuromancer_loader(tensors, name, self.batch_size, shuffle) for name, tensors in self.data().items()]
 
     def datasets(self) -> list[DictDataset | None]:
         """NeuroMANCER's datasets: train, dev, test; None for one that is missing."""
@@ -86,7 +86,7 @@ class Formulation:
         return torch.optim.AdamW(list(self.trained(problem)), lr=self.lr)
 
 
-def loader(tensors: Tensors, name: str, batch_size: int, shuffle: bool = False) -> DataLoader:
+def neuromancer_loader(tensors: Tensors, name: str, batch_size: int, shuffle: bool = False) -> DataLoader:
     """A DataLoader over NeuroMANCER's DictDataset, as its tutorials make it."""
     dataset = DictDataset(tensors, name=name)
     return DataLoader(dataset, batch_size=batch_size, collate_fn=dataset.collate_fn, shuffle=shuffle)

@@ -17,6 +17,7 @@ from lightning.fabric.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 import weft
+from tests.helpers.problems import adam, points
 
 
 class Fit(nn.Module):
@@ -32,10 +33,6 @@ class Fit(nn.Module):
         y = self.net(x) * self.scale.mean()
         loss = (y - x[:, :1] * x[:, 1:] - x[:, 1:].sin()).square().mean()
         return {f"{batch['name']}_loss": loss, f"{batch['name']}_size": x.square().mean(), "y": y}
-
-
-def points(rows: int, seed: int = 0) -> dict[str, Tensor]:
-    return {"x": torch.rand(rows, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 - 1}
 
 
 def start(width: int = 7) -> Fit:
@@ -127,10 +124,6 @@ def _child(rank: int, world: int, port: int, function: Callable[..., Any], args:
 def options(**changed: Any) -> dict[str, Any]:
     given = {"epochs": 3, "seed": 1, "progress": False, "accelerator": "cpu", "optimizer": adam}
     return given | changed
-
-
-def adam(params: Any) -> torch.optim.Optimizer:
-    return torch.optim.Adam(params, lr=1e-2)
 
 
 def in_shards(parallelize: Callable = shard_net, data: int = 2, world: int = 2, **changed: Any) -> dict[str, Any]:

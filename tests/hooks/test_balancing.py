@@ -23,7 +23,7 @@ from weft.problem.reading import set_term_weights, term_weights
 DTYPE = torch.float64
 
 
-class Line(nn.Module):
+class Parabola(nn.Module):
     """u(x) = theta . (1, x, x^2): residuals and losses are polynomials of theta with derivatives by hand."""
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ def line_problem(weight: float = 2.0) -> weft.Problem:
         weft.objective(lambda u, f: (u - f) ** 2, name="pde"),
         weft.objective(lambda u, x: (u - x) ** 2, weight=weight, name="data"),
     ]
-    return weft.Problem([weft.Node(Line(), ["x"], ["u"], name="line")], terms)
+    return weft.Problem([weft.Node(Parabola(), ["x"], ["u"], name="line")], terms)
 
 
 def line_data(rows: int = 12) -> dict[str, Tensor]:
@@ -47,7 +47,7 @@ def line_data(rows: int = 12) -> dict[str, Tensor]:
     return {"x": x, "f": torch.sin(3 * x)}
 
 
-class Known:
+class KnownGradients:
     """The losses and their gradients in theta, in numpy, from formulas written out by hand."""
 
     def __init__(self, data: dict[str, Tensor]) -> None:
@@ -64,7 +64,7 @@ class Known:
         return np.stack([2 * self.jacobian.T @ r / len(r) for r in self.residuals(theta)])
 
 
-def run(hook: Any, steps: int = 6, problem: weft.Problem | None = None, **options: Any) -> dict[str, Any]:
+def run_balanced(hook: Any, steps: int = 6, problem: weft.Problem | None = None, **options: Any) -> dict[str, Any]:
     """Weights before each step and after the last, theta and losses of each step, as numpy arrays."""
     problem, data = problem or line_problem(), line_data()
     seen: dict[str, Any] = {"used": [], "theta": []}
@@ -82,7 +82,7 @@ def run(hook: Any, steps: int = 6, problem: weft.Problem | None = None, **option
         **{"seed": 1, **options},
     )
     seen["result"] = trainer.fit(problem, weft.Data(data, shuffle=False))
-    known = Known(data)
+    known = KnownGradients(data)
     seen["used"], seen["losses"] = np.array(seen["used"]), [known.losses(theta) for theta in seen["theta"]]
     seen["gradients"] = [known.gradients(theta) for theta in seen["theta"]]
     seen["after"] = np.array([float(w) for w in term_weights(problem).values()])
@@ -105,7 +105,7 @@ def softmax(z: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("rho", [1.0, 0.0])
 def test_relobralo_follows_its_formula(rho: float) -> None:
     alpha, temperature = 0.9, 0.5
-    seen = run(weft.hooks.ReLoBRaLo(alpha=alpha, temperature=temperature, rho=rho))
+    seen = run_balanced(weft.hooks.ReLoBRaLo(alpha=alpha, temperature=temperature, rho=rho))
     losses, expected = seen["losses"], [np.array([1.0, 2.0]), np.ones(2)]
 
     def bal(t: int, before: int) -> np.ndarray:
@@ -136,7 +136,7 @@ def test_relobralo_looks_back_as_often_as_rho_says_and_leaves_global_random_stat
 @pytest.mark.parametrize("loss_weighted", [False, True])
 def test_softadapt_follows_its_formulas(normalized: bool, loss_weighted: bool) -> None:
     beta = 0.8
-    seen = run(weft.hooks.SoftAdapt(beta, normalized=normalized, loss_weighted=loss_weighted))
+    seen = run_balanced(weft.hooks.SoftAdapt(beta, normalized=normalized, loss_weighted=loss_weighted))
     losses, expected = seen["losses"], [np.array([1.0, 2.0])] * 2
     for t in range(1, 6):
         s = losses[t] - losses[t - 1]
@@ -150,7 +150,7 @@ def test_softadapt_follows_its_formulas(normalized: bool, loss_weighted: bool) -
 @pytest.mark.parametrize("power", [1, 2])
 def test_self_adaptive_weights_go_up_the_gradient_of_the_loss(power: int) -> None:
     rate = 0.3
-    seen = run(weft.hooks.SelfAdaptive(ascent_rate=rate, power=power))
+    seen = run_balanced(weft.hooks.SelfAdaptive(ascent_rate=rate, power=power))
     v, expected = np.array([1.0, 2.0]) ** (1 / power), []
     for losses in seen["losses"]:
         expected.append(v**power)
@@ -161,7 +161,7 @@ def test_self_adaptive_weights_go_up_the_gradient_of_the_loss(power: int) -> Non
 
 def test_gradnorm_follows_its_formula() -> None:
     alpha, rate = 0.6, 0.1
-    seen = run(weft.hooks.GradNorm(alpha=alpha, learning_rate=rate, of="line"))
+    seen = run_balanced(weft.hooks.GradNorm(alpha=alpha, learning_rate=rate, of="line"))
     w, first = np.array([1.0, 2.0]), seen["losses"][0]
     for t in range(6):
         norms = np.linalg.norm(seen["gradients"][t], axis=1)
@@ -183,7 +183,7 @@ def test_gradnorm_descends_the_loss_it_is_defined_by() -> None:
 
 def test_learning_rate_annealing_follows_its_formula() -> None:
     alpha = 0.1
-    seen = run(weft.hooks.LearningRateAnnealing("pde", alpha=alpha, every=2))
+    seen = run_balanced(weft.hooks.LearningRateAnnealing("pde", alpha=alpha, every=2))
     w = 2.0
     for t in range(6):
         if t % 2 == 0:
@@ -195,12 +195,12 @@ def test_learning_rate_annealing_follows_its_formula() -> None:
 def test_ntk_weights_follow_their_formula() -> None:
     """With residuals 5 (u - f) and (u - x) the Jacobians are 5 A and A: the traces are known."""
     residuals: dict[str, Any] = {"pde": lambda u, f: 5 * (u - f), "data": lambda u, x: u - x}
-    seen = run(weft.hooks.NTKWeights(residuals, points=None, every=3))
-    known = Known(line_data())
+    seen = run_balanced(weft.hooks.NTKWeights(residuals, points=None, every=3))
+    known = KnownGradients(line_data())
     trace = np.mean(np.sum(known.jacobian**2, axis=1))
     traces = np.array([25 * trace, trace])
     close(seen["used"], [traces.sum() / traces] * 6)
-    some = run(weft.hooks.NTKWeights(residuals, points=4, every=3))
+    some = run_balanced(weft.hooks.NTKWeights(residuals, points=4, every=3))
     rows = np.mean(np.sum(known.jacobian[::3] ** 2, axis=1))  # every third of twelve points
     close(some["used"][0], np.array([26 * rows]) / np.array([25 * rows, rows]))
 
@@ -294,7 +294,7 @@ def test_a_second_fit_goes_on_and_another_problem_starts_anew(method: str) -> No
 
 
 def test_weights_are_logged_and_the_training_itself_sees_them() -> None:
-    seen = run(weft.hooks.SelfAdaptive(0.3))
+    seen = run_balanced(weft.hooks.SelfAdaptive(0.3))
     history, problem = seen["result"].history, line_problem()
     close(history["weight_pde"], [*seen["used"][1:, 0], seen["after"][0]])  # after the step, for the next one
     for t in range(6):
@@ -305,7 +305,7 @@ def test_weights_are_logged_and_the_training_itself_sees_them() -> None:
 
 def test_only_the_named_terms_are_balanced() -> None:
     hook = weft.hooks.SelfAdaptive(0.3, terms=["data"])
-    seen = run(hook)
+    seen = run_balanced(hook)
     assert (seen["used"][:, 0] == 1.0).all() and (np.diff(seen["used"][:, 1]) > 0).all()
     assert "weight_pde" not in seen["result"].history
 
@@ -324,7 +324,9 @@ def test_accumulated_batches_give_the_weights_of_one_big_batch(method: str) -> N
 def test_a_constraint_that_holds_keeps_its_weight_and_stays_finite() -> None:
     for make in (lambda: weft.hooks.LearningRateAnnealing("pde", every=1), weft.hooks.ReLoBRaLo, weft.hooks.GradNorm):
         terms = [weft.objective(lambda u, f: (u - f) ** 2, name="pde")]
-        problem = weft.Problem([weft.Node(Line(), ["x"], ["u"])], terms, [weft.less_equal("u", 100.0, name="bound")])
+        problem = weft.Problem(
+            [weft.Node(Parabola(), ["x"], ["u"])], terms, [weft.less_equal("u", 100.0, name="bound")]
+        )
         weft.Trainer(epochs=5, precision="64-true", progress=False, hooks=make()).fit(problem, weft.Data(line_data()))
         assert all(math.isfinite(w) and w > 0 for w in weight_values(problem))
 
@@ -341,7 +343,7 @@ def test_neuromancer_problems_are_balanced_too() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = nm_problem.Problem(
-            [nm_system.Node(Line(), ["x"], ["u"], name="line")], nm_loss.PenaltyLoss([pde, data], [])
+            [nm_system.Node(Parabola(), ["x"], ["u"], name="line")], nm_loss.PenaltyLoss([pde, data], [])
         )
     for make in METHODS.values():
         ours = line_problem()
@@ -361,7 +363,7 @@ def test_what_cannot_be_balanced_is_an_error_that_says_why() -> None:
         weft.Trainer(epochs=1, progress=False, precision="64-true", hooks=hook).fit(problem, data)
 
     with pytest.raises(ValueError, match="ReLoBRaLo balances named terms, and Plain has none"):
-        fit(weft.hooks.ReLoBRaLo(), type("Plain", (Line,), {})())
+        fit(weft.hooks.ReLoBRaLo(), type("Plain", (Parabola,), {})())
     with pytest.raises(ValueError, match="no term 'pd'; did you mean 'pde'"):
         fit(weft.hooks.SoftAdapt(terms=["pd"]), line_problem())
     with pytest.raises(ValueError, match=r"the weight of \['data'\] is 0"):

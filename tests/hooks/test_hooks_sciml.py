@@ -14,42 +14,18 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import weft
-from tests.helpers.bitwise import same
+from tests.helpers.bitwise import same, weights
+from tests.helpers.problems import plant_and_policy, tanh_points
+from tests.helpers.resuming import Crash
 
 
-def points(rows: int = 16, seed: int = 1) -> dict[str, Tensor]:
-    x = torch.randn(rows, 2, generator=torch.Generator().manual_seed(seed))
-    return {"x": x, "y": x.sum(-1, keepdim=True).tanh()}
+def shuffled_data(dev: bool = True) -> weft.Data:
+    return weft.Data(tanh_points(), dev=tanh_points(seed=2) if dev else None, batch_size=4)
 
 
-def problem(seed: int = 0) -> weft.Problem:
-    torch.manual_seed(seed)
-    nodes = [
-        weft.Node(nn.Sequential(nn.Linear(2, 4), nn.Tanh()), ["x"], ["h"], name="plant"),
-        weft.Node(nn.Linear(4, 1), ["h"], ["out"], name="policy"),
-    ]
-    terms = [
-        weft.objective(lambda out, y: (out - y) ** 2, name="fit"),
-        weft.objective(lambda h: h**2, 0.1, name="size"),
-    ]
-    return weft.Problem(nodes, terms)
-
-
-def weights(of: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in of.state_dict().items()}
-
-
-def data(dev: bool = True) -> weft.Data:
-    return weft.Data(points(), dev=points(seed=2) if dev else None, batch_size=4)
-
-
-def fit(of: weft.Problem, hooks: Any, epochs: int = 5, over: Any = None, **options: Any) -> weft.FitResult:
+def fit_with_hooks(of: weft.Problem, hooks: Any, epochs: int = 5, over: Any = None, **options: Any) -> weft.FitResult:
     trainer = weft.Trainer(epochs=epochs, progress=False, seed=3, hooks=hooks, **options)
-    return trainer.fit(of, over or data())
-
-
-class Crash(Exception):
-    """What ends a run that is then resumed."""
+    return trainer.fit(of, over or shuffled_data())
 
 
 def crash_before(step: int | None) -> dict[str, Any]:
@@ -66,16 +42,16 @@ def crash_before(step: int | None) -> dict[str, Any]:
 def trajectory(epochs: int) -> list[dict[str, Tensor]]:
     """The weights after each step of a run without averages."""
     seen: list[dict[str, Tensor]] = []
-    fit(problem(), {"on_step_end": lambda t, b, loss: seen.append(weights(t.problem))}, epochs)
+    fit_with_hooks(plant_and_policy(), {"on_step_end": lambda t, b, loss: seen.append(weights(t.problem))}, epochs)
     return seen
 
 
 def dev_loss(state: dict[str, Tensor]) -> float:
-    of = problem()
+    of = plant_and_policy()
     of.load_state_dict(state)
     with torch.no_grad():
         losses = [
-            of({k: v[i : i + 4] for k, v in points(seed=2).items()} | {"name": "dev"})["dev_loss"]
+            of({k: v[i : i + 4] for k, v in tanh_points(seed=2).items()} | {"name": "dev"})["dev_loss"]
             for i in range(0, 16, 4)
         ]
     return torch.stack(losses).double().mean().item()
@@ -83,7 +59,7 @@ def dev_loss(state: dict[str, Tensor]) -> float:
 
 def averaged(steps: list[dict[str, Tensor]], average: Any) -> list[dict[str, Tensor]]:
     """torch's own averages after each of `steps`."""
-    live = problem()
+    live = plant_and_policy()
     model = AveragedModel(live, multi_avg_fn=average)
     found = []
     for state in steps:
@@ -96,8 +72,10 @@ def averaged(steps: list[dict[str, Tensor]], average: Any) -> list[dict[str, Ten
 def test_ema_is_that_of_torch_and_is_what_validation_sees_and_best_weights_are() -> None:
     steps = trajectory(5)
     expected = averaged(steps, get_ema_multi_avg_fn(0.8))
-    of, live = problem(), []
-    result = fit(of, [weft.hooks.EMA(0.8), {"on_step_end": lambda t, b, loss: live.append(weights(t.problem))}])
+    of, live = plant_and_policy(), []
+    result = fit_with_hooks(
+        of, [weft.hooks.EMA(0.8), {"on_step_end": lambda t, b, loss: live.append(weights(t.problem))}]
+    )
     assert same(live, steps)  # training itself is as without
     ends = expected[3::4]
     assert result.history["dev_loss"] == pytest.approx([dev_loss(state) for state in ends], rel=1e-12)
@@ -110,7 +88,7 @@ def test_ema_is_that_of_torch_and_is_what_validation_sees_and_best_weights_are()
 def test_swa_is_the_mean_of_the_weights_at_the_ends_of_epochs() -> None:
     steps = trajectory(6)
     hook = weft.hooks.SWA(start_epoch=2)
-    fit(problem(), hook, epochs=6)
+    fit_with_hooks(plant_and_policy(), hook, epochs=6)
     for name, average in hook.averages.items():
         torch.testing.assert_close(
             average, torch.stack([steps[i][name] for i in (11, 15, 19, 23)]).mean(0), rtol=1e-5, atol=1e-7
@@ -121,26 +99,26 @@ def test_swa_is_the_mean_of_the_weights_at_the_ends_of_epochs() -> None:
 
 
 def test_without_validation_the_problem_holds_the_averages_at_the_end() -> None:
-    of, hook = problem(), weft.hooks.EMA(0.9)
-    result = fit(of, hook, over=data(dev=False))
+    of, hook = plant_and_policy(), weft.hooks.EMA(0.9)
+    result = fit_with_hooks(of, hook, over=shuffled_data(dev=False))
     assert same(weights(of), dict(hook.averages))
     assert not same(weights(of), result.last_weights)
 
 
 def test_averages_are_resumed_to_the_last_bit() -> None:
     saved = {"checkpoint": {"every_n_steps": 1}, "run_name": "it"}
-    whole, again, hook, other = problem(), problem(), weft.hooks.EMA(0.8), weft.hooks.EMA(0.8)
-    one = fit(whole, hook)
+    whole, again, hook, other = plant_and_policy(), plant_and_policy(), weft.hooks.EMA(0.8), weft.hooks.EMA(0.8)
+    one = fit_with_hooks(whole, hook)
     with pytest.raises(Crash):
-        fit(problem(), [weft.hooks.EMA(0.8), crash_before(10)], **saved)
-    two = fit(again, [other, crash_before(None)], resume="auto", **saved)
+        fit_with_hooks(plant_and_policy(), [weft.hooks.EMA(0.8), crash_before(10)], **saved)
+    two = fit_with_hooks(again, [other, crash_before(None)], resume="auto", **saved)
     assert same(weights(again), weights(whole)) and same(one.last_weights, two.last_weights)
     assert same(hook.state_dict(), other.state_dict()) and hook.count == 20
 
 
 def test_training_after_an_evaluation_in_the_middle_of_an_epoch_goes_on_with_the_trained_weights() -> None:
     trainer = weft.Trainer(epochs=3, progress=False, seed=3, hooks=weft.hooks.EMA(0.8))
-    with trainer.start(problem(), data()) as run:
+    with trainer.start(plant_and_policy(), shuffled_data()) as run:
         for _ in run.epochs():
             for batch in run.batches("train"):
                 run.update(batch)
@@ -164,7 +142,9 @@ def test_weights_that_cannot_be_copied_deeply_are_averaged() -> None:
     of = Sparse()
     with pytest.raises(NotImplementedError):
         AveragedModel(of)
-    weft.Trainer(epochs=3, progress=False, hooks=weft.hooks.EMA(0.5)).fit(of, weft.Data(points(), dev=points()))
+    weft.Trainer(epochs=3, progress=False, hooks=weft.hooks.EMA(0.5)).fit(
+        of, weft.Data(tanh_points(), dev=tanh_points())
+    )
 
 
 # ----------------------------------------------------------------------------------------- curriculum
@@ -188,15 +168,19 @@ def test_a_curriculum_sets_weights_and_attributes_by_epoch_and_logs_them() -> No
     assert result.history["weight_effort"] == [1.0, 0.5, 0.25, 0.125]
     assert result.history["train_effort"][3] < result.history["train_effort"][0] * 0.5
     with pytest.raises(ValueError, match="'loop' has no attribute 'stps'; did you mean 'steps'"):
-        weft.Trainer(epochs=1, progress=False, hooks=weft.hooks.Curriculum(lambda e: {"loop.stps": 2})).fit(of, data())
+        weft.Trainer(epochs=1, progress=False, hooks=weft.hooks.Curriculum(lambda e: {"loop.stps": 2})).fit(
+            of, shuffled_data()
+        )
     with pytest.raises(ValueError, match=r"'efort' is no term of the problem; did you mean 'effort'"):
-        weft.Trainer(epochs=1, progress=False, hooks=weft.hooks.Curriculum(lambda e: {"efort": 2})).fit(of, data())
+        weft.Trainer(epochs=1, progress=False, hooks=weft.hooks.Curriculum(lambda e: {"efort": 2})).fit(
+            of, shuffled_data()
+        )
 
 
 def test_a_resumed_curriculum_goes_on_where_it_was() -> None:
     def run(crash: int | None = None, **options: Any) -> weft.FitResult:
         curriculum = weft.hooks.Curriculum(lambda epoch: {"size": 0.1 + epoch})
-        return fit(problem(), [curriculum, crash_before(crash)], **options)
+        return fit_with_hooks(plant_and_policy(), [curriculum, crash_before(crash)], **options)
 
     saved = {"checkpoint": {"every_n_steps": 1}, "run_name": "it"}
     whole = run()
@@ -210,7 +194,7 @@ def test_a_resumed_curriculum_goes_on_where_it_was() -> None:
 
 
 def test_gradient_norms_are_those_of_autograd_and_the_training_is_as_without() -> None:
-    of, seen = problem(), []
+    of, seen = plant_and_policy(), []
     clip = 1e-3
 
     def by_hand(trainer: Any, batch: Any) -> None:
@@ -221,29 +205,29 @@ def test_gradient_norms_are_those_of_autograd_and_the_training_is_as_without() -
             norm = torch.cat([g.flatten() for g in grads if g is not None]).norm().item()
             seen.append((f"grad_norm_{name}".rstrip("_"), norm))
 
-    over = weft.Data(points(), shuffle=False)
-    result = fit(of, [weft.hooks.GradientNorms(terms=True), {"on_step_start": by_hand}], 4, over, clip=clip)
+    over = weft.Data(tanh_points(), shuffle=False)
+    result = fit_with_hooks(of, [weft.hooks.GradientNorms(terms=True), {"on_step_start": by_hand}], 4, over, clip=clip)
     for name in ("grad_norm", "grad_norm_fit", "grad_norm_size"):
         assert result.history[name] == pytest.approx([norm for key, norm in seen if key == name], rel=1e-5)
     assert min(result.history["grad_norm"]) > clip  # before clipping
-    assert same(result.last_weights, fit(problem(), None, 4, over, clip=clip).last_weights)
+    assert same(result.last_weights, fit_with_hooks(plant_and_policy(), None, 4, over, clip=clip).last_weights)
 
 
 def test_gradient_norms_of_several_optimizers_are_told_apart_and_taken_every_n_steps() -> None:
     made = {name: lambda p: torch.optim.SGD(p, lr=0.1) for name in ("plant", "policy")}
     norms: list[bool] = []
     hook = weft.hooks.GradientNorms(every=3)
-    result = fit(problem(), hook, 2, optimizer=made)
+    result = fit_with_hooks(plant_and_policy(), hook, 2, optimizer=made)
     assert {"grad_norm_plant", "grad_norm_policy"} <= set(result.history)
     watch = {"on_before_optimizer_step": lambda t, o: norms.append(bool(t.run.logged))}
-    fit(problem(), [hook, watch], 1)
+    fit_with_hooks(plant_and_policy(), [hook, watch], 1)
     assert norms == [True] * 4
 
 
 # ----------------------------------------------------------------------------------------- collocation points
 
 
-def collocation(rows: int = 30) -> weft.Data:
+def points_on_a_line(rows: int = 30) -> weft.Data:
     x = torch.rand(rows, 1, generator=torch.Generator().manual_seed(5)) * 2 - 1
     return weft.Data(weft.DictDataset({"x": x}), batch_size=10, inputs_require_grad=("x",))
 
@@ -252,7 +236,7 @@ def candidates(generator: torch.Generator) -> dict[str, Tensor]:
     return {"x": torch.rand(4000, 1, generator=generator) * 2 - 1}
 
 
-class Known(nn.Module):
+class KnownResidual(nn.Module):
     """u(x) = a x with a fixed: the residual of du/dx = 3 x^2 + a is 3 x^2, known everywhere."""
 
     def __init__(self) -> None:
@@ -268,8 +252,8 @@ def derivative_residual(u: Tensor, x: Tensor) -> Tensor:
     return du - 1 - 3 * x**2
 
 
-def pinn() -> weft.Problem:
-    node = weft.Node(Known(), ["x"], ["u"], name="u")
+def known_pinn() -> weft.Problem:
+    node = weft.Node(KnownResidual(), ["x"], ["u"], name="u")
     return weft.Problem(
         [node], [weft.objective(lambda u, x: derivative_residual(u, x) ** 2, name="pde")], grad_inference=True
     )
@@ -280,7 +264,7 @@ def resampled(
 ) -> tuple[Any, Tensor]:
     hook = weft.hooks.Resample(derivative_residual, candidates, **{"every": 2, **options})
     trainer = weft.Trainer(epochs=epochs, progress=False, seed=3, hooks=hook)
-    result = trainer.fit(problem or pinn(), over or collocation())
+    result = trainer.fit(problem or known_pinn(), over or points_on_a_line())
     assert trainer.run is not None
     train = trainer.run.data.train
     return result, train["interior"].datadict["x"] if options.get("part") else train.datadict["x"]
@@ -293,7 +277,7 @@ def test_rad_draws_points_with_the_density_of_the_paper(k: float, c: float) -> N
         trainer_seed = number
         hook = weft.hooks.Resample(derivative_residual, candidates, every=1, k=k, c=c)
         trainer = weft.Trainer(epochs=2, progress=False, seed=trainer_seed, hooks=hook)
-        trainer.fit(pinn(), collocation(60))
+        trainer.fit(known_pinn(), points_on_a_line(60))
         assert trainer.run is not None
         drawn.append(trainer.run.data.train.datadict["x"].numpy()[:, 0])
     x = np.concatenate(drawn)
@@ -313,7 +297,7 @@ def test_rar_adds_the_candidates_with_the_largest_residuals_and_keeps_the_others
     result, x = resampled(epochs=5, method="rar", add=7)
     assert result.history["num_points"] == [30, 30, 37, 37, 44]
     assert result.history["data_version"] == [0, 0, 1, 1, 2]
-    assert x[:30].equal(collocation().train.datadict["x"])
+    assert x[:30].equal(points_on_a_line().train.datadict["x"])
     generator = torch.Generator().manual_seed(3 * 1_000_003 + 2)
     first = candidates(generator)["x"]
     assert x[30:37].equal(first[(3 * first[:, 0] ** 2).topk(7).indices])
@@ -332,7 +316,7 @@ def test_resampled_points_are_resumed_and_differ_from_epoch_to_epoch() -> None:
         note = {"on_epoch_start": lambda t: seen.append(t.run.data.train.datadict["x"].clone())}
         hooks = [weft.hooks.Resample(derivative_residual, candidates, every=2), note, crash_before(crash)]
         trainer = weft.Trainer(epochs=6, progress=False, seed=3, hooks=hooks, **options)
-        return trainer.fit(pinn(), collocation()), seen
+        return trainer.fit(known_pinn(), points_on_a_line()), seen
 
     saved = {"checkpoint": {"every_n_steps": 1}, "run_name": "it"}
     whole, points_seen = run()
@@ -350,7 +334,7 @@ def test_one_part_of_nested_data_is_resampled_with_the_problem_at_hand() -> None
     class Nested(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.u = Known()
+            self.u = KnownResidual()
 
         def forward(self, batch: Any) -> Tensor:
             return (
@@ -358,7 +342,7 @@ def test_one_part_of_nested_data_is_resampled_with_the_problem_at_hand() -> None
                 + self.u.a**2
             )
 
-    interior, boundary = collocation().train, {"x": torch.ones(4, 1)}
+    interior, boundary = points_on_a_line().train, {"x": torch.ones(4, 1)}
     over = weft.Data({"interior": interior, "boundary": boundary}, batch_size=10, inputs_require_grad=("x",))
     hook = weft.hooks.Resample(
         lambda problem, x: derivative_residual(problem.u(x), x),
@@ -379,7 +363,7 @@ def test_candidates_and_residuals_that_do_not_fit_are_errors_that_say_why() -> N
     def fails(match: str, residual: Any = derivative_residual, points: Any = candidates, **options: Any) -> None:
         hook = weft.hooks.Resample(residual, points, **{"every": 1, **options})
         with pytest.raises((ValueError, KeyError, FloatingPointError), match=match):
-            weft.Trainer(epochs=2, progress=False, hooks=hook).fit(pinn(), collocation())
+            weft.Trainer(epochs=2, progress=False, hooks=hook).fit(known_pinn(), points_on_a_line())
 
     fails(r"candidates have the keys \['y'\], the training data \['x'\]", points=lambda g: {"y": torch.zeros(99, 1)})
     fails("at least 30", points=lambda g: {"x": torch.zeros(9, 1)})
@@ -388,14 +372,14 @@ def test_candidates_and_residuals_that_do_not_fit_are_errors_that_say_why() -> N
     fails(r"reads \['v'\]", residual="v")
     fails("no part 'interior'", part="interior")
     rows = weft.Problem(
-        [weft.Node(Known(), ["x"], ["u"])],
+        [weft.Node(KnownResidual(), ["x"], ["u"])],
         [],
         [weft.equal(derivative_residual, 0.0)],
         weft.AugmentedLagrangian(),
         grad_inference=True,
     )
     with pytest.raises(ValueError, match="multipliers for each row"):
-        weft.Trainer(epochs=2, progress=False, hooks=weft.hooks.Resample("u", candidates)).fit(rows, collocation())
+        weft.Trainer(epochs=2, progress=False, hooks=weft.hooks.Resample("u", candidates)).fit(rows, points_on_a_line())
     with pytest.raises(ValueError, match="method='radd'; expected 'rad', 'rar-d' or 'rar'"):
         weft.hooks.Resample("u", candidates, method="radd")  # type: ignore[arg-type]
 
@@ -404,18 +388,18 @@ def test_candidates_and_residuals_that_do_not_fit_are_errors_that_say_why() -> N
 
 
 def test_the_weights_of_one_node_are_loaded_by_its_name_and_frozen() -> None:
-    identified, control = problem(seed=1), problem(seed=2)
+    identified, control = plant_and_policy(seed=1), plant_and_policy(seed=2)
     weft.save_weights(identified, "identified.pt")
     policy, plant = weights(control), weights(identified)
     assert weft.hooks.load_node(control, "plant", "identified.pt") is control
     weft.hooks.freeze(control, "plant")
-    fit(control, None, 3)
+    fit_with_hooks(control, None, 3)
     after = weights(control)
     for name in after:
         assert after[name].equal(plant[name]) == name.startswith("nodes.0")
         assert not after[name].equal(policy[name])
     weft.hooks.unfreeze(control, "plant")
-    fit(control, None, 3)
+    fit_with_hooks(control, None, 3)
     assert not weights(control)["nodes.0.fn.0.weight"].equal(plant["nodes.0.fn.0.weight"])
 
 
@@ -429,12 +413,12 @@ def test_a_node_is_loaded_from_another_place_of_another_problem() -> None:
         [weft.objective(lambda h: h**2, name="f")],
     )
     weft.save_weights(source, "source.pt")
-    of = weft.hooks.load_node(problem(), "plant", "source.pt", source="nodes.1")
+    of = weft.hooks.load_node(plant_and_policy(), "plant", "source.pt", source="nodes.1")
     assert weights(of)["nodes.0.fn.0.weight"].equal(weights(source)["nodes.1.fn.0.weight"])
     with pytest.raises(ValueError, match="source.pt"):
-        weft.hooks.load_node(problem(), "policy", "source.pt", source="nodes.1")
+        weft.hooks.load_node(plant_and_policy(), "policy", "source.pt", source="nodes.1")
     with pytest.raises(ValueError, match="no node or submodule 'plnt'"):
-        weft.hooks.load_node(problem(), "plnt", "source.pt")
+        weft.hooks.load_node(plant_and_policy(), "plnt", "source.pt")
 
 
 def test_hooks_are_loaded_when_first_named_and_a_wrong_name_gets_a_suggestion() -> None:

@@ -20,7 +20,9 @@ from tests.helpers.bitwise import same
 from tests.helpers.byhand import OPTIMIZERS, problem, tensors
 
 
-def fit(given: Any = None, module: nn.Module | None = None, dev: Any = None, **options: Any) -> weft.FitResult:
+def fit_one_epoch(
+    given: Any = None, module: nn.Module | None = None, dev: Any = None, **options: Any
+) -> weft.FitResult:
     trainer = weft.Trainer(**{"epochs": 1, "progress": False, **options})
     return trainer.fit(problem() if module is None else module, tensors(8) if given is None else given, dev)
 
@@ -38,7 +40,7 @@ class Returns(nn.Module):
 
 
 def returning(make: Callable[[Tensor, dict[str, Any]], Any], **options: Any) -> weft.FitResult:
-    return fit(module=Returns(make), **options)
+    return fit_one_epoch(module=Returns(make), **options)
 
 
 def lbfgs_and_adam() -> dict[str, Any]:
@@ -55,7 +57,7 @@ def frozen() -> nn.Module:
 
 def with_scheduler_of_another_optimizer() -> weft.FitResult:
     scheduler = torch.optim.lr_scheduler.StepLR(other_parameters(), 1)
-    return fit(scheduler=scheduler)
+    return fit_one_epoch(scheduler=scheduler)
 
 
 OPTIONS = {
@@ -109,8 +111,8 @@ OPTIONS = {
         ValueError,
         "interval='steps'; expected 'epoch' or 'step'",
     ),
-    "loggers": (lambda: fit(loggers="tensorbord"), ValueError, "'tensorbord'; did you mean 'tensorboard'"),
-    "accelerator": (lambda: fit(accelerator="gqu"), (ValueError, RuntimeError), "sked for accelerator='gqu'"),
+    "loggers": (lambda: fit_one_epoch(loggers="tensorbord"), ValueError, "'tensorbord'; did you mean 'tensorboard'"),
+    "accelerator": (lambda: fit_one_epoch(accelerator="gqu"), (ValueError, RuntimeError), "sked for accelerator='gqu'"),
 }
 
 DATA = {
@@ -124,16 +126,16 @@ DATA = {
         ValueError,
         r"empty: its tensors \['x'\] have no rows",
     ),
-    "no tensors": (lambda: fit({}), ValueError, "train data is empty"),
+    "no tensors": (lambda: fit_one_epoch({}), ValueError, "train data is empty"),
     "empty loader": (
-        lambda: fit(DataLoader(weft.DictDataset(tensors(3)), 5, drop_last=True)),
+        lambda: fit_one_epoch(DataLoader(weft.DictDataset(tensors(3)), 5, drop_last=True)),
         ValueError,
         "train data is empty",
     ),
-    "empty iterable": (lambda: fit(filter(None, [])), ValueError, "yielded no batch"),
-    "empty dev": (lambda: fit(dev=[]), ValueError, "dev data is empty"),
+    "empty iterable": (lambda: fit_one_epoch(filter(None, [])), ValueError, "yielded no batch"),
+    "empty dev": (lambda: fit_one_epoch(dev=[]), ValueError, "dev data is empty"),
     "none": (lambda: weft.Trainer().fit(problem()), TypeError, "no data given"),
-    "no training set": (lambda: fit(weft.Data(None, tensors(4))), ValueError, "no training data"),
+    "no training set": (lambda: fit_one_epoch(weft.Data(None, tensors(4))), ValueError, "no training data"),
     "batch size": (
         lambda: weft.Data(tensors(4), batch_size=0),
         ValueError,
@@ -141,24 +143,28 @@ DATA = {
     ),
     "fractional batch size": (lambda: weft.Data(tensors(4), batch_size=1.5), ValueError, "batch_size=1.5"),
     "batch size of a part": (
-        lambda: fit(weft.Data(tensors(4), batch_size={"dev": 2})),
+        lambda: fit_one_epoch(weft.Data(tensors(4), batch_size={"dev": 2})),
         ValueError,
         "no entry for 'train'",
     ),
     "misnamed split": (
-        lambda: fit(weft.DictDataset(tensors(4), name="trian")),
+        lambda: fit_one_epoch(weft.DictDataset(tensors(4), name="trian")),
         ValueError,
         "'trian' was given as the train data",
     ),
     "other split": (
-        lambda: fit(dev=weft.DictDataset(tensors(4), name="train")),
+        lambda: fit_one_epoch(dev=weft.DictDataset(tensors(4), name="train")),
         ValueError,
         "'train' was given as the dev",
     ),
     "keywords": (lambda: weft.Trainer().fit(problem(), tensors(4), nsim=3), TypeError, r"unknown arguments \['nsim'\]"),
-    "setup returns": (lambda: fit(lambda: tensors(4)), TypeError, r"expected \(train, dev, test, batch_size\)"),
+    "setup returns": (
+        lambda: fit_one_epoch(lambda: tensors(4)),
+        TypeError,
+        r"expected \(train, dev, test, batch_size\)",
+    ),
     "setup and dev": (
-        lambda: fit(lambda: (tensors(4), None, None, 2), dev=tensors(4)),
+        lambda: fit_one_epoch(lambda: (tensors(4), None, None, 2), dev=tensors(4)),
         TypeError,
         "returns its own dev set",
     ),
@@ -171,7 +177,7 @@ DATA = {
         "inputs_require_grad='x'; expected a list",
     ),
     "limit of an iterable": (
-        lambda: fit((b for b in [tensors(4)]), limit_batches=0.5),
+        lambda: fit_one_epoch((b for b in [tensors(4)]), limit_batches=0.5),
         TypeError,
         "train data .generator. has no length",
     ),
@@ -222,55 +228,61 @@ TRAINING = {
         r"'dev_loss' does not appear \(the metrics are \['dev_train_loss', 'train_loss'\]\), so no best weights are",
     ),
     "no dev scalar": (
-        lambda: fit(dev=tensors(4), validation_step=lambda t, b: {"y": torch.ones(2)}),
+        lambda: fit_one_epoch(dev=tensors(4), validation_step=lambda t, b: {"y": torch.ones(2)}),
         ValueError,
         "dev data gave nothing to report",
     ),
-    "other parameters": (lambda: fit(optimizer=other_parameters()), ValueError, "none of the parameters of Regression"),
-    "nothing to train": (lambda: fit(module=frozen()), ValueError, "no parameters that require grad"),
-    "no optimizers": (lambda: fit(optimizer={}), ValueError, "expected at least one optimizer"),
-    "no optimizer": (lambda: fit(optimizer=3), TypeError, "is 3; expected a torch optimizer or a function"),
+    "other parameters": (
+        lambda: fit_one_epoch(optimizer=other_parameters()),
+        ValueError,
+        "none of the parameters of Regression",
+    ),
+    "nothing to train": (lambda: fit_one_epoch(module=frozen()), ValueError, "no parameters that require grad"),
+    "no optimizers": (lambda: fit_one_epoch(optimizer={}), ValueError, "expected at least one optimizer"),
+    "no optimizer": (lambda: fit_one_epoch(optimizer=3), TypeError, "is 3; expected a torch optimizer or a function"),
     "optimizer class": (
-        lambda: fit(optimizer=lambda params: None),
+        lambda: fit_one_epoch(optimizer=lambda params: None),
         TypeError,
         "returned NoneType; expected an optimizer",
     ),
     "optimizer of nothing": (
-        lambda: fit(optimizer={"nett": OPTIMIZERS["sgd"], "net": OPTIMIZERS["sgd"]}),
+        lambda: fit_one_epoch(optimizer={"nett": OPTIMIZERS["sgd"], "net": OPTIMIZERS["sgd"]}),
         ValueError,
         "'nett'; did you mean 'net'",
     ),
     "closure among several": (
-        lambda: fit(optimizer=lbfgs_and_adam()),
+        lambda: fit_one_epoch(optimizer=lbfgs_and_adam()),
         ValueError,
         "which needs a closure, must be the only one",
     ),
-    "scheduler": (lambda: fit(scheduler=3), TypeError, "scheduler 'default' is 3; expected"),
+    "scheduler": (lambda: fit_one_epoch(scheduler=3), TypeError, "scheduler 'default' is 3; expected"),
     "scheduler name": (
-        lambda: fit(scheduler={"defalt": print}),
+        lambda: fit_one_epoch(scheduler={"defalt": print}),
         ValueError,
         "no such optimizer; did you mean 'default'",
     ),
     "foreign scheduler": (with_scheduler_of_another_optimizer, ValueError, "belongs to another optimizer"),
     "plateau by step": (
-        lambda: fit(scheduler=weft.Schedule(torch.optim.lr_scheduler.ReduceLROnPlateau, interval="step")),
+        lambda: fit_one_epoch(scheduler=weft.Schedule(torch.optim.lr_scheduler.ReduceLROnPlateau, interval="step")),
         ValueError,
         "follows a metric, which is known once an epoch",
     ),
     "metric for nothing": (
-        lambda: fit(scheduler=weft.Schedule(lambda o: torch.optim.lr_scheduler.StepLR(o, 1), monitor="dev_loss")),
+        lambda: fit_one_epoch(
+            scheduler=weft.Schedule(lambda o: torch.optim.lr_scheduler.StepLR(o, 1), monitor="dev_loss")
+        ),
         ValueError,
         "takes no metric: monitor='dev_loss' would have no effect",
     ),
     "missing metric of a scheduler": (
-        lambda: fit(
+        lambda: fit_one_epoch(
             scheduler=weft.Schedule(torch.optim.lr_scheduler.ReduceLROnPlateau, monitor="dev_los"), dev=tensors(4)
         ),
         ValueError,
         r"needs the metric 'dev_los'.*\['dev_loss', 'train_loss'\]; did you mean 'dev_loss'",
     ),
     "missing metric": (
-        lambda: fit(monitor_metric="dev_los", dev=tensors(4)),
+        lambda: fit_one_epoch(monitor_metric="dev_los", dev=tensors(4)),
         ValueError,
         r"'dev_los' never appears; the metrics are \['dev_loss', 'train_loss'\]; did you mean 'dev_loss'",
     ),
@@ -286,35 +298,35 @@ TRAINING = {
         r"'dev_loss' never appears; the metrics are \['dev_error', 'my_loss'\]",
     ),
     "frozen nothing": (
-        lambda: fit(phases=[weft.Phase(epochs=1, freeze=["netz"])], epochs=1),
+        lambda: fit_one_epoch(phases=[weft.Phase(epochs=1, freeze=["netz"])], epochs=1),
         ValueError,
         "'netz'; did you mean 'net'",
     ),
     "weights of nothing": (
-        lambda: fit(phases=[weft.Phase(epochs=1, weights={"f": 1.0})], epochs=1),
+        lambda: fit_one_epoch(phases=[weft.Phase(epochs=1, weights={"f": 1.0})], epochs=1),
         ValueError,
         "no term 'f'",
     ),
-    "metric reads": (lambda: fit(metrics={"m": lambda yy: yy}), KeyError, "'m' reads 'yy'"),
+    "metric reads": (lambda: fit_one_epoch(metrics={"m": lambda yy: yy}), KeyError, "'m' reads 'yy'"),
     "log": (
-        lambda: fit(hooks={"on_step_end": lambda t, b, l: t.log("a", "text")}),
+        lambda: fit_one_epoch(hooks={"on_step_end": lambda t, b, l: t.log("a", "text")}),
         ValueError,
         "log: 'a' is 'text'; expected a number",
     ),
     "no test set": (lambda: evaluated("test"), ValueError, "no test data"),
     "no predict set": (lambda: evaluated("predict"), ValueError, "no predict data"),
     "double data": (
-        lambda: fit({k: v.double() for k, v in tensors(8).items()}),
+        lambda: fit_one_epoch({k: v.double() for k, v in tensors(8).items()}),
         TypeError,
         r"'x': 'torch.float64'.*precision='64-true'",
     ),
     "integers": (
-        lambda: fit({k: v.long() for k, v in tensors(8).items()}),
+        lambda: fit_one_epoch({k: v.long() for k, v in tensors(8).items()}),
         TypeError,
         r"'x': 'torch.int64'.*Convert the data",
     ),
     "nan in data": (
-        lambda: fit({"x": torch.tensor([[1.0, torch.nan], [1, 1]]), "t": torch.ones(2, 1)}, strict_data=True),
+        lambda: fit_one_epoch({"x": torch.tensor([[1.0, torch.nan], [1, 1]]), "t": torch.ones(2, 1)}, strict_data=True),
         ValueError,
         "train data: 'x' has NaN or Inf in 1 of 2 rows",
     ),
@@ -342,9 +354,9 @@ def test_what_goes_wrong_before_the_first_step_leaves_the_weights_as_they_were()
     before = {k: v.clone() for k, v in module.state_dict().items()}
     for options in ({"optimizer": other_parameters()}, {"loggers": "tensorbord"}, {"scheduler": 3}):
         with pytest.raises((ValueError, TypeError)):
-            fit(module=module, **options)
+            fit_one_epoch(module=module, **options)
     with pytest.raises(TypeError):
-        fit({k: v.double() for k, v in tensors(8).items()}, module)
+        fit_one_epoch({k: v.double() for k, v in tensors(8).items()}, module)
     assert same(before, dict(module.state_dict()))
     assert all(p.grad is None and p.requires_grad for p in module.parameters())
 
@@ -352,7 +364,7 @@ def test_what_goes_wrong_before_the_first_step_leaves_the_weights_as_they_were()
 def test_nan_in_the_data_is_a_warning_with_key_and_rows_unless_strict() -> None:
     bad = {**tensors(8), "unused": torch.tensor([1.0, torch.inf] + [torch.nan] * 2 + [0.0] * 4)}
     with pytest.warns(UserWarning, match="train data: 'unused' has NaN or Inf in 3 of 8 rows"):
-        fit(bad)
+        fit_one_epoch(bad)
 
 
 def test_a_loss_that_is_not_finite_never_reaches_the_weights() -> None:
@@ -381,7 +393,7 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights() -> None:
 
 def test_clip_with_lbfgs_says_that_it_has_no_effect() -> None:
     with pytest.warns(UserWarning, match="clip=1.0 has no effect with LBFGS"):
-        fit(optimizer=lambda params: torch.optim.LBFGS(params), clip=1.0)
+        fit_one_epoch(optimizer=lambda params: torch.optim.LBFGS(params), clip=1.0)
 
 
 # ---------------------------------------------------------------- any input: a working trainer or one of our own errors

@@ -17,8 +17,8 @@ from tests.helpers.killing import (
     killed,
     last_of,
     process,
-    train,
-    undisturbed,
+    train_to_the_end,
+    undisturbed_seconds,
 )
 from tests.helpers.resuming import (
     fit,
@@ -60,9 +60,9 @@ def test_hundreds_of_kills_lose_and_change_nothing(name: str, tmp_path: Path) ->
 def test_the_hash_of_a_killed_run_that_forgot_its_random_state_is_another(tmp_path: Path) -> None:
     """The negative control: the same harness, where each restart finds other random numbers than were saved."""
     setting, chance = PROBES["resident data"], random.Random(0)
-    seconds = undisturbed(tmp_path / "whole", setting)
+    seconds = undisturbed_seconds(tmp_path / "whole", setting)
     (tmp_path / "again").mkdir()
-    child = process(lambda: train(tmp_path / "again", setting))
+    child = process(lambda: train_to_the_end(tmp_path / "again", setting))
     os.waitpid(child, 0)
     assert hash_of(tmp_path / "again") == hash_of(tmp_path / "whole")
     for number in range(20):

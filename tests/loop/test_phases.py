@@ -10,53 +10,30 @@ import torch
 from torch import Tensor, nn
 
 import weft
-from tests.helpers.bitwise import same
+from tests.helpers.bitwise import same, weights
+from tests.helpers.problems import adam, plant_and_policy, tanh_points
 
 
-def points(rows: int = 16, seed: int = 1) -> dict[str, Tensor]:
-    x = torch.randn(rows, 2, generator=torch.Generator().manual_seed(seed))
-    return {"x": x, "y": x.sum(-1, keepdim=True).tanh()}
+def fit_phases(phases: list[weft.Phase], data: Any = None, of: weft.Problem | None = None, **options: Any) -> Any:
+    of, trainer = of or plant_and_policy(), weft.Trainer(phases=phases, progress=False, **options)
+    return trainer.fit(of, data or weft.Data(tanh_points(), shuffle=False)), of, trainer
 
 
-def problem() -> weft.Problem:
-    torch.manual_seed(0)
-    nodes = [
-        weft.Node(nn.Sequential(nn.Linear(2, 4), nn.Tanh()), ["x"], ["h"], name="plant"),
-        weft.Node(nn.Linear(4, 1), ["h"], ["out"], name="policy"),
-    ]
-    terms = [
-        weft.objective(lambda out, y: (out - y) ** 2, name="fit"),
-        weft.objective(lambda h: h**2, 0.1, name="size"),
-    ]
-    return weft.Problem(nodes, terms)
-
-
-def fit(phases: list[weft.Phase], data: Any = None, of: weft.Problem | None = None, **options: Any) -> Any:
-    of, trainer = of or problem(), weft.Trainer(phases=phases, progress=False, **options)
-    return trainer.fit(of, data or weft.Data(points(), shuffle=False)), of, trainer
-
-
-def weights(of: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in of.state_dict().items()}
-
-
-def adam(params: Any) -> torch.optim.Optimizer:
-    return torch.optim.Adam(params, lr=1e-2)
-
-
-def sgd(params: Any) -> torch.optim.Optimizer:
+def sgd_with_momentum(params: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=0.1, momentum=0.9)
 
 
-def loss_of(of: weft.Problem, data: dict[str, Tensor]) -> Tensor:
+def train_loss_of(of: weft.Problem, data: dict[str, Tensor]) -> Tensor:
     return of({**data, "name": "train"})["train_loss"]
 
 
-def by_hand(of: weft.Problem, optimizer: torch.optim.Optimizer, epochs: int, data: dict[str, Tensor]) -> list[float]:
+def full_batches_by_hand(
+    of: weft.Problem, optimizer: torch.optim.Optimizer, epochs: int, data: dict[str, Tensor]
+) -> list[float]:
     losses = []
     for _ in range(epochs):
         optimizer.zero_grad()
-        loss = loss_of(of, data)
+        loss = train_loss_of(of, data)
         losses.append(loss.item())
         loss.backward()
         optimizer.step()
@@ -67,22 +44,26 @@ def by_hand(of: weft.Problem, optimizer: torch.optim.Optimizer, epochs: int, dat
 
 
 def test_two_phases_equal_two_loops_written_by_hand_with_one_history() -> None:
-    result, _, trainer = fit([weft.Phase(epochs=4, optimizer=adam), weft.Phase(epochs=3, optimizer=sgd)])
-    theirs, data = problem(), points()
-    losses = by_hand(theirs, adam(theirs.parameters()), 4, data) + by_hand(theirs, sgd(theirs.parameters()), 3, data)
+    result, _, trainer = fit_phases(
+        [weft.Phase(epochs=4, optimizer=adam), weft.Phase(epochs=3, optimizer=sgd_with_momentum)]
+    )
+    theirs, data = plant_and_policy(), tanh_points()
+    losses = full_batches_by_hand(theirs, adam(theirs.parameters()), 4, data) + full_batches_by_hand(
+        theirs, sgd_with_momentum(theirs.parameters()), 3, data
+    )
     assert same(result.last_weights, weights(theirs))
     assert result.history["train_loss"] == losses
     assert (result.epochs, result.steps, result.stop_reason) == (7, 7, "epochs")
     assert result.best_metric == min(losses) and result.best_epoch == losses.index(min(losses))
     assert type(trainer.optimizer) is torch.optim.SGD
-    other = problem()
-    by_hand(other, adam(other.parameters()), 7, data)
+    other = plant_and_policy()
+    full_batches_by_hand(other, adam(other.parameters()), 7, data)
     assert not same(result.last_weights, weights(other))
 
 
 def test_what_a_phase_does_not_name_goes_on_as_it_was() -> None:
-    one, *_ = fit([weft.Phase(epochs=7)], optimizer=sgd)
-    two, *_ = fit([weft.Phase(epochs=4), weft.Phase(epochs=3)], optimizer=sgd)
+    one, *_ = fit_phases([weft.Phase(epochs=7)], optimizer=sgd_with_momentum)
+    two, *_ = fit_phases([weft.Phase(epochs=4), weft.Phase(epochs=3)], optimizer=sgd_with_momentum)
     assert same(one.last_weights, two.last_weights)
 
 
@@ -93,8 +74,12 @@ def test_a_phase_has_its_own_schedule_and_loses_the_one_before() -> None:
     def halving(optimizer: Any) -> Any:
         return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
 
-    fit(
-        [weft.Phase(epochs=3), weft.Phase(epochs=2, optimizer=sgd), weft.Phase(epochs=2, scheduler=halving)],
+    fit_phases(
+        [
+            weft.Phase(epochs=3),
+            weft.Phase(epochs=2, optimizer=sgd_with_momentum),
+            weft.Phase(epochs=2, scheduler=halving),
+        ],
         optimizer=adam,
         scheduler=halving,
         hooks=watch,
@@ -105,7 +90,7 @@ def test_a_phase_has_its_own_schedule_and_loses_the_one_before() -> None:
 def test_frozen_parts_stand_still_in_their_phase_only_and_train_again_with_the_same_optimizer() -> None:
     seen: list[dict[str, Tensor]] = []
     watch = {"on_epoch_end": lambda t, m: seen.append(weights(t.problem))}
-    _, of, _ = fit([weft.Phase(1), weft.Phase(1, freeze=["plant"]), weft.Phase(1)], optimizer=adam, hooks=watch)
+    _, of, _ = fit_phases([weft.Phase(1), weft.Phase(1, freeze=["plant"]), weft.Phase(1)], optimizer=adam, hooks=watch)
     plant, policy = "nodes.0.fn.0.weight", "nodes.1.fn.weight"
     assert [seen[i][plant].equal(seen[i + 1][plant]) for i in (0, 1)] == [True, False]
     assert [seen[i][policy].equal(seen[i + 1][policy]) for i in (0, 1)] == [False, False]
@@ -114,13 +99,13 @@ def test_frozen_parts_stand_still_in_their_phase_only_and_train_again_with_the_s
 
 def test_a_name_to_freeze_that_does_not_exist_is_an_error_with_a_suggestion() -> None:
     with pytest.raises(ValueError, match="no node or submodule 'plnt'; did you mean 'plant'"):
-        fit([weft.Phase(1), weft.Phase(1, freeze=["plnt"])])
+        fit_phases([weft.Phase(1), weft.Phase(1, freeze=["plnt"])])
 
 
 def test_a_phase_sets_weights_and_calls_its_setup_once() -> None:
     calls, seen = [], []
     watch = {"on_epoch_start": lambda t: seen.append(t.problem.terms["size"].weight.item())}
-    fit(
+    fit_phases(
         [weft.Phase(2), weft.Phase(2, weights={"size": 4.0}, setup=lambda t: calls.append(t.current_epoch))],
         hooks=watch,
     )
@@ -138,7 +123,7 @@ def test_a_longer_rollout_begins_with_its_phase() -> None:
         rollout.steps *= 2
 
     data = weft.DictDataset({"x": torch.randn(4, 1, 2)})
-    fit([weft.Phase(2), weft.Phase(2, setup=longer)], data, of)
+    fit_phases([weft.Phase(2), weft.Phase(2, setup=longer)], data, of)
     assert lengths == [3, 3, 5, 5]
 
 
@@ -161,7 +146,7 @@ def test_a_phase_trains_on_its_own_data_which_a_refresh_makes_anew(every: int | 
     def note(trainer: Any, batch: Any) -> None:
         trained.append((len(batch["x"]), len(first), len(second)))
 
-    fit(
+    fit_phases(
         [weft.Phase(3), weft.Phase(5, data=drawing(12, second))],
         drawing(8, first, every),
         seed=3,
@@ -187,15 +172,19 @@ def test_a_run_resumed_in_any_phase_ends_where_the_uninterrupted_one_does(seed: 
 
         phases = [
             weft.Phase(epochs=3, optimizer=adam),
-            weft.Phase(epochs=3, data=drawing(12, []), freeze=["plant"], weights={"size": 1.0}, optimizer=sgd),
+            weft.Phase(
+                epochs=3, data=drawing(12, []), freeze=["plant"], weights={"size": 1.0}, optimizer=sgd_with_momentum
+            ),
             weft.Phase(epochs=3, setup=lambda t: setattr(t.problem, "calls", getattr(t.problem, "calls", 0) + 1)),
         ]
-        return fit(phases, drawing(8, []), of, seed=seed, hooks={"on_epoch_start": fail}, checkpoint=True, **options)[0]
+        return fit_phases(
+            phases, drawing(8, []), of, seed=seed, hooks={"on_epoch_start": fail}, checkpoint=True, **options
+        )[0]
 
-    whole = run(problem(), run_name="whole")
+    whole = run(plant_and_policy(), run_name="whole")
     with pytest.raises(OSError, match="power"):
-        run(problem(), stop_after, run_name="broken")
-    resumed = problem()
+        run(plant_and_policy(), stop_after, run_name="broken")
+    resumed = plant_and_policy()
     again = run(resumed, run_name="broken", resume="auto")
     assert same(again.last_weights, whole.last_weights)
     assert again.history == whole.history
@@ -222,28 +211,28 @@ def test_patience_counts_anew_in_each_phase_and_ends_only_its_own() -> None:
     #                       phase 0: best 1, ends after two worse      phase 1: 7 is its first, then two worse
     of = Scripted([3.0, 1.0, 2.0, 2.0] + [7.0, 6.0, 6.5, 6.5] + [9.0] * 20)
     data = {"x": torch.zeros(2, 1)}
-    result, *_ = fit([weft.Phase(10, patience=2), weft.Phase(10, patience=2)], weft.Data(data, dev=data), of)  # type: ignore[arg-type]
+    result, *_ = fit_phases([weft.Phase(10, patience=2), weft.Phase(10, patience=2)], weft.Data(data, dev=data), of)  # type: ignore[arg-type]
     assert result.history["dev_loss"] == [3.0, 1.0, 2.0, 2.0, 7.0, 6.0, 6.5, 6.5]
     assert (result.stop_reason, result.best_metric, result.best_epoch) == ("patience", 1.0, 1)
 
 
 def test_the_last_epoch_of_each_phase_is_validated() -> None:
-    data = weft.Data(points(), dev=points(seed=2), shuffle=False)
-    result, *_ = fit([weft.Phase(4), weft.Phase(5)], data, validate_every=3)
+    data = weft.Data(tanh_points(), dev=tanh_points(seed=2), shuffle=False)
+    result, *_ = fit_phases([weft.Phase(4), weft.Phase(5)], data, validate_every=3)
     validated = [epoch for epoch, value in enumerate(result.history["dev_loss"]) if not math.isnan(value)]
     assert validated == [2, 3, 5, 8]
 
 
 def test_a_second_fit_goes_through_the_phases_again_from_the_first_optimizer() -> None:
-    phases = [weft.Phase(epochs=2, optimizer=adam), weft.Phase(epochs=2, optimizer=sgd)]
+    phases = [weft.Phase(epochs=2, optimizer=adam), weft.Phase(epochs=2, optimizer=sgd_with_momentum)]
     kinds: list[str] = []
     of, trainer = (
-        problem(),
+        plant_and_policy(),
         weft.Trainer(
             phases=phases, progress=False, hooks={"on_epoch_start": lambda t: kinds.append(type(t.optimizer).__name__)}
         ),
     )
-    data = weft.Data(points(), shuffle=False)
+    data = weft.Data(tanh_points(), shuffle=False)
     trainer.fit(of, data)
     result = trainer.fit(of, data)
     assert kinds == ["Adam", "Adam", "SGD", "SGD"] * 2
@@ -252,26 +241,26 @@ def test_a_second_fit_goes_through_the_phases_again_from_the_first_optimizer() -
 
 def test_a_second_fit_of_phases_that_share_an_optimizer_keeps_its_state() -> None:
     phases = [weft.Phase(epochs=2), weft.Phase(epochs=2, weights={"size": 0.1})]
-    of, data = problem(), weft.Data(points(), shuffle=False)
-    trainer = weft.Trainer(phases=phases, progress=False, optimizer=sgd)
+    of, data = plant_and_policy(), weft.Data(tanh_points(), shuffle=False)
+    trainer = weft.Trainer(phases=phases, progress=False, optimizer=sgd_with_momentum)
     trainer.monitors_by_default = False  # else the best weights are put back in between
     trainer.fit(of, data)
     result = trainer.fit(of, data)
-    once, *_ = fit([weft.Phase(epochs=8)], optimizer=sgd)
+    once, *_ = fit_phases([weft.Phase(epochs=8)], optimizer=sgd_with_momentum)
     assert same(result.last_weights, once.last_weights)
 
 
 def test_an_interrupted_phase_is_taken_up_where_it_was_without_beginning_again() -> None:
     calls: list[int] = []
     phases = [
-        weft.Phase(epochs=2, optimizer=sgd),
+        weft.Phase(epochs=2, optimizer=sgd_with_momentum),
         weft.Phase(
             epochs=4,
             optimizer=adam,
             freeze=["plant"],
             weights={"size": 1.0},
             setup=lambda t: calls.append(1),
-            data=weft.Data(points(seed=4), shuffle=False),
+            data=weft.Data(tanh_points(seed=4), shuffle=False),
         ),
     ]
 
@@ -285,13 +274,13 @@ def test_an_interrupted_phase_is_taken_up_where_it_was_without_beginning_again()
 
     stopped: list[Any] = []
     begun: list[float] = []
-    of = problem()
+    of = plant_and_policy()
     watch = {"on_epoch_start": lambda t: begun.append(t.problem.terms["size"].weight.item())}
     trainer = weft.Trainer(
         phases=phases, progress=False, hooks=[{"on_step_end": adapt, "on_epoch_end": interrupt}, watch]
     )
     trainer.monitors_by_default = False
-    data = weft.Data(points(), shuffle=False)
+    data = weft.Data(tanh_points(), shuffle=False)
     with pytest.raises(KeyboardInterrupt):
         trainer.fit(of, data)
     assert all(p.requires_grad for p in of.parameters())
@@ -305,9 +294,9 @@ def test_an_interrupted_phase_is_taken_up_where_it_was_without_beginning_again()
 
 
 def test_no_epochs_train_nothing() -> None:
-    of = problem()
+    of = plant_and_policy()
     before = weights(of)
-    result = weft.Trainer(epochs=0, progress=False).fit(of, weft.Data(points()))
+    result = weft.Trainer(epochs=0, progress=False).fit(of, weft.Data(tanh_points()))
     assert (result.epochs, result.steps) == (0, 0) and same(weights(of), before)
 
 

@@ -11,6 +11,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
+from tests.helpers.problems import batch_of_rows
 from weft.events import Hook
 from weft.problem.lagrangian import AugmentedLagrangian
 from weft.problem.nodes import Node
@@ -29,10 +30,6 @@ class Free(nn.Module):
         return self.x[index]
 
 
-def rows_of(n: int, **tensors: Tensor) -> dict[str, Any]:
-    return {**tensors, "name": "train", "epoch": 0, "index": torch.arange(n)}
-
-
 def test_the_augmented_lagrangian_of_one_batch_is_the_textbooks():
     """Nocedal & Wright, ch. 17.3, 17.4: (max(0, lambda + mu v)^2 - lambda^2) / (2 mu), and lambda h + mu/2 h^2."""
     loss = AugmentedLagrangian(mu=4.0, every=1, rows=5)
@@ -43,7 +40,7 @@ def test_the_augmented_lagrangian_of_one_batch_is_the_textbooks():
         [less_equal("x", 0.1, weight=2.0, name="g"), equal(lambda x: x[:, :1], "b", name="h")],
         loss=loss,
     ).double()
-    data = rows_of(5, x=x.requires_grad_(), b=target)
+    data = batch_of_rows(5, x=x.requires_grad_(), b=target)
     problem(data)
     loss.multipliers[:, :3] = torch.rand(5, 3)
     loss.multipliers[:, 3:] = torch.randn(5, 1)
@@ -103,7 +100,7 @@ def test_multipliers_of_an_equality_constrained_qp_are_those_of_its_kkt_system()
         [equal(lambda x: x @ A.T, "b", weight=0.5, name="h")],
         loss=loss,
     ).double()
-    data = rows_of(rows, c=c, b=b)
+    data = batch_of_rows(rows, c=c, b=b)
     solve(problem, data, updates=1)
     assert (loss.multipliers * 0.5 - truth[:, n:]).abs().max() > 1e-2  # one update is not enough
     solve(problem, data, updates=30)
@@ -121,7 +118,7 @@ def test_an_inequality_constrained_qp_ends_at_scipys_solution_with_nonnegative_c
         [less_equal(lambda x: x.sum(-1), 1.0, name="sum"), greater_equal("x", 0.0, name="positive")],
         loss=loss,
     ).double()
-    solve(problem, rows_of(4, c=c), updates=30)
+    solve(problem, batch_of_rows(4, c=c), updates=30)
     limits: Any = [{"type": "ineq", "fun": lambda x: 1 - x.sum()}, {"type": "ineq", "fun": lambda x: x}]
     for row, center in enumerate(c.numpy()):
         truth = minimize(lambda x, k=center: 0.5 * ((x - k) ** 2).sum(), [0.1, 0.1], constraints=limits, tol=1e-12).x
@@ -133,15 +130,15 @@ def test_an_inequality_constrained_qp_ends_at_scipys_solution_with_nonnegative_c
     assert (lam >= 0).all() and (lam * v).abs().max() < 1e-6 and lam.max() > 0.5
 
 
-def lagrangian(rows: int | None = None, **kwargs: Any) -> tuple[Problem, AugmentedLagrangian]:
+def lagrangian_problem(rows: int | None = None, **kwargs: Any) -> tuple[Problem, AugmentedLagrangian]:
     loss = AugmentedLagrangian(rows=rows, **kwargs)
     terms = [less_equal("x", 0.0, name="g"), equal("x", 1.0, name="h")]
     return Problem([], [objective(lambda x: x**2, name="f")], terms, loss=loss), loss
 
 
 def test_the_forward_changes_only_the_recorded_values_and_the_same_ones_each_time():
-    problem, loss = lagrangian()
-    data = rows_of(4, x=torch.randn(4, 1))
+    problem, loss = lagrangian_problem()
+    data = batch_of_rows(4, x=torch.randn(4, 1))
     first = problem(data)
     before = {k: v.clone() for k, v in loss.state_dict().items()}
     second = problem(data)
@@ -153,8 +150,8 @@ def test_the_forward_changes_only_the_recorded_values_and_the_same_ones_each_tim
 
 
 def test_evaluation_reports_the_penalty_loss_and_records_nothing():
-    problem, loss = lagrangian()
-    data = rows_of(3, x=torch.randn(3, 1))
+    problem, loss = lagrangian_problem()
+    data = batch_of_rows(3, x=torch.randn(3, 1))
     problem(data)
     loss.update()
     before = {k: v.clone() for k, v in loss.state_dict().items()}
@@ -167,9 +164,9 @@ def test_evaluation_reports_the_penalty_loss_and_records_nothing():
 
 
 def test_multipliers_move_every_so_many_epochs_and_only_for_rows_that_were_seen():
-    problem, loss = lagrangian(rows=4, every=2)
+    problem, loss = lagrangian_problem(rows=4, every=2)
     assert isinstance(loss, Hook)
-    problem({**rows_of(2, x=torch.ones(2, 1)), "index": torch.tensor([0, 3])})
+    problem({**batch_of_rows(2, x=torch.ones(2, 1)), "index": torch.tensor([0, 3])})
     loss.on_epoch_end(None, {})
     assert not loss.multipliers.any()
     loss.on_epoch_end(None, {})
@@ -181,40 +178,40 @@ def test_multipliers_move_every_so_many_epochs_and_only_for_rows_that_were_seen(
 
 
 def test_the_penalty_parameter_of_a_row_grows_where_its_violation_did_not_shrink_and_not_beyond_its_limit():
-    problem, loss = lagrangian(rows=2, mu=1.0, growth=3.0, mu_max=5.0, eta=0.5)
+    problem, loss = lagrangian_problem(rows=2, mu=1.0, growth=3.0, mu_max=5.0, eta=0.5)
     grown = []
     for a, b in ((1.0, 1.0), (1.0, 0.3), (1.0, 0.01), (1.0, 0.01)):  # row 0 never improves
-        problem(rows_of(2, x=1.0 + torch.tensor([[a], [b]])))
+        problem(batch_of_rows(2, x=1.0 + torch.tensor([[a], [b]])))
         loss.update()
         grown.append(loss.mu.flatten().tolist())
     assert grown[0] == [1.0, 1.0] and grown[1] == [3.0, 3.0]  # x > 0 violates g in both rows
-    problem, loss = lagrangian(rows=2, mu=1.0, growth=3.0, mu_max=5.0, eta=0.5)
+    problem, loss = lagrangian_problem(rows=2, mu=1.0, growth=3.0, mu_max=5.0, eta=0.5)
     problem.constraints.pop(0)
     grown = []
     for a, b in ((1.0, 1.0), (1.0, 0.3), (1.0, 0.01), (1.0, 0.01)):
-        problem(rows_of(2, x=1.0 + torch.tensor([[a], [b]])))
+        problem(batch_of_rows(2, x=1.0 + torch.tensor([[a], [b]])))
         loss.update()
         grown.append(loss.mu.flatten().tolist())
     assert grown == [[1.0, 1.0], [3.0, 1.0], [5.0, 1.0], [5.0, 3.0]]
 
 
 def test_buffers_grow_with_the_rows_seen_and_keep_what_is_known():
-    problem, loss = lagrangian()
-    problem(rows_of(2, x=torch.ones(2, 1)))
+    problem, loss = lagrangian_problem()
+    problem(batch_of_rows(2, x=torch.ones(2, 1)))
     loss.update()
     known = loss.multipliers.clone()
-    problem({**rows_of(1, x=torch.ones(1, 1)), "index": torch.tensor([5])})
+    problem({**batch_of_rows(1, x=torch.ones(1, 1)), "index": torch.tensor([5])})
     assert loss.multipliers.shape == (6, 2) and torch.equal(loss.multipliers[:2], known)
     assert not loss.multipliers[2:].any() and loss.mu.shape == (6, 1) and loss.violation[5].isinf()
 
 
 def test_a_saved_state_of_any_size_is_loaded_and_training_goes_on_alike():
-    problem, loss = lagrangian(every=1)
-    data = rows_of(5, x=torch.randn(5, 1))
+    problem, loss = lagrangian_problem(every=1)
+    data = batch_of_rows(5, x=torch.randn(5, 1))
     problem(data)
     loss.on_epoch_end(None, {})
-    fresh, fresh_loss = lagrangian(every=1)
-    fresh({**rows_of(2, x=torch.ones(2, 1))})  # already has another size
+    fresh, fresh_loss = lagrangian_problem(every=1)
+    fresh({**batch_of_rows(2, x=torch.ones(2, 1))})  # already has another size
     fresh.load_state_dict(copy.deepcopy(problem.state_dict()))
     for p, own in ((problem, loss), (fresh, fresh_loss)):
         p(data)
@@ -225,24 +222,24 @@ def test_a_saved_state_of_any_size_is_loaded_and_training_goes_on_alike():
 
 
 def test_another_number_of_entries_starts_anew_with_a_warning():
-    problem, loss = lagrangian()
-    problem(rows_of(2, x=torch.ones(2, 1)))
+    problem, loss = lagrangian_problem()
+    problem(batch_of_rows(2, x=torch.ones(2, 1)))
     with pytest.warns(UserWarning, match="now have 6 entries a row, before 2"):
-        problem(rows_of(2, x=torch.ones(2, 3)))
+        problem(batch_of_rows(2, x=torch.ones(2, 3)))
     assert loss.multipliers.shape == (2, 6)
 
 
 def test_the_augmented_lagrangian_says_what_it_misses():
-    problem, _ = lagrangian()
+    problem, _ = lagrangian_problem()
     with pytest.raises(KeyError, match=r"batch\['index'\]"):
         problem({"x": torch.ones(2, 1)})
     with pytest.raises(ValueError, match=r"constraint 'g' must have .* 3 rows .* shape \(2, 1\)"):
-        problem(rows_of(3, x=torch.ones(2, 1)))
+        problem(batch_of_rows(3, x=torch.ones(2, 1)))
     with pytest.raises(ValueError, match=r"rows=2"):
-        lagrangian(rows=2)[0](rows_of(3, x=torch.ones(3, 1)))
+        lagrangian_problem(rows=2)[0](batch_of_rows(3, x=torch.ones(3, 1)))
 
 
 def test_single_precision_values_under_autocast_keep_single_precision_multipliers():
-    problem, loss = lagrangian()
-    problem(rows_of(2, x=torch.ones(2, 1, dtype=torch.bfloat16)))
+    problem, loss = lagrangian_problem()
+    problem(batch_of_rows(2, x=torch.ones(2, 1, dtype=torch.bfloat16)))
     assert loss.multipliers.dtype == torch.float32 and torch.equal(loss.values[:, 0], torch.ones(2))

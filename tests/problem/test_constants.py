@@ -38,7 +38,7 @@ class Plant:
         return self.step(x)
 
 
-class Module(nn.Module):
+class WithConstants(nn.Module):
     """A torch module with a plain attribute, a buffer, and a constant of this file."""
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ CASES = {
     "a bound method": (Plant().step, {"C"}),
     "an object that is called": (Plant(), {"C"}),
     "a partial": (partial(multiply, x=None, G=torch.ones(2, 2)), {"G"}),
-    "a module": (Module(), {"plain", "A"}),
+    "a module": (WithConstants(), {"plain", "A"}),
 }
 
 

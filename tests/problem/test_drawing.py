@@ -14,7 +14,7 @@ import weft
 from weft.problem.drawing import draw
 
 
-def make_problem() -> weft.Problem:
+def sine_problem() -> weft.Problem:
     return weft.Problem(
         [weft.Node(torch.nn.Linear(1, 1), ["p"], ["x"], name="map"), weft.Node(torch.sin, ["x"], ["y"], name="sine")],
         [weft.objective(lambda y, p: (y - p) ** 2, name="fit")],
@@ -23,7 +23,7 @@ def make_problem() -> weft.Problem:
 
 
 def test_the_edges_lead_from_who_writes_a_key_to_who_reads_it() -> None:
-    assert make_problem().show().edges == [
+    assert sine_problem().show().edges == [
         ("data", "p", "map"),
         ("map", "x", "sine"),
         ("sine", "y", "fit"),
@@ -33,7 +33,7 @@ def test_the_edges_lead_from_who_writes_a_key_to_who_reads_it() -> None:
 
 
 def test_the_text_has_a_line_for_each_node_and_term() -> None:
-    lines = [" ".join(line.split()) for line in str(make_problem().show()).splitlines()]
+    lines = [" ".join(line.split()) for line in str(sine_problem().show()).splitlines()]
     assert lines == [
         "Problem 'problem'",
         "p of data --> [map] --> x",
@@ -44,7 +44,7 @@ def test_the_text_has_a_line_for_each_node_and_term() -> None:
 
 
 def test_a_drawing_is_saved_as_its_ending_says(tmp_path: Path) -> None:
-    drawing = make_problem().show()
+    drawing = sine_problem().show()
     assert '  0 -> 1 [label="x"];' in drawing.save(tmp_path / "a.dot").read_text()
     assert drawing.save(tmp_path / "a.txt").read_text() == f"{drawing}\n"
     with pytest.raises(ValueError, match="got '.pdf'"):
@@ -55,7 +55,7 @@ def test_without_graphviz_a_drawing_is_text_and_says_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    drawing = make_problem().show()
+    drawing = sine_problem().show()
     with pytest.raises(RuntimeError, match="graphviz"):
         drawing.save(tmp_path / "a.svg")
     assert drawing._repr_html_().startswith("<pre>Problem &#x27;problem&#x27;")
@@ -71,7 +71,7 @@ def picture_of(problem: weft.Problem) -> tuple[set[str], list[str]]:
 
 @pytest.mark.skipif(shutil.which("dot") is None, reason="needs graphviz's program dot (Debian's package graphviz)")
 def test_graphviz_draws_every_node_term_and_edge_once() -> None:
-    words, edges = picture_of(make_problem())
+    words, edges = picture_of(sine_problem())
     assert words == {"data", "map", "sine", "fit: objective", "limit: constraint <=", "p", "x", "y"}
     assert sorted(edges) == ["-1->0", "-1->2", "0->1", "0->3", "1->2"]
 
@@ -116,8 +116,8 @@ class Recorder:
         self.histograms.append((tag, step, values.detach().clone()))
 
 
-def train(hooks: Any, logger: Any) -> weft.Problem:
-    problem, data = make_problem(), weft.DictDataset({"p": torch.rand(8, 1)})
+def train_sine(hooks: Any, logger: Any) -> weft.Problem:
+    problem, data = sine_problem(), weft.DictDataset({"p": torch.rand(8, 1)})
     weft.Trainer(epochs=5, progress=False, hooks=hooks, loggers=logger).fit(problem, weft.Data(data, batch_size=4))
     return problem
 
@@ -130,7 +130,7 @@ def test_figures_and_histograms_are_logged_this_often() -> None:
         weft.hooks.Figures({"picture": lambda trainer: Figure()}, every=2),
         weft.hooks.WeightHistograms(every=4, gradients=True),
     ]
-    problem = train(hooks, logger)
+    problem = train_sine(hooks, logger)
     assert logger.figures == [("picture", 4), ("picture", 8), ("picture", 10)]  # every second epoch, and the last
     assert [(tag, step) for tag, step, _ in logger.histograms] == [
         (f"{kind}/nodes.0.fn.{name}", 8) for kind in ("weights", "gradients") for name in ("weight", "bias")
@@ -141,9 +141,9 @@ def test_figures_and_histograms_are_logged_this_often() -> None:
 @pytest.mark.parametrize("hook", [lambda: weft.hooks.Figures({}), lambda: weft.hooks.WeightHistograms()])
 def test_without_a_logger_that_can_show_them_it_is_an_error(hook: Any) -> None:
     with pytest.raises(ValueError, match="Add loggers='tensorboard'"):
-        train(hook(), None)
+        train_sine(hook(), None)
 
 
 def test_what_is_no_figure_is_an_error() -> None:
     with pytest.raises(TypeError, match="'picture' returned int"):
-        train(weft.hooks.Figures({"picture": lambda trainer: 3}), Recorder())
+        train_sine(weft.hooks.Figures({"picture": lambda trainer: 3}), Recorder())

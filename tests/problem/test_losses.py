@@ -11,17 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from tests.helpers.problems import batch_of_rows
 from weft.problem.lagrangian import AugmentedLagrangian
 from weft.problem.losses import BarrierLoss, PenaltyLoss
 from weft.problem.nodes import Node
 from weft.problem.problem import Problem
 from weft.problem.reading import set_term_weights
 from weft.problem.terms import equal, greater_equal, less_equal, objective
-
-
-def rows_of(n: int, **tensors: Tensor) -> dict[str, Any]:
-    return {**tensors, "name": "train", "epoch": 0, "index": torch.arange(n)}
-
 
 # ---------------------------------------------------------------------------------------------------------------- terms
 
@@ -181,7 +177,7 @@ def test_every_term_is_reported_and_they_add_up():
 
 @pytest.mark.parametrize("loss", [PenaltyLoss(), BarrierLoss(), AugmentedLagrangian()])
 def test_a_sum_of_no_terms_is_zero(loss):
-    data = rows_of(3, x=torch.ones(3, 1))
+    data = batch_of_rows(3, x=torch.ones(3, 1))
     only_f = judge(loss, [objective(lambda x: x, name="f")], [], data)
     assert float(only_f["train_penalty_loss"]) == 0.0 and float(only_f["train_loss"]) == 1.0
     only_c = judge(copy.deepcopy(loss), [], [greater_equal("x", 3.0, name="c")], data)

@@ -313,7 +313,7 @@ MISTAKES: list[tuple[dict[str, Any], list[str], str]] = [
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def config_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with files to name, and modules that are forgotten afterwards."""
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
@@ -327,12 +327,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(("config", "words", "message"), MISTAKES, ids=[m[2][:40] for m in MISTAKES])
 def test_a_mistake_is_told_by_name_and_without_a_traceback(
-    config: dict[str, Any], words: list[str], message: str, here: Path, capsys: pytest.CaptureFixture[str]
+    config: dict[str, Any], words: list[str], message: str, config_files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("run.yaml").write_text(yamlfile.dump({**BASE, **config}))
     code = cli.main(["fit", "--config", "run.yaml", *words])
     told = capsys.readouterr().err
-    assert message.replace("{here}", str(here)) in told
+    assert message.replace("{here}", str(config_files)) in told
     assert code == (cli.FAILED if "RuntimeError" in message else cli.BAD_USAGE), told
     assert "Traceback" not in told
 
@@ -341,13 +341,13 @@ def test_there_are_at_least_forty_kinds_of_mistakes() -> None:
     assert len(MISTAKES) >= 40
 
 
-def test_a_right_config_is_no_mistake(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_right_config_is_no_mistake(config_files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("run.yaml").write_text(yamlfile.dump({**BASE, "trainer": {"epochs": 1, "progress": False}}))
     assert cli.main(["fit", "--config", "run.yaml"]) == cli.OK
     assert capsys.readouterr().err == ""
 
 
-def test_all_problems_are_told_at_once(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_problems_are_told_at_once(config_files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = {**BASE, "optimiser": "Adam", "trainer": {"epochs": -1, "clip": "x"}, "batches": {"batch_size": 0}}
     Path("run.yaml").write_text(yamlfile.dump({**config, "problem": "god.py:make_problem"}))
     assert cli.main(["fit", "--config", "run.yaml", "--data"]) == cli.BAD_USAGE
@@ -359,13 +359,13 @@ def test_all_problems_are_told_at_once(here: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().err.startswith("weft: 3 problems:")
 
 
-def test_debug_shows_the_traceback(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_debug_shows_the_traceback(config_files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("run.yaml").write_text(yamlfile.dump({**BASE, "problem": "good.py:raises"}))
     assert cli.main(["fit", "--config", "run.yaml", "--debug"]) == cli.FAILED
     assert "Traceback (most recent call last)" in capsys.readouterr().err
 
 
-def test_options_are_checked_before_anything_slow_is_imported(here: Path) -> None:
+def test_options_are_checked_before_anything_slow_is_imported(config_files: Path) -> None:
     Path("run.yaml").write_text(yamlfile.dump({**BASE, "trainer": {"epochs": -1}}))
     code = "import sys; from weft.cli import main; main(['fit', '--config', 'run.yaml']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

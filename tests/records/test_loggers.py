@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 import weft
+from tests.helpers.problems import Clock
 from weft.loggers import Logging, hyperparameters, learning_rates, make_loggers
 from weft.loggers.csv import CSVLogger, read_history, read_rows
 from weft.loggers.tensorboard import TensorBoardLogger, tag_of
@@ -29,7 +30,7 @@ def events_in(folder: Path) -> EventAccumulator:
     return EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
 
 
-def points(folder: Path, tag: str) -> list[tuple[int, float]]:
+def scalar_points(folder: Path, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events_in(folder).Scalars(tag)]
 
 
@@ -181,15 +182,15 @@ def test_event_file_reads_back(tmp_path: Path) -> None:
     logger.finalize("success")
     tags = events_in(tmp_path / "run").Tags()["scalars"]
     assert sorted(tags) == ["epoch", "loss/dev", "loss/train", "lr"]
-    assert points(tmp_path / "run", "loss/train") == [(10, 1.5), (20, 0.5), (30, -0.5)]
-    assert points(tmp_path / "run", "epoch") == [(10, 0.0), (20, 1.0), (30, 2.0)]
+    assert scalar_points(tmp_path / "run", "loss/train") == [(10, 1.5), (20, 0.5), (30, -0.5)]
+    assert scalar_points(tmp_path / "run", "epoch") == [(10, 0.0), (20, 1.0), (30, 2.0)]
 
 
 def test_points_are_on_disk_after_save_without_closing(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
     logger.log_metrics({"train_loss": 1.0}, 1)
     logger.save()
-    assert points(tmp_path, "loss/train") == [(1, 1.0)]
+    assert scalar_points(tmp_path, "loss/train") == [(1, 1.0)]
     logger.finalize("success")
 
 
@@ -213,7 +214,7 @@ def test_a_rewound_run_has_each_point_once(tmp_path: Path, in_epoch: bool) -> No
         second.log_metrics({"train_loss": float(step)}, step)
     second.finalize("success")
     first._close()
-    assert points(tmp_path, "loss/train") == [(step, float(step)) for step in range(1, 8)]
+    assert scalar_points(tmp_path, "loss/train") == [(step, float(step)) for step in range(1, 8)]
 
 
 def test_without_rewinding_points_would_be_doubled(tmp_path: Path) -> None:
@@ -222,7 +223,7 @@ def test_without_rewinding_points_would_be_doubled(tmp_path: Path) -> None:
         for step in steps:
             logger.log_metrics({"train_loss": float(step)}, step)
         logger.finalize("success")
-    assert len(points(tmp_path, "loss/train")) == 9
+    assert len(scalar_points(tmp_path, "loss/train")) == 9
 
 
 @pytest.mark.parametrize(("status", "code"), [("success", 1), ("failed", 2), ("aborted", 2)])
@@ -233,7 +234,7 @@ def test_hyperparameters_come_with_their_metrics_and_status(tmp_path: Path, stat
     logger.log_final({"best_metric": 0.75}, 10)
     logger.finalize(status)
     events = events_in(tmp_path)
-    assert points(tmp_path, "final/best_metric") == [(10, 0.75)]
+    assert scalar_points(tmp_path, "final/best_metric") == [(10, 0.75)]
     read = plugin_data_pb2.HParamsPluginData.FromString  # pyright: ignore[reportAttributeAccessIssue]
     content = {tag: read(data) for tag, data in events.PluginTagToContent("hparams").items()}
     experiment = content["_hparams_/experiment"].experiment
@@ -297,16 +298,6 @@ def test_a_wrong_option_says_what_is_wrong(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- the hook
-
-
-class Clock:
-    """Seconds that pass when told to."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Scripted(torch.nn.Module):
@@ -436,7 +427,7 @@ def test_the_files_of_a_resumed_run_are_those_of_one_that_never_stopped(tmp_path
     train_with_files(tmp_path / "parts", checkpoint=when, resume="last")
     assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole") != died_with
     for tag in ("loss/train", "loss/dev", "loss_step/train", "lr"):
-        whole, parts = (points(tmp_path / name / "run", tag) for name in ("whole", "parts"))
+        whole, parts = (scalar_points(tmp_path / name / "run", tag) for name in ("whole", "parts"))
         assert parts == whole, tag
 
 
@@ -492,7 +483,7 @@ def test_lightning_loggers_are_accepted_as_they_are(tmp_path: Path) -> None:
     assert frame["train_loss"].tolist() == [1.0, 1.0] and frame["step"].tolist() == [4, 8]
     assert frame["epoch"].tolist() == [0, 1]
     assert "epochs: 2" in (tmp_path / "csv" / "a" / "hparams.yaml").read_text()
-    assert points(tmp_path / "tb" / "a", "dev_loss") == [(4, 2.0), (8, 2.0)]
+    assert scalar_points(tmp_path / "tb" / "a", "dev_loss") == [(4, 2.0), (8, 2.0)]
 
 
 def test_fabrics_csv_logger_which_refuses_hyperparameters_is_accepted(tmp_path: Path) -> None:
@@ -512,5 +503,5 @@ def test_tensorboard_and_csv_hold_the_same_numbers(tmp_path: Path) -> None:
     assert abs(rows[0].time - time.time()) < 600
     for name in ("train_loss", "lr", "steps_per_second", "seconds"):
         mine = [(row.step, row.value) for row in rows if row.name == name]
-        assert dict(points(tmp_path, tag_of(name))) == pytest.approx(dict(mine), rel=1e-6), name
-    assert points(tmp_path, "final/best_metric") == [(8, 2.0)]
+        assert dict(scalar_points(tmp_path, tag_of(name))) == pytest.approx(dict(mine), rel=1e-6), name
+    assert scalar_points(tmp_path, "final/best_metric") == [(8, 2.0)]

@@ -27,25 +27,25 @@ class Slow(nn.Module):
         return x
 
 
-def make_problem(slow: bool = True) -> weft.Problem:
+def slow_problem(slow: bool = True) -> weft.Problem:
     torch.manual_seed(0)
     nodes = [weft.Node(nn.Linear(2, 2), ["p"], ["x"], name="net")]
     nodes.append(weft.Node(Slow() if slow else nn.Identity(), ["x"], ["y"], name="filter"))
     return weft.Problem(nodes, [weft.objective(lambda y, p: (y - p) ** 2, name="f")])
 
 
-def make_data() -> weft.Data:
+def forty_rows() -> weft.Data:
     rows = weft.DictDataset({"p": torch.rand(40, 2, generator=torch.Generator().manual_seed(1))})
     return weft.Data(rows, rows, batch_size=8)
 
 
-def fit(problem: nn.Module | None = None, **options: Any) -> weft.FitResult:
+def fit_slow(problem: nn.Module | None = None, **options: Any) -> weft.FitResult:
     trainer = weft.Trainer(**{"epochs": 3, "progress": False, "seed": 0, **options})
-    return trainer.fit(problem if problem is not None else make_problem(), make_data())
+    return trainer.fit(problem if problem is not None else slow_problem(), forty_rows())
 
 
 def test_the_simple_profile_adds_up_and_names_the_slowest_node() -> None:
-    profile = fit(profiler="simple").profile
+    profile = fit_slow(profiler="simple").profile
     found = profile.to_dict()
     assert found["epochs"] == 3 and found["steps"] == 15 and found["slowest_node"] == "filter"
     assert sum(part["seconds"] for part in found["parts"].values()) == pytest.approx(found["seconds"], rel=1e-9)
@@ -82,36 +82,36 @@ def test_a_clock_that_is_read_gives_each_part_its_own_time(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("profiler", ["simple", "pytorch", "advanced"])
 def test_a_profiled_run_ends_bitwise_where_the_other_does(profiler: str, tmp_path: Path) -> None:
-    plain, profiled, other = make_problem(False), make_problem(False), make_problem(False)
-    fit(plain)
-    fit(profiled, profiler=profiler, root_dir=str(tmp_path))
-    fit(other, profiler=profiler, root_dir=str(tmp_path / "b"), seed=1)
+    plain, profiled, other = slow_problem(False), slow_problem(False), slow_problem(False)
+    fit_slow(plain)
+    fit_slow(profiled, profiler=profiler, root_dir=str(tmp_path))
+    fit_slow(other, profiler=profiler, root_dir=str(tmp_path / "b"), seed=1)
     same = [torch.equal(a, b) for a, b in zip(plain.parameters(), profiled.parameters(), strict=True)]
     assert all(same)
     assert not all(torch.equal(a, b) for a, b in zip(plain.parameters(), other.parameters(), strict=True))
 
 
 def test_nodes_are_left_as_they_were_even_when_training_fails() -> None:
-    problem = make_problem(False)
+    problem = slow_problem(False)
 
     def fail(trainer: Any, batch: Any, loss: Any) -> None:
         raise RuntimeError("enough")
 
     with pytest.raises(RuntimeError, match="enough"):
-        fit(problem, profiler="simple", hooks={"on_step_end": fail})
+        fit_slow(problem, profiler="simple", hooks={"on_step_end": fail})
     assert not [name for name, module in problem.named_modules() if "forward" in vars(module)]
 
 
 def test_without_a_profiler_every_part_is_called_as_it_is() -> None:
     trainer = weft.Trainer(epochs=1, progress=False)
-    with trainer.start(make_problem(False), make_data()) as run:
+    with trainer.start(slow_problem(False), forty_rows()) as run:
         assert watched(run.hooks, "backward", run.fabric.backward) == run.fabric.backward
         assert not [m for m in run.problem.modules() if "forward" in vars(m)]
         for _ in run.epochs():
             for batch in run.batches("train"):
                 run.update(batch)
     watching = weft.Trainer(epochs=1, progress=False, profiler="simple")
-    with watching.start(make_problem(False), make_data()) as run:
+    with watching.start(slow_problem(False), forty_rows()) as run:
         assert watched(run.hooks, "backward", run.fabric.backward) != run.fabric.backward
 
 
@@ -148,7 +148,7 @@ def test_hooks_checkpoints_rollouts_and_line_searches_have_their_rows(tmp_path: 
     assert weft.load_result(result.run_dir).steps == 2  # type: ignore[arg-type]
 
 
-class Module(pl.LightningModule):
+class ModuleOfLightning(pl.LightningModule):
     """By automatic or manual optimization, the net on two outputs of one."""
 
     def __init__(self, manual: bool) -> None:
@@ -174,9 +174,12 @@ class Module(pl.LightningModule):
         return torch.optim.Adam(self.parameters())
 
 
-def fit_module(manual: bool, profiler: str | None) -> tuple[weft.FitResult, Module]:
+def fit_module(manual: bool, profiler: str | None) -> tuple[weft.FitResult, ModuleOfLightning]:
     torch.manual_seed(0)
-    rows, module = TensorDataset(torch.rand(40, 2, generator=torch.Generator().manual_seed(1))), Module(manual)
+    rows, module = (
+        TensorDataset(torch.rand(40, 2, generator=torch.Generator().manual_seed(1))),
+        ModuleOfLightning(manual),
+    )
     loaders = {f"{split}_dataloaders": DataLoader(rows, batch_size=8) for split in ("train", "val")}
     return weft.Trainer(epochs=3, progress=False, seed=0, profiler=profiler).fit(module, **loaders), module
 
@@ -204,12 +207,14 @@ def test_a_loop_of_ones_own_and_an_own_update_are_timed_too() -> None:
             return loss
 
     trainer = Own(epochs=2, progress=False, profiler="simple")
-    parts = trainer.fit(make_problem(False), make_data()).profile.to_dict()["parts"]
+    parts = trainer.fit(slow_problem(False), forty_rows()).profile.to_dict()["parts"]
     assert [parts[name]["calls"] for name in ("forward", "backward", "optimizer")] == [10, 10, 10]
 
 
 def test_the_pytorch_trace_has_ranges_named_after_parts_and_nodes(tmp_path: Path) -> None:
-    result = fit(profiler=PyTorchProfiler(wait=1, warmup=1, active=2, shapes=True, memory=True), root_dir=str(tmp_path))
+    result = fit_slow(
+        profiler=PyTorchProfiler(wait=1, warmup=1, active=2, shapes=True, memory=True), root_dir=str(tmp_path)
+    )
     files = list((result.run_dir / "profile").glob("*.pt.trace.json"))  # type: ignore[operator]
     assert [str(f) for f in files] == result.profile.to_dict()["files"] and len(files) == 1
     events = json.loads(files[0].read_text())["traceEvents"]
@@ -222,16 +227,16 @@ def test_the_pytorch_trace_has_ranges_named_after_parts_and_nodes(tmp_path: Path
 
 def test_the_pytorch_profiler_asks_for_a_folder_and_says_when_a_run_is_too_short() -> None:
     with pytest.warns(UserWarning, match="recorded nothing: it begins after 5 \\+ 2 steps, and there were 1"):
-        result = fit(profiler="pytorch", max_steps=1)
+        result = fit_slow(profiler="pytorch", max_steps=1)
     assert result.run_dir is not None and result.run_dir.parent == Path("runs").resolve()
     with pytest.raises(ValueError, match="has no folder"):
-        fit(profiler="pytorch", fast_dev_run=True)
+        fit_slow(profiler="pytorch", fast_dev_run=True)
     with pytest.raises(ValueError, match="active=0"):
         PyTorchProfiler(active=0)
 
 
 def test_the_advanced_profile_lists_functions() -> None:
-    profile = fit(profiler="advanced").profile
+    profile = fit_slow(profiler="advanced").profile
     assert profile.to_dict()["rows"][0]["function"].endswith("(<built-in method time.sleep>)")
     assert "time.sleep" in str(profile) and profile.to_dict()["rows"][0]["calls"] == 30
 
@@ -251,29 +256,29 @@ def test_any_object_with_start_step_stop_is_a_profiler() -> None:
             self.calls.append("stop")
 
     mine = Counting()
-    assert fit(profiler=mine).profile is mine
+    assert fit_slow(profiler=mine).profile is mine
     assert mine.calls == ["start", *["step"] * 15, "stop"]
     with torch.profiler.profile() as profiler:
-        fit(make_problem(False))
+        fit_slow(slow_problem(False))
     assert "node net" not in {e.key for e in profiler.key_averages()}
     profiler = torch.profiler.profile()
-    fit(profiler=profiler)
+    fit_slow(profiler=profiler)
     assert {"node net", "forward", "backward"} <= {e.key for e in profiler.key_averages()}
 
 
 @pytest.mark.parametrize(("profiler", "error"), [("simpel", ValueError), (3, TypeError), (object(), TypeError)])
 def test_what_is_no_profiler_is_refused(profiler: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="profiler"):
-        fit(profiler=profiler)
+        fit_slow(profiler=profiler)
 
 
 def test_the_report_shows_where_the_time_went(tmp_path: Path) -> None:
     from weft.records import report
 
-    result = fit(profiler="simple", root_dir=str(tmp_path))
+    result = fit_slow(profiler="simple", root_dir=str(tmp_path))
     text = report.page(report.read_run(result.run_dir))  # type: ignore[arg-type]
     assert "Where the time goes (per step)" in text and "<th>node filter</th>" in text and "<th>backward</th>" in text
-    plain = fit(root_dir=str(tmp_path / "b"))
+    plain = fit_slow(root_dir=str(tmp_path / "b"))
     assert "Where the time goes" not in report.page(report.read_run(plain.run_dir))  # type: ignore[arg-type]
-    advanced = fit(profiler="advanced", root_dir=str(tmp_path / "c"))
+    advanced = fit_slow(profiler="advanced", root_dir=str(tmp_path / "c"))
     assert "time.sleep" in report.page(report.read_run(advanced.run_dir))  # type: ignore[arg-type]

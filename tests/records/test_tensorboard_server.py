@@ -25,7 +25,7 @@ needs_chromium = pytest.mark.skipif(
 )
 
 
-def train(root: Path, name: str, **options: Any) -> weft.FitResult:
+def train_line(root: Path, name: str, **options: Any) -> weft.FitResult:
     torch.manual_seed(0)
     problem = weft.Problem(
         [weft.Node(torch.nn.Linear(1, 1), ["x"], ["y"], name="line")],
@@ -62,7 +62,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, weft
         weft.hooks.GradientNorms(),
     ]
     profiler = weft.hooks.PyTorchProfiler(wait=1, warmup=1, active=2)
-    return root, {"a": train(root, "a", hooks=extras), "b": train(root, "b", clip=1.0, profiler=profiler)}
+    return root, {"a": train_line(root, "a", hooks=extras), "b": train_line(root, "b", clip=1.0, profiler=profiler)}
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ class Measure(weft.Hook):
         return (self.found[1][1] - self.found[0][1]) / 2**20
 
 
-def train(measure: Measure, steps: int, **options: Any) -> weft.FitResult:
+def train_measured(measure: Measure, steps: int, **options: Any) -> weft.FitResult:
     torch.manual_seed(0)  # how many directions LBFGS keeps depends on its way
     net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
     problem = weft.Problem([weft.Node(net, ["p"], ["x"])], [weft.objective(lambda x, p: (x - p[:, :1]) ** 2, name="f")])
@@ -68,7 +68,7 @@ def train(measure: Measure, steps: int, **options: Any) -> weft.FitResult:
 
 def test_ten_thousand_steps_leave_no_tensor_and_less_than_two_mib(tmp_path: Path) -> None:
     measure = Measure(500, 500 + STEPS)
-    result = train(measure, 500 + STEPS, log_every=100, root_dir=str(tmp_path), loggers="csv", patience=10**6)
+    result = train_measured(measure, 500 + STEPS, log_every=100, root_dir=str(tmp_path), loggers="csv", patience=10**6)
     assert measure.new_tensors == 0
     assert measure.new_mib < 2
     assert result.epochs == 1050 and all(type(v) is float for column in result.history.values() for v in column)
@@ -88,7 +88,7 @@ def test_ten_thousand_steps_leave_no_tensor_and_less_than_two_mib(tmp_path: Path
 @pytest.mark.filterwarnings("ignore:LBFGS no longer")
 def test_no_way_of_updating_keeps_tensors(options: dict[str, Any]) -> None:
     measure = Measure(105, 305)
-    train(measure, 306, **options)
+    train_measured(measure, 306, **options)
     history = 3 * 5 if "optimizer" in options else 0  # LBFGS keeps up to 5 directions, and drops them when it is stuck
     assert measure.new_tensors <= history
 
@@ -96,7 +96,7 @@ def test_no_way_of_updating_keeps_tensors(options: dict[str, Any]) -> None:
 def test_a_graph_or_a_loss_that_is_kept_would_be_noticed() -> None:
     kept: list[Any] = []
     measure = Measure(20, 70, keep=lambda trainer, batch, loss: kept.append(loss))
-    train(measure, 70)
+    train_measured(measure, 70)
     assert measure.new_tensors >= 50
     with pytest.raises(AssertionError, match="earlier epochs are alive"):
-        train(Measure(20, 70, keep=lambda trainer, batch, loss: kept.append(batch)), 70)
+        train_measured(Measure(20, 70, keep=lambda trainer, batch, loss: kept.append(batch)), 70)

@@ -85,7 +85,7 @@ class Notes(weft.Hook):
         self.changed.append(not same(self.before, self.state(trainer)))
 
 
-def data() -> weft.Data:
+def twelve_rows() -> weft.Data:
     p = torch.linspace(-1, 1, 12)[:, None]
     return weft.Data(weft.DictDataset({"p": p}), weft.DictDataset({"p": p[::2]}), batch_size=3, shuffle=False)
 
@@ -119,12 +119,12 @@ WAYS: dict[str, Callable[[], dict[str, Any]]] = {
 KINDS = ["loss", "term", "gradient", "one gradient"]
 
 
-def train(problem: Fragile, root: Path | None = None, **options: Any) -> tuple[weft.Trainer, weft.FitResult]:
+def train_fragile(problem: Fragile, root: Path | None = None, **options: Any) -> tuple[weft.Trainer, weft.FitResult]:
     options = {"epochs": 3, "progress": False, **options}
     if root is not None:
         options |= {"root_dir": str(root), "run_name": "run"}
     trainer = options.pop("of", weft.Trainer)(**options)
-    return trainer, trainer.fit(problem, data())
+    return trainer, trainer.fit(problem, twelve_rows())
 
 
 def is_finite(problem: nn.Module) -> bool:
@@ -139,7 +139,7 @@ def test_the_error_names_the_step_and_nothing_was_changed(way: str, kind: str, t
     call = 6 if way != "lbfgs" else 0  # LBFGS calls as often as it likes
     problem = Fragile({n: kind for n in range(call, 10**6)})
     with pytest.raises(FloatingPointError) as caught:
-        train(problem, tmp_path, hooks=notes, checkpoint={"every_n_steps": 1}, **options)
+        train_fragile(problem, tmp_path, hooks=notes, checkpoint={"every_n_steps": 1}, **options)
     step = call // (4 // steps)
     assert f"in step {step} (epoch {step // steps}, rank 0)" in str(caught.value)
     names = {"loss": "train_loss is ", "term": "penalty is nan", "gradient": "a gradient is not finite"}
@@ -162,7 +162,7 @@ def test_a_skipped_step_changes_nothing_and_is_counted(way: str, kind: str) -> N
     options = WAYS[way]()
     every = options.get("accumulate", 1)
     with pytest.warns(UserWarning, match="the step is skipped"):
-        trainer, result = train(problem, hooks=notes, on_nonfinite="skip", **options)
+        trainer, result = train_fragile(problem, hooks=notes, on_nonfinite="skip", **options)
     assert trainer.run is not None and trainer.run.progress.skipped_total == 2 and trainer.run.progress.skipped == 0
     assert [i for i, changed in enumerate(notes.changed) if not changed] == [1 // every, 6 // every]
     assert result.steps == 12 // every and is_finite(problem)
@@ -172,11 +172,11 @@ def test_a_skipped_step_changes_nothing_and_is_counted(way: str, kind: str) -> N
 
 def test_the_numbers_of_a_skipped_step_are_left_out_of_the_means() -> None:
     with pytest.warns(UserWarning, match="skipped"):
-        _, result = train(
+        _, result = train_fragile(
             Fragile({1: "loss"}), epochs=1, on_nonfinite="skip", optimizer=lambda p: torch.optim.SGD(p, lr=0.0)
         )
     problem, losses = Fragile(), []
-    for i, p in enumerate(data().train.datadict["p"].split(3)):
+    for i, p in enumerate(twelve_rows().train.datadict["p"].split(3)):
         if i != 1:
             losses.append(problem({"p": p, "name": "train", "epoch": 0})["train_loss"].detach().double())
     assert result.history["train_loss"] == [pytest.approx(float(torch.stack(losses).mean()), rel=1e-6)]
@@ -187,22 +187,22 @@ def test_a_hundred_skipped_steps_in_a_row_are_an_error_also_over_a_resume(tmp_pa
         return Fragile({n: "loss" for n in range(5, 1000)})
 
     with pytest.warns(UserWarning, match="skipped"), pytest.raises(FloatingPointError, match="100 steps in a row"):
-        train(bad(), epochs=100, on_nonfinite="skip")
+        train_fragile(bad(), epochs=100, on_nonfinite="skip")
     options: dict[str, Any] = {"on_nonfinite": "skip", "checkpoint": True, "epochs": 100, "resume": "auto"}
     with pytest.warns(UserWarning, match="skipped"):
-        train(bad(), tmp_path, max_steps=60, **options)
+        train_fragile(bad(), tmp_path, max_steps=60, **options)
     assert checkpoints.load(tmp_path / "run")[0]["progress"]["skipped"] == 55
     trainer_steps = {"max_steps": 1000}
     with pytest.raises(
         FloatingPointError, match=r"in step 104 .*100 steps in a row"
     ):  # 5 good ones, then the hundredth
-        train(bad(), tmp_path, **trainer_steps, **options)
+        train_fragile(bad(), tmp_path, **trainer_steps, **options)
 
 
 def test_stop_ends_the_run_with_its_best_weights(tmp_path: Path) -> None:
     notes, problem = Notes(), Fragile({6: "gradient"})
     with pytest.warns(UserWarning, match=r"a gradient is not finite in step 6 .*training stops"):
-        _, result = train(problem, tmp_path, hooks=notes, on_nonfinite="stop", checkpoint=True)
+        _, result = train_fragile(problem, tmp_path, hooks=notes, on_nonfinite="stop", checkpoint=True)
     assert result.stop_reason == "nonfinite" and not notes.changed[-1] and len(notes.changed) == 7
     assert is_finite(problem) and result.best_epoch is not None
     state, _ = checkpoints.load(tmp_path / "run")
@@ -212,7 +212,7 @@ def test_stop_ends_the_run_with_its_best_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_metric_that_is_not_finite_is_never_the_best(bad: float, tmp_path: Path) -> None:
     problem = Fragile(dev=[bad, 0.5, bad, 0.0, bad])
-    _, result = train(problem, tmp_path, epochs=5, checkpoint=True)
+    _, result = train_fragile(problem, tmp_path, epochs=5, checkpoint=True)
     assert result.best_epoch == 3 and result.best_metric is not None and math.isfinite(result.best_metric)
     state, path = checkpoints.load(tmp_path / "run", "best")
     assert path.name == "step-000000016.ckpt" and same(dict(state["problem"]), dict(problem.state_dict()))
@@ -222,7 +222,7 @@ def test_a_metric_that_is_not_finite_is_never_the_best(bad: float, tmp_path: Pat
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_without_any_finite_metric_the_problem_keeps_its_last_weights(bad: float, mode: str, tmp_path: Path) -> None:
     problem = Fragile(dev=[bad] * 3)
-    _, result = train(problem, tmp_path, checkpoint=True, monitor_mode=mode)
+    _, result = train_fragile(problem, tmp_path, checkpoint=True, monitor_mode=mode)
     assert result.best_epoch is None and result.best_metric is None and result.epochs == 3
     assert same(dict(result.last_weights), dict(problem.state_dict())) and is_finite(problem)
     assert not (tmp_path / "run/checkpoints/best").exists()
@@ -231,21 +231,21 @@ def test_without_any_finite_metric_the_problem_keeps_its_last_weights(bad: float
 
 
 def test_patience_counts_a_metric_that_is_not_finite_as_no_improvement() -> None:
-    _, result = train(Fragile(dev=[0.0, *[math.nan] * 9]), epochs=10, patience=3)
+    _, result = train_fragile(Fragile(dev=[0.0, *[math.nan] * 9]), epochs=10, patience=3)
     assert result.stop_reason == "patience" and result.epochs == 4 and result.best_epoch == 0
-    _, result = train(Fragile(dev=[*[math.nan] * 5, 0.0, *[0.0] * 4]), epochs=10, patience=3)
+    _, result = train_fragile(Fragile(dev=[*[math.nan] * 5, 0.0, *[0.0] * 4]), epochs=10, patience=3)
     assert result.stop_reason == "patience" and result.epochs == 3 and result.best_epoch is None
 
 
 def test_a_skip_is_resumed_bitwise(tmp_path: Path) -> None:
     options: dict[str, Any] = {"on_nonfinite": "skip", "checkpoint": {"every_n_steps": 1}}
     with pytest.warns(UserWarning, match="skipped"):
-        train(Fragile({3: "loss", 5: "gradient"}), tmp_path / "whole", **options)
+        train_fragile(Fragile({3: "loss", 5: "gradient"}), tmp_path / "whole", **options)
     with pytest.warns(UserWarning, match="skipped"):
-        train(Fragile({3: "loss", 5: "gradient"}), tmp_path / "cut", max_steps=4, **options)
+        train_fragile(Fragile({3: "loss", 5: "gradient"}), tmp_path / "cut", max_steps=4, **options)
     state, _ = checkpoints.load(tmp_path / "cut/run")
     assert state["progress"]["skipped_total"] == 1 and state["progress"]["step"] == 4
-    train(Fragile({3: "loss", 5: "gradient"}), tmp_path / "cut", resume="last", **options)
+    train_fragile(Fragile({3: "loss", 5: "gradient"}), tmp_path / "cut", resume="last", **options)
     ends = [checkpoints.load(tmp_path / name / "run")[0] for name in ("whole", "cut")]
     for end in ends:
         del end["progress"]["seconds"]

@@ -30,16 +30,16 @@ from torch.optim.lr_scheduler import (
 from torch.optim.swa_utils import SWALR
 
 import weft
-from tests.helpers.bitwise import same
+from tests.helpers.bitwise import same, weights
 
 
-def regression(rows: int = 24, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def regression_rows(rows: int = 24, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(rows, 2, generator=generator, dtype=dtype)
     return {"x": x, "y": torch.sin(x.sum(-1, keepdim=True))}
 
 
-class Regression(nn.Module):
+class BodyAndHead(nn.Module):
     """A body and a head; the loss is their squared error."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
@@ -52,16 +52,14 @@ class Regression(nn.Module):
         return {"loss": (self.head(self.body(batch["x"])) - batch["y"]).square().mean()}
 
 
-def fit(problem: nn.Module, data: Any, **options: Any) -> tuple[weft.FitResult, weft.Trainer]:
+def fit_quietly(problem: nn.Module, data: Any, **options: Any) -> tuple[weft.FitResult, weft.Trainer]:
     trainer = weft.Trainer(progress=False, **options)
     return trainer.fit(problem, data), trainer
 
 
-def weights(problem: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in problem.state_dict().items()}
-
-
-def by_hand(problem: nn.Module, data: dict[str, Tensor], epochs: int, optimizers: list[Any], after: Any = None) -> None:
+def steps_by_hand(
+    problem: nn.Module, data: dict[str, Tensor], epochs: int, optimizers: list[Any], after: Any = None
+) -> None:
     for epoch in range(epochs):
         for optimizer in optimizers:
             optimizer.zero_grad()
@@ -73,7 +71,7 @@ def by_hand(problem: nn.Module, data: dict[str, Tensor], epochs: int, optimizers
             after(epoch, loss)
 
 
-def plain(data: dict[str, Tensor]) -> weft.Data:
+def in_order(data: dict[str, Tensor]) -> weft.Data:
     return weft.Data(weft.DictDataset(data), shuffle=False)
 
 
@@ -91,32 +89,34 @@ def plain(data: dict[str, Tensor]) -> weft.Data:
     ids=["sgd", "adamw", "rmsprop", "muon"],
 )
 def test_an_optimizer_steps_as_in_a_loop_written_by_hand(make: Callable[..., Any]) -> None:
-    ours, theirs, data = Regression(), Regression(), regression()
-    result, _ = fit(ours, plain(data), epochs=7, optimizer=make)
-    by_hand(theirs, data, 7, [make(list(theirs.parameters()))])
+    ours, theirs, data = BodyAndHead(), BodyAndHead(), regression_rows()
+    result, _ = fit_quietly(ours, in_order(data), epochs=7, optimizer=make)
+    steps_by_hand(theirs, data, 7, [make(list(theirs.parameters()))])
     assert same(result.last_weights, weights(theirs))
-    by_hand(theirs, data, 1, [make(list(theirs.parameters()))])
+    steps_by_hand(theirs, data, 1, [make(list(theirs.parameters()))])
     assert not same(result.last_weights, weights(theirs))
 
 
 def test_groups_of_parameters_keep_their_own_learning_rates() -> None:
-    ours, theirs, data = Regression(), Regression(), regression()
+    ours, theirs, data = BodyAndHead(), BodyAndHead(), regression_rows()
 
-    def grouped(problem: Regression) -> torch.optim.Optimizer:
+    def grouped(problem: BodyAndHead) -> torch.optim.Optimizer:
         body, head = problem.body.parameters(), problem.head.parameters()
         return torch.optim.Adam([{"params": body, "lr": 1e-3}, {"params": head, "lr": 1e-1}])
 
-    result, _ = fit(ours, plain(data), epochs=5, optimizer=grouped(ours))
-    by_hand(theirs, data, 5, [grouped(theirs)])
+    result, _ = fit_quietly(ours, in_order(data), epochs=5, optimizer=grouped(ours))
+    steps_by_hand(theirs, data, 5, [grouped(theirs)])
     assert same(result.last_weights, weights(theirs))
 
 
 def test_an_optimizer_per_node_gets_the_parameters_of_that_node() -> None:
-    ours, theirs, data = Regression(), Regression(), regression()
+    ours, theirs, data = BodyAndHead(), BodyAndHead(), regression_rows()
     rates = {"body": 0.05, "head": 0.2}
     made = {name: lambda p, lr=lr: torch.optim.SGD(p, lr=lr) for name, lr in rates.items()}
-    result, trainer = fit(ours, plain(data), epochs=5, optimizer=made)
-    by_hand(theirs, data, 5, [torch.optim.SGD(getattr(theirs, name).parameters(), lr=lr) for name, lr in rates.items()])
+    result, trainer = fit_quietly(ours, in_order(data), epochs=5, optimizer=made)
+    steps_by_hand(
+        theirs, data, 5, [torch.optim.SGD(getattr(theirs, name).parameters(), lr=lr) for name, lr in rates.items()]
+    )
     assert same(result.last_weights, weights(theirs))
     assert list(trainer.optimizers) == ["body", "head"]
 
@@ -124,17 +124,17 @@ def test_an_optimizer_per_node_gets_the_parameters_of_that_node() -> None:
 def test_an_optimizer_for_a_node_that_does_not_exist_is_an_error_with_a_suggestion() -> None:
     made = {"body": torch.optim.SGD, "heat": torch.optim.SGD}
     with pytest.raises(ValueError, match="no node or submodule 'heat'; did you mean 'head'"):
-        fit(Regression(), plain(regression()), epochs=1, optimizer=made)
+        fit_quietly(BodyAndHead(), in_order(regression_rows()), epochs=1, optimizer=made)
 
 
 def test_a_parameter_in_two_optimizers_is_an_error_that_names_it() -> None:
-    problem = Regression()
+    problem = BodyAndHead()
     twice = {
         "all": torch.optim.SGD(problem.parameters(), lr=0.1),
         "head": torch.optim.SGD(problem.head.parameters(), lr=0.1),
     }
     with pytest.raises(ValueError, match=r"'head.weight', 'head.bias'.*belong to several optimizers"):
-        fit(problem, plain(regression()), epochs=1, optimizer=twice)
+        fit_quietly(problem, in_order(regression_rows()), epochs=1, optimizer=twice)
 
 
 class TwoLosses(nn.Module):
@@ -157,7 +157,7 @@ def test_either_all_optimizers_step_or_none(breaks: bool) -> None:
     data = weft.DictDataset({"x": torch.full((2, 1), 1e9 if breaks else 0.0)})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        fit(problem, data, epochs=1, optimizer=optimizers, on_nonfinite="skip")
+        fit_quietly(problem, data, epochs=1, optimizer=optimizers, on_nonfinite="skip")
     assert (problem.a.item() == 1.0, problem.b.item() == 1.0) == (breaks, breaks)
 
 
@@ -195,25 +195,25 @@ def sgd(params: Any) -> torch.optim.Optimizer:
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_kind_of_scheduler_steps_as_in_a_loop_written_by_hand_and_is_resumed(name: str) -> None:
-    ours, theirs, data = Regression(), Regression(), regression()
-    result, _ = fit(ours, plain(data), epochs=9, optimizer=sgd, scheduler=SCHEDULERS[name])
+    ours, theirs, data = BodyAndHead(), BodyAndHead(), regression_rows()
+    result, _ = fit_quietly(ours, in_order(data), epochs=9, optimizer=sgd, scheduler=SCHEDULERS[name])
     optimizer = sgd(theirs.parameters())
     scheduler = SCHEDULERS[name](optimizer)
-    by_hand(theirs, data, 9, [optimizer], lambda _, loss: step_scheduler(scheduler, loss))
+    steps_by_hand(theirs, data, 9, [optimizer], lambda _, loss: step_scheduler(scheduler, loss))
     assert same(result.last_weights, weights(theirs))
 
-    interrupted, resumed = Regression(), Regression()
+    interrupted, resumed = BodyAndHead(), BodyAndHead()
     options = {"optimizer": sgd, "scheduler": SCHEDULERS[name], "checkpoint": True, "run_name": "it"}
     fuse = [5]  # the power goes when this epoch begins
     options["hooks"] = {"on_epoch_start": lambda t: t.current_epoch in fuse and 1 / 0}
     with pytest.raises(ZeroDivisionError):
-        fit(interrupted, plain(data), epochs=9, **options)
+        fit_quietly(interrupted, in_order(data), epochs=9, **options)
     fuse.clear()
-    again, _ = fit(resumed, plain(data), epochs=9, resume="auto", **options)
+    again, _ = fit_quietly(resumed, in_order(data), epochs=9, resume="auto", **options)
     assert same(again.last_weights, weights(theirs))
 
-    without = Regression()
-    constant, _ = fit(without, plain(data), epochs=9, optimizer=sgd)
+    without = BodyAndHead()
+    constant, _ = fit_quietly(without, in_order(data), epochs=9, optimizer=sgd)
     assert not same(constant.last_weights, weights(theirs))
 
 
@@ -223,10 +223,10 @@ def step_scheduler(scheduler: Any, loss: Tensor) -> None:
 
 @pytest.mark.parametrize(("interval", "frequency"), [("step", 1), ("step", 3), ("epoch", 2)])
 def test_a_schedule_steps_at_its_interval_and_frequency(interval: Any, frequency: int) -> None:
-    data, rates = regression(rows=24), []
+    data, rates = regression_rows(rows=24), []
     schedule = weft.Schedule(lambda o: ExponentialLR(o, 0.5), interval=interval, frequency=frequency)
     watch = {"on_step_end": lambda t, b, loss: rates.append(t.optimizer.param_groups[0]["lr"])}
-    fit(Regression(), weft.Data(data, batch_size=8), epochs=4, optimizer=sgd, scheduler=schedule, hooks=watch)
+    fit_quietly(BodyAndHead(), weft.Data(data, batch_size=8), epochs=4, optimizer=sgd, scheduler=schedule, hooks=watch)
     # 3 steps an epoch; a schedule by steps has stepped before on_step_end
     counts = [(n + 1) if interval == "step" else n // 3 for n in range(12)]
     assert rates == [0.1 * 0.5 ** (count // frequency) for count in counts]
@@ -235,11 +235,11 @@ def test_a_schedule_steps_at_its_interval_and_frequency(interval: Any, frequency
 def test_a_plateau_by_steps_is_refused_because_its_metric_is_known_once_an_epoch() -> None:
     schedule = weft.Schedule(ReduceLROnPlateau, interval="step")
     with pytest.raises(ValueError, match="follows a metric, which is known once an epoch: use interval='epoch'"):
-        fit(Regression(), plain(regression()), epochs=4, optimizer=sgd, scheduler=schedule)
+        fit_quietly(BodyAndHead(), in_order(regression_rows()), epochs=4, optimizer=sgd, scheduler=schedule)
 
 
 def test_a_monitored_schedule_waits_in_epochs_without_validation_and_misses_a_wrong_name() -> None:
-    data = regression()
+    data = regression_rows()
     both = weft.Data(data, dev=data, shuffle=False)
 
     def plateau(monitor: str) -> weft.Schedule:
@@ -248,10 +248,10 @@ def test_a_monitored_schedule_waits_in_epochs_without_validation_and_misses_a_wr
     rates: list[float] = []
     watch = {"on_epoch_start": lambda t: rates.append(t.optimizer.param_groups[0]["lr"])}
     options = {"optimizer": sgd, "validate_every": 2, "hooks": watch}
-    fit(Regression(), both, epochs=7, scheduler=plateau("dev_loss"), **options)
+    fit_quietly(BodyAndHead(), both, epochs=7, scheduler=plateau("dev_loss"), **options)
     assert rates == [0.1, 0.1, 0.1, 0.1, 0.05, 0.05, 0.025]  # validated after epochs 1, 3, 5
     with pytest.raises(ValueError, match="needs the metric 'dev_los', .* did you mean 'dev_loss'"):
-        fit(Regression(), both, epochs=7, scheduler=plateau("dev_los"), **options)
+        fit_quietly(BodyAndHead(), both, epochs=7, scheduler=plateau("dev_los"), **options)
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def lbfgs(params: Any, **options: Any) -> torch.optim.LBFGS:
     return torch.optim.LBFGS(params, **{"max_iter": 6, "line_search_fn": "strong_wolfe", **options})
 
 
-class CountedRegression(Regression):
+class CountedRegression(BodyAndHead):
     """Counts how often it is evaluated with gradients."""
 
     evaluations = 0
@@ -275,11 +275,11 @@ class CountedRegression(Regression):
 @pytest.mark.parametrize("search", ["strong_wolfe", None])
 @pytest.mark.parametrize("rows", [None, 10])
 def test_lbfgs_evaluates_and_ends_as_in_a_loop_written_by_hand(search: str | None, rows: int | None) -> None:
-    data, epochs = regression(dtype=torch.float64), 5
+    data, epochs = regression_rows(dtype=torch.float64), 5
     ours, theirs = CountedRegression(torch.float64), CountedRegression(torch.float64)
     size = rows or len(data["x"])
     batches = [{k: v[i : i + size] for k, v in data.items()} for i in range(0, len(data["x"]), size)]
-    result, _ = fit(
+    result, _ = fit_quietly(
         ours,
         weft.Data(data, batch_size=rows, shuffle=False),
         epochs=epochs,
@@ -308,11 +308,11 @@ def test_lbfgs_evaluates_and_ends_as_in_a_loop_written_by_hand(search: str | Non
 
 
 def test_accumulated_batches_are_one_loss_for_a_line_search() -> None:
-    data = regression(dtype=torch.float64)
-    whole, parts = Regression(torch.float64), Regression(torch.float64)
+    data = regression_rows(dtype=torch.float64)
+    whole, parts = BodyAndHead(torch.float64), BodyAndHead(torch.float64)
     options = {"epochs": 3, "precision": "64-true", "optimizer": lbfgs}
-    one, _ = fit(whole, plain(data), **options)
-    many, _ = fit(parts, weft.Data(data, batch_size=10, shuffle=False), accumulate=3, **options)
+    one, _ = fit_quietly(whole, in_order(data), **options)
+    many, _ = fit_quietly(parts, weft.Data(data, batch_size=10, shuffle=False), accumulate=3, **options)
     assert many.evaluations == one.evaluations
     for name, value in one.last_weights.items():
         torch.testing.assert_close(many.last_weights[name], value, rtol=1e-9, atol=1e-12)
@@ -334,9 +334,9 @@ def test_accumulated_batches_are_one_loss_for_a_line_search() -> None:
     ],
 )
 def test_lbfgs_says_which_of_its_options_ended_it(options: dict[str, Any], reason: str) -> None:
-    problem = Regression(torch.float64)
-    data = plain(regression(dtype=torch.float64))
-    result, _ = fit(problem, data, epochs=1, precision="64-true", optimizer=lambda p: lbfgs(p, **options))
+    problem = BodyAndHead(torch.float64)
+    data = in_order(regression_rows(dtype=torch.float64))
+    result, _ = fit_quietly(problem, data, epochs=1, precision="64-true", optimizer=lambda p: lbfgs(p, **options))
     assert result.search_stop == reason
     assert f"the last ended by {reason}" in result._repr_html_()
 
@@ -344,8 +344,10 @@ def test_lbfgs_says_which_of_its_options_ended_it(options: dict[str, Any], reaso
 def test_lbfgs_at_the_end_of_float32_says_so_once_and_in_float64_goes_on(no_warnings: list[Any]) -> None:
     def ends(precision: str) -> float:
         options = {"epochs": 12, "precision": precision, "monitor_metric": "train_loss"}
-        problem, data = Regression(), plain(regression())
-        result, _ = fit(problem, data, optimizer=lambda p: lbfgs(p, max_iter=100, tolerance_grad=0.0), **options)
+        problem, data = BodyAndHead(), in_order(regression_rows())
+        result, _ = fit_quietly(
+            problem, data, optimizer=lambda p: lbfgs(p, max_iter=100, tolerance_grad=0.0), **options
+        )
         assert result.best_metric is not None
         return result.best_metric
 
@@ -357,7 +359,7 @@ def test_lbfgs_at_the_end_of_float32_says_so_once_and_in_float64_goes_on(no_warn
 
 
 def test_a_number_that_is_not_finite_in_a_search_gives_weights_and_search_back() -> None:
-    class Breaking(Regression):
+    class Breaking(BodyAndHead):
         broken = False
 
         def forward(self, batch: Any) -> dict[str, Tensor]:
@@ -380,9 +382,9 @@ def test_a_number_that_is_not_finite_in_a_search_gives_weights_and_search_back()
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            result, trainer = fit(
+            result, trainer = fit_quietly(
                 problem,
-                plain(regression(dtype=torch.float64)),
+                in_order(regression_rows(dtype=torch.float64)),
                 epochs=4,
                 precision="64-true",
                 optimizer=lbfgs,
@@ -407,7 +409,9 @@ def test_an_error_in_the_middle_of_a_search_leaves_the_weights_from_before_it() 
 
     problem, before = Failing(torch.float64), weights(Failing(torch.float64))
     with pytest.raises(ArithmeticError, match="the plant blew up"):
-        fit(problem, plain(regression(dtype=torch.float64)), epochs=1, precision="64-true", optimizer=lbfgs)
+        fit_quietly(
+            problem, in_order(regression_rows(dtype=torch.float64)), epochs=1, precision="64-true", optimizer=lbfgs
+        )
     assert same(weights(problem), before)
 
 
@@ -420,26 +424,26 @@ def copied(value: Any) -> Any:
 
 
 def test_lbfgs_is_resumed_to_the_last_bit() -> None:
-    data = plain(regression(dtype=torch.float64))
+    data = in_order(regression_rows(dtype=torch.float64))
     fuse: list[int] = []  # the power goes when this epoch begins
     options = {"epochs": 6, "precision": "64-true", "optimizer": lbfgs}
     options["hooks"] = {"on_epoch_start": lambda t: t.current_epoch in fuse and 1 / 0}
-    whole, _ = fit(Regression(torch.float64), data, **options)
+    whole, _ = fit_quietly(BodyAndHead(torch.float64), data, **options)
     fuse.append(3)
     with pytest.raises(ZeroDivisionError):
-        fit(Regression(torch.float64), data, checkpoint=True, run_name="it", **options)
+        fit_quietly(BodyAndHead(torch.float64), data, checkpoint=True, run_name="it", **options)
     fuse.clear()
-    again, _ = fit(Regression(torch.float64), data, checkpoint=True, run_name="it", resume="auto", **options)
+    again, _ = fit_quietly(BodyAndHead(torch.float64), data, checkpoint=True, run_name="it", resume="auto", **options)
     assert same(again.last_weights, whole.last_weights)
     assert (again.evaluations, again.search_stop) == (whole.evaluations, whole.search_stop)
 
 
 def test_clipping_has_no_effect_on_a_line_search_and_says_so() -> None:
-    data = plain(regression(dtype=torch.float64))
+    data = in_order(regression_rows(dtype=torch.float64))
     options = {"epochs": 2, "precision": "64-true", "optimizer": lbfgs}
-    free, _ = fit(Regression(torch.float64), data, **options)
+    free, _ = fit_quietly(BodyAndHead(torch.float64), data, **options)
     with pytest.warns(UserWarning, match="clip=0.001 has no effect with LBFGS"):
-        clipped, _ = fit(Regression(torch.float64), data, clip=1e-3, **options)
+        clipped, _ = fit_quietly(BodyAndHead(torch.float64), data, clip=1e-3, **options)
     assert same(free.last_weights, clipped.last_weights)
 
 
@@ -456,9 +460,9 @@ class Sam(torch.optim.SGD):
 
 
 def test_any_optimizer_that_needs_a_closure_is_given_one() -> None:
-    ours, theirs, data = CountedRegression(), Regression(), regression()
-    result, _ = fit(ours, plain(data), epochs=3, optimizer=lambda p: Sam(p, lr=0.1))
-    by_hand(theirs, data, 6, [torch.optim.SGD(theirs.parameters(), lr=0.1)])
+    ours, theirs, data = CountedRegression(), BodyAndHead(), regression_rows()
+    result, _ = fit_quietly(ours, in_order(data), epochs=3, optimizer=lambda p: Sam(p, lr=0.1))
+    steps_by_hand(theirs, data, 6, [torch.optim.SGD(theirs.parameters(), lr=0.1)])
     assert same(result.last_weights, weights(theirs))
     assert result.evaluations == ours.evaluations == 6
     assert result.history["sam_evaluations"] == [2.0, 2.0, 2.0]
@@ -468,7 +472,7 @@ def test_any_optimizer_that_needs_a_closure_is_given_one() -> None:
 def test_a_closure_optimizer_beside_another_is_an_error() -> None:
     made = {"body": torch.optim.SGD, "head": torch.optim.LBFGS}
     with pytest.raises(ValueError, match=r"\['body', 'head'\]: LBFGS, which needs a closure, must be the only one"):
-        fit(Regression(), plain(regression()), epochs=1, optimizer=made)
+        fit_quietly(BodyAndHead(), in_order(regression_rows()), epochs=1, optimizer=made)
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -512,7 +516,9 @@ def gan_optimizers(problem: Gan) -> dict[str, torch.optim.Optimizer]:
 
 def test_a_gan_that_returns_both_losses_takes_all_gradients_before_any_step() -> None:
     ours, theirs, data = Gan(), Gan(), gan_data()
-    result, _ = fit(ours, plain(data), epochs=6, optimizer=gan_optimizers(ours), monitor_metric="train_generator")
+    result, _ = fit_quietly(
+        ours, in_order(data), epochs=6, optimizer=gan_optimizers(ours), monitor_metric="train_generator"
+    )
     optimizers = gan_optimizers(theirs)
     for _ in range(6):
         losses = theirs(data)
@@ -554,7 +560,7 @@ def test_alternating_updates_written_with_backward_and_step_equal_the_loop_writt
 
     ours, theirs, data = Gan(), Gan(), gan_data()
     trainer = GanTrainer(epochs=6, optimizer=gan_optimizers(ours), monitor_metric="train_generator", progress=False)
-    result = trainer.fit(ours, plain(data))
+    result = trainer.fit(ours, in_order(data))
     alternate(theirs, data, order, 6)
     assert same(result.last_weights, weights(theirs))
     assert result.steps == 6
@@ -573,7 +579,9 @@ def test_losses_taken_before_any_step_are_not_lost_when_the_first_optimizer_step
                 self.step(name)
 
     at_once, apart, data = Gan(), Gan(), gan_data()
-    one, _ = fit(at_once, plain(data), epochs=4, optimizer=gan_optimizers(at_once), monitor_metric="train_generator")
+    one, _ = fit_quietly(
+        at_once, in_order(data), epochs=4, optimizer=gan_optimizers(at_once), monitor_metric="train_generator"
+    )
     trainer = GanTrainer(epochs=4, optimizer=gan_optimizers(apart), progress=False)
     trainer.monitors_by_default = False
-    assert same(trainer.fit(apart, plain(data)).last_weights, one.last_weights)
+    assert same(trainer.fit(apart, in_order(data)).last_weights, one.last_weights)

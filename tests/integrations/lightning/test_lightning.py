@@ -19,18 +19,17 @@ from torch import nn
 from torch.nn import functional as F
 
 import weft
-from tests.helpers.bitwise import same
+from tests.helpers.bitwise import same, weights
 from tests.helpers.lightning_tools import (
     LIGHTNING_WARNINGS,
     QUIET,
-    Line,
+    LineModule,
     both,
     lightning_trainer,
     line,
     loaders,
-    points,
+    point_loader,
     weft_trainer,
-    weights,
 )
 from weft.devices.seeding import seed_everything
 from weft.loop.adapters import adapter_for, split_hooks
@@ -42,21 +41,21 @@ pytestmark = [pytest.mark.filterwarnings(w) for w in LIGHTNING_WARNINGS]
 
 
 def test_validate_test_and_predict_give_lightnings_numbers() -> None:
-    module, data = line(), points(10, 1)
+    module, data = line(), point_loader(10, 1)
     theirs = lightning_trainer()
     expected = [theirs.validate(module, data, verbose=False)[0], theirs.test(module, data, verbose=False)[0]]
     predicted = theirs.predict(module, data)
     ours = weft_trainer()
     assert [ours.validate(module, data), ours.test(module, dataloaders=data)] == expected
     assert same(ours.predict(module, data), predicted)
-    assert ours.validate(module, points(10, 2)) != expected[0]
+    assert ours.validate(module, point_loader(10, 2)) != expected[0]
 
 
 def test_after_a_fit_evaluation_takes_module_and_data_from_it() -> None:
     module, trainer = line(), weft_trainer(max_epochs=2)
     result = trainer.fit(module, **loaders())
     assert trainer.validate()["val_loss"] == result.history["val_loss"][-1]
-    assert trainer.test(dataloaders=points(5)).keys() == {"test_loss", "rows"}
+    assert trainer.test(dataloaders=point_loader(5)).keys() == {"test_loss", "rows"}
     with pytest.raises(ValueError, match="no test data"):
         trainer.test()
 
@@ -70,7 +69,7 @@ def test_a_data_module_serves_every_stage() -> None:
 
 
 def test_several_loaders_are_told_apart_by_their_number() -> None:
-    class Two(Line):
+    class Two(LineModule):
         def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
             self.log("test_loss", F.mse_loss(self(batch[0]), batch[1]))
 
@@ -78,18 +77,18 @@ def test_several_loaders_are_told_apart_by_their_number() -> None:
             return dataloader_idx, self(batch[0])
 
     seed_everything(0)
-    module, data = Two(), [points(6, 1), points(9, 2)]
+    module, data = Two(), [point_loader(6, 1), point_loader(9, 2)]
     expected = {k: v for found in lightning_trainer().test(module, data, verbose=False) for k, v in found.items()}
     assert weft_trainer().test(module, data) == expected
     assert same(weft_trainer().predict(module, data), lightning_trainer().predict(module, data))
     with pytest.raises(RuntimeError, match="takes dataloader_idx, but there is one loader"):
         weft_trainer().test(module, data[0])
     with pytest.raises(RuntimeError, match="validation_step needs the argument dataloader_idx=0: there are 2"):
-        weft_trainer().validate(Line(), data)
+        weft_trainer().validate(LineModule(), data)
 
 
 def test_evaluation_without_gradients_unless_the_module_asks() -> None:
-    class Slope(Line):
+    class Slope(LineModule):
         grad_inference = True
 
         def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -97,10 +96,10 @@ def test_evaluation_without_gradients_unless_the_module_asks() -> None:
             (slope,) = torch.autograd.grad(self(x).sum(), x)
             self.log("slope", slope.mean())
 
-    assert weft_trainer().validate(Slope(), points(4))["slope"] != 0.0
+    assert weft_trainer().validate(Slope(), point_loader(4))["slope"] != 0.0
     Slope.grad_inference = False
     with pytest.raises(RuntimeError, match="does not require grad"):
-        weft_trainer().validate(Slope(), points(4))
+        weft_trainer().validate(Slope(), point_loader(4))
 
 
 # ------------------------------------------------------------------ the fit
@@ -155,7 +154,7 @@ def test_weft_hooks_listen_besides_callbacks() -> None:
 
 
 def test_numbers_that_are_not_finite_stop_the_run_before_the_weights_are_touched() -> None:
-    class Bad(Line):
+    class Bad(LineModule):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return super().training_step(batch, batch_idx) * (float("nan") if self.global_step == 2 else 1.0)
 
@@ -169,7 +168,7 @@ def test_numbers_that_are_not_finite_stop_the_run_before_the_weights_are_touched
 
 
 def test_a_manual_step_with_gradients_that_are_not_finite_is_caught() -> None:
-    class Bad(Line):
+    class Bad(LineModule):
         def __init__(self) -> None:
             super().__init__()
             self.automatic_optimization = False
@@ -186,7 +185,7 @@ def test_a_manual_step_with_gradients_that_are_not_finite_is_caught() -> None:
 
 
 def test_a_module_whose_log_is_its_own_still_logs() -> None:
-    class Own(Line):
+    class Own(LineModule):
         def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
             super().log(f"own/{name}", value, *args, **kwargs)
 
@@ -196,7 +195,7 @@ def test_a_module_whose_log_is_its_own_still_logs() -> None:
 
 
 def test_logged_values_are_copies() -> None:
-    class Copies(Line):
+    class Copies(LineModule):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             self.log("first_weight", self.net.weight[0, 0], on_step=False, on_epoch=True, reduce_fx="sum")
             return super().training_step(batch, batch_idx)
@@ -219,7 +218,7 @@ def test_logged_values_are_copies() -> None:
     ],
 )
 def test_what_cannot_be_logged_raises_with_its_name(call: Any, error: type[Exception], message: str) -> None:
-    class Logs(Line):
+    class Logs(LineModule):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             call(self)
             return super().training_step(batch, batch_idx)
@@ -229,7 +228,7 @@ def test_what_cannot_be_logged_raises_with_its_name(call: Any, error: type[Excep
 
 
 def test_logging_outside_of_training_raises_with_the_place() -> None:
-    class Early(Line):
+    class Early(LineModule):
         def on_fit_start(self) -> None:
             self.log("x", 1.0)
 
@@ -241,7 +240,7 @@ def test_loggers_get_settings_and_what_the_module_logs(tmp_path: Path) -> None:
     logger = CSVLogger(str(tmp_path), name="csv", version=0)
     seen: list[Any] = []
 
-    class Sees(Line):
+    class Sees(LineModule):
         def on_train_start(self) -> None:
             seen.append((self.logger, self.trainer.loggers))
 
@@ -276,9 +275,9 @@ def test_model_checkpoint_keeps_the_same_files_which_lightning_and_weft_load(tmp
         for key in ("state_dict", "hyper_parameters", "epoch", "global_step", "optimizer_states"):
             assert same(files[1][key], files[0][key]), key
     last = tmp_path / "1/last.ckpt"
-    loaded = Line.load_from_checkpoint(last)
+    loaded = LineModule.load_from_checkpoint(last)
     assert same(weights(loaded), weights(ours)) and loaded.hparams["lr"] == 0.1
-    assert same(weights(weft.load_weights(Line(), tmp_path / "0/last.ckpt")), weights(theirs))
+    assert same(weights(weft.load_weights(LineModule(), tmp_path / "0/last.ckpt")), weights(theirs))
 
 
 def _with_checkpoints(callbacks: Any) -> tuple[Any, Any, Any, Any]:
@@ -291,7 +290,7 @@ def _with_checkpoints(callbacks: Any) -> tuple[Any, Any, Any, Any]:
 
 
 def test_a_module_adds_to_checkpoints_and_reads_it_back(tmp_path: Path) -> None:
-    class Counts(Line):
+    class Counts(LineModule):
         seen = 0
 
         def on_train_batch_end(self, *args: Any) -> None:
@@ -326,7 +325,7 @@ def test_callbacks_keep_their_state_over_a_resume(tmp_path: Path) -> None:
 
 
 def test_configured_callbacks_replace_those_of_their_class() -> None:
-    class Brings(Line):
+    class Brings(LineModule):
         def configure_callbacks(self) -> Any:
             return EarlyStopping("val_loss", patience=1)
 
@@ -344,7 +343,7 @@ def test_callbacks_without_a_lightning_module_are_refused() -> None:
 
 
 def test_an_error_reaches_the_callbacks_and_ends_the_run() -> None:
-    class Fails(Line):
+    class Fails(LineModule):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             raise KeyError("mine")
 
@@ -402,7 +401,7 @@ def test_the_trainer_that_a_module_reads_says_what_lightnings_says() -> None:
         "barebones",
     )
 
-    class Reads(Line):
+    class Reads(LineModule):
         def _read(self) -> None:
             values = {name: getattr(self.trainer, name) for name in read}
             values["state"] = (self.trainer.state.fn, self.trainer.state.stage, self.trainer.state.status)
@@ -432,7 +431,7 @@ def test_the_trainer_that_a_module_reads_says_what_lightnings_says() -> None:
 
 
 def test_anything_else_raises_an_attribute_error_that_names_it() -> None:
-    class Reads(Line):
+    class Reads(LineModule):
         def on_train_start(self) -> None:
             assert not hasattr(self.trainer, "fit_loop")
             self.trainer.curent_epoch  # noqa: B018
@@ -444,7 +443,7 @@ def test_anything_else_raises_an_attribute_error_that_names_it() -> None:
 
 
 def test_a_module_may_stop_training_but_not_before_min_epochs() -> None:
-    class Stops(Line):
+    class Stops(LineModule):
         def on_train_batch_end(self, *args: Any) -> None:
             self.trainer.should_stop = True
 
@@ -465,12 +464,12 @@ def test_a_module_can_be_copied_and_pickled_while_it_trains_and_after() -> None:
 def test_batch_hooks_of_a_data_module_go_before_those_of_the_module() -> None:
     class Data(pl.LightningDataModule):
         def train_dataloader(self) -> Any:
-            return points(8)
+            return point_loader(8)
 
         def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
             return [batch[0] * 0, batch[1]]
 
-    class Sees(Line):
+    class Sees(LineModule):
         def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
             raise AssertionError("the data module has one")
 
@@ -495,7 +494,7 @@ def test_a_lightning_module_is_recognised_by_its_bases() -> None:
 def test_an_interrupted_fit_goes_on_where_it_was_told_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
 
-    class Interrupts(Line):
+    class Interrupts(LineModule):
         def on_train_epoch_end(self) -> None:
             if self.current_epoch == 1 and not seen:
                 signal.raise_signal(signal.SIGINT)

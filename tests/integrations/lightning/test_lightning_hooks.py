@@ -55,7 +55,7 @@ def record(owner: str, name: str, log: list[Any], original: Any) -> Any:
     return recorded
 
 
-class Plain(pl.LightningModule):
+class PlainModule(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Dropout(0.2), torch.nn.Linear(4, 1))
@@ -82,7 +82,7 @@ class Plain(pl.LightningModule):
         return [optimizer], [{"scheduler": step, "interval": "step"}, {"scheduler": plateau, "monitor": "loss_epoch"}]
 
 
-class Manual(Plain):
+class Manual(PlainModule):
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -99,23 +99,23 @@ class Manual(Plain):
         return torch.optim.SGD(self.parameters(), lr=0.05)
 
 
-def rows(n: int, shuffle: bool = False) -> DataLoader:
+def linspace_rows(n: int, shuffle: bool = False) -> DataLoader:
     x = torch.linspace(-1, 1, 3 * n).reshape(n, 3)
     return DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=4, shuffle=shuffle)
 
 
-class Data(pl.LightningDataModule):
+class Splits(pl.LightningDataModule):
     def train_dataloader(self) -> Any:
-        return rows(18, shuffle=True)
+        return linspace_rows(18, shuffle=True)
 
     def val_dataloader(self) -> Any:
-        return rows(8)
+        return linspace_rows(8)
 
     def test_dataloader(self) -> Any:
-        return [rows(4), rows(6)]
+        return [linspace_rows(4), linspace_rows(6)]
 
     def predict_dataloader(self) -> Any:
-        return rows(8)
+        return linspace_rows(8)
 
 
 def recording(base: type, owner: str, names: set[str], log: list[Any]) -> type:
@@ -126,7 +126,7 @@ def recording(base: type, owner: str, names: set[str], log: list[Any]) -> type:
 
 def everything(base: type, log: list[Any]) -> tuple[Any, Any, Any]:
     module = recording(base, "module", MODULE_HOOKS, log)()
-    datamodule = recording(Data, "data", DATA_HOOKS, log)()
+    datamodule = recording(Splits, "data", DATA_HOOKS, log)()
     names = {n for n in vars(pl.Callback) if n.startswith("on_") or n in ("setup", "teardown")}
     return module, datamodule, recording(pl.Callback, "callback", names, log)()
 
@@ -137,7 +137,7 @@ def of_fit(use: Any, base: type, with_data: bool, **options: Any) -> tuple[list[
     module, datamodule, callback = everything(base, log)
     if not with_data:
         for name in ("train_dataloader", "val_dataloader"):
-            setattr(type(module), name, record("module", name, log, getattr(Data, name)))
+            setattr(type(module), name, record("module", name, log, getattr(Splits, name)))
     trainer = use(callbacks=[callback], max_epochs=2, **options)
     trainer.fit(module, **({"datamodule": datamodule} if with_data else {}))
     return log, module
@@ -147,10 +147,10 @@ def of_fit(use: Any, base: type, with_data: bool, **options: Any) -> tuple[list[
 @pytest.mark.parametrize(
     ("base", "options"),
     [
-        (Plain, {}),
-        (Plain, {"accumulate_grad_batches": 2}),
-        (Plain, {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"}),
-        (Plain, {"check_val_every_n_epoch": 2}),
+        (PlainModule, {}),
+        (PlainModule, {"accumulate_grad_batches": 2}),
+        (PlainModule, {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"}),
+        (PlainModule, {"check_val_every_n_epoch": 2}),
         (Manual, {}),
     ],
     ids=["plain", "accumulate", "clip", "every second epoch", "manual"],
@@ -167,8 +167,8 @@ def test_every_hook_is_called_in_lightnings_order_with_its_arguments_and_state(
 
 
 def test_the_comparison_of_hooks_can_fail() -> None:
-    theirs, _ = of_fit(lightning_trainer, Plain, True)
-    ours, _ = of_fit(weft_trainer, Plain, True, accumulate_grad_batches=2)
+    theirs, _ = of_fit(lightning_trainer, PlainModule, True)
+    ours, _ = of_fit(weft_trainer, PlainModule, True, accumulate_grad_batches=2)
     assert ours != theirs
 
 
@@ -178,10 +178,10 @@ def test_evaluation_calls_every_hook_in_lightnings_order(what: str) -> None:
     for use in (lightning_trainer, weft_trainer):
         log: list[Any] = []
         torch.manual_seed(1)
-        module, datamodule, callback = everything(Plain, log)
+        module, datamodule, callback = everything(PlainModule, log)
         kind = type(module)
         if what == "test":  # two loaders: the steps take the number of the loader
-            kind.test_step = record("module", "test_step", log, with_loader(Plain.test_step))
+            kind.test_step = record("module", "test_step", log, with_loader(PlainModule.test_step))
         options = {"verbose": False} if what != "predict" and use is lightning_trainer else {}
         getattr(use(callbacks=[callback]), what)(module, datamodule=datamodule, **options)
         calls.append([(o, n, a, s and s[2:4] + s[5:6]) for o, n, a, s in log])  # weft evaluates without inference mode

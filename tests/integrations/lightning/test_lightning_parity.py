@@ -27,8 +27,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from tests.helpers.bitwise import same
-from tests.helpers.lightning_tools import LIGHTNING_WARNINGS, both, weft_trainer, weights
+from tests.helpers.bitwise import same, weights
+from tests.helpers.lightning_tools import LIGHTNING_WARNINGS, both, weft_trainer
 from weft.devices.seeding import seed_everything
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in LIGHTNING_WARNINGS]
@@ -55,7 +55,7 @@ def series(n: int, width: int = 4, seed: int = 0) -> TensorDataset:
     return TensorDataset(x, x.sin().sum(1, keepdim=True))
 
 
-def loader(n: int = 26, batch_size: int = 4, shuffle: bool = True, seed: int = 0) -> DataLoader:
+def series_loader(n: int = 26, batch_size: int = 4, shuffle: bool = True, seed: int = 0) -> DataLoader:
     return DataLoader(series(n, seed=seed), batch_size=batch_size, shuffle=shuffle)
 
 
@@ -78,17 +78,17 @@ class Training(pl.LightningModule):
         return self.hparams["optimizer"](self.parameters(), lr=self.hparams["lr"])
 
 
-class Regression(Training):
+class RegressionModule(Training):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val_loss", F.mse_loss(self.net(batch[0]), batch[1]))
 
 
-def regression(**data: Any) -> tuple[Any, dict[str, Any]]:
-    loaders = {"train_dataloaders": loader(), "val_dataloaders": loader(10, 3, shuffle=False, seed=1)}
-    return recorded(Regression)(), {**loaders, **data}
+def regression_fit(**data: Any) -> tuple[Any, dict[str, Any]]:
+    loaders = {"train_dataloaders": series_loader(), "val_dataloaders": series_loader(10, 3, shuffle=False, seed=1)}
+    return recorded(RegressionModule)(), {**loaders, **data}
 
 
-class Scheduled(Regression):
+class Scheduled(RegressionModule):
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
         schedulers = torch.optim.lr_scheduler
@@ -99,7 +99,7 @@ class Scheduled(Regression):
         ]
 
 
-class OneCycle(Regression):
+class OneCycle(RegressionModule):
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.05)
         steps = self.trainer.estimated_stepping_batches
@@ -107,7 +107,7 @@ class OneCycle(Regression):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
 
 
-class TwoValidationSets(Regression):
+class TwoValidationSets(RegressionModule):
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         loss = F.mse_loss(self.net(batch[0]), batch[1])
         self.log("val_loss", loss, on_step=True, on_epoch=True)
@@ -117,7 +117,7 @@ class TwoValidationSets(Regression):
         self.log("n", 2.0)
 
 
-class Nested(Regression):
+class Nested(RegressionModule):
     """Batches that are dicts of tuples and lists; a dict is returned, with further keys."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -135,7 +135,7 @@ def nested_collate(rows: list[Any]) -> Any:
     return {"x": x, "rest": (y, {"c": y * 0.1, "name": ["a"] * len(rows)})}
 
 
-def nested() -> tuple[Any, dict[str, Any]]:
+def nested_batches() -> tuple[Any, dict[str, Any]]:
     made = [DataLoader(series(14), batch_size=4, shuffle=s, collate_fn=nested_collate) for s in (True, False)]
     return recorded(Nested)(), {"train_dataloaders": made[0], "val_dataloaders": made[1]}
 
@@ -153,10 +153,10 @@ class Batches:
     """An iterable of batches that is no DataLoader."""
 
     def __iter__(self) -> Any:
-        return iter(list(loader(12)))
+        return iter(list(series_loader(12)))
 
 
-class TwoParts(Regression):
+class TwoParts(RegressionModule):
     """A backbone that a callback freezes at first, and later adds to the optimizer."""
 
     def __init__(self) -> None:
@@ -172,7 +172,7 @@ def workers() -> DataLoader:
     return DataLoader(series(20), batch_size=4, shuffle=True, num_workers=1, multiprocessing_context="fork")
 
 
-class Gan(pl.LightningModule):
+class GanModule(pl.LightningModule):
     """Two optimizers that take turns, as in Lightning's example; each is toggled, their schedulers are stepped here."""
 
     def __init__(self) -> None:
@@ -209,7 +209,7 @@ class Gan(pl.LightningModule):
         return [opt_g, opt_d], [torch.optim.lr_scheduler.StepLR(opt_d, 3)]
 
 
-class ManualClosures(Regression):
+class ManualClosures(RegressionModule):
     """Manual optimization with closures, and gradients that are collected over two batches."""
 
     def __init__(self) -> None:
@@ -304,7 +304,7 @@ def lstm() -> tuple[Any, dict[str, Any]]:
     return module, {}
 
 
-class Skipping(Regression):
+class Skipping(RegressionModule):
     """Some steps return None, one epoch is cut short, one hook changes the gradients."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -320,7 +320,7 @@ class Skipping(Regression):
                 p.grad *= 0.5
 
 
-class OwnSteps(Regression):
+class OwnSteps(RegressionModule):
     """Its own optimizer_step (a warmup), zero_grad, clipping, backward and scheduler step."""
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
@@ -338,7 +338,7 @@ class OwnSteps(Regression):
         loss.backward(retain_graph=True)
 
 
-class Frozen(Regression):
+class Frozen(RegressionModule):
     """A part stays in eval mode, a parameter without gradient, a buffer that is counted up."""
 
     def __init__(self) -> None:
@@ -351,7 +351,7 @@ class Frozen(Regression):
         self.seen += len(batch[0])
 
 
-class Transferred(Regression):
+class Transferred(RegressionModule):
     """Hooks on the way of a batch; one draws random numbers."""
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -369,16 +369,16 @@ class PerPart(Training):
 
 
 def per_part(mode: str | None = None) -> tuple[Any, dict[str, Any]]:
-    given: Any = {"a": loader(12), "b": loader(26, 5)}
+    given: Any = {"a": series_loader(12), "b": series_loader(26, 5)}
     return recorded(PerPart)(), {"train_dataloaders": CombinedLoader(given, mode) if mode else given}
 
 
-def lbfgs(**options: Any) -> Callable[[], Any]:
+def lbfgs_module(**options: Any) -> Callable[[], Any]:
     return lambda: (recorded(Training)(functools.partial(torch.optim.LBFGS, max_iter=4, **options), 0.5), no_val())
 
 
 def no_val() -> dict[str, Any]:
-    return {"train_dataloaders": loader(20, 10)}
+    return {"train_dataloaders": series_loader(20, 10)}
 
 
 def boring(kind: type, datamodule: Any = None) -> Callable[[], Any]:
@@ -389,7 +389,9 @@ def demo() -> Any:
     return recorded(DemoModel)(out_dim=3), {"train_dataloaders": DataLoader(RandomDataset(32, 12), batch_size=4)}
 
 
-TWO = {"val_dataloaders": lambda: [loader(6, 3, shuffle=False, seed=2), loader(9, 4, shuffle=False, seed=3)]}
+TWO = {
+    "val_dataloaders": lambda: [series_loader(6, 3, shuffle=False, seed=2), series_loader(9, 4, shuffle=False, seed=3)]
+}
 MODULES: dict[str, tuple[Callable[[], tuple[Any, dict[str, Any]]], dict[str, Any]]] = {
     "boring": (boring(BoringModel), {}),
     "boring with a data module": (boring(BoringModel, BoringDataModule), {}),
@@ -398,55 +400,58 @@ MODULES: dict[str, tuple[Callable[[], tuple[Any, dict[str, Any]]], dict[str, Any
     "demo": (demo, {}),
     "transformer": (transformer, {"max_epochs": 1}),
     "LSTM": (lstm, {"max_epochs": 1}),
-    "regression": (regression, {}),
-    "accumulation with a short tail": (regression, {"accumulate_grad_batches": 3}),
-    "clipping by norm": (regression, {"gradient_clip_val": 0.3}),
-    "clipping by value": (regression, {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"}),
-    "schedulers by step, epoch and monitor": (lambda: (recorded(Scheduled)(), regression()[1]), {"max_epochs": 4}),
+    "regression": (regression_fit, {}),
+    "accumulation with a short tail": (regression_fit, {"accumulate_grad_batches": 3}),
+    "clipping by norm": (regression_fit, {"gradient_clip_val": 0.3}),
+    "clipping by value": (regression_fit, {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"}),
+    "schedulers by step, epoch and monitor": (lambda: (recorded(Scheduled)(), regression_fit()[1]), {"max_epochs": 4}),
     "schedulers while accumulating": (
-        lambda: (recorded(Scheduled)(), regression()[1]),
+        lambda: (recorded(Scheduled)(), regression_fit()[1]),
         {"max_epochs": 3, "accumulate_grad_batches": 2},
     ),
     "one cycle over the estimated steps": (
-        lambda: (recorded(OneCycle)(), regression()[1]),
+        lambda: (recorded(OneCycle)(), regression_fit()[1]),
         {"max_epochs": 3, "accumulate_grad_batches": 2},
     ),
     "two validation loaders": (
-        lambda: (recorded(TwoValidationSets)(), {"train_dataloaders": loader(), **{k: v() for k, v in TWO.items()}}),
+        lambda: (
+            recorded(TwoValidationSets)(),
+            {"train_dataloaders": series_loader(), **{k: v() for k, v in TWO.items()}},
+        ),
         {},
     ),
-    "nested batches": (nested, {}),
-    "iterable data": (lambda: regression(train_dataloaders=DataLoader(Noise(), batch_size=4)), {}),
-    "any iterable of batches": (lambda: regression(train_dataloaders=Batches()), {}),
+    "nested batches": (nested_batches, {}),
+    "iterable data": (lambda: regression_fit(train_dataloaders=DataLoader(Noise(), batch_size=4)), {}),
+    "any iterable of batches": (lambda: regression_fit(train_dataloaders=Batches()), {}),
     "torchmetrics on digits": (lambda: (recorded(Digits)(), {"datamodule": DigitsData()}), {}),
-    "LBFGS": (lbfgs(), {}),
-    "LBFGS with line search": (lbfgs(line_search_fn="strong_wolfe"), {"gradient_clip_val": 0.5}),
-    "64-bit": (regression, {"precision": "64-true"}),
+    "LBFGS": (lbfgs_module(), {}),
+    "LBFGS with line search": (lbfgs_module(line_search_fn="strong_wolfe"), {"gradient_clip_val": 0.5}),
+    "64-bit": (regression_fit, {"precision": "64-true"}),
     "64-bit, data made in the run": (boring(BoringModel), {"precision": "64-true"}),
-    "bf16-mixed": (regression, {"precision": "bf16-mixed"}),
-    "GAN with two optimizers": (lambda: (Gan(), {"train_dataloaders": loader(16)}), {"max_epochs": 3}),
-    "manual closures": (lambda: (ManualClosures(), regression()[1]), {}),
-    "steps that are left out": (lambda: (recorded(Skipping)(), regression()[1]), {"max_epochs": 3}),
-    "its own optimizer_step, clipping, backward": (lambda: (recorded(OwnSteps)(), regression()[1]), {}),
-    "frozen parts": (lambda: (recorded(Frozen)(), regression()[1]), {}),
-    "hooks on the way of a batch": (lambda: (recorded(Transferred)(), regression()[1]), {}),
+    "bf16-mixed": (regression_fit, {"precision": "bf16-mixed"}),
+    "GAN with two optimizers": (lambda: (GanModule(), {"train_dataloaders": series_loader(16)}), {"max_epochs": 3}),
+    "manual closures": (lambda: (ManualClosures(), regression_fit()[1]), {}),
+    "steps that are left out": (lambda: (recorded(Skipping)(), regression_fit()[1]), {"max_epochs": 3}),
+    "its own optimizer_step, clipping, backward": (lambda: (recorded(OwnSteps)(), regression_fit()[1]), {}),
+    "frozen parts": (lambda: (recorded(Frozen)(), regression_fit()[1]), {}),
+    "hooks on the way of a batch": (lambda: (recorded(Transferred)(), regression_fit()[1]), {}),
     "two training loaders": (per_part, {}),
     "two training loaders, min_size": (lambda: per_part("min_size"), {}),
     "accumulation that grows": (
-        regression,
+        regression_fit,
         {"callbacks": lambda: [GradientAccumulationScheduler({0: 1, 1: 3})], "max_epochs": 3},
     ),
     "a backbone that joins later": (
-        lambda: (recorded(TwoParts)(), regression()[1]),
+        lambda: (recorded(TwoParts)(), regression_fit()[1]),
         {"callbacks": lambda: [BackboneFinetuning(1)], "max_epochs": 3},
     ),
-    "averaged weights": (regression, {"callbacks": lambda: [EMAWeightAveraging(decay=0.8)], "max_epochs": 3}),
-    "with a sanity check": (regression, {"num_sanity_val_steps": 2}),
+    "averaged weights": (regression_fit, {"callbacks": lambda: [EMAWeightAveraging(decay=0.8)], "max_epochs": 3}),
+    "with a sanity check": (regression_fit, {"num_sanity_val_steps": 2}),
     "torchmetrics, with a sanity check": (
         lambda: (recorded(Digits)(), {"datamodule": DigitsData()}),
         {"num_sanity_val_steps": 2},
     ),
-    "worker processes": (lambda: regression(train_dataloaders=workers()), {}),
+    "worker processes": (lambda: regression_fit(train_dataloaders=workers()), {}),
     "at most so many steps": (lambda: (recorded(Training)(), no_val()), {"max_steps": 5, "max_epochs": 5}),
 }
 
@@ -500,7 +505,7 @@ def test_history_holds_what_lightning_would_have_told_its_callbacks() -> None:
         watchers.append(Watch())
         return [watchers[-1]]
 
-    *_, our_trainer = both(regression, max_epochs=3, callbacks=watch)
+    *_, our_trainer = both(regression_fit, max_epochs=3, callbacks=watch)
     history, (theirs, ours) = our_trainer.run.history.values, watchers
     assert theirs.seen == ours.seen
     for name in ("loss", "val_loss", "largest", "plain"):

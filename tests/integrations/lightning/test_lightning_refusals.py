@@ -12,14 +12,22 @@ from torch import nn
 from torch.nn import functional as F
 
 import weft
-from tests.helpers.bitwise import same
-from tests.helpers.lightning_tools import LIGHTNING_WARNINGS, Line, both, line, loaders, points, weft_trainer, weights
+from tests.helpers.bitwise import same, weights
+from tests.helpers.lightning_tools import (
+    LIGHTNING_WARNINGS,
+    LineModule,
+    both,
+    line,
+    loaders,
+    point_loader,
+    weft_trainer,
+)
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in LIGHTNING_WARNINGS]
 
 
 def module_with(**members: Any) -> Any:
-    return type("Old", (Line,), members)()
+    return type("Old", (LineModule,), members)()
 
 
 @pytest.mark.parametrize(
@@ -57,19 +65,23 @@ def test_a_returned_log_dict_is_refused_with_todays_form() -> None:
     ("configure", "error", "message"),
     [
         (lambda m: "adam", TypeError, "returned 'adam'; expected an optimizer, a list"),
-        (lambda m: {"optimiser": sgd(m)}, ValueError, "unknown key 'optimiser'; did you mean 'optimizer'"),
+        (lambda m: {"optimiser": sgd_of(m)}, ValueError, "unknown key 'optimiser'; did you mean 'optimizer'"),
         (lambda m: {"lr_scheduler": None}, ValueError, "has no 'optimizer'"),
-        (lambda m: [sgd(m), sgd(m)], RuntimeError, "takes manual optimization"),
-        (lambda m: [{"optimizer": sgd(m), "frequency": 2}], NotImplementedError, "a form of Lightning 1"),
-        (lambda m: ([o := sgd(m)], [plateau(o)]), ValueError, "needs a metric: return"),
-        (lambda m: ([sgd(m)], [plateau(sgd(m))]), ValueError, "needs a metric|another|belongs to an optimizer"),
+        (lambda m: [sgd_of(m), sgd_of(m)], RuntimeError, "takes manual optimization"),
+        (lambda m: [{"optimizer": sgd_of(m), "frequency": 2}], NotImplementedError, "a form of Lightning 1"),
+        (lambda m: ([o := sgd_of(m)], [plateau_of(o)]), ValueError, "needs a metric: return"),
         (
-            lambda m: ([o := sgd(m)], [{"scheduler": steps(o), "interval": "batch"}]),
+            lambda m: ([sgd_of(m)], [plateau_of(sgd_of(m))]),
+            ValueError,
+            "needs a metric|another|belongs to an optimizer",
+        ),
+        (
+            lambda m: ([o := sgd_of(m)], [{"scheduler": steps(o), "interval": "batch"}]),
             ValueError,
             "expected 'step' or 'epoch'",
         ),
-        (lambda m: ([o := sgd(m)], [{"scheduler": steps(o), "freq": 1}]), ValueError, "unknown key 'freq'"),
-        (lambda m: ([sgd(m)], [steps(sgd(m))]), ValueError, "belongs to an optimizer that was not returned"),
+        (lambda m: ([o := sgd_of(m)], [{"scheduler": steps(o), "freq": 1}]), ValueError, "unknown key 'freq'"),
+        (lambda m: ([sgd_of(m)], [steps(sgd_of(m))]), ValueError, "belongs to an optimizer that was not returned"),
     ],
 )
 def test_what_configure_optimizers_must_not_return(configure: Any, error: type[Exception], message: str) -> None:
@@ -77,11 +89,11 @@ def test_what_configure_optimizers_must_not_return(configure: Any, error: type[E
         weft_trainer(max_epochs=1).fit(module_with(configure_optimizers=configure), **loaders())
 
 
-def sgd(module: Any) -> Any:
+def sgd_of(module: Any) -> Any:
     return torch.optim.SGD(module.parameters(), lr=0.1)
 
 
-def plateau(optimizer: Any) -> Any:
+def plateau_of(optimizer: Any) -> Any:
     return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
 
 
@@ -92,15 +104,15 @@ def steps(optimizer: Any) -> Any:
 @pytest.mark.parametrize(
     "configure",
     [
-        lambda m: sgd(m),
-        lambda m: [sgd(m)],
-        lambda m: {"optimizer": sgd(m)},
-        lambda m: {"optimizer": (o := sgd(m)), "lr_scheduler": steps(o)},
-        lambda m: {"optimizer": (o := sgd(m)), "lr_scheduler": plateau(o), "monitor": "val_loss"},
-        lambda m: {"optimizer": (o := sgd(m)), "lr_scheduler": {"scheduler": steps(o), "interval": "step"}},
-        lambda m: ([o := sgd(m)], steps(o)),
-        lambda m: ([o := sgd(m)], [steps(o), {"scheduler": plateau(o), "monitor": "val_loss", "frequency": 2}]),
-        lambda m: [{"optimizer": (o := sgd(m)), "lr_scheduler": steps(o)}],
+        lambda m: sgd_of(m),
+        lambda m: [sgd_of(m)],
+        lambda m: {"optimizer": sgd_of(m)},
+        lambda m: {"optimizer": (o := sgd_of(m)), "lr_scheduler": steps(o)},
+        lambda m: {"optimizer": (o := sgd_of(m)), "lr_scheduler": plateau_of(o), "monitor": "val_loss"},
+        lambda m: {"optimizer": (o := sgd_of(m)), "lr_scheduler": {"scheduler": steps(o), "interval": "step"}},
+        lambda m: ([o := sgd_of(m)], steps(o)),
+        lambda m: ([o := sgd_of(m)], [steps(o), {"scheduler": plateau_of(o), "monitor": "val_loss", "frequency": 2}]),
+        lambda m: [{"optimizer": (o := sgd_of(m)), "lr_scheduler": steps(o)}],
     ],
 )
 def test_every_shape_of_configure_optimizers_trains_as_in_lightning(configure: Any) -> None:
@@ -110,8 +122,8 @@ def test_every_shape_of_configure_optimizers_trains_as_in_lightning(configure: A
 
 def test_a_metric_that_a_scheduler_waits_for_must_be_logged() -> None:
     def configure(module: Any, strict: bool = True) -> Any:
-        optimizer = sgd(module)
-        return [optimizer], [{"scheduler": plateau(optimizer), "monitor": "vall_loss", "strict": strict}]
+        optimizer = sgd_of(module)
+        return [optimizer], [{"scheduler": plateau_of(optimizer), "monitor": "vall_loss", "strict": strict}]
 
     with pytest.raises(ValueError, match="monitors 'vall_loss', which was not logged.*did you mean 'val_loss'"):
         weft_trainer(max_epochs=1).fit(module_with(configure_optimizers=configure), **loaders())
@@ -161,6 +173,6 @@ def test_modules_without_what_training_needs_are_refused() -> None:
             self.net = nn.Linear(2, 1)
 
     with pytest.raises(TypeError, match="Bare has no training_step"):
-        weft_trainer(max_epochs=1).fit(Bare(), points(4))
+        weft_trainer(max_epochs=1).fit(Bare(), point_loader(4))
     with pytest.raises(ValueError, match="no dev data"):
-        weft_trainer().validate(Bare(), points(4))
+        weft_trainer().validate(Bare(), point_loader(4))

@@ -15,14 +15,15 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, random_split
 
 import weft
-from tests.helpers.bitwise import same
-from tests.helpers.lightning_tools import LIGHTNING_WARNINGS, weights
+from tests.helpers.bitwise import same, weights
+from tests.helpers.crashes import in_child
+from tests.helpers.lightning_tools import LIGHTNING_WARNINGS
 from weft.devices.seeding import seed_everything
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in LIGHTNING_WARNINGS]
 
 
-class Net(pl.LightningModule):
+class NetModule(pl.LightningModule):
     """Dropout, a metric over the epoch, schedulers of all kinds, values logged over the epoch."""
 
     def __init__(self) -> None:
@@ -52,7 +53,7 @@ class Net(pl.LightningModule):
         ]
 
 
-class TwoOptimizers(Net):
+class TwoOptimizers(NetModule):
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -76,7 +77,7 @@ class Draws(IterableDataset):
             yield x, x.sum(0, keepdim=True)
 
 
-class Data(pl.LightningDataModule):
+class RandomSplits(pl.LightningDataModule):
     """Everything draws random numbers: the split, the order, the loaders themselves."""
 
     def __init__(self, own_generator: bool = False) -> None:
@@ -96,37 +97,37 @@ class Data(pl.LightningDataModule):
         return [DataLoader(self.val, batch_size=4)][0]
 
 
-class TwoLoaders(Data):
+class TwoLoaders(RandomSplits):
     """The shorter one starts over within the epoch."""
 
     def train_dataloader(self) -> Any:
         return [super().train_dataloader(), DataLoader(self.val, batch_size=3, shuffle=True)]
 
 
-class OfTwo(Net):
+class OfTwo(NetModule):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         return super().training_step(batch[0], batch_idx) + super().training_step(batch[1], batch_idx)
 
 
-class Endless(Data):
+class Endless(RandomSplits):
     def train_dataloader(self) -> Any:
         return DataLoader(Draws(), batch_size=4)
 
 
 CASES: dict[str, tuple[type, Callable[[], Any], dict[str, Any]]] = {
-    "plain": (Net, Data, {}),
-    "own generator": (Net, lambda: Data(own_generator=True), {}),
-    "accumulating": (Net, Data, {"accumulate": 2}),
-    "clipped": (Net, Data, {"clip": 0.1}),
-    "seeded": (Net, Data, {"seed": 11}),
+    "plain": (NetModule, RandomSplits, {}),
+    "own generator": (NetModule, lambda: RandomSplits(own_generator=True), {}),
+    "accumulating": (NetModule, RandomSplits, {"accumulate": 2}),
+    "clipped": (NetModule, RandomSplits, {"clip": 0.1}),
+    "seeded": (NetModule, RandomSplits, {"seed": 11}),
     "two loaders": (OfTwo, TwoLoaders, {}),
-    "data without length": (Net, Endless, {}),
-    "two optimizers, manual": (TwoOptimizers, Data, {}),
-    "monitored": (Net, Data, {"monitor_metric": "val_loss"}),
+    "data without length": (NetModule, Endless, {}),
+    "two optimizers, manual": (TwoOptimizers, RandomSplits, {}),
+    "monitored": (NetModule, RandomSplits, {"monitor_metric": "val_loss"}),
 }
 
 
-def train(case: str, kill_at: int = 0, resume: str | None = None) -> Any:
+def train_case(case: str, kill_at: int = 0, resume: str | None = None) -> Any:
     """A run that is killed without a word at step `kill_at`, with its last checkpoint one update before; or goes on.
 
     Without `kill_at` and `resume` it is the uninterrupted run, which saves nothing.
@@ -149,24 +150,13 @@ def train(case: str, kill_at: int = 0, resume: str | None = None) -> Any:
     return module, result, trainer
 
 
-def in_child(task: Callable[[], Any]) -> int:
-    """The exit code of a forked process that does `task`."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            task()
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 @pytest.mark.parametrize("kill_at", [4, 8], ids=["in the first epoch", "in the second epoch"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_killed_run_resumes_and_ends_bitwise_where_the_uninterrupted_one_does(case: str, kill_at: int) -> None:
     kill_at *= 2 if case == "two optimizers, manual" else 1
-    whole, expected, trainer = train(case)
-    assert in_child(lambda: train(case, kill_at)) == 3
-    resumed, result, again = train(case, resume="last")
+    whole, expected, trainer = train_case(case)
+    assert in_child(lambda: train_case(case, kill_at)) == 3
+    resumed, result, again = train_case(case, resume="last")
     assert result.steps == expected.steps and again.run.progress.epoch == trainer.run.progress.epoch
     assert same(weights(resumed), weights(whole))
     assert same(result.last_weights, expected.last_weights)
@@ -176,8 +166,8 @@ def test_a_killed_run_resumes_and_ends_bitwise_where_the_uninterrupted_one_does(
 
 
 def test_the_comparison_can_fail() -> None:
-    whole, _, _ = train("plain")
-    assert in_child(lambda: train("plain", 4)) == 3
+    whole, _, _ = train_case("plain")
+    assert in_child(lambda: train_case("plain", 4)) == 3
     with pytest.warns(UserWarning, match="Changed since: clip"):
-        resumed, _, _ = train("clipped", resume="last")
+        resumed, _, _ = train_case("clipped", resume="last")
     assert not same(weights(resumed), weights(whole))

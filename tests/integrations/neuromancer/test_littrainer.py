@@ -22,7 +22,7 @@ from tests.helpers.neuromancer_problems import (
     NeuromancerLitTrainer,
     augmented_rosenbrock,
     load_state_dict_lightning,
-    loader,
+    neuromancer_loader,
     rosenbrock_rows,
 )
 from weft.integrations.neuromancer.lithooks import HOOKS, INSTEAD, LightningHooks, LitModel, from_configure_optimizers
@@ -204,7 +204,7 @@ def test_the_test_set_is_used_and_can_be_monitored() -> None:
     curve = result.history["test_loss"]
     assert len(curve) == 3 and result.best_metric == min(curve)
     assert trainer.test()["test_loss"] == pytest.approx(min(curve), rel=1e-6)
-    found = trainer.test(loader(rosenbrock_rows(5), "test", 5))
+    found = trainer.test(neuromancer_loader(rosenbrock_rows(5), "test", 5))
     assert set(found) == {name for name in result.history if name.startswith("test_")}
     with pytest.raises(ValueError, match="no test data"):
         fitted()[0].test()
@@ -283,7 +283,7 @@ def test_keyword_arguments_go_to_the_data_setup_function_which_runs_once() -> No
 
 def test_the_augmented_lagrangian_of_neuromancer_gets_epoch_and_rows() -> None:
     torch.manual_seed(0)
-    train = loader(rosenbrock_rows(20), "train", 20)
+    train = neuromancer_loader(rosenbrock_rows(20), "train", 20)
     problem = augmented_rosenbrock(train)
     trainer = weft.LitTrainer(epochs=5, save_weights=False, progress=False)
     trainer.fit(problem, lambda: (train.dataset, None, None, 20))
@@ -638,7 +638,7 @@ def test_annotations_and_argument_names_are_free() -> None:
     LightningHooks({"on_train_batch_end": annotated, "on_validation_batch_end": without_loader})
 
 
-def recording(names: Any, seen: list[str]) -> dict[str, Any]:
+def noting(names: Any, seen: list[str]) -> dict[str, Any]:
     """A function for each hook that notes its name."""
     return {name: lambda *args, name=name, **kwargs: seen.append(name) for name in names}
 
@@ -671,7 +671,7 @@ def test_hooks_are_called_in_the_order_of_lightning() -> None:
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), 1e-4)
 
-    for name, function in recording(names, theirs).items():
+    for name, function in noting(names, theirs).items():
         setattr(Module, name, function)
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "num_sanity_val_steps": 0}
     train, dev = PNLP.loaders()
@@ -684,7 +684,7 @@ def test_hooks_are_called_in_the_order_of_lightning() -> None:
 
     ours: list[str] = []
     test = weft.DictDataset(PNLP.data()["dev"])
-    trainer, _, _ = fitted(epochs=2, custom_hooks=recording(names, ours))
+    trainer, _, _ = fitted(epochs=2, custom_hooks=noting(names, ours))
     trainer.test(test)
     trainer.predict(test)
     assert ours == theirs and set(ours) == names
@@ -693,7 +693,7 @@ def test_hooks_are_called_in_the_order_of_lightning() -> None:
 def test_hooks_of_evaluation_are_called_for_the_data_of_the_last_fit_too() -> None:
     names = [name for name in HOOKS if "_validation_" in name]
     seen: list[str] = []
-    trainer, _problem, _ = fitted(epochs=1, custom_hooks=recording(names, seen))
+    trainer, _problem, _ = fitted(epochs=1, custom_hooks=noting(names, seen))
     once = list(seen)
     trainer.validate()
     assert seen == 2 * once and len(once) == len(names) == 6

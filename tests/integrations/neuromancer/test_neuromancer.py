@@ -15,7 +15,7 @@ from tests.helpers.neuromancer_problems import (
     Formulation,
     NeuromancerTrainer,
     augmented_rosenbrock,
-    loader,
+    neuromancer_loader,
     rosenbrock,
     rosenbrock_rows,
     splits,
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore:Using a target size", "ignore:_
 TUTORIAL = Formulation("Rosenbrock", lambda: rosenbrock(80, 4), lambda: splits(rosenbrock_rows, 500, 200), 64)
 
 
-class Recorder(Callback):
+class LossRecorder(Callback):
     """The loss of every training batch; those of dev batches are read from the problem's outputs."""
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ def dev_losses(problem: torch.nn.Module) -> list[float]:
 
 
 def losses_of_neuromancer(formulation: Formulation, epochs: int, lr: float | None = None) -> tuple[list, list, list]:
-    problem, recorder, means = formulation.make(), Recorder(), []
+    problem, recorder, means = formulation.make(), LossRecorder(), []
     dev = dev_losses(problem)
     recorder.end_epoch = lambda trainer, output: means.append(output["mean_train_loss"].item())  # type: ignore[method-assign]
     optimizer = torch.optim.AdamW(formulation.trained(problem), lr=lr or formulation.lr)
@@ -179,14 +179,14 @@ def test_a_rollout_made_longer_between_two_fits_trains_on() -> None:
 def test_neuromancers_augmented_lagrangian_trains_on_one_full_batch_and_updates_once_an_epoch() -> None:
     torch.manual_seed(0)
     tensors = rosenbrock_rows(20)
-    problem = augmented_rosenbrock(loader(tensors, "train", 20))
+    problem = augmented_rosenbrock(neuromancer_loader(tensors, "train", 20))
     calls: list[int] = []
     problem.loss.register_forward_hook(lambda module, args, out: calls.append(args[0]["epoch"]))
     result = Trainer(epochs=5, progress=False).fit(problem, weft.DictDataset(tensors))
     assert calls == [0, 1, 2, 3, 4]  # no dry runs: its multipliers change in every forward
     assert float(problem.loss.mu.max()) > 0.001 and result.epochs == 5
     weights = result.last_weights
-    fresh = augmented_rosenbrock(loader(tensors, "train", 20))
+    fresh = augmented_rosenbrock(neuromancer_loader(tensors, "train", 20))
     torch.save({"state_dict": weights}, "weights.ckpt")
     weft.load_weights(fresh, "weights.ckpt")  # lm and penalty_best have grown since they were made
     assert torch.equal(fresh.loss.lm, weights["loss.lm"]) and fresh.loss.lm.shape == (20, 3)

@@ -23,7 +23,7 @@ from tests.helpers.neuromancer_problems import (
     LossLogger,
     NeuromancerTrainer,
     augmented_rosenbrock,
-    loader,
+    neuromancer_loader,
     rosenbrock_rows,
     sine_rows,
     splits,
@@ -42,7 +42,7 @@ LINE = re.compile(r"epoch: (\d+)  train_loss: (\S+)")
 ONE_DEV_BATCH = {"eval_metric": "dev_loss"}
 
 
-def trained(cls: Any, formulation: Formulation, shuffle: bool = True, **options: Any) -> Any:
+def trained_by(cls: Any, formulation: Formulation, shuffle: bool = True, **options: Any) -> Any:
     """A trainer of class `cls` that has trained the formulation as its tutorial does."""
     problem, loaders = formulation.make(), formulation.loaders(shuffle)
     torch.manual_seed(2)
@@ -72,26 +72,26 @@ def options_for(formulation: Formulation) -> dict[str, Any]:
 @pytest.mark.parametrize("name", [name for name, f in FORMULATIONS.items() if f.deep_copies])
 def test_a_tutorial_prints_the_losses_it_prints_in_neuromancer(name: str, capsys: pytest.CaptureFixture) -> None:
     formulation = FORMULATIONS[name]
-    theirs = trained(NeuromancerTrainer, formulation, **options_for(formulation))
+    theirs = trained_by(NeuromancerTrainer, formulation, **options_for(formulation))
     printed = capsys.readouterr().out
-    ours = trained(Trainer, formulation, **options_for(formulation))
+    ours = trained_by(Trainer, formulation, **options_for(formulation))
     assert alike(capsys.readouterr().out, printed)
     assert all(torch.allclose(v, theirs.best_model[k], rtol=1e-5, atol=1e-7) for k, v in ours.best_model.items())
     assert same(dict(ours.model.state_dict()), ours.best_model)  # the problem holds the best weights
 
 
 def test_the_comparison_of_printed_losses_can_fail(capsys: pytest.CaptureFixture) -> None:
-    trained(NeuromancerTrainer, FORMULATIONS["pNLP"], epochs=3)
+    trained_by(NeuromancerTrainer, FORMULATIONS["pNLP"], epochs=3)
     theirs = capsys.readouterr().out
-    trained(Trainer, FORMULATIONS["pNLP"], epochs=3, clip=0.1)
+    trained_by(Trainer, FORMULATIONS["pNLP"], epochs=3, clip=0.1)
     assert not alike(capsys.readouterr().out, theirs)
 
 
 def test_a_cvxpy_layer_trains_though_its_sparse_buffers_cannot_be_deep_copied(capsys: pytest.CaptureFixture) -> None:
     formulation = FORMULATIONS["cvxpy layer"]
     with pytest.raises(NotImplementedError, match="SparseCsr"):
-        trained(NeuromancerTrainer, formulation, epochs=1)
-    trained(Trainer, formulation, shuffle=False, epochs=4)
+        trained_by(NeuromancerTrainer, formulation, epochs=1)
+    trained_by(Trainer, formulation, shuffle=False, epochs=4)
     printed = curve(capsys.readouterr().out)
 
     problem, (train, _) = formulation.make(), formulation.loaders()
@@ -115,9 +115,9 @@ def test_it_stops_in_the_epoch_in_which_neuromancer_stops(
 ) -> None:
     formulation = Formulation("", FORMULATIONS["pNLP"].problem, FORMULATIONS["pNLP"].data, batch_size, lr=0.2)
     options = {"epochs": 60, "patience": 4, "warmup": 6, "eval_metric": metric}
-    trained(NeuromancerTrainer, formulation, **options)
+    trained_by(NeuromancerTrainer, formulation, **options)
     theirs = capsys.readouterr().out
-    ours = trained(Trainer, formulation, **options)
+    ours = trained_by(Trainer, formulation, **options)
     printed = capsys.readouterr().out
     assert alike(printed, theirs) and "Early stopping!!!" in printed
     assert 6 + 4 < len(curve(printed)) < 60 and ours.result.stop_reason == "patience"
@@ -160,8 +160,8 @@ def test_callbacks_are_called_at_their_points_and_see_what_they_see_in_neuromanc
     seen = []
     for cls in (NeuromancerTrainer, Trainer):
         callback = Noted()
-        trainer = trained(cls, FORMULATIONS["pNLP"], epochs=3, epoch_verbose=100, callback=callback)
-        trainer.test_data = loader(rosenbrock_rows(5), "test", 5)
+        trainer = trained_by(cls, FORMULATIONS["pNLP"], epochs=3, epoch_verbose=100, callback=callback)
+        trainer.test_data = neuromancer_loader(rosenbrock_rows(5), "test", 5)
         trainer.test(trainer.best_model)
         seen.append(callback.seen)
     theirs, ours = seen
@@ -180,7 +180,7 @@ def test_neuromancers_loggers_write_what_they_write_there(kind: Any, capsys: pyt
         logger = kind(
             savedir=folder, verbosity=1, stdout=["train_loss", "dev_loss", "mean_train_loss", "mean_dev_loss"]
         )
-        trainer = trained(cls, FORMULATIONS["pNLP"], epochs=3, logger=logger)
+        trainer = trained_by(cls, FORMULATIONS["pNLP"], epochs=3, logger=logger)
         trainer.test_data = trainer.dev_data
         printed.append(re.sub(r"eltime: +\S+", "", capsys.readouterr().out))
         assert {p.name for p in Path(folder).iterdir()} == {"best_model_state_dict.pth", "best_model.pth"}
@@ -194,7 +194,7 @@ def test_the_learning_rate_is_halved_after_a_hundred_epochs_without_progress() -
     rates = []
     for cls in (NeuromancerTrainer, Trainer):
         formulation = Formulation("", FORMULATIONS["pNLP"].problem, lambda: splits(rosenbrock_rows, 4, 2), 4, lr=1e-7)
-        trainer = trained(cls, formulation, False, lr_scheduler=True, epochs=104, patience=200, epoch_verbose=1000)
+        trainer = trained_by(cls, formulation, False, lr_scheduler=True, epochs=104, patience=200, epoch_verbose=1000)
         rates.append(trainer.optimizer.param_groups[0]["lr"])
     assert rates == [5e-8, 5e-8]
 
@@ -202,11 +202,11 @@ def test_the_learning_rate_is_halved_after_a_hundred_epochs_without_progress() -
 def test_multi_fidelity_adds_the_alpha_losses_of_the_nodes(capsys: pytest.CaptureFixture) -> None:
     formulation, printed = Formulation("", stacked, lambda: splits(sine_rows)), []
     for cls, flag in ((NeuromancerTrainer, True), (Trainer, True), (Trainer, False)):
-        trained(cls, formulation, epochs=3, multi_fidelity=flag)
+        trained_by(cls, formulation, epochs=3, multi_fidelity=flag)
         printed.append(capsys.readouterr().out)
     assert alike(printed[1], printed[0]) and not alike(printed[2], printed[0])
     with pytest.raises(TypeError, match="get_alpha_loss"):
-        trained(Trainer, FORMULATIONS["pNLP"], epochs=1, multi_fidelity=True)
+        trained_by(Trainer, FORMULATIONS["pNLP"], epochs=1, multi_fidelity=True)
 
 
 def test_the_augmented_lagrangian_reads_the_epoch_and_updates_once_a_batch(capsys: pytest.CaptureFixture) -> None:
@@ -215,9 +215,9 @@ def test_the_augmented_lagrangian_reads_the_epoch_and_updates_once_a_batch(capsy
     printed, multipliers = [], []
     for cls in (NeuromancerTrainer, Trainer):
         torch.manual_seed(1)
-        train = loader(tensors, "train", 20)
+        train = neuromancer_loader(tensors, "train", 20)
         problem = augmented_rosenbrock(train)
-        cls(problem, train, loader(tensors, "dev", 20), epochs=7).train()
+        cls(problem, train, neuromancer_loader(tensors, "dev", 20), epochs=7).train()
         printed.append(capsys.readouterr().out)
         multipliers.append(problem.loss.mu)
     assert alike(printed[1], printed[0])
@@ -231,7 +231,13 @@ def test_a_loader_named_otherwise_keeps_its_name(capsys: pytest.CaptureFixture) 
         torch.manual_seed(4)
         tensors = rosenbrock_rows(10)
         problem = formulation.make()
-        cls(problem, loader(tensors, "mine", 10), loader(tensors, "mine", 10), epochs=3, **metrics).train()
+        cls(
+            problem,
+            neuromancer_loader(tensors, "mine", 10),
+            neuromancer_loader(tensors, "mine", 10),
+            epochs=3,
+            **metrics,
+        ).train()
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1] and "mine_loss" in printed[1]
 
@@ -240,11 +246,11 @@ def test_a_callback_can_change_the_data_for_the_next_epoch(capsys: pytest.Captur
     class Resampled(Callback):
         def end_epoch(self, trainer: Any, output: Any) -> None:
             torch.manual_seed(trainer.current_epoch)
-            trainer.train_data = loader(rosenbrock_rows(12), "train", 5, shuffle=True)
+            trainer.train_data = neuromancer_loader(rosenbrock_rows(12), "train", 5, shuffle=True)
 
     printed = []
     for cls in (NeuromancerTrainer, Trainer):
-        trained(cls, FORMULATIONS["pNLP"], epochs=4, callback=Resampled())
+        trained_by(cls, FORMULATIONS["pNLP"], epochs=4, callback=Resampled())
         printed.append(capsys.readouterr().out)
     assert alike(printed[1], printed[0])
 
@@ -257,10 +263,10 @@ class Weighed(Callback):
 
 
 def test_a_callback_can_bring_the_metric_that_decides(capsys: pytest.CaptureFixture) -> None:
-    ours = trained(Trainer, FORMULATIONS["pNLP"], epochs=3, callback=Weighed(), eval_metric="size")
+    ours = trained_by(Trainer, FORMULATIONS["pNLP"], epochs=3, callback=Weighed(), eval_metric="size")
     assert ours.result.history["mean_size"][ours.result.best_epoch] == min(ours.result.history["mean_size"])
     with pytest.raises(ValueError, match="eval_metric='dev_lss' never appears; did you mean 'dev_loss'"):
-        trained(Trainer, FORMULATIONS["pNLP"], epochs=1, eval_metric="dev_lss")
+        trained_by(Trainer, FORMULATIONS["pNLP"], epochs=1, eval_metric="dev_lss")
 
 
 # ------------------------------------------------------------------------------- where NeuroMANCER's rule is a defect
@@ -279,7 +285,7 @@ def test_the_best_weights_are_those_of_the_mean_over_all_dev_batches(capsys: pyt
 
     formulation = Formulation("", FORMULATIONS["pNLP"].problem, FORMULATIONS["pNLP"].data, 7, lr=0.2)
     callback = Means()
-    trainer = trained(Trainer, formulation, shuffle=False, epochs=20, patience=100, callback=callback)
+    trainer = trained_by(Trainer, formulation, shuffle=False, epochs=20, patience=100, callback=callback)
     assert trainer.result.best_epoch == callback.means.index(min(callback.means))
     assert callback.means.index(min(callback.means)) != callback.last.index(min(callback.last))  # as NeuroMANCER has it
     assert trainer.best_devloss == min(callback.means)
@@ -318,9 +324,9 @@ def test_lbfgs_trains(capsys: pytest.CaptureFixture) -> None:
 
 def test_clipping_can_be_switched_off(capsys: pytest.CaptureFixture) -> None:
     options = {"epochs": 3, "epoch_verbose": 1}
-    trained(Trainer, FORMULATIONS["pNLP"], clip=None, **options)
+    trained_by(Trainer, FORMULATIONS["pNLP"], clip=None, **options)
     unclipped = capsys.readouterr().out
-    trained(NeuromancerTrainer, FORMULATIONS["pNLP"], clip=1e9, **options)
+    trained_by(NeuromancerTrainer, FORMULATIONS["pNLP"], clip=1e9, **options)
     assert alike(unclipped, capsys.readouterr().out)
 
 
@@ -349,7 +355,7 @@ def test_after_an_early_stop_training_goes_on_with_full_patience(capsys: pytest.
     formulation = Formulation("", FORMULATIONS["pNLP"].problem, FORMULATIONS["pNLP"].data, lr=0.2)
     epochs = {}
     for cls in (NeuromancerTrainer, Trainer):
-        trainer = trained(cls, formulation, epochs=40, patience=2)
+        trainer = trained_by(cls, formulation, epochs=40, patience=2)
         assert "Early stopping" in capsys.readouterr().out
         trainer.optimizer.param_groups[0]["lr"] = 1e-3
         trainer.train()
@@ -358,7 +364,9 @@ def test_after_an_early_stop_training_goes_on_with_full_patience(capsys: pytest.
 
 
 def test_a_negative_metric_can_be_maximised(capsys: pytest.CaptureFixture) -> None:
-    trainer = trained(Trainer, FORMULATIONS["pNLP"], epochs=4, callback=Weighed(), eval_metric="size", eval_mode="max")
+    trainer = trained_by(
+        Trainer, FORMULATIONS["pNLP"], epochs=4, callback=Weighed(), eval_metric="size", eval_mode="max"
+    )
     sizes = trainer.result.history["mean_size"]
     assert max(sizes) < 0 and trainer.result.best_metric == max(sizes)
 
@@ -370,7 +378,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step() -> None:
     rows = rosenbrock_rows(8)
     rows["p"][3] = math.nan
     with pytest.raises(FloatingPointError, match="step 0"):
-        Trainer(problem, loader(rows, "train", 8), epochs=2).train()
+        Trainer(problem, neuromancer_loader(rows, "train", 8), epochs=2).train()
     assert same(dict(problem.state_dict()), before)
 
 
@@ -391,7 +399,7 @@ def test_a_longer_rollout_trains_on_and_keeps_what_it_learned(capsys: pytest.Cap
 
 
 def test_a_second_training_that_only_gets_worse_gives_back_what_it_started_from(capsys: pytest.CaptureFixture) -> None:
-    trainer = trained(Trainer, FORMULATIONS["pNLP"], epochs=5)
+    trainer = trained_by(Trainer, FORMULATIONS["pNLP"], epochs=5)
     best, value = trainer.best_model, trainer.best_devloss
     trainer.optimizer.param_groups[0]["lr"] = 10.0
     assert same(dict(trainer.train()), dict(best))
@@ -400,7 +408,7 @@ def test_a_second_training_that_only_gets_worse_gives_back_what_it_started_from(
 
 def test_gradients_that_the_optimizer_does_not_hold_are_named(capsys: pytest.CaptureFixture) -> None:
     with pytest.warns(UserWarning, match=r"c1, .*c2: these get gradients, but the optimizer does not hold them"):
-        trained(Trainer, FORMULATIONS["reference tracking"], epochs=2)
+        trained_by(Trainer, FORMULATIONS["reference tracking"], epochs=2)
 
 
 def test_no_graph_outlives_its_step(capsys: pytest.CaptureFixture) -> None:
@@ -410,10 +418,10 @@ def test_no_graph_outlives_its_step(capsys: pytest.CaptureFixture) -> None:
 
         end_batch = begin_epoch = begin_eval = end_eval = end_epoch = check
 
-    trained(Trainer, FORMULATIONS["Burgers PINN"], epochs=2, callback=Graphs())
+    trained_by(Trainer, FORMULATIONS["Burgers PINN"], epochs=2, callback=Graphs())
 
 
 @pytest.mark.gpu
 def test_the_problem_goes_where_its_batches_go(capsys: pytest.CaptureFixture) -> None:
-    trainer = trained(Trainer, FORMULATIONS["pNLP"], epochs=2, device="cuda")
+    trainer = trained_by(Trainer, FORMULATIONS["pNLP"], epochs=2, device="cuda")
     assert {p.device.type for p in trainer.model.parameters()} == {"cuda"}
