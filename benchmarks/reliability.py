@@ -302,7 +302,7 @@ def memory(_: int) -> Iterator[Row]:
     from tests.step.test_memory import STEPS, Measure, train_measured
 
     measure = Measure(500, 500 + STEPS)
-    train(measure, 500 + STEPS, log_every=100, root_dir="runs", loggers="csv", patience=10**6)
+    train_measured(measure, 500 + STEPS, log_every=100, root_dir="runs", loggers="csv", patience=10**6)
     yield Row(
         f"{STEPS:,} steps with logging and validation",
         f"{measure.new_tensors} new live tensors, RSS grows {measure.new_mib:.2f} MiB",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import weft
 from tests.helpers.bitwise import same
+from tests.helpers.patience import patience
 from weft.compile import graph as graphs
 
 
@@ -143,7 +144,13 @@ def test_two_processes_that_compile_end_where_two_eager_ones_do(
     """51 rows in batches of 8 for each of two processes: the last batch has 3 rows, two here and one there."""
     if not with_compiler:
         request.getfixturevalue("uncompiled_and_told")
-    pair: dict[str, Any] = {"devices": 2, "strategy": "ddp_fork", "accelerator": "cpu", "timeout": 60, "epochs": 6}
+    pair: dict[str, Any] = {
+        "devices": 2,
+        "strategy": "ddp_fork",
+        "accelerator": "cpu",
+        "timeout": patience(),
+        "epochs": 6,
+    }
     found = []
     for compiled in (False, True):
         problem = small()

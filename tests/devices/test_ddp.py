@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRando
 
 import weft
 from tests.helpers.bitwise import flat_weights
+from tests.helpers.patience import patience
 from tests.helpers.problems import points
 from weft.checkpoint.archive import write as write_checkpoint
 from weft.checkpoint.folder import load as load_checkpoint
@@ -53,7 +54,7 @@ def fit_in_processes(
         "precision": F64,
         "progress": False,
         "accelerator": "cpu",
-        "timeout": 30,
+        "timeout": patience(),
     } | options
     several = {"devices": processes, "strategy": "ddp_fork"} if processes > 1 else {}
     trainer = weft.Trainer(**options, **several)
@@ -160,7 +161,7 @@ def test_several_optimizers_and_updates_of_your_own_work_in_two_processes() -> N
             devices=processes,
             accelerator="cpu",
             strategy="ddp_fork" if processes > 1 else "auto",
-            timeout=30,
+            timeout=patience(),
         )
         trainer.fit(problem, weft.Data(points(49), batch_size=16 // processes))
         ends.append(flat_weights(problem))
@@ -393,7 +394,7 @@ def test_weights_that_were_initialised_differently_become_those_of_the_first_pro
         strategy="ddp_fork",
         accelerator="cpu",
         progress=False,
-        timeout=30,
+        timeout=patience(),
         optimizer=lambda params: torch.optim.SGD(params, lr=0.0),
     )
     trainer.fit(problem, {"x": points(8)["x"].float()})
@@ -516,7 +517,7 @@ def test_a_second_fit_goes_on_where_the_first_ended() -> None:
             seed=3,
             progress=False,
             precision=F64,
-            timeout=30,
+            timeout=patience(),
             monitor_metric="train_loss",
             monitor_mode="max",
         )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import weft
 from tests.helpers.bitwise import flat_weights
+from tests.helpers.patience import patience
 
 pytestmark = pytest.mark.gpu
 A = torch.tensor([[1.2, 1.0], [0.0, 1.0]])
@@ -195,7 +196,7 @@ def test_hard_coded_matrices_of_plain_functions_work_on_the_gpu_and_come_back() 
 def test_one_gpu_through_ddp_ends_where_one_gpu_does() -> None:
     alone, through = pair()
     fit_on_gpu(alone)
-    fit_on_gpu(through, strategy="ddp", devices=1, timeout=60)
+    fit_on_gpu(through, strategy="ddp", devices=1, timeout=patience())
     torch.distributed.destroy_process_group()
     torch.testing.assert_close(flat_weights(through), flat_weights(alone), rtol=0, atol=1e-6)
 

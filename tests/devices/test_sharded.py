@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import weft
 from tests.helpers.bitwise import same
+from tests.helpers.patience import patience
 from tests.helpers.problems import adam, points
 from tests.helpers.shards import (
     assert_same_end,
@@ -99,7 +100,7 @@ def solve_derivative(given: dict[str, Any], batch: int, scalar: bool = False) ->
 
 @pytest.mark.parametrize("how", ["by hand", "fsdp"])
 def test_a_loss_of_derivatives_trains_where_the_problem_is_sharded_as_a_whole(how: str) -> None:
-    given = in_shards(shard_all) if how == "by hand" else options(strategy="fsdp", devices=2, timeout=20)
+    given = in_shards(shard_all) if how == "by hand" else options(strategy="fsdp", devices=2, timeout=patience())
     scalar = how == "fsdp"  # a single number cannot be sharded, and stays whole
     assert_same_end(solve_derivative(options(), 16, scalar), in_two(solve_derivative, given, 8, scalar)[0])
 
@@ -207,7 +208,7 @@ sys.path.insert(0, ROOT)
 import torch
 from tests.helpers.shards import options, train
 
-weights, result = train(options(strategy="fsdp", devices=2, timeout=60, accelerator=ACCELERATOR))
+weights, result = train(options(strategy="fsdp", devices=2, timeout=600, accelerator=ACCELERATOR))
 if not torch.distributed.get_rank():
     torch.save({**weights}, sys.argv[1])
 """
@@ -219,7 +220,12 @@ def weights_by_script(folder: Path, accelerator: str) -> dict[str, Tensor]:
     (folder / "script.py").write_text(SCRIPT.replace("ROOT", repr(str(root))).replace("ACCELERATOR", repr(accelerator)))
     command = [sys.executable, str(folder / "script.py"), str(folder / "weights")]
     done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": str(source)}, capture_output=True, text=True, timeout=300, check=False
+        command,
+        env={**os.environ, "PYTHONPATH": str(source)},
+        capture_output=True,
+        text=True,
+        timeout=patience(),
+        check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
     return torch.load(folder / "weights", weights_only=True)

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint import state_dict_saver
 
 import weft
 from tests.helpers.bitwise import same
+from tests.helpers.patience import patience, timed
 from tests.helpers.problems import points
 from tests.helpers.shards import Fit, in_shards, in_two, options, shard_all, shard_net, start, state
 from weft.checkpoint import archive
@@ -112,7 +113,7 @@ def test_another_number_of_processes_is_refused_and_one_process_loads_the_weight
     result = weft.load_result(tmp_path / "run")
     assert same(dict(result.last_weights), dict(last)) and result.history["train_loss"] == history["train_loss"]
     with pytest.raises(ValueError, match="problem: None there, in shards here|cannot be resumed"):
-        whole = options(epochs=1, checkpoint=True, strategy="ddp", devices=2, timeout=20)
+        whole = options(epochs=1, checkpoint=True, strategy="ddp", devices=2, timeout=patience())
         in_two(fit_noisy, whole, tmp_path / "whole")
         in_two(fit_noisy, in_shards(epochs=2), tmp_path / "whole", "last")
 
@@ -129,7 +130,9 @@ def test_two_processes_that_hold_everything_go_on_from_shards(tmp_path: Path) ->
             else pytest.warns()
         ):
             return fit_noisy(
-                options(epochs=4, strategy="ddp", devices=2, timeout=20, checkpoint=True), tmp_path / "cut", "last"
+                options(epochs=4, strategy="ddp", devices=2, timeout=patience(), checkpoint=True),
+                tmp_path / "cut",
+                "last",
             )
 
     for name, value in in_two(whole)[0][0].items():
@@ -258,6 +261,8 @@ def test_a_folder_that_torch_wrote_gives_its_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["save", "_commit", "replace"])
 def test_a_kill_while_saving_leaves_the_checkpoint_before(where: str, tmp_path: Path, monkeypatch: Any) -> None:
+    straight, seconds = timed(lambda: in_two(fit_noisy, in_shards(epochs=3), tmp_path / "straight"))
+
     def killed() -> None:
         count = 0
         target, name = {
@@ -278,16 +283,14 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(where: str, tmp_path: 
             return real(*args, **kwargs)
 
         setattr(target, name, dies)
-        fit_noisy(
-            in_shards(epochs=4, checkpoint={"every_n_epochs": 1, "best": False}) | {"timeout": 3}, tmp_path / "run"
-        )
+        given = in_shards(epochs=4, checkpoint={"every_n_epochs": 1, "best": False})
+        fit_noisy(given | {"timeout": max(3.0, seconds)}, tmp_path / "run")
 
     with pytest.raises((AssertionError, RuntimeError)):
         in_two(killed)
     folder = tmp_path / "run" / "checkpoints"
     assert [path.name for path in folder.iterdir() if path.suffix == ".tmp"]
     assert checkpoints.load(folder)[0]["progress"]["epoch"] == 1
-    straight = in_two(fit_noisy, in_shards(epochs=3), tmp_path / "straight")
     resumed = in_two(fit_noisy, in_shards(epochs=3, checkpoint=True), tmp_path / "run", "auto")
     assert same(resumed, straight)
     assert not [path.name for path in folder.iterdir() if path.suffix == ".tmp"]
@@ -334,6 +337,8 @@ def test_a_disk_that_is_full_for_one_process_is_an_error_in_both(tmp_path: Path)
 
 @pytest.mark.parametrize("kind", ["raise", "kill"])
 def test_a_process_that_fails_ends_both_and_leaves_the_last_checkpoint(kind: str, tmp_path: Path) -> None:
+    _, seconds = timed(lambda: in_two(fit_noisy, in_shards(epochs=1), tmp_path / "whole"))
+
     def fails() -> None:
         def trouble(trainer: Any, batch: Any, loss: Any) -> None:
             if os.environ["RANK"] == "1" and trainer.global_step == 6:
@@ -341,8 +346,8 @@ def test_a_process_that_fails_ends_both_and_leaves_the_last_checkpoint(kind: str
                     raise ValueError("this is the cause")
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        given = in_shards(checkpoint={"every_n_steps": 2}, hooks={"on_step_end": trouble}) | {"timeout": 3}
-        fit_noisy(given, tmp_path / "run")
+        given = in_shards(checkpoint={"every_n_steps": 2}, hooks={"on_step_end": trouble})
+        fit_noisy(given | {"timeout": max(3.0, seconds)}, tmp_path / "run")
 
     error, message = (
         (ValueError, "this is the cause") if kind == "raise" else (RuntimeError, "lost contact|Connection|timed out")

@@ -17,6 +17,7 @@ import torch
 import weft
 from tests.helpers.bitwise import same
 from tests.helpers.crashes import IO_CALLS, in_child
+from tests.helpers.patience import patience
 from tests.helpers.resuming import FUSE, SETTINGS, differences, fit, last_state, make_data, make_problem, summary
 from weft.checkpoint import folder as checkpoints
 from weft.devices.signals import SIGNALS, SignalExit
@@ -220,7 +221,7 @@ def test_in_another_thread_training_works_without_handlers(tmp_path: Path) -> No
 
 
 def _sleep() -> None:
-    threading.Event().wait(60)
+    threading.Event().wait()
 
 
 def test_processes_that_training_forks_can_still_be_terminated(tmp_path: Path) -> None:
@@ -231,7 +232,7 @@ def test_processes_that_training_forks_can_still_be_terminated(tmp_path: Path) -
         child = multiprocessing.get_context("fork").Process(target=_sleep)
         child.start()
         child.terminate()
-        child.join(10)
+        child.join(patience())
         codes.append(child.exitcode)
 
     fit(tmp_path, {"hooks": lambda: {"on_epoch_start": fork}}, epochs=1)

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tests.helpers.patience import patience
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 # All text of a page, that in shadow roots and in frames of the same origin included.
@@ -60,14 +62,15 @@ class Browser:
         target = self.ask("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
 
-    def ask(self, method: str, seconds: float = 120.0, **params: Any) -> dict[str, Any]:
+    def ask(self, method: str, **params: Any) -> dict[str, Any]:
         """The answer to one command of the protocol."""
         self._number += 1
         message: dict[str, Any] = {"id": self._number, "method": method, "params": params}
         if self._session is not None:
             message["sessionId"] = self._session
         os.write(self._write, json.dumps(message).encode() + b"\0")
-        end = time.monotonic() + seconds
+        limit = patience()
+        end = time.monotonic() + limit
         while True:
             while b"\0" in self._left:
                 answer, _, self._left = self._left.partition(b"\0")
@@ -77,7 +80,7 @@ class Browser:
                         raise RuntimeError(f"{method}: {found['error']}")
                     return found["result"]
             if not select.select([self._read], [], [], max(0.0, end - time.monotonic()))[0]:
-                raise TimeoutError(f"{method}: the browser did not answer in {seconds} s.")
+                raise TimeoutError(f"{method}: the browser did not answer in {limit:.0f} s.")
             self._left += os.read(self._read, 1 << 20)
 
     def open(self, address: str) -> None:
@@ -88,9 +91,9 @@ class Browser:
         """The value of a JavaScript expression on the page."""
         return self.ask("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
 
-    def text_with(self, words: list[str], seconds: float = 60.0) -> str:
-        """The page's text once it has all `words`; what it is after so many seconds if it never has."""
-        end = time.monotonic() + seconds
+    def text_with(self, words: list[str]) -> str:
+        """The page's text once it has all `words`; what it is when patience ends if it never has."""
+        end = time.monotonic() + patience()
         while True:
             text = str(self.evaluate(TEXT) or "")
             if all(word.lower() in text.lower() for word in words) or time.monotonic() > end:
@@ -109,9 +112,9 @@ class Browser:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self.ask("Browser.close", seconds=10)
+            self.ask("Browser.close")
         except (OSError, TimeoutError, RuntimeError):
             self._process.kill()
         os.close(self._write)
         os.close(self._read)
-        self._process.wait(timeout=30)
+        self._process.wait(timeout=patience())

@@ -80,7 +80,7 @@ def main(task: str, folder: Path, options: dict[str, Any]) -> None:
     if "trouble" in options:
         kind, of, step, once = options.pop("trouble")
         options["hooks"] = Trouble(kind, of, step, folder, once)
-    defaults = {"epochs": 4, "seed": 1, "precision": "64-true", "accelerator": "cpu", "progress": False, "timeout": 20}
+    defaults = {"epochs": 4, "seed": 1, "precision": "64-true", "accelerator": "cpu", "progress": False, "timeout": 600}
     trainer = weft.Trainer(**{**defaults, **options})
     result = trainer.fit(problem, setup)
     told: dict[str, Any] = {"weights": digest(problem), "history": result.history, "stop_reason": result.stop_reason}

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.patience import patience
+
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 
@@ -13,5 +15,5 @@ nbclient = pytest.importorskip("nbclient")
 def run_notebook(*cells: str, **options: Any) -> Any:
     """The notebook of these cells after it ran."""
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    nbclient.NotebookClient(notebook, timeout=120, **options).execute()
+    nbclient.NotebookClient(notebook, timeout=int(patience()), **options).execute()
     return notebook

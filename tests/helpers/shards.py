@@ -17,6 +17,7 @@ from lightning.fabric.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 import weft
+from tests.helpers.patience import patience
 from tests.helpers.problems import adam, points
 
 
@@ -82,7 +83,7 @@ def in_two(function: Callable[..., Any], *args: Any, world: int = 2) -> list[Any
     for child in children:
         child.start()
     for child in children:
-        child.join(60)
+        child.join(patience())
         if child.is_alive():
             child.kill()
             child.join()
@@ -128,7 +129,7 @@ def options(**changed: Any) -> dict[str, Any]:
 
 def in_shards(parallelize: Callable = shard_net, data: int = 2, world: int = 2, **changed: Any) -> dict[str, Any]:
     strategy = ModelParallelStrategy(parallelize, data_parallel_size=data, tensor_parallel_size=world // data)
-    return options(devices=world, strategy=strategy, timeout=20, **changed)
+    return options(devices=world, strategy=strategy, timeout=patience(), **changed)
 
 
 def state(problem: nn.Module) -> dict[str, Tensor]:

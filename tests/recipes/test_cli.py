@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import weft
+from tests.helpers.patience import patience
 from weft import cli, yamlfile
 from weft.cli.help import completions
 from weft.data.data import as_data
@@ -327,14 +328,10 @@ def test_every_option_of_the_trainer_has_a_text(capsys: pytest.CaptureFixture[st
         assert re.search(rf"^  --trainer\.{name}\n        [A-Z\"]", text, re.MULTILINE), name
 
 
-def test_help_comes_at_once_and_without_torch() -> None:
+def test_help_comes_without_torch() -> None:
     look = "print([m for m in ('torch', 'numpy', 'optuna') if m in sys.modules])"
     code = f"import sys; from weft.cli import main; main(['--help']); {look}"
-    times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        times.append(time.perf_counter() - began)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]" and "usage: weft" in done.stdout
 
 
@@ -371,9 +368,9 @@ def test_as_a_process_it_exits_with_0_and_2(here: Path) -> None:
     assert done.returncode == 2 and done.stderr == "weft: trainer.epochs=-3: must be at least 0\n"
 
 
-def read_terminal(master: int, until: str, seconds: float = 120.0) -> str:
+def read_terminal(master: int, until: str) -> str:
     """What a program wrote to its terminal until `until` appears in it, or the program ends."""
-    text, deadline = "", time.monotonic() + seconds
+    text, deadline = "", time.monotonic() + patience()
     while until not in text and time.monotonic() < deadline:
         if select.select([master], [], [], 0.5)[0]:
             try:
@@ -425,11 +422,11 @@ def test_sigterm_exits_with_143_and_leaves_a_checkpoint(here: Path) -> None:
         "1000000",
     )
     process = subprocess.Popen(weft_of(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    metrics, deadline = here / "runs" / "a" / "metrics.csv", time.monotonic() + 120
-    while not metrics.is_file() and time.monotonic() < deadline:
+    metrics, deadline = here / "runs" / "a" / "metrics.csv", time.monotonic() + patience()
+    while not metrics.is_file() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=60)
+    _, told = process.communicate(timeout=patience())
     assert process.returncode == 143 and "Traceback" not in told
     assert list((here / "runs" / "a" / "checkpoints").glob("step-*.ckpt"))
 

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 import weft
+from tests.helpers.patience import timed
 from tests.helpers.problems import Clock
 from weft.loggers import Logging, hyperparameters, learning_rates, make_loggers
 from weft.loggers.csv import CSVLogger, read_history, read_rows
@@ -334,10 +335,10 @@ def drive(hook: Logging, clock: Clock, **options: Any) -> weft.Trainer:
 
 def test_each_epoch_is_logged_with_the_rate_it_was_trained_with_its_speed_and_time(tmp_path: Path) -> None:
     clock, logger = Clock(), CSVLogger(tmp_path / "metrics.csv")
-    drive(Logging([logger], clock=clock), clock)
+    _, seconds_of_all = timed(lambda: drive(Logging([logger], clock=clock), clock))
     found = {(row.step, row.epoch, row.name): row.value for row in read_rows(logger.path)}
     assert all(found[step, epoch, "examples_per_second"] > 0 for step, epoch in ((4, 0), (8, 1)))
-    assert all(0 < found[step, epoch, "wait_seconds"] < 60 for step, epoch in ((4, 0), (8, 1)))
+    assert all(0 < found[step, epoch, "wait_seconds"] < seconds_of_all for step, epoch in ((4, 0), (8, 1)))
     rows = {key: value for key, value in found.items() if key[2] not in ("examples_per_second", "wait_seconds")}
     expected = {}
     for step, epoch, lr, seconds in ((4, 0, 0.5, 2.0), (8, 1, 0.05, 4.0)):
@@ -497,10 +498,10 @@ def test_fabrics_csv_logger_which_refuses_hyperparameters_is_accepted(tmp_path: 
 
 
 def test_tensorboard_and_csv_hold_the_same_numbers(tmp_path: Path) -> None:
-    clock = Clock()
+    clock, began = Clock(), time.time()
     drive(Logging(make_loggers(["csv", "tensorboard"], tmp_path), clock=clock), clock)
     rows = read_rows(tmp_path / "metrics.csv")
-    assert abs(rows[0].time - time.time()) < 600
+    assert began - 1 <= rows[0].time <= time.time() + 1  # written with fewer digits
     for name in ("train_loss", "lr", "steps_per_second", "seconds"):
         mine = [(row.step, row.value) for row in rows if row.name == name]
         assert dict(scalar_points(tmp_path, tag_of(name))) == pytest.approx(dict(mine), rel=1e-6), name

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import weft
+from tests.helpers.patience import patience
 from weft.demo import data_setup, make_problem
 from weft.loggers.csv import read_rows
 from weft.records import charts, report
@@ -185,7 +186,7 @@ def test_a_browser_draws_the_curves_without_a_complaint(run_folder: Path, tmp_pa
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=patience(),
         check=False,
     )
     assert done.returncode == 0 and "CONSOLE" not in done.stderr, done.stderr

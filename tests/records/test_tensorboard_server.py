@@ -19,6 +19,7 @@ import torch
 
 import weft
 from tests.helpers.browser import CHROMIUM, Browser
+from tests.helpers.patience import patience
 
 needs_chromium = pytest.mark.skipif(
     CHROMIUM is None, reason="needs Chromium (Debian's package chromium), which is not installed"
@@ -94,12 +95,12 @@ def server(runs: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory) -> 
         yield address
     finally:
         process.terminate()
-        process.wait(timeout=30)
+        process.wait(timeout=patience())
 
 
-def wait_for(condition: Any, process: subprocess.Popen, log: Path, seconds: float = 180.0) -> None:
+def wait_for(condition: Any, process: subprocess.Popen, log: Path) -> None:
     """Until the server answers as it should; its log is the error's text if it does not."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + patience()
     while time.monotonic() < end and process.poll() is None:
         try:
             if condition():
@@ -112,7 +113,7 @@ def wait_for(condition: Any, process: subprocess.Popen, log: Path, seconds: floa
 
 def get(address: str, **query: str) -> Any:
     with urllib.request.urlopen(
-        f"{address}?{urllib.parse.urlencode(query)}" if query else address, timeout=20
+        f"{address}?{urllib.parse.urlencode(query)}" if query else address, timeout=patience()
     ) as answer:
         return json.loads(answer.read())
 
@@ -141,7 +142,7 @@ def test_figures_histograms_and_the_graph_are_there(server: str) -> None:
     assert len(get(server + "/data/plugin/images/images", run="a", tag="line", sample="0")) == 2
     histograms = get(server + "/data/plugin/histograms/tags")["a"]
     assert {"weights/nodes.0.fn.weight", "gradients/nodes.0.fn.bias"} <= set(histograms)
-    with urllib.request.urlopen(f"{server}/data/plugin/graphs/graph?run=a", timeout=20) as answer:
+    with urllib.request.urlopen(f"{server}/data/plugin/graphs/graph?run=a", timeout=patience()) as answer:
         graph = answer.read().decode()
     assert re.findall(r'name: "(.*?)"', graph) == ["data", "line", "fit", "limit"]
     assert '"data"' in graph and 'input: "line"' in graph
@@ -166,7 +167,7 @@ def hparams(server: str) -> dict[str, Any]:
         ).encode(),
         {"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=20) as answer:
+    with urllib.request.urlopen(request, timeout=patience()) as answer:
         groups = json.loads(answer.read())["sessionGroups"]
     return {group["sessions"][0]["name"]: group for group in groups}
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 import weft
+from tests.helpers.patience import patience
 from tests.helpers.running import processes
 from weft import cli, yamlfile
 from weft.recipes.schema import ConfigError
@@ -67,15 +68,15 @@ def test_a_grid_tries_everything_once(tmp_path: Path) -> None:
 
 
 def kill_some(folder: Path, deaths: int, dice: random.Random) -> subprocess.Popen[bytes]:
-    """A process that kills `deaths` workers, one after the other, at random moments."""
+    """A process that kills `deaths` workers, one after the other, at random moments, until the file `over` is there."""
     code = f"""
 import os, random, signal, sys, time
 sys.path[:0] = [{str(Path(__file__).parents[2])!r}]
 from tests.helpers.running import processes
 from pathlib import Path
 dice, left = random.Random({dice.random()}), {deaths}
-deadline = time.monotonic() + 60
-while left and time.monotonic() < deadline:
+print("ready", flush=True)
+while left and not Path({str(folder / "over")!r}).exists():
     time.sleep(dice.uniform(0.05, 0.35))
     found = processes(Path({str(folder)!r}))
     if found:
@@ -83,7 +84,9 @@ while left and time.monotonic() < deadline:
         left -= 1
 print({deaths} - left)
 """
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    killer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert killer.stdout is not None and killer.stdout.readline() == b"ready\n"
+    return killer
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the workers in /proc")
@@ -94,7 +97,8 @@ def test_three_workers_killed_at_random_moments_complete_exactly_the_asked_trial
 
     killer = kill_some(tmp_path / "sweep", deaths=4, dice=random.Random(0))
     found = weft.sweep(slowly, LINE, trials=20, workers=3, seed=0, root_dir=str(tmp_path))
-    out, _ = killer.communicate(timeout=90)
+    (tmp_path / "sweep" / "over").touch()
+    out, _ = killer.communicate(timeout=patience())
     states = [t["state"] for t in found.trials]
     assert states.count("complete") == 20 and int(out) >= 1
     lost = [t for t in found.trials if t["state"] == "fail"]
@@ -105,10 +109,13 @@ def test_three_workers_killed_at_random_moments_complete_exactly_the_asked_trial
 
 
 SCRIPT = """
-import sys, time, weft
+import os, sys, time, weft
 def slowly(trial):
-    time.sleep(0.2)
-    with open(sys.argv[1] + "/calls.txt", "a") as file:
+    time.sleep(0.05)
+    calls = sys.argv[1] + "/calls.txt"
+    while os.path.exists(sys.argv[1] + "/hold") and os.path.exists(calls) and os.path.getsize(calls) >= 5:
+        time.sleep(0.01)  # until the sweep was killed
+    with open(calls, "a") as file:
         file.write("x")
     return (trial["x"] - 0.5) ** 2
 print(weft.sweep(slowly, {"x": {"low": -2.0, "high": 2.0}}, trials=8, workers=2, seed=0, root_dir=sys.argv[1]))
@@ -117,13 +124,14 @@ print(weft.sweep(slowly, {"x": {"low": -2.0, "high": 2.0}}, trials=8, workers=2,
 
 def test_a_sweep_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT.replace("sys.argv[1]", repr(str(tmp_path))))  # no __main__ guard
+    (tmp_path / "hold").touch()
     command = [sys.executable, str(tmp_path / "script.py")]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while count_of(tmp_path) < 3 and time.monotonic() < deadline:
+    while count_of(tmp_path) < 3 and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    (tmp_path / "hold").unlink()
     before = count_of(tmp_path)
     assert 3 <= before < 8
     done = subprocess.run(command, capture_output=True, text=True, check=True)

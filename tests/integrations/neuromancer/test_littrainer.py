@@ -25,6 +25,7 @@ from tests.helpers.neuromancer_problems import (
     neuromancer_loader,
     rosenbrock_rows,
 )
+from tests.helpers.patience import patience
 from weft.integrations.neuromancer.lithooks import HOOKS, INSTEAD, LightningHooks, LitModel, from_configure_optimizers
 
 pytestmark = [
@@ -541,7 +542,7 @@ def test_two_processes_end_where_one_does(options: dict[str, Any]) -> None:
     ended = []
     for processes in (1, 2):
         problem = PNLP.make()
-        several = {"devices": 2, "strategy": "ddp_fork", "timeout": 30} if processes == 2 else {}
+        several = {"devices": 2, "strategy": "ddp_fork", "timeout": patience()} if processes == 2 else {}
         trainer = weft.LitTrainer(
             epochs=2,
             accelerator="cpu",
