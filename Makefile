@@ -1,6 +1,6 @@
 # Two commands for a fresh machine: `make demo` and `make test`. Each makes .venv once; later calls reuse it.
 #   make demo PYTHON=python3.12     another interpreter (3.11 or newer)
-#   make test ARGS="-k loggers -x"  further arguments for pytest
+#   make test ARGS=tests/checkpoint  the tests of one room, or any other arguments for pytest
 
 PYTHON ?= python3
 ARGS ?=
@@ -19,7 +19,7 @@ help:
 	@echo "make demo       train the constrained Rosenbrock problem, write runs/demo/"
 	@echo "make test       run the test suite        make test-long  its slow part"
 	@echo "make examples   run all tutorials in full make bench      run the benchmarks"
-	@echo "make lint       ruff and the type checker make clean      remove .venv"
+	@echo "make lint       ruff, format, types           make clean      remove .venv"
 
 demo: $(VENV)/ready-demo
 	$(BIN)/python -m weft.demo
@@ -37,7 +37,8 @@ bench: $(VENV)/ready-bench
 	$(BIN)/python -m benchmarks --readme
 
 lint: $(VENV)/ready-test
-	@status=0; $(BIN)/ruff check --output-format concise . || status=1; $(BIN)/basedpyright || status=1; exit $$status
+	@status=0; $(BIN)/ruff check --output-format concise . || status=1; $(BIN)/ruff format --check . || status=1; \
+	$(BIN)/basedpyright || status=1; exit $$status
 
 clean:
 	rm -rf $(VENV)

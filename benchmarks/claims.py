@@ -1,4 +1,4 @@
-"""What is asked of weft's speed, each with what was measured: a target that was missed is told like one that was met."""
+"""What is asked of weft's speed, each with what was measured: a target that was missed is told like any."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ print(made - begin, ticks[0] - made, lost[0], sum(lost))
 
 MEMORY = """
 import ctypes, pathlib, re, resource, torch; torch.set_num_threads(1)
-import lightning.fabric, weft.compile.choosing, weft.loop.trainer  # the same modules for all: training is compared, not
-imports from benchmarks.workloads import wide
+import lightning.fabric, weft.compile.choosing, weft.loop.trainer  # the same for all: imports are not compared
+from benchmarks.workloads import wide
 from benchmarks import peers
 workload, status, begun, peaks = wide(), pathlib.Path("/proc/self/status"), [], []
 workload.epochs = 8

@@ -136,7 +136,8 @@ def main() -> None:
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, lightning {lightning.__version__}"
     loss = next(iter(losses.values()))
     lines.append(
-        f"\n{given.rounds} rounds, interleaved, wall clock, one thread; {machine}; {versions}. All end at loss {loss:.6f}."
+        f"\n{given.rounds} rounds, interleaved, wall clock, one thread; {machine}; {versions}. "
+        f"All end at loss {loss:.6f}."
     )
     print("\n".join(lines))
     if out:

@@ -96,7 +96,7 @@ def loop(workload: Workload, problem: nn.Module, tick: Tick, batches: Callable[[
     return float(loss)
 
 
-# ---- the peers ---------------------------------------------------------------------------------------------------------
+# ---- the peers -------------------------------------------------------------------------------------------------------
 
 
 def by_hand(workload: Workload, problem: nn.Module, tick: Tick) -> float:

@@ -1,6 +1,6 @@
 """What a run survives, counted: `python -m benchmarks.reliability` writes results/reliability-<date>-<hardware>.md.
 
-The tests say yes or no; this says of how many. It uses their tools (tests/resuming.py and others), with more kills.
+The tests say yes or no; this says of how many. It uses their tools (tests/helpers), with more kills.
 `--readme` puts a short table between the marks in README.md.
 """
 
@@ -36,7 +36,7 @@ import torch
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
 import weft
 from weft import demo
@@ -77,7 +77,8 @@ def main(arguments: list[str] | None = None) -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / f"reliability-{date}-{re.sub(r'[^a-z0-9]+', '-', cpu().lower()).strip('-')}.md"
     path.write_text(
-        f"# Reliability, {date}\n\n{surroundings()}\n\n`python -m benchmarks.reliability --kills {given.kills}`\n\n{table(rows)}\n"
+        f"# Reliability, {date}\n\n{surroundings()}\n\n`python -m benchmarks.reliability --kills {given.kills}`\n\n"
+        f"{table(rows)}\n"
     )
     if given.readme:
         fill(ROOT / "README.md", table([row for row in rows if row.in_readme]), f"benchmarks/results/{path.name}")
@@ -124,7 +125,7 @@ def surroundings() -> str:
 
 def crash_points(_: int) -> Iterator[Row]:
     """A process dies at every moment of a save."""
-    from test_checkpoint_files import die_at_every_moment, state_of_step
+    from tests.helpers.crashes import die_at_every_moment, state_of_step
 
     template = Path("template").resolve()
     for step in (1, 2, 3):
@@ -148,7 +149,7 @@ def crash_points(_: int) -> Iterator[Row]:
 
 def kills(wanted: int) -> Iterator[Row]:
     """SIGKILL at random moments, in chains, of several kinds of runs; compiled ones with the real compiler."""
-    from test_kill import PROBES, Count, kill_until
+    from tests.helpers.killing import PROBES, Count, kill_until
 
     everything = Count(0, 0, 0, 0)
     for name in PROBES:
@@ -173,7 +174,7 @@ def full_disk(_: int) -> Iterator[Row]:
     """A limit on file sizes, and where it is allowed a small file system."""
     import resource
 
-    from test_checkpoint_files import in_child, state_of_step
+    from tests.helpers.crashes import in_child, state_of_step
 
     def outcome(folder: Path, limited: Callable[[], None]) -> str:
         checkpoints.save(folder, 1, state_of_step(1))
@@ -213,7 +214,8 @@ def damage(_: int) -> Iterator[Row]:
     """Flipped bits, zeroed pages, truncations."""
     import random
 
-    from bitwise import same
+    from tests.helpers.bitwise import same
+
     from weft.checkpoint.archive import CheckpointError
 
     state = {"x": torch.randn(200, 1100), "many": [torch.randn(3) for _ in range(10)], "step": 7}
@@ -248,7 +250,7 @@ def damage(_: int) -> Iterator[Row]:
         )
     yield Row(
         "files that are no checkpoints; flips in zip headers",
-        _pytest("test_checkpoint_files.py", "no_checkpoint or outside"),
+        _pytest("checkpoint/test_checkpoint_files.py", "no_checkpoint or outside"),
         False,
     )
 
@@ -257,7 +259,7 @@ def hostile_files(_: int) -> Iterator[Row]:
     """Files that run code when they are loaded without care."""
     yield Row(
         "malicious pickles on every load path, unsafe loading forced by the environment",
-        _pytest("test_checkpoint_contents.py", "runs_code or payloads_do_run"),
+        _pytest("checkpoint/test_checkpoint_contents.py", "runs_code or payloads_do_run"),
     )
 
 
@@ -266,7 +268,7 @@ def signals(_: int) -> Iterator[Row]:
     yield Row(
         "SIGTERM, SIGUSR1, SIGINT, SIGINT over and over inside a save, SLURM's requeue",
         _pytest(
-            "test_signals.py test_resume_edges.py",
+            "devices/test_signals.py loop/test_resume_edges.py",
             "signal or ctrl_c or sigterm or slurm or 143 or handler or fork or worker or fit_within",
         ),
     )
@@ -276,31 +278,31 @@ def not_finite(_: int) -> Iterator[Row]:
     """NaN and infinities in loss, terms, gradients and metrics."""
     yield Row(
         "NaN and Inf in loss, term, gradient, metric; 9 ways of updating; raise, skip, stop",
-        _pytest("test_nonfinite.py"),
+        _pytest("step/test_nonfinite.py"),
     )
-    yield Row("NaN in one process of two", _pytest("test_ddp.py", "not_finite_in_one_process"), False)
+    yield Row("NaN in one process of two", _pytest("devices/test_ddp.py", "not_finite_in_one_process"), False)
 
 
 def controls(_: int) -> Iterator[Row]:
     """Whether the comparisons can fail at all, and the files of earlier formats."""
     yield Row(
         "negative controls: random state, position, schedule, order, ... left out of a checkpoint",
-        f"noticed: {_pytest('test_resume.py test_kill.py', 'noticed or forgot or counts_as_lost')}",
+        f"noticed: {_pytest('loop/test_resume.py loop/test_kill.py', 'noticed or forgot or counts_as_lost')}",
         False,
     )
     yield Row(
         "a checkpoint of every released format",
-        f"goes on: {_pytest('test_checkpointing.py', 'released_format')}",
+        f"goes on: {_pytest('loop/test_checkpointing.py', 'released_format')}",
         False,
     )
 
 
 def memory(_: int) -> Iterator[Row]:
     """Ten thousand steps."""
-    from test_memory import STEPS, Measure, train
+    from tests.step.test_memory import STEPS, Measure, train_measured
 
     measure = Measure(500, 500 + STEPS)
-    train(measure, 500 + STEPS, log_every=100, root_dir="runs", loggers="csv", patience=10**6)
+    train_measured(measure, 500 + STEPS, log_every=100, root_dir="runs", loggers="csv", patience=10**6)
     yield Row(
         f"{STEPS:,} steps with logging and validation",
         f"{measure.new_tensors} new live tensors, RSS grows {measure.new_mib:.2f} MiB",
@@ -311,7 +313,8 @@ def machine(_: int) -> Iterator[Row]:
     """The state machine, with many more examples."""
     os.environ["WEFT_EXAMPLES"] = "150"
     yield Row(
-        "150 random lives (train, save, crash, load, evaluate) against a plain loop", _pytest("test_resume_machine.py")
+        "150 random lives (train, save, crash, load, evaluate) against a plain loop",
+        _pytest("loop/test_resume_machine.py"),
     )
 
 
@@ -338,7 +341,8 @@ def write_times(_: int) -> Iterator[Row]:
         assert result.run_dir is not None
         size = checkpoints.find(result.run_dir).stat().st_size / 1024
         median, slowest = statistics.median(seconds) * 1e3, max(seconds) * 1e3
-        times = f"median {median:.1f} ms, slowest of {len(seconds)} {slowest:.1f} ms; CPU time {statistics.median(busy) * 1e3:.1f} ms"
+        cpu_time = statistics.median(busy) * 1e3
+        times = f"median {median:.1f} ms, slowest of {len(seconds)} {slowest:.1f} ms; CPU time {cpu_time:.1f} ms"
         where = "in the background" if background else "in the training thread"
         yield Row(
             f"a checkpoint of the demo problem ({size:.0f} KiB) written {where}: time of the training thread",

@@ -63,7 +63,8 @@ def table(results: Results) -> str:
             off = abs(t.loss - base.loss) / max(abs(base.loss), 1e-12)
             loss = "" if math.isnan(t.loss) else f"{t.loss:.6g}" + ("" if off < AGREE else f" (off by {off:.1e})")
             lines.append(
-                f"| {name} | {1e6 * t.best:.0f} | {t.best / base.best:.2f} | ({t.median / base.median:.2f}) | {loss} | {t.first:.2f} |"
+                f"| {name} | {1e6 * t.best:.0f} | {t.best / base.best:.2f} | ({t.median / base.median:.2f}) "
+                f"| {loss} | {t.first:.2f} |"
             )
     return "\n".join(lines[1:])
 
@@ -82,8 +83,10 @@ def in_short(results: Results, path: str) -> str:
     about = hardware()
     versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "lightning", "neuromancer"))
     head = (
-        "Time per training step (its share of the dev set included) over that of a loop written by hand over tensors in memory; "
-        "one thread (the wide MLP: two), the smallest of interleaved rounds. All end at the same loss but LitTrainer, which "
+        "Time per training step (its share of the dev set included) over that of a loop written by hand over tensors "
+        "in memory; "
+        "one thread (the wide MLP: two), the smallest of interleaved rounds. All end at the same loss but "
+        "LitTrainer, which "
         "shuffles and brings its own optimizer (the report gives the losses). "
         f"{about['cpu']}, {versions}. [The whole report]({path}) has the targets, too, those that were missed included."
     )
@@ -119,12 +122,16 @@ def write(folder: Path, stem: str, results: Results, found: dict[str, Any], how:
     (folder / f"{stem}.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
     about = "\n".join(f"- {k}: {v}" for k, v in {**hardware(), **how}.items())
     head = (
-        f"# Benchmarks, {stem}\n\n{about}\n\nTime per training step, its share of the dev set included: the median epoch of a "
-        "fit after two; the smallest of all rounds (ratio of medians in brackets). All start from the same weights and see the "
-        "same batches in the same order, but LitTrainer: it shuffles, and trains with Adam(1e-3) whatever `custom_optimizer` is. Not measured: CUDA.\n\n"
+        f"# Benchmarks, {stem}\n\n{about}\n\nTime per training step, its share of the dev set included: the median "
+        "epoch of a "
+        "fit after two; the smallest of all rounds (ratio of medians in brackets). All start from the same weights "
+        "and see the "
+        "same batches in the same order, but LitTrainer: it shuffles, and trains with Adam(1e-3) whatever "
+        "`custom_optimizer` is. Not measured: CUDA.\n\n"
     )
     (folder / f"{stem}.md").write_text(
-        f"{head}![]({stem}.png)\n\n## Targets\n\n{claims.table(claims.claims(results, found))}\n\n## All figures\n\n{table(results)}\n{extras(found)}\n",
+        f"{head}![]({stem}.png)\n\n## Targets\n\n{claims.table(claims.claims(results, found))}\n\n"
+        f"## All figures\n\n{table(results)}\n{extras(found)}\n",
         encoding="utf-8",
     )
     _plot(folder / f"{stem}.png", results)

@@ -54,7 +54,10 @@ def run(name: str, picture: Path | None = None) -> dict[str, Any]:
 def measure(name: str) -> dict[str, Any]:
     """Run one example in a process of its own, as a user does; figures, seconds, and seconds of processor time."""
     began, used = time.perf_counter(), used_by_children()
-    code = f"import json; from examples.__main__ import FOLDER, run; print(json.dumps(run({name!r}, FOLDER / 'pictures' / '{name}.png')))"
+    code = (
+        "import json; from examples.__main__ import FOLDER, run; "
+        f"print(json.dumps(run({name!r}, FOLDER / 'pictures' / '{name}.png')))"
+    )
     environment = {"MPLBACKEND": "agg", "NUMBA_DISABLE_JIT": "1", **os.environ}
     done = subprocess.run(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=FOLDER.parent, env=environment, check=False
@@ -92,7 +95,8 @@ def hardware() -> str:
     """The machine and the versions in one line."""
     import torch
 
-    return f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}, PyTorch {torch.__version__}"
+    versions = f"Python {platform.python_version()}, PyTorch {torch.__version__}"
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {versions}"
 
 
 def write_readme(found: dict[str, dict[str, Any]]) -> None:

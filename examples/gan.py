@@ -119,7 +119,8 @@ trained = distance(problem, held_out)
 floor = wasserstein_distance(real(2048, 1)[:, 0], held_out["sample"][:, 0])
 print(f"Wasserstein distance to held-out real samples: {untrained:.3f} before, {trained:.3f} after")
 print(
-    f"of the samples it learned from: {floor:.3f}; standard deviation of the real ones: {float(held_out['sample'].std()):.3f}"
+    f"of the samples it learned from: {floor:.3f}; "
+    f"standard deviation of the real ones: {float(held_out['sample'].std()):.3f}"
 )
 
 # %%

@@ -72,7 +72,10 @@ def execute(notebook: Any, folder: Path = FOLDER, timeout: float = 1800.0) -> di
 
 
 def write_notebook(name: str) -> dict[str, Any]:
-    """Make and execute `<name>.ipynb` beside `<name>.py`; its figures and seconds. Its last picture goes to `pictures/`."""
+    """Make and execute `<name>.ipynb` beside `<name>.py`; its figures and seconds.
+
+    Its last picture goes to `pictures/`.
+    """
     import nbformat
     from examples.__main__ import used_by_children
 

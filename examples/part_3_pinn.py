@@ -198,7 +198,8 @@ inverse_result = trainer.fit(inverse, data)
 inverse.load_state_dict(inverse_result.last_weights)
 found = float(viscosity.log_nu.detach().exp())
 print(
-    f"viscosity: {found:.6f}, true {NU:.6f}, off by {100 * abs(found / NU - 1):.2f} % (standard error {100 * standard_error:.2f} %)"
+    f"viscosity: {found:.6f}, true {NU:.6f}, off by {100 * abs(found / NU - 1):.2f} % "
+    f"(standard error {100 * standard_error:.2f} %)"
 )
 print(f"weight of the measurements: {inverse_result.history['weight_measurements'][-1]:.1f}")
 

@@ -66,7 +66,8 @@ by_torchrun = (
 )
 apart = max(abs(other[name] - one[name]) / one["test_loss"] for other in (two, by_torchrun) for name in one)
 print(
-    f"test loss: one process {one['test_loss']:.8f}, two {two['test_loss']:.8f}, torchrun {by_torchrun['test_loss']:.8f}"
+    f"test loss: one process {one['test_loss']:.8f}, two {two['test_loss']:.8f}, "
+    f"torchrun {by_torchrun['test_loss']:.8f}"
 )
 print(f"largest difference of any figure, relative to the loss: {apart:.1e}")
 

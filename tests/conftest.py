@@ -27,6 +27,8 @@ import hypothesis
 import pytest
 import torch
 
+from tests.helpers.patience import patience
+
 torch.set_num_threads(1)
 
 # The same examples in every run, and no folder `.hypothesis` in the tree.
@@ -112,8 +114,8 @@ def _changed_variables(before: dict[str, str]) -> list[str]:
 
 
 def _remaining_threads(before: set[threading.Thread]) -> list[str]:
-    """Names of new threads that are still alive after a grace of 2 s in all."""
-    deadline = time.monotonic() + 2.0
+    """Names of new threads that are still alive after a grace of some seconds in all."""
+    deadline = time.monotonic() + patience(30.0)
     remaining = []
     for thread in set(threading.enumerate()) - before:
         if thread.name.startswith(FOREIGN_THREADS):
@@ -140,6 +142,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where compiled graphs are kept while these tests run: not in the user's folder, unless KEEP names one."""
+    patch = pytest.MonkeyPatch()
+    folder = Path(os.environ.get("KEEP") or tmp_path_factory.mktemp("weft-cache"))
+    patch.setenv("WEFT_CACHE", str(folder))
+    yield folder
+    patch.undo()
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Files that weft wrote before its own files were moved still load, and runs that it began end where they would have.
 
-tests/data/before_house/ was written by commit 8c2d83b. Each run there was cut off in the middle of its third epoch; a
+tests/files/before_house/ was written by commit 8c2d83b. Each run there was cut off in the middle of its third epoch; a
 resumed one must end, to the last bit where torch and processor are the same, where the undisturbed one ended then.
 
     python tests/house/test_files_of_before.py --write FOLDER     # how they were made; never over the old ones
@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import weft
 
-DATA = REPO / "tests" / "data" / "before_house"
+DATA = REPO / "tests" / "files" / "before_house"
 COMMIT = "8c2d83b"
 CUT = 16  # of 24 steps, 6 an epoch: saved after step 15, in the middle of the third epoch
 

@@ -16,7 +16,14 @@ from weft.step.phase import Phase
 
 STEPS = {"train": "training_step", "dev": "validation_step", "test": "test_step", "predict": "predict_step"}
 OBJECTS: dict[str, Any] = dict.fromkeys(
-    ("optimizer", "scheduler", "phases", "metrics", *STEPS.values(), *"hooks loggers plugins strategy profiler".split())
+    (
+        "optimizer",
+        "scheduler",
+        "phases",
+        "metrics",
+        *STEPS.values(),
+        *["hooks", "loggers", "plugins", "strategy", "profiler"],
+    )
 )
 """Options that may be objects; all others are fields of TrainerConfig."""
 

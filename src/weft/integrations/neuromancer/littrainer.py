@@ -329,7 +329,7 @@ class LitTrainer(Trainer):
     @property
     def schedulers(self) -> dict[str, Any]:
         """The schedulers by optimizer name."""
-        return {name: schedule.scheduler for name, schedule in self._running.schedules.items()}
+        return {name: schedule.scheduler for name, schedule in self._running.state.training.schedules.items()}
 
     @property
     def should_stop(self) -> bool:

@@ -1,0 +1,1 @@
+"""Files and weights, without a run."""

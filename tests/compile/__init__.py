@@ -1,0 +1,1 @@
+"""The same update as a graph."""

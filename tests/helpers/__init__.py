@@ -1,0 +1,1 @@
+"""What several tests use. No test file imports another; what two of them need stands here."""

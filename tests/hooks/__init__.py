@@ -1,0 +1,1 @@
+"""Hooks that are asked for by name."""

@@ -1,0 +1,1 @@
+"""LightningModules, compared with Lightning's own Trainer."""

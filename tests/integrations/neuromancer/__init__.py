@@ -1,0 +1,1 @@
+"""NeuroMANCER's problems and trainers, compared with its own."""

@@ -1,0 +1,1 @@
+"""Many runs that search for the best."""
