@@ -199,10 +199,10 @@ def test_a_folder_that_was_moved_or_lies_behind_links_is_gone_on_with_in_its_new
     assert not differences(expected, summary(tmp_path / "copy", *fit(tmp_path / "copy", {})))
     assert {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()} == untouched
 
-    checkpoints, elsewhere = tmp_path / "a/run/checkpoints", tmp_path / "scratch"
-    newest = checkpoints.find(checkpoints).name
-    checkpoints.rename(elsewhere)
-    checkpoints.symlink_to(elsewhere)
+    place, elsewhere = tmp_path / "a/run/checkpoints", tmp_path / "scratch"
+    newest = checkpoints.find(place).name
+    place.rename(elsewhere)
+    place.symlink_to(elsewhere)
     (elsewhere / "last").unlink()
     (elsewhere / "last").symlink_to(newest)  # as other tools point to theirs: to the file itself
     with pytest.warns(UserWarning, match="last cannot be read.*is used instead"):

@@ -32,28 +32,6 @@ from weft.checkpoint.weights import Snapshot, load_into, state_of
 STEP_FILE = re.compile(r"step-(\d{9,})\.ckpt")
 TEMPORARY_FILE = re.compile(r"\..+\.(\d+)-\d+@(.+)\.tmp")
 
-__all__ = [
-    "BackgroundWriter",
-    "CheckpointError",
-    "Snapshot",
-    "clean",
-    "find",
-    "latest",
-    "load",
-    "load_into",
-    "load_weights",
-    "plain",
-    "random_state",
-    "read",
-    "save",
-    "save_weights",
-    "set_last",
-    "set_random_state",
-    "state_of",
-    "step_path",
-    "write",
-]
-
 
 # ---- a folder of checkpoints -----------------------------------------------------------------------------------------
 

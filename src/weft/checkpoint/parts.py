@@ -263,7 +263,8 @@ def put_shards(state: Any, path: Path, meshes: Mapping[tuple[str, ...], DeviceMe
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a folder that `torch.distributed.checkpoint` wrote, whole and on the CPU, by name."""
     entries = read_metadata(path / METADATA).state_dict_metadata
-    found = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}  # type: ignore[union-attr]
+    tensors: dict[str, Any] = dict(entries)
+    found = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in tensors.items()}
     _load(found, path, alone=True)
     return found
 
@@ -299,7 +300,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name not in _CLASSES.get(module, ()):
             raise CheckpointError(
-                f"{self.path} cannot be loaded safely: it holds {module}.{name}, which is no part of a checkpoint's metadata."
+                f"{self.path} cannot be loaded safely: it holds {module}.{name}, which is no part of a checkpoint's "
+                "metadata."
             )
         return super().find_class(module, name)
 
@@ -325,7 +327,7 @@ def _load(wanted: dict[str, Any], path: Path, metadata: Metadata | None = None, 
     metadata = metadata or read_metadata(path / METADATA)
     for name, value in wanted.items():
         entry = metadata.state_dict_metadata.get(name)
-        if entry is None or entry.size != value.shape or entry.properties.dtype != value.dtype:  # type: ignore[union-attr]
+        if entry is None or (entry.size, entry.properties.dtype) != (value.shape, value.dtype):  # type: ignore[union-attr]
             raise CheckpointError(f"{path / METADATA} does not tell of {name} with shape {tuple(value.shape)}.")
     try:
         with warnings.catch_warnings():  # torch 2.13 says that it loads in a single process, as it is told to

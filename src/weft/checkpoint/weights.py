@@ -47,7 +47,8 @@ class Snapshot:
             live = _walk(module, "", {})
             if live.keys() == self._kept.keys() and all(map(_alike, self._kept.values(), live.values())):
                 with torch.no_grad():
-                    torch._foreach_copy_(list(map(own_part, self._kept.values())), list(map(own_part, live.values())))  # pyright: ignore[reportPrivateImportUsage]
+                    kept, now = list(map(own_part, self._kept.values())), list(map(own_part, live.values()))
+                    torch._foreach_copy_(kept, now)  # pyright: ignore[reportPrivateImportUsage]
                 return
         live = module.state_dict(keep_vars=True)
         old, self._kept = self._kept, {}

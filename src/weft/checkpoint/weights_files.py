@@ -72,7 +72,8 @@ def _matched(
         missing, unexpected = here.keys() - there.keys(), there.keys() - here.keys()
         if (missing or unexpected) and strict:
             raise ValueError(
-                f"{path}: {old!r} does not fit {new!r}: it lacks {few(sorted(missing))} and has {few(sorted(unexpected))}"
+                f"{path}: {old!r} does not fit {new!r}: it lacks {few(sorted(missing))} and has "
+                f"{few(sorted(unexpected))}"
                 " besides; pass strict=False to load what both have."
             )
         result |= {here[rest]: weights[there[rest]] for rest in here.keys() & there.keys()}

@@ -119,7 +119,10 @@ class Batches:
                 yield {**dict(zip(keys, values, strict=True)), **fixed, "index": rows_index}
 
     def _share(self, part: str, index: Tensor, size: int, number: int) -> tuple[Tensor, list[int]]:
-        """This process's rows of each global batch of a part; the first one of `index` is batch `number` of the epoch."""
+        """This process's rows of each global batch of a part.
+
+        The first one of `index` is batch `number` of the epoch.
+        """
         main, shares = next(iter(self.parts)), []
         for i, rows in enumerate(index.split(size)):
             if part == main:

@@ -76,7 +76,8 @@ def make_fabric(config: TrainerConfig, strategy: Any = None, plugins: Any = None
             f"num_nodes={config.num_nodes}, precision={config.precision!r}. This machine has {_machine()}.)"
         ) from error
     if config.timeout is not None and hasattr(fabric.strategy, "_timeout"):  # until all processes are there
-        fabric.strategy._timeout = timedelta(seconds=max(config.timeout, STARTING_SECONDS))  # type: ignore[attr-defined]
+        seconds = max(config.timeout, STARTING_SECONDS)
+        fabric.strategy._timeout = timedelta(seconds=seconds)  # type: ignore[attr-defined]
     return fabric
 
 
@@ -168,7 +169,7 @@ def quiet() -> Iterator[None]:
 
 
 def fabric_for_calls(config: TrainerConfig, strategy: Any, plugins: Any) -> Fabric | None:
-    """The Fabric that runs a function in processes of its own (ddp_spawn, ddp_fork, ddp_notebook), where one is asked for."""
+    """The Fabric that runs a function in processes of its own (ddp_spawn, ddp_fork, ddp_notebook), if asked for."""
     if strategy is not None:
         may_start = getattr(strategy, "_start_method", "popen") != "popen"
     else:
@@ -207,7 +208,8 @@ def _check_launch(config: TrainerConfig, strategy: Any) -> None:
         )
     if config.num_nodes > 1 and world == 1 and "SLURM_NTASKS" not in os.environ and "NODE_RANK" not in os.environ:
         raise ValueError(
-            f"num_nodes={config.num_nodes}, but nothing says which node this is. Start the script with torchrun or srun, "
+            f"num_nodes={config.num_nodes}, but nothing says which node this is. Start the script with torchrun or "
+            "srun, "
             "or set MASTER_ADDR, MASTER_PORT and NODE_RANK on each node."
         )
 

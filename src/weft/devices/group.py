@@ -5,7 +5,7 @@ the gradients of the whole batch. No wrapper stands around the problem: paramete
 optimizers, closures and loops of the user's own need nothing special.
 
     combine = processes.combiner(params)
-    loss = combine(loss, examples)      # p.grad and loss are those of the global batch, alike to the last bit everywhere
+    loss = combine(loss, examples)      # p.grad and loss are those of the global batch, to the last bit everywhere
 """
 
 from __future__ import annotations
@@ -99,7 +99,10 @@ class Group(Processes):
 
     @torch.no_grad()
     def share_weights(self, problem: nn.Module) -> None:
-        """Give every process the first one's parameters and buffers. Raises ValueError if they built different problems."""
+        """Give every process the first one's parameters and buffers.
+
+        Raises ValueError if they built different problems.
+        """
         tensors = {**dict(problem.named_parameters()), **dict(problem.named_buffers())}
         shapes = {name: (tuple(t.shape), str(t.dtype)) for name, t in tensors.items()}
         for rank, other in enumerate(self.gather(shapes)):
@@ -192,7 +195,10 @@ class Group(Processes):
         return combine
 
     def _used_anywhere(self, heard: Tensor, used: list[bool]) -> list[bool]:
-        """Which parameters any process used. Also hears whether one wants something. Waits for a GPU only if it must."""
+        """Which parameters any process used. Also hears whether one wants something.
+
+        Waits for a GPU only if it must.
+        """
         self._num_combined += 1
         listens = heard.device.type == "cpu" or self._num_combined % LISTEN_EVERY == 0
         if not listens and all(used):
@@ -228,13 +234,17 @@ class Group(Processes):
             yield
         except RuntimeError as error:
             raise LostProcessError(
-                f"Process {self.rank} of {self.world} lost contact with another one, which ended or did not come to the "
+                f"Process {self.rank} of {self.world} lost contact with another one, which ended or did not come to "
+                "the "
                 "same point in time (see `timeout`). If it raised an error, that one is the cause."
             ) from error
 
 
 def dumps(value: Any, pickler: Callable[[Any], Any] = pickle.Pickler) -> bytes:
-    """`value` pickled, tensors of unsigned integers (numpy's random state is one) too: torch 2.13 cannot read its own."""
+    """`value` pickled, tensors of unsigned integers (numpy's random state is one) too.
+
+    Torch 2.13 cannot read its own.
+    """
     stream = BytesIO()
     writer = pickler(stream)
     writer.dispatch_table = {**getattr(writer, "dispatch_table", copyreg.dispatch_table), Tensor: _reduced}

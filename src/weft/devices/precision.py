@@ -22,7 +22,10 @@ def float_dtype(fabric: Fabric) -> torch.dtype | None:
 
 @contextmanager
 def numerics(fabric: Fabric, deterministic: bool, problem: nn.Module) -> Iterator[None]:
-    """The default dtype (float64 under 64-true: Fabric would hand back float32 losses), constants, determinism of a run."""
+    """The default dtype (float64 under 64-true.
+
+    Fabric would hand back float32 losses), constants, determinism of a run.
+    """
     dtype, was = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     try:

@@ -33,8 +33,8 @@ class Processes:
     repeats = False
     """Whether another process computes the same rows, and tells of them."""
 
-    def __init__(self, device: torch.device = torch.device("cpu")) -> None:
-        self.device = device
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device or torch.device("cpu")
         self.wishes: dict[str, Any] = {}
         """What this process wants, by name; `agree` grants it to all."""
         self.granted: dict[str, Any] = {}

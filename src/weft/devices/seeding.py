@@ -33,7 +33,10 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put back what `random_state` gave. Raises ValueError, before anything is set, if a part or a device is missing."""
+    """Put back what `random_state` gave.
+
+    Raises ValueError, before anything is set, if a part or a device is missing.
+    """
     parts = {"python", "numpy", "torch", "cuda", "mps"}
     if set(state) != parts:
         raise ValueError(f"The random state has the parts {sorted(state)}; expected {sorted(parts)}.")
@@ -168,7 +171,8 @@ def set_generator_states(generators: Mapping[str, Any], states: Mapping[str, Any
     """Put back what `generator_states` gave. Raises ValueError for a generator that is missing here or there."""
     if set(generators) != set(states):
         raise ValueError(
-            f"The training data and the problem have the random generators {sorted(generators)}; the checkpoint has the "
+            f"The training data and the problem have the random generators {sorted(generators)}; the checkpoint has "
+            "the "
             f"states of {sorted(states)}."
         )
     for name, generator in generators.items():

@@ -59,7 +59,8 @@ def _keeps_gathered(strategy: Any) -> bool:
         changed.append("sharding_strategy")
     if changed:
         raise ValueError(
-            f"FSDPStrategy: {', '.join(changed)} cannot be used here, where torch's fully_shard keeps the shards; of its "
+            f"FSDPStrategy: {', '.join(changed)} cannot be used here, where torch's fully_shard keeps the shards; of "
+            "its "
             "options only sharding_strategy='FULL_SHARD' or 'SHARD_GRAD_OP' can. Shard the modules yourself: "
             "ModelParallelStrategy(parallelize_fn, data_parallel_size, tensor_parallel_size)."
         )

@@ -58,7 +58,8 @@ class PyTorchProfiler:
     ) -> None:
         if wait < 0 or warmup < 0 or active < 1 or repeat < 1:
             raise ValueError(
-                f"PyTorchProfiler: wait={wait}, warmup={warmup}, active={active}, repeat={repeat}; expected wait and warmup "
+                f"PyTorchProfiler: wait={wait}, warmup={warmup}, active={active}, repeat={repeat}; expected wait and "
+                "warmup "
                 "of at least 0 steps, active and repeat of at least 1."
             )
         self.wait, self.warmup, self.active, self.repeat = wait, warmup, active, repeat
@@ -137,7 +138,8 @@ class PyTorchProfiler:
         if self.files:
             return None
         return (
-            f"profiler='pytorch' recorded nothing: it begins after {self.wait} + {self.warmup} steps, and there were {steps}. "
+            f"profiler='pytorch' recorded nothing: it begins after {self.wait} + {self.warmup} steps, and there were "
+            f"{steps}. "
             "Pass weft.hooks.PyTorchProfiler(wait=0, warmup=0) or train longer."
         )
 
@@ -195,7 +197,8 @@ class Profiling(Hook):
         self.profiler = _MAKERS[profiler]() if isinstance(profiler, str) else profiler
         if missing := [name for name in ("start", "step", "stop") if not callable(getattr(self.profiler, name, None))]:
             raise TypeError(
-                f"profiler={profiler!r}: expected 'simple', 'pytorch', 'advanced' or an object with start(), step() and "
+                f"profiler={profiler!r}: expected 'simple', 'pytorch', 'advanced' or an object with start(), step() "
+                "and "
                 f"stop(); {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing."
             )
         self._watch: Callable[[str, Callable], Callable] | None = getattr(self.profiler, "watch", None)

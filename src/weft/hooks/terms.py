@@ -94,7 +94,10 @@ def flat_gradient(value: Tensor, params: Sequence[Tensor]) -> Tensor:
 
 
 def trained_parameters(state: RunState, of: str | None) -> list[nn.Parameter]:
-    """The parameters that train, of the whole problem or of the node or submodule `of`. ValueError if they are in shards."""
+    """The parameters that train, of the whole problem or of the node or submodule `of`.
+
+    ValueError if they are in shards.
+    """
     if state.processes.in_shards:
         raise ValueError(
             "Gradients of single terms need whole parameters, and the problem is in shards; use strategy='ddp'."

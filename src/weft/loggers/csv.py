@@ -160,7 +160,10 @@ def _as_text(rows: list[tuple[Any, ...]]) -> str:
 
 
 def _is_empty(path: Path) -> bool:
-    """Whether nothing is there but maybe the beginning of the header: whoever wrote it was killed, or the disk was full."""
+    """Whether nothing is there but maybe the beginning of the header.
+
+    Whoever wrote it was killed, or the disk was full.
+    """
     header = _as_text([COLUMNS]).encode()
     return not path.exists() or (path.stat().st_size < len(header) and header.startswith(path.read_bytes()))
 

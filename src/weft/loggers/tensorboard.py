@@ -74,7 +74,7 @@ class TensorBoardLogger:
         }
 
     def log_problem(self, problem: Any) -> None:
-        """Keep `problem`, whose graph of nodes and terms is written for the Graphs tab, its description for the Text tab."""
+        """Keep `problem`: its graph of nodes and terms is for the Graphs tab, its description for the Text tab."""
         self._problem = problem if hasattr(problem, "show") else None
 
     def log_final(self, metrics: Mapping[str, float], step: int) -> None:
@@ -105,7 +105,10 @@ class TensorBoardLogger:
         return in_epoch
 
     def finalize(self, status: str) -> None:
-        """Write how the run ended ("success", "failed" or "aborted") and close the file. The logger can be used again."""
+        """Write how the run ended ("success", "failed" or "aborted") and close the file.
+
+        The logger can be used again.
+        """
         if self._writer is not None and self._hyperparams is not None:
             self._write_session_end(status)
         self._close()

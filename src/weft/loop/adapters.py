@@ -92,9 +92,9 @@ class Seams:
     def in_use(self) -> Iterator[None]:
         """While the problem trains or is evaluated: the run's numbers, and a sharded problem in shards."""
         state = self.state
-        with numerics(state.fabric, state.config.deterministic, state.problem):
-            with state.processes.holding(state.problem):
-                yield
+        numbers = numerics(state.fabric, state.config.deterministic, state.problem)
+        with numbers, state.processes.holding(state.problem):
+            yield
 
     def data_of_fit(self, data: Any, dev: Any, datamodule: Any, setup_kwargs: Mapping[str, Any]) -> Callable[[], Data]:
         """What makes the data of a fit from what `Trainer.fit` was given."""

@@ -120,7 +120,8 @@ def compare(state: RunState, saved: Mapping[str, Any]) -> None:
     if changed or torn:
         but = f" Changed since: {'; '.join(changed)}." if changed else ""
         warnings.warn(
-            f"Resuming {path} ({describe(state.progress)}).{but}{torn} The run will not end bit for bit where the undisturbed one would.",
+            f"Resuming {path} ({describe(state.progress)}).{but}{torn} The run will not end bit for bit where the "
+            "undisturbed one would.",
             stacklevel=5,
         )
 

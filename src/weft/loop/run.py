@@ -419,7 +419,10 @@ class Run(Seams):
 
     @property
     def validation_due(self) -> bool:
-        """Whether `fit` evaluates the dev set after this epoch: every n-th, the last (of a phase too), and at a stop."""
+        """Whether `fit` evaluates the dev set after this epoch.
+
+        Every n-th, the last (of a phase too), and at a stop.
+        """
         state, progress = self.state, self.state.progress
         done = progress.epoch + 1
         ends_phase = len(state.training.phases) > 1 and progress.phase_epoch + 1 >= state.phase.epochs

@@ -51,7 +51,10 @@ class Trainer:
 
     monitors_by_default = True
     recipe: dict[str, Any] | None = None
-    """The config that describes this run, where it was made from one (weft.recipes.recipe); written into the run's folder."""
+    """The config that describes this run, where it was made from one (weft.recipes.recipe).
+
+    Written into the run's folder.
+    """
 
     def __init__(self, **options: Any) -> None:
         known = {*TrainerConfig.__dataclass_fields__, *OBJECTS}

@@ -68,7 +68,10 @@ class Drawing:
         return done.stdout.decode()  # UTF-8, whatever the machine's language
 
     def save(self, path: str | Path) -> Path:
-        """Write an `.svg` (needs graphviz), `.dot` or `.txt` file; its ending says which. Raises ValueError for others."""
+        """Write an `.svg` (needs graphviz), `.dot` or `.txt` file; its ending says which.
+
+        Raises ValueError for others.
+        """
         path = Path(path)
         text = {".svg": self.svg, ".dot": lambda: self.dot, ".txt": lambda: str(self)}.get(path.suffix)
         if text is None:

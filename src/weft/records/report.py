@@ -175,8 +175,8 @@ def _profile(run: RunRecord) -> str:
         if not seconds:
             continue
         bar = f'<div style="background:#2563eb;height:9px;width:{200 * min(1.0, seconds / whole):.0f}px"></div>'
-        cells = f"{bar}</td><td>{100 * seconds / whole:.1f} %</td><td>{1000 * seconds / steps:.3f} ms</td><td>{row['calls']} calls"
-        rows.append(f"<tr><th>{html.escape(name)}</th><td>{cells}</td></tr>")
+        cells = (bar, f"{100 * seconds / whole:.1f} %", f"{1000 * seconds / steps:.3f} ms", f"{row['calls']} calls")
+        rows.append(f"<tr><th>{html.escape(name)}</th><td>{'</td><td>'.join(cells)}</td></tr>")
     per = "per step" if "parts" in profile else "in all, own"
     return f"<details open><summary>Where the time goes ({per})</summary><table>{''.join(rows)}</table></details>"
 

@@ -95,15 +95,21 @@ class Shards(Group):
         if not found:
             raise ValueError(f"parallelize_fn sharded no parameter of {type(problem).__name__}; use strategy='ddp'.")
         for name, p in found.items():
-            if self.data_world > 1 and "data_parallel" not in (p.device_mesh.mesh_dim_names or ()):  # type: ignore[attr-defined]
+            mesh: Any = p.device_mesh  # type: ignore[attr-defined]
+            if self.data_world > 1 and "data_parallel" not in (mesh.mesh_dim_names or ()):
                 raise ValueError(
-                    f"parallelize_fn left {name!r} unsharded over 'data_parallel', where {self.data_world} processes compute "
-                    "other rows, so nobody would sum its gradients. Call fully_shard(module, mesh=mesh['data_parallel'])."
+                    f"parallelize_fn left {name!r} unsharded over 'data_parallel', where {self.data_world} processes "
+                    "compute "
+                    "other rows, so nobody would sum its gradients. Call fully_shard(module, "
+                    "mesh=mesh['data_parallel'])."
                 )
 
     @contextmanager
     def gathered(self, problem: nn.Module) -> Iterator[None]:
-        """The problem's own parameters gathered, those of its blocks when they are called; at the end in shards again."""
+        """The problem's own parameters gathered, those of its blocks when they are called.
+
+        At the end in shards again.
+        """
         if hasattr(problem, "unshard"):
             problem.unshard()  # type: ignore[operator]
         try:
@@ -125,7 +131,8 @@ class Shards(Group):
         for optimizer in optimizers.values():
             if any(id(p) not in known for p in parameters_of(optimizer)):
                 raise ValueError(
-                    f"{type(optimizer).__name__} has parameters that the problem in shards has not: it was made before they "
+                    f"{type(optimizer).__name__} has parameters that the problem in shards has not: it was made "
+                    "before they "
                     "were sharded. Pass a function of the parameters, like lambda params: Adam(params)."
                 )
             groups = list(optimizer.param_groups)
@@ -167,7 +174,8 @@ class Shards(Group):
         super().leave(error)
         if isinstance(error, RuntimeError) and "storage of size 0" in str(error):
             error.add_note(
-                "A block's weights are gone when what it computed is differentiated from outside (torch.autograd.grad in the "
+                "A block's weights are gone when what it computed is differentiated from outside "
+                "(torch.autograd.grad in the "
                 "loss). Shard the problem as a whole: fully_shard(problem, mesh=mesh['data_parallel'])."
             )
 

@@ -156,7 +156,8 @@ def _tell(state: RunState, report: SearchReport, loss: float) -> None:
     state.log({f"{name.lower()}_evaluations": report.evaluations})
     if report.is_at_the_end_of_float32(loss):
         state.warn_once(
-            f"{name} no longer finds a lower loss where the digits of float32 end (`result.search_stop` says what ended "
+            f"{name} no longer finds a lower loss where the digits of float32 end (`result.search_stop` says what "
+            "ended "
             "its steps); precision='64-true' lets it go on."
         )
 

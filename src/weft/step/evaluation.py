@@ -52,7 +52,10 @@ def _switches_plainly(module: nn.Module) -> bool:
 
 
 def evaluate(state: RunState, split: str, forward: Forward) -> dict[str, float]:
-    """Means over all examples of `split` as floats, of what `forward` reports and logs. ValueError if that is nothing."""
+    """Means over all examples of `split` as floats, of what `forward` reports and logs.
+
+    ValueError if that is nothing.
+    """
     means, skips = Means(), state.processes.skips_empty
     state.processes.average_buffers(state.problem)
     with evaluating(state.problem), state.processes.gathered(state.problem):

@@ -15,6 +15,8 @@ from weft.devices.processes import own_part
 if TYPE_CHECKING:
     from weft.step.state import RunState
 
+# The one implementation of the finite check: torch's own multi-tensor kernel, which marks `found` where a number is not.
+_check_and_unscale = torch._amp_foreach_non_finite_check_and_unscale_  # pyright: ignore[reportPrivateImportUsage]
 READS_ARE_FREE = ("cpu",)  # kinds of devices where reading a number does not wait for work that was queued
 
 
@@ -52,7 +54,7 @@ class Doubts:
                 if p.grad is not None:
                     by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
             for grads in by_dtype.values():
-                torch._amp_foreach_non_finite_check_and_unscale_(grads, found, self._one)  # pyright: ignore[reportPrivateImportUsage]
+                _check_and_unscale(grads, found, self._one)
         for optimizer in optimizers:
             optimizer.found_inf = found  # type: ignore[attr-defined]
         self._first = torch.where((found > 0) & (self._first < 0), step, self._first)
@@ -85,7 +87,10 @@ def doubts_of(state: RunState, optimizers: Sequence[Optimizer], scaled: bool) ->
 
 
 def look_back(state: RunState) -> None:
-    """Act on a step since the last look that was not finite, where steps are not looked at one by one. It was left out."""
+    """Act on a step since the last look that was not finite, where steps are not looked at one by one.
+
+    It was left out.
+    """
     if state.step.doubts is not None and (step := state.step.doubts.look()) is not None:
         not_finite(state, None, [(state.epoch.means.compute(), 1)], step)
 
@@ -96,7 +101,6 @@ def finite_check(params: Sequence[Tensor], scaled: bool) -> Callable[[Tensor | N
     With known norms these are looked at; else torch's own multi-tensor check, which costs about 2 % of a small
     step. Under a gradient scaler the scaler decides about gradients (an overflow skips the step by design).
     """
-    check = torch._amp_foreach_non_finite_check_and_unscale_  # pyright: ignore[reportPrivateImportUsage]
     by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for p in params:
         by_kind.setdefault((p.dtype, p.device), []).append(p)
@@ -115,7 +119,7 @@ def finite_check(params: Sequence[Tensor], scaled: bool) -> Callable[[Tensor | N
             grads = [g.coalesce().values() if g.is_sparse else g for g in own]
             if alike[0].is_complex():
                 grads = [torch.view_as_real(grad) for grad in grads]
-            check(grads, found.zero_(), one[found.device])
+            _check_and_unscale(grads, found.zero_(), one[found.device])
             if found.item():
                 return False
         return True

@@ -308,7 +308,10 @@ class RunState:
     # ---- telling
 
     def log(self, values: Mapping[str, Any]) -> None:
-        """Record scalars: in an evaluation, in the epoch that closes, or in the open one. ValueError for what is none."""
+        """Record scalars: in an evaluation, in the epoch that closes, or in the open one.
+
+        ValueError for what is none.
+        """
         check_scalars(values)
         epoch = self.epoch
         if self.step.evaluating is not None:

@@ -33,7 +33,10 @@ class Throughput:
             began = asked
 
     def report(self, gather: Callable[[Any], list[Any]]) -> dict[str, float]:
-        """`examples_per_second` and `wait_seconds` of the epoch, of all processes and of each. Every process must call."""
+        """`examples_per_second` and `wait_seconds` of the epoch, of all processes and of each.
+
+        Every process must call.
+        """
         told = gather((self.examples, self.waited, self.seconds))
         rates = [examples / seconds if seconds else 0.0 for examples, _, seconds in told]
         report = {"examples_per_second": sum(rates), "wait_seconds": sum(waited for _, waited, _ in told)}

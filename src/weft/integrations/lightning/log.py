@@ -316,7 +316,10 @@ class Results:
         return found
 
     def by_name(self) -> dict[str, Tensor]:
-        """What was logged, by its plain name: reduced over the epoch; what training logs by step only, as it was last."""
+        """What was logged, by its plain name: reduced over the epoch.
+
+        What training logs by step only, as it was last.
+        """
         found = {self._name(e, ""): _checked(e.name, e.epoch_value()) for e in self.valid() if e.on_epoch}
         of_step = [e for e in self.valid() if self.training and not e.on_epoch]
         return found | {self._name(e, ""): v for e in of_step if isinstance(v := e.step_value(), Tensor)}

@@ -88,7 +88,8 @@ def refuse_legacy(module: Any) -> None:
         module.optimizer_step, "optimizer_idx"
     ):
         raise NotImplementedError(
-            f"{who} takes 'optimizer_idx'. Today: self.automatic_optimization = False in __init__, and in training_step "
+            f"{who} takes 'optimizer_idx'. Today: self.automatic_optimization = False in __init__, and in "
+            "training_step "
             "`opt_a, opt_b = self.optimizers()`, self.manual_backward(loss), opt_a.step()."
         )
     if names_explicitly(module.training_step, "hiddens"):

@@ -1,4 +1,4 @@
-"""What a checkpoint of weft holds for a LightningModule besides the core's state, and checkpoints in Lightning's format."""
+"""What a checkpoint holds for a LightningModule besides the core's state, and checkpoints in Lightning's format."""
 
 from __future__ import annotations
 

@@ -107,7 +107,8 @@ def automatic(run: Context) -> Callable[[Any, int], tuple[Tensor | None, dict[st
         return state["loss"]
 
     guarded = strategy.checked(optimizer, closure) if quick else None
-    step_quickly = watched(run.state.hooks, "optimizer", lambda: optimizer.step(closure=guarded))  # type: ignore[union-attr]
+    step_with: Any = optimizer.step if optimizer is not None else None
+    step_quickly = watched(run.state.hooks, "optimizer", lambda: step_with(closure=guarded))
 
     def optimize(batch: Any, number: int) -> tuple[Tensor | None, dict[str, Any]]:
         state["batch"], state["number"] = batch, number
@@ -135,7 +136,10 @@ def automatic(run: Context) -> Callable[[Any, int], tuple[Tensor | None, dict[st
 
 
 def manual(run: Context) -> Callable[[Any, int], tuple[Tensor | None, dict[str, Any]]]:
-    """A function (batch, its number) -> (loss if one was returned, outputs): the module does it all in training_step."""
+    """A function (batch, its number) -> (loss if one was returned, outputs).
+
+    The module does it all in training_step.
+    """
     module, step = run.module, training_step(run)
 
     def optimize(batch: Any, number: int) -> tuple[Tensor | None, dict[str, Any]]:

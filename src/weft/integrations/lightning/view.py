@@ -121,7 +121,10 @@ class TrainerView:
 
     @property
     def estimated_stepping_batches(self) -> float:
-        """How often the optimizer will have stepped at the end of this fit; -1 or max_steps where data has no length."""
+        """How often the optimizer will have stepped at the end of this fit.
+
+        -1 or max_steps where data has no length.
+        """
         total = self.num_training_batches
         if math.isinf(total):
             return self.max_steps

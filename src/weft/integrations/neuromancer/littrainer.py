@@ -86,7 +86,8 @@ class LitTrainer(Trainer):
     ) -> None:
         if None not in (eval_metric, monitor_metric) and eval_metric != monitor_metric:
             raise ValueError(
-                f"eval_metric={eval_metric!r} and monitor_metric={monitor_metric!r} are two names for one option; give one."
+                f"eval_metric={eval_metric!r} and monitor_metric={monitor_metric!r} are two names for one option; "
+                "give one."
             )
         _refuse_two_names(options, optimizer=custom_optimizer, loggers=logger, training_step=custom_training_step)
         self.lit_hooks = LightningHooks(custom_hooks or {})
@@ -208,7 +209,8 @@ class LitTrainer(Trainer):
             return out
         if out is None:
             raise TypeError(
-                "custom_training_step returned None; it must return the loss. With automatic_optimization=False it takes "
+                "custom_training_step returned None; it must return the loss. With automatic_optimization=False it "
+                "takes "
                 "care of gradients and steps itself and may return nothing."
             )
         for optimizer in self.optimizers.values():

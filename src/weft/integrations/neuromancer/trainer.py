@@ -119,7 +119,10 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------------------- train
 
     def train(self) -> dict[str, Any]:
-        """The best state dict, which the problem then also holds. Trains for `epochs` epochs, or until patience ends."""
+        """The best state dict, which the problem then also holds.
+
+        Trains for `epochs` epochs, or until patience ends.
+        """
         run, self._output, self.badcount = self._start(), {}, 0
         run.progress.epoch = self.current_epoch
         run.progress.begin_fit(self.epochs, None)
@@ -190,7 +193,8 @@ class Trainer:
     def _training_step(self, trainer: Any, batch: Any) -> dict[str, Any]:
         output = self.model(_own_name(batch))
         if self.multi_fidelity:
-            alphas = [n.callable.get_alpha_loss() for n in self.model.nodes if hasattr(n.callable, "get_alpha_loss")]  # type: ignore[union-attr]
+            called: list[Any] = [node.callable for node in self.model.nodes]  # type: ignore[union-attr]
+            alphas = [c.get_alpha_loss() for c in called if hasattr(c, "get_alpha_loss")]
             if not alphas:
                 raise TypeError("multi_fidelity=True, but no node's callable has get_alpha_loss(), as StackedMLP has.")
             output[self.train_metric] = output[self.train_metric] + sum(alphas)
@@ -212,7 +216,8 @@ class Trainer:
             stale = [n for n, p in self.model.named_parameters() if p.grad is not None and id(p) not in held]
             if stale:
                 trainer.run.state.warn_once(
-                    f"{', '.join(stale[:5])}: these get gradients, but the optimizer does not hold them. The gradients add "
+                    f"{', '.join(stale[:5])}: these get gradients, but the optimizer does not hold them. The "
+                    "gradients add "
                     "up over the run and enter the clipping norm, as in NeuroMANCER; freeze them, or pass clip=None."
                 )
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
