@@ -25,9 +25,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from weft.checkpoint.archive import CheckpointError, local, plain, put, read, write
+from weft.checkpoint.archive import CheckpointError, local, plain, put, write
 from weft.checkpoint.parts import complete, is_in_parts, read_any, remove
-from weft.checkpoint.weights import Snapshot, load_into, state_of
 
 STEP_FILE = re.compile(r"step-(\d{9,})\.ckpt")
 TEMPORARY_FILE = re.compile(r"\..+\.(\d+)-\d+@(.+)\.tmp")

@@ -327,7 +327,7 @@ def _load(wanted: dict[str, Any], path: Path, metadata: Metadata | None = None, 
     metadata = metadata or read_metadata(path / METADATA)
     for name, value in wanted.items():
         entry = metadata.state_dict_metadata.get(name)
-        if entry is None or (entry.size, entry.properties.dtype) != (value.shape, value.dtype):  # type: ignore[union-attr]
+        if entry is None or not _is_like(entry, value):
             raise CheckpointError(f"{path / METADATA} does not tell of {name} with shape {tuple(value.shape)}.")
     try:
         with warnings.catch_warnings():  # torch 2.13 says that it loads in a single process, as it is told to
@@ -373,3 +373,7 @@ def _size_and_checksum(file: Path) -> list[int]:
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error}.") from error
     return [size, checksum]
+
+
+def _is_like(entry: Any, value: Tensor) -> bool:
+    return entry.size == value.shape and entry.properties.dtype == value.dtype

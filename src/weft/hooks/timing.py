@@ -68,7 +68,7 @@ class TimeProfile:
         return max(self.nodes, key=lambda name: self.nodes[name].own_seconds, default=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers: `seconds, epochs, steps, slowest_node`; for `parts` and `nodes` by name seconds, calls, share."""
+        """Plain numbers: `seconds, epochs, steps, slowest_node`; for `parts` and `nodes`: seconds, calls, share."""
 
         def row(timed: Timed) -> dict[str, float]:
             share = timed.seconds / self.seconds if self.seconds else 0.0

@@ -187,7 +187,7 @@ class Logging(Hook):
             self._log(trainer, values)
 
     def on_epoch_end(self, trainer: Any, metrics: Mapping[str, float]) -> None:
-        """Write the epoch's metrics with learning rates, speed, seconds of waiting for data, and since the fit began."""
+        """Write the epoch's metrics with learning rates, speed, seconds waiting for data, and since the fit began."""
         now, step = self._clock(), trainer.run.progress.step
         passed = now - self._last_time
         speed = {"steps_per_second": (step - self._last_step) / passed} if passed > 0 else {}

@@ -15,7 +15,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -25,14 +24,12 @@ from torch.optim import Optimizer
 
 from weft.checkpoint.weights import state_of
 from weft.data.batches import in_lists, num_examples
-from weft.data.data import SPLITS, Data
-from weft.data.splits import batches_of, check_finite
+from weft.data.data import Data
 from weft.devices import seeding
 from weft.devices.fabric import make_fabric, start_processes
-from weft.devices.precision import float_dtype
 from weft.devices.signals import SignalExit, interactive
 from weft.events import AT_REST, Hook, listeners
-from weft.loop import phases
+from weft.loop import feeding, phases
 from weft.loop.adapters import Seams
 from weft.loop.order import train_batches
 from weft.loop.result import FitResult, result_of
@@ -142,47 +139,16 @@ class Run(Seams):
         goes_on = self._resumed is not None
         state.progress.begin_fit(phases.num_epochs(state), state.config.max_steps, goes_on=goes_on)
         state.feed.make = make_data
-        self._make_data(None if self._resumed is None else self._resumed["random_before_data"])
+        feeding.make_data(state, None if self._resumed is None else self._resumed["random_before_data"])
         return self
 
     def renew_data(self) -> None:
         """Make the data anew: a refresh, or a phase that brings its own."""
-        self.state.progress.refreshes += 1
-        self._make_data()
-
-    def _make_data(self, random: dict[str, Any] | None = None) -> None:
-        """Make the data of this phase; on resume in the `random` state in which it was made before."""
-        state = self.state
-        if random is not None:
-            seeding.set_random_state(random)
-        else:
-            state.progress.data_epoch = state.progress.epoch
-        state.kept.random_before_data = seeding.random_state()
-        seed = state.config.seed if state.processes.world == 1 else state.feed.seed
-        assert state.feed.make is not None
-        with seeding.data_randomness(seed, index=state.progress.refreshes):
-            self.use_data(phases.data_of_phase(state) or state.feed.make())
-        state.kept.data_prints = {}
+        feeding.renew_data(self.state)
 
     def use_data(self, data: Data) -> None:
         """Train, evaluate and predict with `data` from here on."""
-        state, fabric, processes = self.state, self.state.fabric, self.state.processes
-        state.feed.data = data
-        check_finite(data, state.config.strict_data)
-        state.feed.splits = {
-            split: batches_of(
-                data,
-                split,
-                seed=state.feed.seed,
-                device=fabric.device,
-                dtype=float_dtype(fabric),
-                to_device=fabric.to_device,
-                rank=processes.data_rank,
-                world=processes.data_world,
-            )
-            for split in SPLITS
-        }
-        seeding.fix_kept_batches(state.feed.splits.values())
+        feeding.use_data(self.state, data)
 
     def __enter__(self) -> Self:
         state, trainer = self.state, self.state.trainer
@@ -191,7 +157,7 @@ class Run(Seams):
         if state.control.is_new:
             seeding.begin(state.config.seed, state.feed.seed, state.processes.data_rank)
         if state.kept.run_dir is None:
-            state.kept.run_dir = self._new_folder()
+            state.kept.run_dir = feeding.new_folder(state)
         self._stack.enter_context(self.in_use())
         self._stack.enter_context(state.control.interruption.caught())
         state.control.continues = self._resumed is not None or state.progress.interrupted
@@ -212,15 +178,6 @@ class Run(Seams):
             self.__exit__(type(error), error, None)
             raise
         return self
-
-    def _new_folder(self) -> Path | None:
-        config, options = self.state.config, self.state.trainer.options
-        asked = (config.root_dir, config.checkpointing, options["loggers"], config.profiler, options["profiler"])
-        if all(one in (None, False) for one in asked):
-            return None
-        from weft.records import folders
-
-        return self.state.processes.first(partial(folders.new_folder, config, options))
 
     def listen(self, hooks: list[Any]) -> None:
         """Have `hooks` called at their events from here on."""

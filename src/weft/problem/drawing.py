@@ -1,4 +1,4 @@
-"""The graph of a problem: which node hands which key to which node or term.
+"""A problem as a graph and as a table: which node hands which key to which node or term.
 
 problem.show()                # in a notebook a picture where graphviz is installed, else text
 print(problem.show())         # text
@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,22 @@ def draw(problem: Any) -> Drawing:
 
 def _quoted(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def table_of(problem: Any) -> str:
+    """A table: which node reads and writes which key, what the terms read, and what the data must bring."""
+    rows = [("node", "reads", "writes")]
+    for node in problem.nodes:
+        rows.append((str(node.name), ", ".join(node.input_keys) or "-", ", ".join(node.output_keys)))
+    terms = [("term", "reads", "weight")]
+    for term in problem.terms.values():
+        kind = " ".join([term.kind, *([term.sense] if hasattr(term, "sense") else [])])
+        terms.append((f"{term.name} ({kind})", ", ".join(term.keys) or "-", f"{term.weight.item():g}"))
+    needed = f"from the data: {', '.join(problem.inputs) or '-'}"
+    loss = f"loss: {type(problem.loss).__name__}"
+    return "\n".join([f"{problem}", "", *_columns(rows), "", *_columns(terms), "", loss, needed])
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -33,7 +33,7 @@ class Node(nn.Module):
         self.input_keys, self.output_keys = _keys(inputs, self), _keys(outputs, self)
         if not self.output_keys:
             raise ValueError(f"{self} has no outputs; name at least one key.")
-        if duplicates := _duplicates(self.output_keys):
+        if duplicates := duplicates_in(self.output_keys):
             raise ValueError(f"{self} writes {duplicates[0]!r} twice; give each output its own key.")
         self.fn = fn
         if isinstance(owner := getattr(fn, "__self__", None), nn.Module):
@@ -97,15 +97,15 @@ class Rollout(nn.Module):
 
     def __init__(self, nodes: Iterable[nn.Module], steps: int, name: str | None = None) -> None:
         super().__init__()
-        self.nodes = nn.ModuleList(_node_list(nodes, "Rollout"))
+        self.nodes = nn.ModuleList(node_list(nodes, "Rollout"))
         self.name, self.steps = name or "rollout", steps
         written: list[str] = []
         initial: list[str] = []  # read in the first step before anything was written to them
         for node in self.nodes:
-            initial += [k for k in _inputs(node) if k not in written and k not in initial]
-            written += [k for k in _outputs(node) if k not in written]
+            initial += [k for k in node.input_keys if k not in written and k not in initial]
+            written += [k for k in node.output_keys if k not in written]
         self.input_keys, self.output_keys = initial, written
-        if duplicates := _duplicates(n.name for n in self.nodes):
+        if duplicates := duplicates_in(n.name for n in self.nodes):
             raise ValueError(f"{self} has several nodes named {duplicates[0]!r}; give each its own name.")
         _check_steps(self)
 
@@ -115,7 +115,7 @@ class Rollout(nn.Module):
         series: dict[str, list[Tensor]] = {k: [] for k in self.output_keys}
         for key in dict.fromkeys([*self.input_keys, *(k for k in self.output_keys if k in data)]):
             series[key] = self._entries(key, data)
-        nodes = [(node, _inputs(node), _outputs(node)) for node in self.nodes]
+        nodes = [(node, node.input_keys, node.output_keys) for node in self.nodes]
         for t in range(self.steps):
             for node, reads, writes in nodes:
                 new = node({k: series[k][t] for k in reads})
@@ -162,19 +162,13 @@ def _keys(keys: Sequence[str], node: Node) -> list[str]:
     return keys
 
 
-def _inputs(node: Any) -> list[str]:
-    return node.input_keys
-
-
-def _outputs(node: Any) -> list[str]:
-    return node.output_keys
-
-
-def _duplicates(names: Iterable[Any]) -> list[Any]:
+def duplicates_in(names: Iterable[Any]) -> list[Any]:
+    """The names that stand there more than once."""
     return [name for name, count in Counter(names).items() if count > 1]
 
 
-def _node_list(nodes: Any, what: str) -> list[Any]:
+def node_list(nodes: Any, what: str) -> list[Any]:
+    """The nodes as a list, each with a name; TypeError for what is none."""
     checked = list(nodes) if isinstance(nodes, Iterable) else [nodes]
     for i, node in enumerate(checked):
         is_node = isinstance(node, nn.Module) and hasattr(node, "input_keys") and hasattr(node, "output_keys")

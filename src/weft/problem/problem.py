@@ -1,22 +1,22 @@
-"""The problem: what maps a batch to named outputs and one loss. Node, Rollout, Problem.
+"""The problem: what maps a batch to named outputs and one loss.
 
     net = weft.Node(mlp, ["a", "p"], ["x"], name="solution")
     problem = weft.Problem([net], objectives=[weft.objective(rosenbrock)], constraints=[weft.less_equal("x", 1.0)])
     problem({"a": a, "p": p, "name": "train"})["train_loss"].backward()
     print(problem.describe())
 
-The functions at the end read any problem: weft's, NeuroMANCER's (known by its shape, never imported), a plain module.
+`weft.problem.reading` reads any problem: weft's, NeuroMANCER's (known by its shape, never imported), a plain module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from weft.problem.losses import PenaltyLoss
-from weft.problem.nodes import _duplicates, _inputs, _node_list, _outputs
+from weft.problem.nodes import duplicates_in, node_list
 from weft.problem.terms import RESERVED_KEYS, Constraint, MissingKeyError, Objective, Term, explain
 from weft.types import Batch
 
@@ -46,7 +46,7 @@ class Problem(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.grad_inference = name, grad_inference
-        self.nodes = nn.ModuleList(_node_list(nodes, f"Problem {name!r}"))
+        self.nodes = nn.ModuleList(node_list(nodes, f"Problem {name!r}"))
         self.objectives = nn.ModuleList(_term_list(objectives, Objective, "objective"))
         self.constraints = nn.ModuleList(_term_list(constraints, Constraint, "constraint"))
         if isinstance(loss, type) or (loss is not None and not isinstance(loss, nn.Module)):
@@ -83,10 +83,10 @@ class Problem(nn.Module):
                 new = node(data)
             except KeyError as error:  # weft's nodes tell themselves, others do not
                 if not isinstance(error, MissingKeyError):
-                    explain(error, f"node {node.name!r}", _inputs(node), data)
+                    explain(error, f"node {node.name!r}", node.input_keys, data)
                 raise
-            if len(new) != len(_outputs(node)):  # a NeuroMANCER System also returns its inputs
-                new = {k: new[k] for k in _outputs(node)}
+            if len(new) != len(node.output_keys):  # a NeuroMANCER System also returns its inputs
+                new = {k: new[k] for k in node.output_keys}
             data.update(new)
             out.update(new)
         return out
@@ -96,17 +96,17 @@ class Problem(nn.Module):
         writer: dict[str, nn.Module] = {}
         inputs: list[str] = []
         for i, node in enumerate(self.nodes):
-            for key in _inputs(node):
+            for key in node.input_keys:
                 if key in writer or key in inputs:
                     continue
-                late = [n for n in self.nodes[i + 1 :] if key in _outputs(n) and key not in _inputs(n)]
+                late = [n for n in self.nodes[i + 1 :] if key in n.output_keys and key not in n.input_keys]
                 if late:
                     raise ValueError(
                         f"{self}: node {node.name!r} reads {key!r}, which only the later node {late[0].name!r} writes; "
                         "list the nodes in the order in which they run, or make a Rollout of a loop."
                     )
                 inputs.append(key)
-            for key in _outputs(node):
+            for key in node.output_keys:
                 if key in writer:
                     raise ValueError(
                         f"{self}: nodes {writer[key].name!r} and {node.name!r} both write {key!r}; rename one output."
@@ -121,14 +121,14 @@ class Problem(nn.Module):
         return inputs
 
     def _check_names(self) -> None:
-        if duplicates := _duplicates(n.name for n in self.nodes):
+        if duplicates := duplicates_in(n.name for n in self.nodes):
             raise ValueError(f"{self} has several nodes named {duplicates[0]!r}; give each its own name.")
         reported = ["objective_loss", "penalty_loss", "loss"]
         for term in cast(Iterable[Term], [*self.objectives, *self.constraints]):
             reported += [term.name] + ([f"{term.name}_violation"] if isinstance(term, Constraint) else [])
-        if duplicates := _duplicates(reported):
+        if duplicates := duplicates_in(reported):
             raise ValueError(f"{self} would report {duplicates[0]!r} twice; give each term its own name.")
-        outputs = {k for n in self.nodes for k in _outputs(n)}
+        outputs = {k for n in self.nodes for k in n.output_keys}
         for name in reported:
             taken = outputs & {name, *(f"{split}_{name}" for split in ("train", "dev", "test"))}
             if taken:
@@ -136,25 +136,9 @@ class Problem(nn.Module):
 
     def describe(self) -> str:
         """A table: which node reads and writes which key, what the terms read, and what the data must bring."""
-        rows = [("node", "reads", "writes")]
-        rows += [(str(n.name), ", ".join(_inputs(n)) or "-", ", ".join(_outputs(n))) for n in self.nodes]
-        terms = [("term", "reads", "weight")]
-        for term in self.terms.values():
-            kind = f"{term.kind}" + (f" {term.sense}" if isinstance(term, Constraint) else "")
-            terms.append((f"{term.name} ({kind})", ", ".join(term.keys) or "-", f"{term.weight.item():g}"))
-        loss = f"loss: {type(self.loss).__name__}"
-        return "\n".join(
-            [
-                f"{self}",
-                "",
-                *_table(rows),
-                "",
-                *_table(terms),
-                "",
-                loss,
-                f"from the data: {', '.join(self.inputs) or '-'}",
-            ]
-        )
+        from weft.problem.drawing import table_of
+
+        return table_of(self)
 
     def show(self) -> Any:
         """The graph of nodes, keys and terms: a picture in a notebook where graphviz is installed, text by `print`."""
@@ -167,7 +151,7 @@ class Problem(nn.Module):
 
     def __repr__(self) -> str:
         parameters = sum(p.numel() for p in self.parameters())
-        nodes = "; ".join(f"{n.name}({', '.join(_inputs(n))}) -> {', '.join(_outputs(n))}" for n in self.nodes)
+        nodes = "; ".join(f"{n.name}({', '.join(n.input_keys)}) -> {', '.join(n.output_keys)}" for n in self.nodes)
         terms = ", ".join(self.terms)
         return f"{self}: {nodes or 'no nodes'} | terms {terms} | {type(self.loss).__name__} | {parameters:,} parameters"
 
@@ -180,8 +164,3 @@ def _term_list(terms: Any, kind: type[Term], word: str) -> list[Any]:
             raise TypeError(f"{term!r} is no {word}; make it with {make}.")
         term.name = term.name or f"{word}_{i}"
     return terms
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

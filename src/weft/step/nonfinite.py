@@ -15,7 +15,7 @@ from weft.devices.processes import own_part
 if TYPE_CHECKING:
     from weft.step.state import RunState
 
-# The one implementation of the finite check: torch's own multi-tensor kernel, which marks `found` where a number is not.
+# The one implementation of the finite check: torch's own multi-tensor kernel, which marks `found`.
 _check_and_unscale = torch._amp_foreach_non_finite_check_and_unscale_  # pyright: ignore[reportPrivateImportUsage]
 READS_ARE_FREE = ("cpu",)  # kinds of devices where reading a number does not wait for work that was queued
 

@@ -1,0 +1,56 @@
+"""What a run is given before it trains: its data, made and made anew, and its folder."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from weft.data.data import SPLITS, Data
+from weft.data.splits import batches_of, check_finite
+from weft.devices import seeding
+from weft.devices.precision import float_dtype
+from weft.loop.phases import data_of_phase
+from weft.step.state import RunState
+
+
+def make_data(state: RunState, random: dict[str, Any] | None = None) -> None:
+    """Make the data of this phase; on resume in the `random` state in which it was made before."""
+    if random is not None:
+        seeding.set_random_state(random)
+    else:
+        state.progress.data_epoch = state.progress.epoch
+    state.kept.random_before_data = seeding.random_state()
+    seed = state.config.seed if state.processes.world == 1 else state.feed.seed
+    assert state.feed.make is not None
+    with seeding.data_randomness(seed, index=state.progress.refreshes):
+        use_data(state, data_of_phase(state) or state.feed.make())
+    state.kept.data_prints = {}
+
+
+def renew_data(state: RunState) -> None:
+    """Make the data anew: a refresh, or a phase that brings its own."""
+    state.progress.refreshes += 1
+    make_data(state)
+
+
+def use_data(state: RunState, data: Data) -> None:
+    """Train, evaluate and predict with `data` from here on."""
+    fabric, processes = state.fabric, state.processes
+    state.feed.data = data
+    check_finite(data, state.config.strict_data)
+    place = {"device": fabric.device, "dtype": float_dtype(fabric), "to_device": fabric.to_device}
+    share = {"rank": processes.data_rank, "world": processes.data_world}
+    state.feed.splits = {split: batches_of(data, split, seed=state.feed.seed, **place, **share) for split in SPLITS}
+    seeding.fix_kept_batches(state.feed.splits.values())
+
+
+def new_folder(state: RunState) -> Path | None:
+    """The folder of a new run, None if nothing asks for one."""
+    config, options = state.config, state.trainer.options
+    asked = (config.root_dir, config.checkpointing, options["loggers"], config.profiler, options["profiler"])
+    if all(one in (None, False) for one in asked):
+        return None
+    from weft.records import folders
+
+    return state.processes.first(partial(folders.new_folder, config, options))
