@@ -34,6 +34,7 @@ from torch.utils.serialization import config as torch_files
 
 # At the end of each file, as the archive's comment: a checksum of all bytes before it. The entries' own checksums leave
 # out the zip headers. A file without it (written by torch or Lightning) is judged by the entries alone.
+STATE, METADATA = "state.ckpt", ".metadata"  # in the folder of a checkpoint in parts
 SEAL = b"weft-crc32:"
 SEALED = len(SEAL) + 8
 
@@ -273,3 +274,28 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+# ---- a checkpoint in parts, which is a folder (`weft.checkpoint.parts`)
+
+
+def is_in_parts(path: Path) -> bool:
+    """Whether `path` is a checkpoint in parts (a folder of checkpoints is not)."""
+    return (path / STATE).is_file()
+
+
+def is_torchs(path: Path) -> bool:
+    """Whether `path` is a folder that `torch.distributed.checkpoint` wrote, and weft did not."""
+    return (path / METADATA).is_file() and not is_in_parts(path)
+
+
+# ---- writing: every process calls
+# --------------------------------------------------------------------------------------
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint, in parts or one file; nothing happens where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -25,8 +25,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from weft.checkpoint.archive import CheckpointError, local, plain, put, write
-from weft.checkpoint.parts import complete, is_in_parts, read_any, remove
+from weft.checkpoint.archive import CheckpointError, is_in_parts, local, plain, put, read, remove, write
 
 STEP_FILE = re.compile(r"step-(\d{9,})\.ckpt")
 TEMPORARY_FILE = re.compile(r"\..+\.(\d+)-\d+@(.+)\.tmp")
@@ -243,3 +242,21 @@ class BackgroundWriter:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+
+def read_any(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """The state in a checkpoint, a file or in parts; of one in parts the shards are left to `complete`."""
+    if not is_in_parts(path):
+        return read(path, map_location)
+    from weft.checkpoint.parts import read_parts
+
+    return read_parts(path, map_location)
+
+
+def complete(state: Any, path: Path | None, processes: Any = None) -> dict[str, Any]:
+    """`state` with the shards that `path` holds, if it is in parts."""
+    if path is None or not is_in_parts(path):
+        return state
+    from weft.checkpoint import parts
+
+    return parts.complete(state, path, processes)

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from weft.checkpoint import archive
-from weft.checkpoint.archive import CheckpointError, sync_folder
+from weft.checkpoint.archive import METADATA, STATE, CheckpointError, is_in_parts, remove, sync_folder
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from weft.devices.processes import Processes
 
-STATE, METADATA, MARK = "state.ckpt", ".metadata", "weft.shards"
+MARK = "weft.shards"
 _CLASSES = {  # what `.metadata` is made of; none of them runs anything when it is made or filled
     "torch.distributed.checkpoint.metadata": (
         "Metadata",
@@ -61,20 +61,6 @@ _CLASSES = {  # what `.metadata` is made of; none of them runs anything when it 
     "pathlib": ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),
     "pathlib._local": ("PosixPath", "WindowsPath"),  # Python 3.13
 }
-
-
-def is_in_parts(path: Path) -> bool:
-    """Whether `path` is a checkpoint in parts (a folder of checkpoints is not)."""
-    return (path / STATE).is_file()
-
-
-def is_torchs(path: Path) -> bool:
-    """Whether `path` is a folder that `torch.distributed.checkpoint` wrote, and weft did not."""
-    return (path / METADATA).is_file() and not is_in_parts(path)
-
-
-# ---- writing: every process calls
-# --------------------------------------------------------------------------------------
 
 
 def write_parts(path: Path, state: Mapping[str, Any], processes: Processes) -> tuple[dict[str, Any], Callable]:
@@ -159,14 +145,6 @@ def _exchange(one: Path, other: Path) -> bool:
     return rename(at_cwd, os.fsencode(one.absolute()), at_cwd, os.fsencode(other.absolute()), exchange) == 0
 
 
-def remove(path: Path) -> None:
-    """Delete a checkpoint, in parts or one file; nothing happens where there is none."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def _take_out(value: Any, where: str, found: dict[str, Tensor]) -> Any:
     """`value` with each sharded tensor in it put into `found`, and what tells of it in its place."""
     if hasattr(value, "to_local"):
@@ -213,11 +191,6 @@ def read_parts(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         if (file := path / name).is_symlink() or files.get(name) != _size_and_checksum(file):
             raise CheckpointError(f"{file} is damaged, or does not belong there: its checksum is not the one saved.")
     return {key: value for key, value in state.items() if key != MARK}
-
-
-def read_any(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """The state of a checkpoint, one file or in parts, of the latter without its sharded tensors."""
-    return read_parts(path, map_location) if is_in_parts(path) else archive.read(path, map_location)
 
 
 def complete(state: Any, path: Path | None, processes: Any = None) -> dict[str, Any]:

@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from weft.checkpoint.archive import CheckpointError, local, write
+from weft.checkpoint.archive import CheckpointError, is_in_parts, is_torchs, local, write
 from weft.checkpoint.folder import load
-from weft.checkpoint.parts import is_in_parts, is_torchs, read_tensors
 from weft.checkpoint.weights import few, load_into
 
 WEIGHTS_FORMAT = "weft-weights-1"
@@ -41,7 +40,7 @@ def load_weights(
         folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         state, path = load(folder, "best" if (folder / "best").exists() else "last")
     else:
-        state = read_tensors(path) if is_torchs(path) else load(path)[0]
+        state = _read_tensors(path) if is_torchs(path) else load(path)[0]
     own = problem.state_dict()
     weights = _weights_in(state, of_best, path)
     if "state_dict" in state and not any(name.startswith("problem.") for name in own):
@@ -86,3 +85,9 @@ def _below(names: Mapping[str, Any], prefix: str) -> dict[str, str]:
     return {name[len(dotted) :]: name for name in names if name.startswith(dotted)} or (
         {"": prefix} if prefix in names else {}
     )
+
+
+def _read_tensors(path: Path) -> dict[str, Any]:
+    from weft.checkpoint.parts import read_tensors
+
+    return dict(read_tensors(path))

@@ -20,7 +20,6 @@ from typing import Any, Protocol
 
 from weft.events import Hook
 from weft.loggers.csv import CSVLogger, Row, read_history, read_rows
-from weft.loggers.tensorboard import TensorBoardLogger
 from weft.types import suggest
 
 __all__ = [
@@ -39,7 +38,7 @@ __all__ = [
 METHODS = ("log_metrics", "log_hyperparams", "save", "finalize")
 MAKERS: dict[str, Callable[[Path], Logger]] = {
     "csv": lambda folder: CSVLogger(folder / "metrics.csv"),
-    "tensorboard": lambda folder: TensorBoardLogger(folder),
+    "tensorboard": lambda folder: _tensorboard(folder),
 }
 
 
@@ -215,3 +214,9 @@ class Logging(Hook):
             # each gets its own dict: some of Lightning's loggers add to it
             logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step=trainer.run.progress.step)
             logger.save()
+
+
+def _tensorboard(folder: Path) -> Any:
+    from weft.loggers.tensorboard import TensorBoardLogger
+
+    return TensorBoardLogger(folder)

@@ -22,8 +22,8 @@ from torch.optim import Optimizer
 from weft.checkpoint import archive
 from weft.checkpoint import folder as checkpoints
 from weft.checkpoint.archive import CheckpointError
+from weft.checkpoint.folder import complete
 from weft.checkpoint.hidden import attributes, changed_attributes, set_attributes
-from weft.checkpoint.parts import complete
 from weft.checkpoint.weights import load_into
 from weft.config import TrainerConfig
 from weft.devices import seeding

@@ -132,9 +132,9 @@ def _set_metric(metric: Metric, state: dict[str, Any]) -> None:
 
 def head(run: Context) -> dict[str, Any]:
     """The keys that stand in every Lightning checkpoint."""
-    import importlib
+    import sys
 
-    version = importlib.import_module(package_of(run.module)).__version__
+    version = sys.modules[package_of(run.module)].__version__
     return {"epoch": run.progress.epoch, "global_step": run.progress.step, "pytorch-lightning_version": version}
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,6 @@ from torch.optim import Optimizer
 from weft.events import Hook
 from weft.step.optimizers import DEFAULT, Schedule
 from weft.types import suggest
-
-if TYPE_CHECKING:
-    from weft.integrations.neuromancer.littrainer import LitTrainer
 
 _BATCH = ("batch", "batch_idx", "dataloader_idx=0")
 _OUTPUTS = ("outputs", *_BATCH)
@@ -152,7 +149,7 @@ class LitModel:
     each epoch. It takes any attribute of yours; what it does not have itself is looked up in the problem.
     """
 
-    def __init__(self, trainer: LitTrainer, problem: nn.Module) -> None:
+    def __init__(self, trainer: Any, problem: nn.Module) -> None:
         self.trainer, self.problem = trainer, problem
         self.training_step_outputs: list[Any] = []
         self.validation_step_outputs: list[Any] = []
@@ -275,7 +272,7 @@ class LitModel:
 class ManualOptimizer:
     """An optimizer whose `step()` goes through the trainer; everything else is the optimizer's own."""
 
-    def __init__(self, trainer: LitTrainer, optimizer: Optimizer) -> None:
+    def __init__(self, trainer: Any, optimizer: Optimizer) -> None:
         self._trainer, self.optimizer = trainer, optimizer
 
     def __getattr__(self, name: str) -> Any:
@@ -289,7 +286,7 @@ class ManualOptimizer:
 class Bridge(Hook):
     """Calls Lightning's hooks at weft's events."""
 
-    def __init__(self, trainer: LitTrainer) -> None:
+    def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
     def call(self, name: str, *args: Any) -> Any:
