@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from importlib import import_module
+import sys
 from typing import Any
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
@@ -47,7 +47,7 @@ def package_of(thing: Any) -> str:
 def lightning_class(thing: Any, path: str) -> Any:
     """A class of the package that `thing` comes from: `lightning_class(module, "trainer.states.TrainerState")`."""
     module, name = path.rsplit(".", 1)
-    return getattr(import_module(f"{package_of(thing)}.{module}"), name)
+    return getattr(sys.modules[f"{package_of(thing)}.{module}"], name)  # all loaded with the class of `thing`
 
 
 def is_a(thing: Any, name: str) -> bool:
