@@ -292,7 +292,7 @@ MISTAKES: list[tuple[dict[str, Any], list[str], str]] = [
     ),
     ({"hooks": ["good.py:number"]}, [], "Hook 'int' has no event to be called at"),
     ({"loggers": ["tensorbord"]}, [], "did you mean 'tensorboard'?"),
-    ({"phases": [{"epochs": 0}]}, [], "phases.0.epochs=0: expected a whole number of at least 1"),
+    ({"phases": [{"epochs": 0}]}, [], "phases.0.epochs=0: must be at least 1"),
     ({"phases": [{"epochs": 1, "freeze": ["nett"]}]}, [], "has no node or submodule 'nett'; did you mean 'net'?"),
     ({"phases": [{"epochs": 1}], "trainer": {"epochs": 3}}, [], "each phase has its own epochs"),
     ({"weights": "nothing.pt"}, [], "nothing.pt"),
