@@ -43,7 +43,7 @@ def _face(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], 
 if TYPE_CHECKING:
     from weft import hooks as hooks
     from weft import integrations as integrations
-    from weft import plots as plot
+    from weft import plots as plot  # noqa: F401 - the one name that is not its module's
     from weft.checkpoint.archive import CheckpointError as CheckpointError
     from weft.checkpoint.weights_files import load_weights as load_weights
     from weft.checkpoint.weights_files import save_weights as save_weights

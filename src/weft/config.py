@@ -185,9 +185,9 @@ class TrainerConfig:
     """At most n batches (int >= 1) or a share (0 < float <= 1) of each epoch; by split as a dict; None: all."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.checkpoint, dict):
-            object.__setattr__(self, "checkpoint", build(CheckpointConfig, self.checkpoint, "checkpoint."))
         check(self)
+        if isinstance(self.checkpoint, dict):
+            object.__setattr__(self, "checkpoint", CheckpointConfig(**self.checkpoint))
 
     @property
     def max_seconds(self) -> float | None:
@@ -249,16 +249,6 @@ _WORDS |= {dict: "a dict", Mapping: "a dict", list: "a list", tuple: "a list", S
 _LISTS = (list, tuple, Sequence)
 
 
-def build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
-    """`cls(**values)`, where an unknown name raises TypeError with the closest known one."""
-    known = [f.name for f in dataclasses.fields(cls)]
-    unknown = [k for k in values if k not in known]
-    if unknown:
-        listed = ", ".join(f"{prefix}{k}" for k in unknown)
-        raise TypeError(f"Unknown option {listed}{suggest(unknown[0], known) or f'. Options: {known}'}")
-    return cls(**values)
-
-
 def check(config: Any) -> None:
     """Raise one ValueError that names every field of the dataclass `config` with a wrong type or value."""
     if wrong := complaints(type(config), vars(config)):
@@ -298,8 +288,7 @@ def complaint(value: Any, kind: Any) -> str:
     """Why `value` cannot stand where the type `kind` is asked for, "" if it can."""
     fitting = [a for a in _alternatives(kind) if matches(value, a)]
     if not fitting:
-        choices = [c for c in _choices(kind) if isinstance(c, str)]
-        return f"expected {describe(kind)}" + (suggest(value, choices) if isinstance(value, str) else "")
+        return expected(kind, value)
     if isinstance(value, float) and not math.isfinite(value):
         return "expected a finite number"
     bounds = [getattr(a, "__metadata__", ()) for a in fitting]
@@ -333,8 +322,10 @@ def _alternatives(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
-def _choices(kind: Any) -> list[Any]:
-    return [c for a in _alternatives(kind) if get_origin(a) is Literal for c in get_args(a)]
+def expected(kind: Any, found: Any) -> str:
+    """What the type `kind` asks for, in words, with the closest of its choices to the text `found`."""
+    choices = [c for a in _alternatives(kind) if get_origin(a) is Literal for c in get_args(a) if isinstance(c, str)]
+    return f"expected {describe(kind)}{suggest(found, choices) if isinstance(found, str) else ''}"
 
 
 def describe(kind: Any) -> str:

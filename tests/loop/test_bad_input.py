@@ -64,8 +64,8 @@ OPTIONS = {
     "unknown option": (lambda: weft.Trainer(epoch=3), TypeError, r"no option 'epoch'; did you mean 'epochs'\?"),
     "unknown checkpoint option": (
         lambda: weft.Trainer(checkpoint={"kep": 3}),
-        TypeError,
-        r"checkpoint.kep; did you mean 'keep'",
+        ValueError,
+        r"checkpoint.kep=3: there is no such option; did you mean 'keep'",
     ),
     "negative epochs": (lambda: weft.Trainer(epochs=-1), ValueError, "epochs=-1: must be at least 0"),
     "several wrong": (

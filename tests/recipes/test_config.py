@@ -378,3 +378,16 @@ def test_config_errors_in_python_name_every_field() -> None:
     assert complaints(TrainerConfig, {"epochs": 3}) == []
     with pytest.raises(ConfigError, match="no such option"):
         with_option({}, "trainr.epochs", "3")
+
+
+def test_an_option_that_names_a_class_and_those_of_its_arguments_may_stand_in_any_order(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("run.yaml").write_text(
+        yamlfile.dump({**BASE, "optimizer": {"class_path": "Adam", "init_args": {"betas": [0, 0.9]}}})
+    )
+    printed = []
+    for words in (["--optimizer.lr", "0.1", "--optimizer", "SGD"], ["--optimizer", "SGD", "--optimizer.lr", "0.1"]):
+        assert cli.main(["config", "--config", "run.yaml", *words]) == cli.OK
+        printed.append(yamlfile.load(capsys.readouterr().out)["optimizer"])
+    assert printed == [{"class_path": "SGD", "init_args": {"lr": 0.1}}] * 2

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from weft.config import describe, matches
+from weft.config import describe, expected, matches
 from weft.recipes.schema import Text, typed
 from weft.types import suggest
 
@@ -95,9 +95,7 @@ def converted(
         try:
             values[argument] = fit(read, hint)
         except Misfit:
-            choices = [c for c in typing.get_args(hint) if isinstance(c, str)]
-            near = suggest(read, choices) if isinstance(read, str) else ""
-            wrong.append(f"{key}.{argument}={read!r}: expected {describe(hint)}{near}")
+            wrong.append(f"{key}.{argument}={read!r}: {expected(hint, read)}")
     for parameter in takes.parameters:
         if parameter.default is NO_DEFAULT and parameter.name not in given:
             wrong.append(f"{key}.{parameter.name}: missing; {name} needs it ({parameter.type_name or 'any value'})")

@@ -66,7 +66,7 @@ def complaint(reference: str, section: str = "") -> str:
     names = names_at_top(tree)
     first = name.split(".")[0]
     if names is not None and first not in names:
-        return f"{place} has no {first!r}{suggest(first, names)}"
+        return str(missing(place, first, names))
     return ""
 
 
