@@ -150,7 +150,7 @@ class TrainerConfig:
     num_nodes: Count = 1
     """Machines (>= 1)."""
     strategy: str = "auto"
-    """"auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook", "ddp_find_unused_parameters_true" or "fsdp" (in shards)."""
+    """"auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook", "ddp_find_unused_parameters_true", or "fsdp": shards."""
     precision: Precision = "32-true"
     """"32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true", ...; inputs keep their dtype under "-mixed"."""
     timeout: Positive | None = None
@@ -176,7 +176,7 @@ class TrainerConfig:
     resume: str | None = None
     """"auto", "last", "best" or the path of a checkpoint to go on from; None: start anew."""
     profiler: Literal["simple", "pytorch", "advanced"] | None = None
-    """Where the time goes: "simple" (a table), "pytorch" (a trace in the run's folder), "advanced" (cProfile); None: off."""
+    """Where the time goes: "simple" (a table), "pytorch" (a trace in the folder), "advanced" (cProfile); None: off."""
     progress: bool | Literal["auto"] = "auto"
     """The progress line on stderr: "auto" (a line that is rewritten, or plain lines without a terminal) or False."""
     fast_dev_run: bool | Natural = False

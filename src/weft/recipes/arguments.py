@@ -110,7 +110,7 @@ def looked_at(value: Any, hint: Any) -> Any:
 
 
 def made(value: Any, hint: Any) -> Any:
-    """`value` as the type `hint` wants it: {class_path, init_args} becomes an object of the class where one is asked for."""
+    """`value` as the type `hint` wants it: where an object is asked for, {class_path, init_args} becomes one."""
     if hint is Any or hint is object:
         return value
     from jsonargparse import ArgumentError, ArgumentParser
