@@ -4,68 +4,73 @@ problem = weft.Problem([weft.Node(net, ["p"], ["x"])], objectives=[weft.objectiv
 result = weft.Trainer(epochs=100).fit(problem, weft.DictDataset({"p": p}), weft.DictDataset({"p": p_dev}))
 """
 
+import ast
+import sys
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# every public name and the module it lives in; a module is imported when a name of it is first used
-_HOME = {
-    "weft.problem.nodes": ("Node", "Rollout"),
-    "weft.problem.problem": ("Problem",),
-    "weft.problem.terms": ("equal", "greater_equal", "less_equal", "objective"),
-    "weft.problem.losses": ("BarrierLoss", "PenaltyLoss"),
-    "weft.problem.lagrangian": ("AugmentedLagrangian",),
-    "weft.data.datasets": ("DictDataset", "windows"),
-    "weft.data.data": ("Data",),
-    "weft.config": ("CheckpointConfig", "DataConfig", "TrainerConfig"),
-    "weft.events": ("Hook",),
-    "weft.step.phase": ("Phase",),
-    "weft.step.optimizers": ("Schedule",),
-    "weft.checkpoint.weights_files": ("load_weights", "save_weights"),
-    "weft.checkpoint.archive": ("CheckpointError",),
-    "weft.loop.result": ("FitResult", "load_result"),
-    "weft.loop.run": ("Run",),
-    "weft.loop.trainer": ("Trainer",),
-    "weft.integrations.neuromancer.littrainer": ("LitTrainer",),
-    "weft.sweeps.sweep": ("sweep",),
-}
-_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-_MODULES = {"hooks": "weft.hooks", "plot": "weft.plots", "integrations": "weft.integrations"}
-__all__ = sorted(_MODULE_OF)
+
+def _face(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """`__getattr__`, `__dir__` and `__all__` of a package: the names that its TYPE_CHECKING block imports.
+
+    Each is imported when it is first used. The block is read from the source, so that a name stands in one place, where
+    type checkers and editors look for it too.
+    """
+    here = sys.modules[package]
+    tree = ast.parse(here.__loader__.get_source(package))  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    home = {alias.asname or alias.name: (str(node.module), alias.name) for node in imports for alias in node.names}
+
+    def look_up(name: str) -> Any:
+        if name not in home:
+            from weft.types import suggest
+
+            raise AttributeError(f"module {package!r} has no attribute {name!r}{suggest(name, home)}")
+        module, original = home[name]
+        is_module = module == package
+        value = import_module(f"{module}.{original}") if is_module else getattr(import_module(module), original)
+        setattr(here, name, value)
+        return value
+
+    values = sorted(name for name, (module, _) in home.items() if module != package)
+    return look_up, lambda: sorted({*home, *vars(here)}), values
+
 
 if TYPE_CHECKING:
-    from weft import hooks
-    from weft import plots as plot
-    from weft.checkpoint.archive import CheckpointError
-    from weft.checkpoint.weights_files import load_weights, save_weights
-    from weft.config import CheckpointConfig, DataConfig, TrainerConfig
-    from weft.data.data import Data
-    from weft.data.datasets import DictDataset, windows
-    from weft.events import Hook
-    from weft.integrations.neuromancer.littrainer import LitTrainer
-    from weft.loop.result import FitResult, load_result
-    from weft.loop.run import Run
-    from weft.loop.trainer import Trainer
-    from weft.problem.lagrangian import AugmentedLagrangian
-    from weft.problem.losses import BarrierLoss, PenaltyLoss
-    from weft.problem.nodes import Node, Rollout
-    from weft.problem.problem import Problem
-    from weft.problem.terms import equal, greater_equal, less_equal, objective
-    from weft.step.optimizers import Schedule
-    from weft.step.phase import Phase
-    from weft.sweeps.sweep import sweep
-
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(_MODULES[name])
-    if name in _MODULE_OF:
-        value = getattr(import_module(_MODULE_OF[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'weft' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return [*__all__, "hooks", "plot", "__version__"]
+    from weft import hooks as hooks
+    from weft import integrations as integrations
+    from weft import plots as plot  # noqa: F401 - the one name that is not its module's
+    from weft.checkpoint.archive import CheckpointError as CheckpointError
+    from weft.checkpoint.weights_files import load_weights as load_weights
+    from weft.checkpoint.weights_files import save_weights as save_weights
+    from weft.config import CheckpointConfig as CheckpointConfig
+    from weft.config import DataConfig as DataConfig
+    from weft.config import TrainerConfig as TrainerConfig
+    from weft.data.data import Data as Data
+    from weft.data.datasets import DictDataset as DictDataset
+    from weft.data.datasets import windows as windows
+    from weft.events import Hook as Hook
+    from weft.integrations.neuromancer.littrainer import LitTrainer as LitTrainer
+    from weft.loop.result import FitResult as FitResult
+    from weft.loop.result import load_result as load_result
+    from weft.loop.run import Run as Run
+    from weft.loop.trainer import Trainer as Trainer
+    from weft.problem.lagrangian import AugmentedLagrangian as AugmentedLagrangian
+    from weft.problem.losses import BarrierLoss as BarrierLoss
+    from weft.problem.losses import PenaltyLoss as PenaltyLoss
+    from weft.problem.nodes import Node as Node
+    from weft.problem.nodes import Rollout as Rollout
+    from weft.problem.problem import Problem as Problem
+    from weft.problem.terms import equal as equal
+    from weft.problem.terms import greater_equal as greater_equal
+    from weft.problem.terms import less_equal as less_equal
+    from weft.problem.terms import objective as objective
+    from weft.step.phase import Phase as Phase
+    from weft.step.phase import Schedule as Schedule
+    from weft.sweeps.sweep import sweep as sweep
+else:
+    __getattr__, __dir__, __all__ = _face(__name__)

@@ -3,19 +3,62 @@
     TrainerConfig(epochs=200, patience=20)      # ValueError names every field that is wrong, all at once
     complaints(TrainerConfig, {"epochs": -1}, "trainer.")   # ["trainer.epochs=-1: must be at least 0"]
 
-Imports nothing slow, so that a command line can check its input before torch is loaded.
+The bounds of a field are part of its type: `Count` is a whole number of at least 1. Any class with annotated fields can
+be checked in this way. Imports nothing slow, so that a command line can check its input before torch is loaded.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from weft.types import suggest
+
+# ------------------------------------------------------------------------------------------------ kinds of values
+
+
+def at_least(least: float) -> Callable[[float], str]:
+    """A bound: what is wrong with a number below `least`, "" otherwise. It stands in the Annotated type of a field."""
+    return lambda value: "" if value >= least else f"must be at least {least}"
+
+
+def _positive(value: float) -> str:
+    return "" if value > 0 else "must be greater than 0"
+
+
+def _time(text: str) -> str:
+    try:
+        return _positive(parse_time(text))
+    except ValueError as error:
+        return str(error)
+
+
+def _limit(value: Any) -> str:
+    limits = value if isinstance(value, Mapping) else {"train": value}
+    if unknown := [k for k in limits if k not in ("train", "dev", "test", "predict")]:
+        return f"no split is named {unknown}; expected train, dev, test, predict"
+    right = all(v >= 1 if isinstance(v, int) else 0 < v <= 1 for v in limits.values())
+    return "" if right else "expected a number of batches (int >= 1) or a share (0 < float <= 1)"
+
+
+def _sizes(sizes: Mapping[str, Any]) -> str:
+    return next((wrong for size in sizes.values() if (wrong := complaint(size, BatchSize))), "")
+
+
+Count = Annotated[int, at_least(1)]
+Natural = Annotated[int, at_least(0)]
+Positive = Annotated[float, _positive]
+Time = Annotated[str, _time]
+"""Text like "DD:HH:MM:SS"."""
+Limit = Annotated[int | float | dict[str, int | float], _limit]
+"""A number of batches or a share of them, or a dict of these by split."""
+BatchSize = Count | Literal["all"] | Annotated[Mapping[str, Any], _sizes] | None
+"""Rows per batch, or a dict by split, by part of a split, or both."""
 
 Precision = Literal[
     "32-true",
@@ -30,6 +73,9 @@ Precision = Literal[
     "bf16",
     "32",
     "64",
+    16,
+    32,
+    64,
 ]
 
 
@@ -37,15 +83,15 @@ Precision = Literal[
 class CheckpointConfig:
     """When checkpoints are written, and how many are kept."""
 
-    every_n_steps: int | None = None
+    every_n_steps: Count | None = None
     """Save after every n optimizer steps (>= 1); None: not by steps."""
-    every_n_epochs: int | None = None
+    every_n_epochs: Count | None = None
     """Save after every n epochs (>= 1); None: 1 if neither steps nor seconds are given."""
-    every_n_seconds: float | None = None
+    every_n_seconds: Positive | None = None
     """Save at the first step boundary n seconds after the last save (> 0 s); None: not by time."""
     best: bool = True
     """Also save whenever the monitored metric improved."""
-    keep: int = 2
+    keep: Annotated[int, at_least(2)] = 2
     """How many of the newest checkpoints stay on disk besides the best (>= 2)."""
     background: bool = False
     """Write in a thread while the next steps run."""
@@ -65,13 +111,13 @@ class CheckpointConfig:
 class TrainerConfig:
     """Everything about a run that is plain data. All keyword; an unknown name or a wrong value raises."""
 
-    epochs: int = 1000
+    epochs: Natural = 1000
     """Passes over the training data (>= 0); a second `fit` of the same problem trains so many more."""
-    min_epochs: int = 0
+    min_epochs: Natural = 0
     """Early stopping waits for so many epochs (>= 0)."""
-    max_steps: int | None = None
+    max_steps: Natural | None = None
     """Stop after so many optimizer steps of this fit (>= 0); None: no limit."""
-    max_time: float | str | None = None
+    max_time: Positive | Time | None = None
     """Stop at the first step boundary after so many seconds (> 0 s), or "DD:HH:MM:SS"; None: no limit."""
     train_metric: str = "train_loss"
     """Key of the loss to minimise in what the problem returns for a training batch."""
@@ -83,35 +129,35 @@ class TrainerConfig:
     """Metric that decides best weights and early stopping; None: dev_metric, or train_metric without a dev set."""
     monitor_mode: Literal["min", "max"] = "min"
     """Whether smaller ("min") or larger ("max") is better."""
-    patience: int | None = None
+    patience: Count | None = None
     """Stop after so many validations without improvement (>= 1); None: never."""
-    min_delta: float = 0.0
+    min_delta: Annotated[float, at_least(0)] = 0.0
     """An improvement must be larger than this (>= 0, in units of the metric)."""
-    warmup: int = 0
+    warmup: Natural = 0
     """Epochs at the start that do not count against patience (>= 0)."""
-    clip: float | None = None
+    clip: Positive | None = None
     """Largest gradient norm, or largest absolute entry (> 0); None: no clipping."""
     clip_algorithm: Literal["norm", "value"] = "norm"
     """Clip the global 2-norm of an optimizer's gradients ("norm") or each entry ("value")."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Batches per optimizer step (>= 1); the update equals that of one big batch."""
-    validate_every: int = 1
+    validate_every: Count = 1
     """Validate after every n epochs and after the last (>= 1)."""
     accelerator: str = "auto"
     """"auto", "cpu", "gpu", "cuda", "mps", "tpu"."""
     devices: int | str | list[int] = 1
     """How many devices, which ones ([0, 2] or "0,2"), -1 or "auto" for all."""
-    num_nodes: int = 1
+    num_nodes: Count = 1
     """Machines (>= 1)."""
     strategy: str = "auto"
-    """"auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook", "ddp_find_unused_parameters_true" or "fsdp" (in shards)."""
-    precision: Precision | int = "32-true"
+    """"auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook", "ddp_find_unused_parameters_true", or "fsdp": shards."""
+    precision: Precision = "32-true"
     """"32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true", ...; inputs keep their dtype under "-mixed"."""
-    timeout: float | None = None
+    timeout: Positive | None = None
     """Seconds after which a lost process ends the job (> 0 s); None: torch's default."""
     compile: bool | Literal["auto"] = False
     """Turn the update into one compiled graph: True, False, or "auto" (decided from counts before step 0)."""
-    seed: int | None = None
+    seed: Natural | None = None
     """Seeds python, numpy and torch, and the order of the data (>= 0); None: random state is left alone."""
     deterministic: bool = False
     """Only deterministic algorithms (torch.use_deterministic_algorithms) during the fit."""
@@ -123,25 +169,25 @@ class TrainerConfig:
     """Folder that run folders go into; None: nothing is written unless a logger or checkpoint asks ("runs")."""
     run_name: str | None = None
     """Name of the run's folder below root_dir; None: a timestamp."""
-    log_every: int | None = None
+    log_every: Count | None = None
     """Also log step values every n steps (>= 1); None: once per epoch."""
     checkpoint: bool | CheckpointConfig | dict[str, Any] = False
     """True, or the settings of `CheckpointConfig`; False: none."""
     resume: str | None = None
     """"auto", "last", "best" or the path of a checkpoint to go on from; None: start anew."""
     profiler: Literal["simple", "pytorch", "advanced"] | None = None
-    """Where the time goes: "simple" (a table), "pytorch" (a trace in the run's folder), "advanced" (cProfile); None: off."""
+    """Where the time goes: "simple" (a table), "pytorch" (a trace in the folder), "advanced" (cProfile); None: off."""
     progress: bool | Literal["auto"] = "auto"
     """The progress line on stderr: "auto" (a line that is rewritten, or plain lines without a terminal) or False."""
-    fast_dev_run: bool | int = False
+    fast_dev_run: bool | Natural = False
     """True (1 batch) or n: one epoch of n batches of each split, nothing written to disk."""
-    limit_batches: int | float | dict[str, int | float] | None = None
+    limit_batches: Limit | None = None
     """At most n batches (int >= 1) or a share (0 < float <= 1) of each epoch; by split as a dict; None: all."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.checkpoint, dict):
-            object.__setattr__(self, "checkpoint", build(CheckpointConfig, self.checkpoint, "checkpoint."))
         check(self)
+        if isinstance(self.checkpoint, dict):
+            object.__setattr__(self, "checkpoint", CheckpointConfig(**self.checkpoint))
 
     @property
     def max_seconds(self) -> float | None:
@@ -173,17 +219,17 @@ class DataConfig:
     None everywhere: as it said. The fields are those of `weft.Data`.
     """
 
-    batch_size: int | Literal["all"] | dict[str, Any] | None = None
+    batch_size: BatchSize = None
     """Rows per batch and process (>= 1), "all" for one batch, or a dict of these by split or part."""
     shuffle: bool | None = None
     """Training rows in a new order each epoch."""
     drop_last: bool | None = None
     """Leave out a short last training batch."""
-    num_workers: int | Literal["all"] | None = None
+    num_workers: Natural | Literal["all"] | None = None
     """Processes that read a dataset which is not made of tensors (>= 0); "all": one per core."""
     pre_batch: Literal["in_memory", "on_disk"] | None = None
     """Make the batches of a dataset once and keep them, in memory or in a temporary folder."""
-    refresh_every: int | None = None
+    refresh_every: Count | None = None
     """Call the data setup function again every n epochs (>= 1)."""
     inputs_require_grad: list[str] | None = None
     """Keys that derivatives are taken with respect to."""
@@ -196,49 +242,11 @@ class DataConfig:
         return dataclasses.asdict(self)
 
 
-_AT_LEAST = {
-    "epochs": 0,
-    "min_epochs": 0,
-    "max_steps": 0,
-    "patience": 1,
-    "min_delta": 0,
-    "warmup": 0,
-    "accumulate": 1,
-    "validate_every": 1,
-    "num_nodes": 1,
-    "seed": 0,
-    "log_every": 1,
-    "fast_dev_run": 0,
-    "every_n_steps": 1,
-    "every_n_epochs": 1,
-    "keep": 2,
-    "batch_size": 1,
-    "num_workers": 0,
-    "refresh_every": 1,
-    "trials": 1,
-    "workers": 1,
-    "max_failures": 0,
-}
-_POSITIVE = {"max_time", "clip", "timeout", "every_n_seconds"}
-_WORDS = {
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    bool: "true or false",
-    dict: "a dict",
-    list: "a list",
-    type(None): "nothing (null)",
-}
+# ------------------------------------------------------------------------------------------------ checking
 
-
-def build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
-    """`cls(**values)`, where an unknown name raises TypeError with the closest known one."""
-    known = [f.name for f in dataclasses.fields(cls)]
-    unknown = [k for k in values if k not in known]
-    if unknown:
-        listed = ", ".join(f"{prefix}{k}" for k in unknown)
-        raise TypeError(f"Unknown option {listed}{suggest(unknown[0], known) or f'. Options: {known}'}")
-    return cls(**values)
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "nothing (null)"}
+_WORDS |= {dict: "a dict", Mapping: "a dict", list: "a list", tuple: "a list", Sequence: "a list"}
+_LISTS = (list, tuple, Sequence)
 
 
 def check(config: Any) -> None:
@@ -247,99 +255,92 @@ def check(config: Any) -> None:
         raise ValueError(f"{type(config).__name__}: " + "; ".join(wrong))
 
 
+@functools.cache
+def types_of(cls: type) -> dict[str, Any]:
+    """The types of the annotated fields of a class by name, with their bounds."""
+    return get_type_hints(cls, include_extras=True)
+
+
 def complaints(cls: type, values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What is wrong with `values` as fields of the dataclass `cls`: a line for each unknown name and wrong value.
+    """What is wrong with `values` as fields of the class `cls`: a line for each unknown name and wrong value.
 
     `prefix` stands before each name ("trainer."). An empty list means that `cls(**values)` works.
     """
-    hints = get_type_hints(cls)
+    types = types_of(cls)
     wrong = []
     for name, value in values.items():
-        if name not in hints:
-            hint = suggest(str(name), hints) or f"; there are {', '.join(hints)}"
+        if name not in types:
+            hint = suggest(str(name), types) or f"; there are {', '.join(types)}"
             wrong.append(f"{prefix}{name}={value!r}: there is no such option{hint}")
-        elif name == "checkpoint" and isinstance(value, dict):
-            wrong += complaints(CheckpointConfig, value, f"{prefix}checkpoint.")
-        elif complaint := _complaint(name, value, hints[name]):
-            wrong.append(f"{prefix}{name}={value!r}: {complaint}")
+        elif isinstance(value, dict) and (inner := config_in(types[name])):
+            wrong += complaints(inner, value, f"{prefix}{name}.")
+        elif found := complaint(value, types[name]):
+            wrong.append(f"{prefix}{name}={value!r}: {found}")
     return wrong
 
 
-def typed(cls: type, name: str, text: str, parse: Callable[[str], Any]) -> Any:
-    """`text` as the value that field `name` of the dataclass `cls` may have; `parse` reads numbers, lists, null.
-
-    Text that is allowed as it stands stays text where what it parses to is not allowed ("0,2", "007").
-    """
-    hint = get_type_hints(cls).get(name, Any)
-    parsed = parse(text)
-    return text if not matches(parsed, hint) and matches(text, hint) else parsed
+def config_in(kind: Any) -> type | None:
+    """The dataclass among the alternatives of a type: what a dict in its place describes."""
+    return next((a for a in _alternatives(kind) if dataclasses.is_dataclass(a)), None)  # pyright: ignore[reportReturnType]
 
 
-def _complaint(name: str, value: Any, hint: Any) -> str:
-    if not matches(value, hint):
-        choices = [c for c in _choices(hint) if isinstance(c, str)]
-        return f"expected {describe(hint)}" + (suggest(value, choices) if isinstance(value, str) else "")
+def complaint(value: Any, kind: Any) -> str:
+    """Why `value` cannot stand where the type `kind` is asked for, "" if it can."""
+    fitting = [a for a in _alternatives(kind) if matches(value, a)]
+    if not fitting:
+        return expected(kind, value)
     if isinstance(value, float) and not math.isfinite(value):
         return "expected a finite number"
-    if value is None or isinstance(value, bool):
-        return ""
-    if name in _AT_LEAST and isinstance(value, int | float) and value < _AT_LEAST[name]:
-        return f"must be at least {_AT_LEAST[name]}"
-    if name in _POSITIVE and not isinstance(value, str) and value <= 0:
-        return "must be greater than 0"
-    if name == "max_time" and isinstance(value, str):
-        try:
-            return "" if parse_time(value) > 0 else "must be greater than 0"
-        except ValueError as error:
-            return str(error)
-    if name == "precision" and not isinstance(value, str) and value not in (16, 32, 64):
-        return "expected 16, 32 or 64"
-    if name == "limit_batches":
-        limits = value if isinstance(value, dict) else {"": value}
-        unknown = [k for k in limits if k not in ("", "train", "dev", "test", "predict")]
-        if unknown:
-            return f"no split is named {unknown}; expected train, dev, test, predict"
-        if not all(v >= 1 if isinstance(v, int) else 0 < v <= 1 for v in limits.values()):  # pyright: ignore[reportOperatorIssue]
-            return "expected a number of batches (int >= 1) or a share (0 < float <= 1)"
-    return ""
+    bounds = [getattr(a, "__metadata__", ()) for a in fitting]
+    return min((next((wrong for b in found if (wrong := b(value))), "") for found in bounds), key=bool)
 
 
-def matches(value: Any, hint: Any) -> bool:
-    """Whether `value` has the type that `hint` names (an int is a float, a bool is no int)."""
-    origin, args = get_origin(hint), get_args(hint)
+def matches(value: Any, kind: Any) -> bool:
+    """Whether `value` has the type `kind`, whatever its bounds (an int is a float, a bool is no int)."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return matches(value, args[0])
+    if origin in (Union, UnionType):
+        return any(matches(value, a) for a in args)
     if origin is Literal:
         return any(value is a or (type(value) is type(a) and value == a) for a in args)
-    if origin is dict:
-        return isinstance(value, dict) and all(matches(k, args[0]) and matches(v, args[1]) for k, v in value.items())
-    if origin is list:
+    if origin in (dict, Mapping):
+        return isinstance(value, origin) and all(matches(k, args[0]) and matches(v, args[1]) for k, v in value.items())
+    if origin in _LISTS:
         return isinstance(value, list | tuple) and all(matches(v, args[0]) for v in value)
-    if args:  # a union
-        return any(matches(value, a) for a in args)
-    if hint is Any:
+    if kind is Any:
         return True
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint if hint is not None else type(None))
+    if kind in (int, float):
+        return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    try:
+        return isinstance(value, origin or kind)
+    except TypeError:  # nothing that a value can be asked for, such as a type variable
+        return True
 
 
-def _choices(hint: Any) -> list[Any]:
-    if get_origin(hint) is Literal:
-        return list(get_args(hint))
-    return [c for a in get_args(hint) for c in _choices(a)]
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
-def describe(hint: Any) -> str:
-    """The type that `hint` names, in words: "a whole number or nothing (null)"."""
-    if get_origin(hint) is Literal:
-        return " or ".join(repr(c) for c in get_args(hint))
-    if get_origin(hint) in (Union, UnionType):
-        return " or ".join(dict.fromkeys(describe(a) for a in get_args(hint)))
-    if get_origin(hint) is list and get_args(hint):
-        return f"a list (each {describe(get_args(hint)[0])})"
-    kind = get_origin(hint) or hint
-    return _WORDS.get(kind, getattr(kind, "__name__", str(hint)))
+def expected(kind: Any, found: Any) -> str:
+    """What the type `kind` asks for, in words, with the closest of its choices to the text `found`."""
+    choices = [c for a in _alternatives(kind) if get_origin(a) is Literal for c in get_args(a) if isinstance(c, str)]
+    return f"expected {describe(kind)}{suggest(found, choices) if isinstance(found, str) else ''}"
+
+
+def describe(kind: Any) -> str:
+    """The type `kind` in words: "a whole number or nothing (null)"."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return describe(args[0])
+    if origin is Literal:
+        return " or ".join(repr(c) for c in args)
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(describe(a) for a in args))
+    if origin in _LISTS:
+        return f"a list (each {describe(args[0])})"
+    name = origin or kind
+    return _WORDS.get(name, getattr(name, "__name__", str(kind)))
 
 
 def parse_time(text: str) -> float:

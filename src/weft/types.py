@@ -22,15 +22,6 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> object: ...
 
 
-def check_count(owner: str, name: str, value: Any, least: int = 1, optional: bool = False) -> None:
-    """Raise ValueError unless `value` is a whole number of at least `least` (or None, where that is allowed)."""
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        none = ", or None" if optional else ""
-        raise ValueError(f"{owner}: {name}={value!r}; expected a whole number of at least {least}{none}.")
-
-
 def suggest(word: object, known: object) -> str:
     """`"; did you mean 'x'?"` for the closest of `known` (an iterable of names), or an empty string."""
     close = get_close_matches(str(word), [str(k) for k in known], n=1)  # type: ignore[attr-defined]

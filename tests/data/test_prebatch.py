@@ -98,7 +98,7 @@ def test_what_cannot_be_kept_is_refused() -> None:
     assert len(list(batches_of(weft.Data(Odd(), batch_size=4, pre_batch="in_memory"), "train", seed=0).epoch(0))) == 6
     with pytest.raises(ValueError, match="which makes batches"):
         batches_of(weft.Data(DataLoader(CountedRows(), batch_size=4), pre_batch="in_memory"), "train", seed=0)
-    with pytest.raises(ValueError, match="pre_batch='memory'; expected one of"):
+    with pytest.raises(ValueError, match="pre_batch='memory': expected 'in_memory' or 'on_disk'"):
         weft.Data(CountedRows(), pre_batch="memory")
 
 

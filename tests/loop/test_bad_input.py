@@ -64,8 +64,8 @@ OPTIONS = {
     "unknown option": (lambda: weft.Trainer(epoch=3), TypeError, r"no option 'epoch'; did you mean 'epochs'\?"),
     "unknown checkpoint option": (
         lambda: weft.Trainer(checkpoint={"kep": 3}),
-        TypeError,
-        r"checkpoint.kep; did you mean 'keep'",
+        ValueError,
+        r"checkpoint.kep=3: there is no such option; did you mean 'keep'",
     ),
     "negative epochs": (lambda: weft.Trainer(epochs=-1), ValueError, "epochs=-1: must be at least 0"),
     "several wrong": (
@@ -103,13 +103,13 @@ OPTIONS = {
         ValueError,
         "contradicts the phases",
     ),
-    "phase epochs": (lambda: weft.Phase(epochs=0), ValueError, "epochs=0; expected a whole number of at least 1"),
-    "phase epochs type": (lambda: weft.Phase(epochs=1.5), ValueError, "epochs=1.5; expected"),
-    "phase freeze": (lambda: weft.Phase(epochs=1, freeze="net"), TypeError, "freeze='net'; expected a list of names"),
+    "phase epochs": (lambda: weft.Phase(epochs=0), ValueError, "Phase: epochs=0: must be at least 1"),
+    "phase epochs type": (lambda: weft.Phase(epochs=1.5), ValueError, "epochs=1.5: expected a whole number"),
+    "phase freeze": (lambda: weft.Phase(epochs=1, freeze="net"), ValueError, "freeze='net': expected a list"),
     "schedule": (
         lambda: weft.Schedule(print, interval="steps"),
         ValueError,
-        "interval='steps'; expected 'epoch' or 'step'",
+        "interval='steps': expected 'epoch' or 'step'; did you mean 'step'",
     ),
     "loggers": (lambda: fit_one_epoch(loggers="tensorbord"), ValueError, "'tensorbord'; did you mean 'tensorboard'"),
     "accelerator": (lambda: fit_one_epoch(accelerator="gqu"), (ValueError, RuntimeError), "sked for accelerator='gqu'"),
@@ -139,7 +139,7 @@ DATA = {
     "batch size": (
         lambda: weft.Data(tensors(4), batch_size=0),
         ValueError,
-        "batch_size=0; expected a whole number of at least 1",
+        "Data: batch_size=0: must be at least 1",
     ),
     "fractional batch size": (lambda: weft.Data(tensors(4), batch_size=1.5), ValueError, "batch_size=1.5"),
     "batch size of a part": (
@@ -168,13 +168,17 @@ DATA = {
         TypeError,
         "returns its own dev set",
     ),
-    "refresh": (lambda: weft.Data(tensors(4), refresh_every=1.5), ValueError, "refresh_every=1.5; expected"),
-    "shuffle": (lambda: weft.Data(tensors(4), shuffle="yes"), TypeError, "shuffle='yes'; expected True or False"),
-    "workers": (lambda: weft.Data(tensors(4), num_workers=-1), ValueError, "num_workers=-1; expected"),
+    "refresh": (
+        lambda: weft.Data(tensors(4), refresh_every=1.5),
+        ValueError,
+        "refresh_every=1.5: expected a whole number",
+    ),
+    "shuffle": (lambda: weft.Data(tensors(4), shuffle="yes"), ValueError, "shuffle='yes': expected true or false"),
+    "workers": (lambda: weft.Data(tensors(4), num_workers=-1), ValueError, "num_workers=-1: must be at least 0"),
     "grad keys": (
         lambda: weft.Data(tensors(4), inputs_require_grad="x"),
-        TypeError,
-        "inputs_require_grad='x'; expected a list",
+        ValueError,
+        "inputs_require_grad='x': expected a list",
     ),
     "limit of an iterable": (
         lambda: fit_one_epoch((b for b in [tensors(4)]), limit_batches=0.5),

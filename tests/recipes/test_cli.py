@@ -356,6 +356,83 @@ def test_a_shell_completes_commands_and_options(here: Path, capsys: pytest.Captu
     assert cli.main(["completion", "fish"]) == cli.BAD_USAGE
 
 
+# ------------------------------------------------------------------------------------------------ looking runs nothing
+
+PLANTED = """
+open("it-ran", "w").close()
+
+def make(width: int = 3, inner: dict | None = None):
+    \"\"\"A problem.
+
+    Args:
+        width: of something
+    \"\"\"
+"""
+FOREIGN = """
+problem: {class_path: "planted.py:make", init_args: {width: 4, inner: {class_path: "planted_too:make", init_args: {}}}}
+data: planted_too:make
+optimizer: planted_too.make
+hooks: [{class_path: "planted_package.inner:make"}]
+"""
+
+
+def run_in_foreign_folder(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command in a folder that somebody sent: what its config names leaves a file when it is imported."""
+    (folder / "e" / "planted_package").mkdir(parents=True, exist_ok=True)
+    (folder / "planted_package").mkdir(exist_ok=True)
+    (folder / "e" / "config.yaml").write_text(FOREIGN)
+    places = ("e/planted", "planted_too", "planted_package/__init__", "planted_package/inner")
+    for name in (*places, "torch", "docstring_parser", "jsonargparse"):  # also in the way of what weft imports later
+        (folder / f"{name}.py").write_text(PLANTED)
+    command = [sys.executable, "-P", "-m", "weft.cli", *words]  # -P: as `weft` does, without the working folder
+    env = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=env)
+
+
+LOOKS = {
+    "config": ["config", "--config", "e/config.yaml", "--problem.width", "5"],
+    "print_config": ["fit", "--config", "e/config.yaml", "--problem.width", "5", "--print_config"],
+    "print_config of a run": ["test", "e", "--problem.width", "5", "--print_config"],
+    "help": ["fit", "--config", "e/config.yaml", "--help"],
+    "help of a run": ["resume", "e", "--help"],
+}
+
+
+@pytest.mark.parametrize("words", LOOKS.values(), ids=LOOKS)
+def test_a_look_at_a_config_runs_nothing_that_it_names(words: list[str], tmp_path: Path) -> None:
+    done = run_in_foreign_folder(tmp_path, *words)
+    assert done.returncode == 0 and not (tmp_path / "it-ran").exists(), done.stderr
+    assert ("of something (a whole number; default: 3)" if "--help" in words else "width: 5") in done.stdout
+
+
+@pytest.mark.parametrize("line", ["weft resume e --pro", "weft fit --config e/config.yaml --pro"])
+def test_the_tab_key_runs_nothing_that_a_config_names(line: str, tmp_path: Path) -> None:
+    done = run_in_foreign_folder(tmp_path, "__complete", COMP_LINE=line, COMP_POINT=str(len(line)))
+    assert "--problem.width" in done.stdout.split() and not (tmp_path / "it-ran").exists()
+
+
+def test_training_what_a_config_names_runs_it(tmp_path: Path) -> None:
+    done = run_in_foreign_folder(tmp_path, "fit", "--config", "e/config.yaml")
+    assert done.returncode != 0 and (tmp_path / "it-ran").exists(), done.stderr
+
+
+def test_a_look_at_a_config_tells_what_its_source_can_tell(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--problem.widht", "3", "--data.nsim", "few", "--optimizer.lr", "0.1", "--hooks", "pde_cli.py:Slwo"]
+    assert cli.main(["config", "--config", "run.yaml", *words]) == cli.BAD_USAGE
+    assert "has no 'Slwo'; did you mean 'Slow'?" in capsys.readouterr().err
+    words = [*words[:-2], "--scheduler", "StepLR", "--scheduler.gama", "2"]
+    assert cli.main(["config", "--config", "run.yaml", *words]) == cli.BAD_USAGE
+    told = capsys.readouterr().err
+    for expected in (
+        "problem.widht=3: make_problem has no such parameter; did you mean 'width'?",
+        "data.nsim='few': expected a whole number",
+        "scheduler.gama=2: StepLR has no such parameter; did you mean 'gamma'?",
+        "scheduler.step_size: missing; StepLR needs it (a whole number)",
+    ):
+        assert expected in told
+    assert "4 problems" in told and "pde_cli" not in sys.modules
+
+
 # ------------------------------------------------------------------------------------------------ real processes
 
 

@@ -292,7 +292,7 @@ MISTAKES: list[tuple[dict[str, Any], list[str], str]] = [
     ),
     ({"hooks": ["good.py:number"]}, [], "Hook 'int' has no event to be called at"),
     ({"loggers": ["tensorbord"]}, [], "did you mean 'tensorboard'?"),
-    ({"phases": [{"epochs": 0}]}, [], "phases.0.epochs=0: expected a whole number of at least 1"),
+    ({"phases": [{"epochs": 0}]}, [], "phases.0.epochs=0: must be at least 1"),
     ({"phases": [{"epochs": 1, "freeze": ["nett"]}]}, [], "has no node or submodule 'nett'; did you mean 'net'?"),
     ({"phases": [{"epochs": 1}], "trainer": {"epochs": 3}}, [], "each phase has its own epochs"),
     ({"weights": "nothing.pt"}, [], "nothing.pt"),
@@ -378,3 +378,16 @@ def test_config_errors_in_python_name_every_field() -> None:
     assert complaints(TrainerConfig, {"epochs": 3}) == []
     with pytest.raises(ConfigError, match="no such option"):
         with_option({}, "trainr.epochs", "3")
+
+
+def test_an_option_that_names_a_class_and_those_of_its_arguments_may_stand_in_any_order(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("run.yaml").write_text(
+        yamlfile.dump({**BASE, "optimizer": {"class_path": "Adam", "init_args": {"betas": [0, 0.9]}}})
+    )
+    printed = []
+    for words in (["--optimizer.lr", "0.1", "--optimizer", "SGD"], ["--optimizer", "SGD", "--optimizer.lr", "0.1"]):
+        assert cli.main(["config", "--config", "run.yaml", *words]) == cli.OK
+        printed.append(yamlfile.load(capsys.readouterr().out)["optimizer"])
+    assert printed == [{"class_path": "SGD", "init_args": {"lr": 0.1}}] * 2

@@ -17,10 +17,14 @@ OK, NOT_FINITE = 0, 3
 
 
 def _checked(call: Call, needed: Sequence[str]) -> Any:
-    """The config of a call, checked together with what was wrong on the command line itself."""
+    """The config of a call, checked together with what was wrong on the command line itself.
+
+    Where it is only to be printed, nothing that it names is imported.
+    """
     from weft.recipes import recipe
 
-    return recipe.check(recipe.Source(call.config, call.wrong, []), needed)
+    is_only_printed = call.command == "config" or "print_config" in call.flags
+    return recipe.check(recipe.Source(call.config, call.wrong, []), needed, imports=not is_only_printed)
 
 
 def _fit(call: Call) -> int:

@@ -78,22 +78,19 @@ def _shown(value: Any) -> str:
 
 
 def _named_groups(call: Call) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The parameters of what the config and the command line name; what cannot be imported is left out."""
-    from weft.recipes import class_paths, recipe
-    from weft.recipes.arguments import parameters
+    """The parameters of what the config and the command line name, as its source tells: nothing of it is imported."""
+    from weft.recipes import recipe, signatures
 
     config, _ = normal(recipe.rooted(call.config, Path.cwd()))
     groups = []
     for thing in named(config):
+        name = thing.spec["class_path"]
         try:
-            target = class_paths.load(thing.spec["class_path"], thing.section)
-            found = parameters(target, recipe.PARTIAL.get(thing.section, 0)) if callable(target) else []
-        except Exception as error:  # noqa: BLE001 - importing runs the user's code
-            groups.append(
-                (f"{thing.key} {thing.spec['class_path']}", [(f"--{thing.key}", f"cannot be imported: {error}")])
-            )
-            continue
-        groups.append((f"{thing.key} {thing.spec['class_path']}", [_option(thing.key, p) for p in found]))
+            found = signatures.read(name, thing.section, recipe.PARTIAL.get(thing.section, 0)).parameters
+            options = [_option(thing.key, p) for p in found]
+        except (AttributeError, ValueError, SyntaxError, OSError) as error:
+            options = [(f"--{thing.key}", str(error))]
+        groups.append((f"{thing.key} {name}", options))
     return groups
 
 

@@ -105,16 +105,8 @@ def _read_configs(call: Call, files: Sequence[str], overrides: Sequence[tuple[st
             call.notes += source.notes
         except ConfigError as error:
             call.wrong += error.problems
-    typed_options: dict[str, Any] = {}
-    for name, value in overrides:
+    for name, value in sorted(overrides, key=lambda option: option[0].count(".")):  # a class before its arguments
         try:
-            whole = with_option(merge(call.config, typed_options) if _needs_whole(name) else typed_options, name, value)
-            typed_options = {**typed_options, name.split(".")[0]: whole[name.split(".")[0]]}
+            call.config = with_option(call.config, name, value)
         except (ConfigError, ValueError) as error:
             call.wrong += getattr(error, "problems", [str(error)])
-    call.config = merge(call.config, typed_options)
-
-
-def _needs_whole(name: str) -> bool:
-    """Whether an option changes a list or one of several by name, which must be known to be changed."""
-    return name.split(".")[0] in ("hooks", "loggers", "phases", "optimizer", "scheduler", "weights")

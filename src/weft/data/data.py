@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch.utils.data import DataLoader, Dataset
 
+from weft.config import BatchSize, Count, Natural, check
 from weft.data.datasets import short
-from weft.data.prebatch import PLACES
-from weft.types import check_count
 
 SPLITS = ("train", "dev", "test", "predict")
 
@@ -34,17 +33,17 @@ class Data:
     dev: Any = None
     test: Any = None
     predict: Any = None
-    batch_size: Any = None
-    """Rows per batch and process (>= 1); None: all rows in one batch. A dict by split, by part of a split, or both."""
+    batch_size: BatchSize = None
+    """Rows per batch and process (>= 1); None or "all": all rows in one. A dict by split, by part of a split, or both."""
     shuffle: bool = True
     """Training rows in a new order each epoch, a function of (seed, epoch) alone."""
     drop_last: bool = False
     """Leave out a short last training batch."""
-    num_workers: int | str = 0
+    num_workers: Natural | Literal["all"] = 0
     """Processes that read a dataset which is not made of tensors; "all": one per core."""
-    pre_batch: str | None = None
+    pre_batch: Literal["in_memory", "on_disk"] | None = None
     """Make the batches of a map-style dataset once: "in_memory" or "on_disk". Tensors stay in memory in any case."""
-    refresh_every: int | None = None
+    refresh_every: Count | None = None
     """Call the data setup function again every n epochs (resampled collocation points)."""
     inputs_require_grad: tuple[str, ...] | list[str] = ()
     """Keys that derivatives are taken with respect to; their batches require grad in every split."""
@@ -52,22 +51,12 @@ class Data:
     def __post_init__(self) -> None:
         if all(getattr(self, split) is None for split in SPLITS):
             raise ValueError("Data: there is no training data (train=None), and nothing to evaluate.")
-        for size in _numbers(self.batch_size):
-            check_count("Data", "batch_size", size, optional=True)
-        check_count("Data", "refresh_every", self.refresh_every, optional=True)
-        if self.num_workers != "all":
-            check_count("Data", "num_workers", self.num_workers, least=0)
-        if self.pre_batch not in (None, *PLACES):
-            raise ValueError(f"Data: pre_batch={self.pre_batch!r}; expected one of {PLACES}, or None.")
-        for name in ("shuffle", "drop_last"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"Data: {name}={getattr(self, name)!r}; expected True or False.")
-        if isinstance(self.inputs_require_grad, str):
-            raise TypeError(f"Data: inputs_require_grad={self.inputs_require_grad!r}; expected a list of keys.")
+        check(self)
+        object.__setattr__(self, "batch_size", _none_for_all(self.batch_size))
 
     def size_of_batch(self, split: str, part: str | None = None) -> int | None:
         """The batch size of a split, or of one part of it."""
-        size = self.batch_size
+        size: Any = self.batch_size
         for name in (split, part):
             if isinstance(size, Mapping) and name is not None and name in size:
                 size = size[name]
@@ -78,10 +67,10 @@ class Data:
         return size
 
 
-def _numbers(size: Any) -> list[Any]:
+def _none_for_all(size: Any) -> Any:
     if isinstance(size, Mapping):
-        return [n for v in size.values() for n in _numbers(v)]
-    return [] if size is None else [size]
+        return {k: _none_for_all(v) for k, v in size.items()}
+    return None if size == "all" else size
 
 
 def as_data(data: Any, dev: Any = None, setup_kwargs: Mapping[str, Any] | None = None) -> Data:

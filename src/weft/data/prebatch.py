@@ -18,8 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 
-PLACES = ("in_memory", "on_disk")
-
 
 class PreBatched:
     """The batches of `make(0)`, kept in memory or in a temporary folder of its own, in an order by (seed, `epoch`).

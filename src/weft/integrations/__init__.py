@@ -7,23 +7,12 @@
 None of them imports the library it stands in for; what a problem or a hook is, the names of its classes tell.
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from importlib import import_module
-from types import ModuleType
+from weft import _face
 
-MODULES = {
-    "neuromancer": "scripts made for NeuroMANCER's Trainer and LitTrainer",
-    "lightning": "LightningModules, their data modules and callbacks",
-}
-"""The integrations by module name, and whom each is for."""
-
-
-def __getattr__(name: str) -> ModuleType:
-    if name in MODULES:
-        return import_module(f"weft.integrations.{name}")
-    raise AttributeError(f"weft.integrations has no {name!r}; there are {', '.join(MODULES)}.")
-
-
-def __dir__() -> list[str]:
-    return list(MODULES)
+if TYPE_CHECKING:
+    from weft.integrations import lightning as lightning  # LightningModules, their data modules and callbacks
+    from weft.integrations import neuromancer as neuromancer  # scripts made for NeuroMANCER's Trainer and LitTrainer
+else:
+    __getattr__, __dir__, __all__ = _face(__name__)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.config import TrainerConfig, build
+from weft.config import TrainerConfig
 from weft.devices.fabric import fabric_for_calls
 from weft.events import as_hooks
 from weft.loop.adapters import adapter_for, split_hooks
@@ -66,7 +66,7 @@ class Trainer:
         for name in ("strategy", "profiler"):  # a name is plain data, an object is not
             if isinstance(self.options[name], str):
                 plain[name], self.options[name] = self.options[name], None
-        self.config: TrainerConfig = build(TrainerConfig, plain)
+        self.config = TrainerConfig(**plain)
         own, self.callbacks = split_hooks(self.options["hooks"])
         self.hooks: list[Any] = as_hooks(own)
         self.phases: list[Phase] = as_phases(self.options["phases"], plain)

@@ -1,7 +1,8 @@
-"""The parameters of a function or class as options: what they are called, what they mean, and whether a value fits.
+"""The arguments of a function or class as options: what they are called, what they mean, and whether a value fits.
 
-    parameters(data_setup)                                     # [Parameter(name="nsim", hint=int, default=5000, ...)]
-    converted("data", data_setup, {"nsim": "many"}, wrong=[])     # wrong: ["data.nsim='many': expected a whole number"]
+    signature(data_setup).parameters      # [Parameter(name="nsim", hint=int, default=5000)]
+    converted("data", "data_setup", signature(data_setup), {"nsim": "many"}, wrong=[], fit=made)
+    # wrong: ["data.nsim='many': expected a whole number"]
 
 Types are read from annotations and checked by jsonargparse; a parameter without one takes anything.
 """
@@ -16,10 +17,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from weft.config import describe
-from weft.recipes.schema import Text
+from weft.config import describe, expected, matches
+from weft.recipes.schema import Text, typed
 from weft.types import suggest
-from weft.yamlfile import load as parse_yaml
 
 NO_DEFAULT = inspect.Parameter.empty
 
@@ -39,43 +39,29 @@ class Parameter:
         return "" if self.hint is Any else describe(self.hint)
 
 
-def parameters(target: Callable[..., Any], skip: int = 0) -> list[Parameter]:
-    """The parameters of a function or class that may be given by name, without the first `skip`."""
-    return _inspected(target, skip)[0]
+@dataclass
+class Signature:
+    """The parameters that may be given by name, and whether further ones are taken."""
+
+    parameters: list[Parameter]
+    takes_more: bool
 
 
-def _inspected(target: Callable[..., Any], skip: int) -> tuple[list[Parameter], bool]:
-    """The parameters, and whether further ones are taken (**kwargs, or nothing is known)."""
+UNKNOWN = Signature([], takes_more=True)
+
+
+def signature(target: Callable[..., Any], skip: int = 0) -> Signature:
+    """What a function or class takes, without its first `skip` parameters."""
     try:
-        signature = inspect.signature(target)
+        listed = list(inspect.signature(target).parameters.values())
     except (TypeError, ValueError):  # a builtin without a signature
-        return [], True
+        return UNKNOWN
     hints: dict[str, Any] = {}
     with contextlib.suppress(Exception):  # annotations may name what is only there for type checkers
         hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    docs = _documented(target)
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    found = [
-        Parameter(p.name, hints.get(p.name, Any), p.default, docs.get(p.name, ""))
-        for i, p in enumerate(signature.parameters.values())
-        if i >= skip and p.kind in kinds
-    ]
-    return found, any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values())
-
-
-def _documented(target: Any) -> dict[str, str]:
-    from docstring_parser import parse
-
-    texts = [inspect.getdoc(target), inspect.getdoc(target.__init__) if inspect.isclass(target) else None]
-    docs: dict[str, str] = {}
-    for text in texts:
-        with contextlib.suppress(Exception):  # a docstring may have any form
-            docs |= {
-                p.arg_name: p.description.split("\n\n")[0].replace("\n", " ")
-                for p in parse(text or "").params
-                if p.description
-            }
-    return docs
+    found = [Parameter(p.name, hints.get(p.name, Any), p.default) for p in listed[skip:] if p.kind in kinds]
+    return Signature(found, any(p.kind is inspect.Parameter.VAR_KEYWORD for p in listed))
 
 
 def fields(cls: type) -> list[Parameter]:
@@ -83,79 +69,59 @@ def fields(cls: type) -> list[Parameter]:
     from docstring_parser import parse_from_object
 
     docs = {p.arg_name: " ".join((p.description or "").split()) for p in parse_from_object(cls).params}
-    return [Parameter(p.name, p.hint, p.default, docs.get(p.name, "")) for p in parameters(cls)]
+    return [Parameter(p.name, p.hint, p.default, docs.get(p.name, "")) for p in signature(cls).parameters]
+
+
+class Misfit(Exception):
+    """A value that is not of the type asked for."""
 
 
 def converted(
-    key: str, target: Callable[..., Any], given: Mapping[str, Any], wrong: list[str], skip: int = 0
+    key: str, name: str, takes: Signature, given: Mapping[str, Any], wrong: list[str], fit: Callable[[Any, Any], Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arguments as `target` takes them, and the same as plain data for a file. What does not fit goes into `wrong`.
+    """The arguments as `fit` (`made` or `looked_at`) returns them, and as plain data. What is wrong goes into `wrong`.
 
-    `key` is the section's name ("data"). The first `skip` parameters are given by weft. Values that name a class
-    ({class_path, init_args}) become objects of it where the annotation asks for one.
+    `key` is the section's name ("data"), `name` that of the function.
     """
-    known, takes_more = _inspected(target, skip)
-    by_name = {p.name: p for p in known}
-    name = getattr(target, "__qualname__", str(target))
+    by_name = {p.name: p for p in takes.parameters}
     values, plain = {}, {}
     for argument, value in given.items():
-        parameter = by_name.get(argument)
-        if parameter is None and not takes_more:
+        if argument not in by_name and not takes.takes_more:
             hint = suggest(str(argument), by_name) or (f"; it has {', '.join(by_name)}" if by_name else "; it has none")
-            shown = _parsed(value) if isinstance(value, Text) else value
-            wrong.append(f"{key}.{argument}={shown!r}: {name} has no such parameter{hint}")
+            wrong.append(f"{key}.{argument}={typed(value, Any)!r}: {name} has no such parameter{hint}")
             continue
-        hint = parameter.hint if parameter is not None else Any
-        plain[argument] = _plain(value, hint)
+        hint = by_name[argument].hint if argument in by_name else Any
+        plain[argument] = read = typed(value, hint)
         try:
-            values[argument] = _fit(value, hint)
-        except _Misfit:
-            shown = str(value) if isinstance(value, Text) else value
-            choices = [c for c in typing.get_args(hint) if isinstance(c, str)]
-            near = suggest(shown, choices) if isinstance(shown, str) else ""
-            wrong.append(f"{key}.{argument}={shown!r}: expected {describe(hint)}{near}")
-    for parameter in known:
+            values[argument] = fit(read, hint)
+        except Misfit:
+            wrong.append(f"{key}.{argument}={read!r}: {expected(hint, read)}")
+    for parameter in takes.parameters:
         if parameter.default is NO_DEFAULT and parameter.name not in given:
             wrong.append(f"{key}.{parameter.name}: missing; {name} needs it ({parameter.type_name or 'any value'})")
     return values, plain
 
 
-class _Misfit(Exception):
-    pass
+def looked_at(value: Any, hint: Any) -> Any:
+    """`value`, if it is of a plain type. Nothing is made of it, and nothing it names is imported."""
+    if not matches(typed(Text(value), hint) if isinstance(value, str) else value, hint):
+        raise Misfit
+    return value
 
 
-def _plain(value: Any, hint: Any) -> Any:
-    """What stands in a file for a value: typed text as number, list, ... unless the parameter is a text."""
-    if not isinstance(value, Text):
-        return value
-    return str(value) if hint is str else _parsed(value)
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return parse_yaml(text)
-    except ValueError:
-        return str(text)
-
-
-def _fit(value: Any, hint: Any) -> Any:
-    """`value` as the type `hint` wants it. Raises _Misfit if it cannot be one."""
+def made(value: Any, hint: Any) -> Any:
+    """`value` as the type `hint` wants it: where an object is asked for, {class_path, init_args} becomes one."""
     if hint is Any or hint is object:
-        return _parsed(value) if isinstance(value, Text) else value
+        return value
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False, add_help=False)
     try:
         parser.add_argument("--value", type=hint)
     except (ValueError, TypeError):  # a type that it does not know: anything goes
-        return _parsed(value) if isinstance(value, Text) else value
+        return value
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            parsed = (
-                parser.parse_args([f"--value={value}"])
-                if isinstance(value, Text)
-                else parser.parse_object({"value": value})
-            )
-            return parser.instantiate(parsed).value
+            return parser.instantiate(parser.parse_object({"value": value})).value
     except (ArgumentError, TypeError, ValueError, KeyError, ImportError) as error:
-        raise _Misfit from error
+        raise Misfit from error

@@ -9,10 +9,14 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import functools
 import importlib.util
 import os
 import sys
 import zlib
+from collections.abc import Iterable, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -56,26 +60,44 @@ def complaint(reference: str, section: str = "") -> str:
         near = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
         return f"there is no file {place}{suggest(path.name, near)}"
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = parsed(path)
     except (SyntaxError, ValueError) as error:
         return f"{place}, line {getattr(error, 'lineno', '?')}: {getattr(error, 'msg', error)}"
-    names = _names_at_top(tree)
+    names = names_at_top(tree)
     first = name.split(".")[0]
     if names is not None and first not in names:
-        return f"{place} has no {first!r}{suggest(first, names)}"
+        return str(missing(place, first, names))
     return ""
 
 
 def _module_complaint(place: str) -> str:
     top = place.split(".")[0]
-    if top in sys.modules:
-        return ""
-    _look_in_working_folder()
-    try:
-        found = importlib.util.find_spec(top)
-    except (ImportError, ValueError):
-        found = None
-    return "" if found is not None else f"there is no module {top!r}"
+    return "" if top in sys.modules or _spec(top) is not None else f"there is no module {top!r}"
+
+
+def places_of(reference: str, section: str = "") -> tuple[tuple[str, ...], str]:
+    """(The modules, or the .py file, in which a name is looked for; the name). Raises ValueError as `split` does."""
+    place, name = split(reference, section)
+    is_bare = section in HOMES and ":" not in reference and "." not in reference
+    return (HOMES[section] if is_bare else (place,)), name
+
+
+def _spec(top: str, beside: Sequence[str] = ()) -> ModuleSpec | None:
+    """Where a package or module is, without importing it; the folders `beside` and the working folder go first."""
+    with contextlib.suppress(ImportError, ValueError):
+        return PathFinder.find_spec(top, [*beside, os.getcwd(), *sys.path]) or importlib.util.find_spec(top)
+    return None
+
+
+def source_of(module: str, beside: Sequence[str] = ()) -> Path | None:
+    """The .py file of a module, found without importing it or the packages it is in; None where there is none."""
+    top, *rest = module.split(".")
+    spec = _spec(top, beside)
+    for name in rest:
+        folders = spec.submodule_search_locations if spec is not None else None
+        spec = PathFinder.find_spec(name, list(folders)) if folders else None
+    path = Path(spec.origin or "") if spec is not None else Path()
+    return path if path.suffix == ".py" and path.is_file() else None
 
 
 def _look_in_working_folder() -> None:
@@ -84,20 +106,39 @@ def _look_in_working_folder() -> None:
         sys.path.insert(0, os.getcwd())
 
 
-def _names_at_top(tree: ast.Module) -> set[str] | None:
-    """What a module defines, read from its text; None where that cannot be known (`import *`, `__getattr__`)."""
-    names: set[str] = set()
+def parsed(path: Path) -> ast.Module:
+    """The syntax tree of a file. Raises SyntaxError or ValueError where it is no Python."""
+    return _parsed(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(path: Path, changed: int) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def statements(tree: ast.Module) -> list[ast.stmt]:
+    """What a module does when it is imported, also under `if`, `try` and `with`; the last statement first."""
+    found: list[ast.stmt] = []
     nodes = list(tree.body)
     while nodes:
         node = nodes.pop()
+        found.append(node)
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            nodes += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+            nodes += [s for h in ast.iter_child_nodes(node) if isinstance(h, ast.ExceptHandler) for s in h.body]
+    return found
+
+
+def names_at_top(tree: ast.Module) -> set[str] | None:
+    """What a module defines, read from its text; None where that cannot be known (`import *`, `__getattr__`)."""
+    names: set[str] = set()
+    for node in statements(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
-            continue
-        if isinstance(node, ast.Import | ast.ImportFrom):
+        elif isinstance(node, ast.Import | ast.ImportFrom):
             names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
-        names |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-        nodes += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
-        nodes += [s for h in ast.iter_child_nodes(node) if isinstance(h, ast.ExceptHandler) for s in h.body]
+        else:
+            names |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     return None if names & {"*", "__getattr__"} else names
 
 
@@ -107,9 +148,7 @@ def load(reference: str, section: str = "") -> Any:
     Raises ValueError for text that names nothing and AttributeError for a name that is not there, with the closest
     that is. What the module raises while it is imported comes through as it is.
     """
-    place, name = split(reference, section)
-    is_bare = section in HOMES and ":" not in reference and "." not in reference
-    places = HOMES[section] if is_bare else (place,)
+    places, name = places_of(reference, section)
     modules = []
     for place in places:
         modules.append(_load_file(Path(place)) if place.endswith(".py") else _load_module(place))
@@ -120,8 +159,12 @@ def load(reference: str, section: str = "") -> Any:
                 break
         if found is not _MISSING:
             return found
-    names = [n for module in modules for n in dir(module) if not n.startswith("_")]
-    raise AttributeError(f"{places[0]} has no {name!r}{suggest(name, names)}")
+    raise missing(places[0], name, [n for module in modules for n in dir(module)])
+
+
+def missing(place: str, name: str, names: Iterable[str]) -> AttributeError:
+    """The error that says that a module or file has no such name, with the closest of `names`."""
+    return AttributeError(f"{place} has no {name!r}{suggest(name, [n for n in names if not n.startswith('_')])}")
 
 
 _MISSING = object()

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from weft.recipes import arguments, class_paths, schema
+from weft.recipes import arguments, class_paths, schema, signatures
 from weft.recipes.dialects import translated
 from weft.recipes.schema import STEPS, ConfigError, Named, named
 from weft.yamlfile import load_file
@@ -96,10 +96,11 @@ class Checked:
     """The arguments of each, as it takes them."""
 
 
-def check(config: Mapping[str, Any] | Source, needed: Sequence[str] = ("problem",)) -> Checked:
+def check(config: Mapping[str, Any] | Source, needed: Sequence[str] = ("problem",), imports: bool = True) -> Checked:
     """The config, with everything it names imported. Raises ConfigError with all that is wrong.
 
-    `needed`: sections that must be there.
+    `needed`: sections that must be there. With `imports=False` what is named is only looked at in its source, so that
+    nothing of it runs; `targets` and `values` then stay empty.
     """
     known_wrong, config = (config.wrong, config.config) if isinstance(config, Source) else ([], config)
     config, found = schema.normal(rooted(config, Path.cwd()))
@@ -110,7 +111,7 @@ def check(config: Mapping[str, Any] | Source, needed: Sequence[str] = ("problem"
         raise ConfigError(wrong)
     checked = Checked(config)
     for thing in named(config):
-        _import(checked, thing, wrong)
+        (_import if imports else _look)(checked, thing, wrong)
     if wrong:
         raise ConfigError(wrong)
     return checked
@@ -146,12 +147,32 @@ def _import(checked: Checked, thing: Named, wrong: list[str]) -> None:
         if thing.section in PARTIAL:
             wrong.append(f"{thing.key}={name!r}: found {type(target).__name__}, expected a class or a function")
     else:
-        totals = {k: v for k, v in given.items() if v in TOTALS} if thing.section == "scheduler" else {}
-        rest = {k: v for k, v in given.items() if k not in totals}
-        stand_ins = dict.fromkeys(totals, 1)
-        values, plain = arguments.converted(thing.key, target, rest | stand_ins, wrong, PARTIAL.get(thing.section, 0))
-        checked.values[thing.key] = values | {k: str(v) for k, v in totals.items()}
-        thing.spec["init_args"] = {k: str(totals[k]) if k in totals else plain.get(k) for k in given}
+        takes = arguments.signature(target, PARTIAL.get(thing.section, 0))
+        qualname = getattr(target, "__qualname__", str(target))
+        checked.values[thing.key] = _arguments(thing, qualname, takes, wrong, arguments.made)
+
+
+def _look(checked: Checked, thing: Named, wrong: list[str]) -> None:
+    name = thing.spec["class_path"]
+    try:
+        takes = signatures.read(name, thing.section, PARTIAL.get(thing.section, 0))
+    except (AttributeError, SyntaxError, ValueError, OSError) as error:
+        wrong.append(f"{thing.key}={name!r}: {error}")
+        return
+    if thing.section not in ("metrics", *STEPS):
+        _arguments(thing, class_paths.split(name, thing.section)[1], takes, wrong, arguments.looked_at)
+
+
+def _arguments(
+    thing: Named, name: str, takes: arguments.Signature, wrong: list[str], fit: Callable[[Any, Any], Any]
+) -> dict[str, Any]:
+    """The arguments of a named thing as it takes them; in the config they become plain data."""
+    given = thing.spec["init_args"]
+    totals = {k: str(v) for k, v in given.items() if v in TOTALS} if thing.section == "scheduler" else {}
+    stand_ins = given | dict.fromkeys(totals, 1)
+    values, plain = arguments.converted(thing.key, name, takes, stand_ins, wrong, fit)
+    thing.spec["init_args"] = plain | {k: v for k, v in totals.items() if k in plain}
+    return values | totals
 
 
 def _is_made(target: Any) -> bool:
@@ -325,12 +346,5 @@ def _setup(target: Callable[..., Any], values: Mapping[str, Any], batches: Mappi
 
     made = target(**values)
     data = as_data(lambda: made) if isinstance(made, tuple | list) else as_data(made)
-    changed = {k: _all_rows(v) if k == "batch_size" else v for k, v in batches.items() if v is not None}
+    changed = {k: v for k, v in batches.items() if v is not None}
     return replace(data, **changed) if changed else data
-
-
-def _all_rows(size: Any) -> Any:
-    """A batch size as `weft.Data` takes it, where "all" is None."""
-    if isinstance(size, Mapping):
-        return {k: _all_rows(v) for k, v in size.items()}
-    return None if size == "all" else size

@@ -15,8 +15,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from weft.config import DataConfig, TrainerConfig, complaints, matches, typed
+from weft.config import DataConfig, TrainerConfig, complaints, config_in, matches, types_of
 from weft.recipes import class_paths
+from weft.step.phase import Phase, Schedule
 from weft.types import suggest
 from weft.yamlfile import load as parse_yaml
 
@@ -41,7 +42,7 @@ SECTIONS = {
 }
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 PHASE = ("epochs", "optimizer", "scheduler", "data", "batches", "freeze", "weights", "patience")
-SCHEDULE = {"interval": "'epoch' or 'step'", "frequency": "a whole number of at least 1", "monitor": "text"}
+SCHEDULE = ("interval", "frequency", "monitor")
 LOGGERS = ("csv", "tensorboard")  # plain names; others are classes
 
 
@@ -65,6 +66,20 @@ class Named:
     section: str
     spec: dict[str, Any]
     """{"class_path": ..., "init_args": {...}}: the dict that stands in the normal config."""
+
+
+class PlainPhase(Phase):
+    """A phase in a file, where weights are numbers."""
+
+    weights: Mapping[str, float] | None = None
+
+
+class Weights:
+    """Weights to start from: a file or a run's folder, modules renamed as {new: old}, and whether all must be there."""
+
+    path: str
+    match: dict[str, str] | None
+    strict: bool
 
 
 # ------------------------------------------------------------------------------------------------ merging
@@ -212,27 +227,32 @@ def _normal_section(section: str, value: Any, wrong: list[str]) -> Any:
     return _normal_reference(section, section, value, wrong)
 
 
-def _normal_options(cls: type, section: str, value: Any, wrong: list[str]) -> dict[str, Any]:
+def _normal_options(cls: type, key: str, value: Any, wrong: list[str]) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        wrong.append(f"{section}={value!r}: expected a dict of options")
+        wrong.append(f"{key}={value!r}: expected a dict of options")
         return {}
-    values = {k: _typed_option(cls, k, v) for k, v in value.items()}
-    wrong += complaints(cls, values, f"{section}.")
+    types = types_of(cls)
+    values = {k: typed(v, types.get(k, Any)) for k, v in value.items()}
+    wrong += complaints(cls, values, f"{key}.")
     return values
 
 
-def _typed_option(cls: type, name: str, value: Any) -> Any:
-    from weft.config import CheckpointConfig
+def typed(value: Any, kind: Any) -> Any:
+    """`value` as the type `kind` may have it, where it is text of a command line: a number, a list, null, or the text.
 
-    if isinstance(value, Text):
-        try:
-            return typed(cls, name, str(value), parse_yaml)
-        except ValueError:
-            return str(value)  # the check of types says what was expected
+    Text that is allowed as it stands stays text where what it reads as is not allowed ("0,2", "007").
+    """
     if isinstance(value, Mapping):
-        inner = CheckpointConfig if name == "checkpoint" else cls
-        return {k: _typed_option(inner, k if name == "checkpoint" else name, v) for k, v in value.items()}
-    return value
+        inner = config_in(kind)
+        types = types_of(inner) if inner else dict.fromkeys(value, kind)
+        return {k: typed(v, types.get(k, Any)) for k, v in value.items()}
+    if not isinstance(value, Text):
+        return value
+    try:
+        read = parse_yaml(value)
+    except ValueError:
+        return str(value)  # the check of types says what was expected
+    return str(value) if not matches(read, kind) and matches(value, kind) else read
 
 
 def _normal_item(section: str, number: int, item: Any, wrong: list[str]) -> Any:
@@ -261,25 +281,9 @@ def _normal_reference(key: str, section: str, value: Any, wrong: list[str]) -> d
     elif section in ("metrics", *STEPS) and init_args:
         wrong.append(f"{key}.init_args: this function is called by the trainer; it takes no arguments from here")
     found = {"class_path": str(spec["class_path"]), "init_args": dict(init_args)}
-    for name in SCHEDULE if section == "scheduler" else ():
-        if spec.get(name) is not None:
-            found[name] = _schedule_value(f"{key}.{name}", name, spec[name], wrong)
+    if section == "scheduler":
+        found |= _normal_options(Schedule, key, {k: spec[k] for k in SCHEDULE if spec.get(k) is not None}, wrong)
     return found
-
-
-def _schedule_value(key: str, name: str, given: Any, wrong: list[str]) -> Any:
-    value: Any = given
-    if isinstance(given, Text):
-        value = parse_yaml(given) if name == "frequency" else str(given)
-    right = {
-        "interval": value in ("epoch", "step"),
-        "frequency": matches(value, int) and value >= 1,
-        "monitor": isinstance(value, str),
-    }[name]
-    if not right:
-        hint = suggest(value, ("epoch", "step")) if name == "interval" and isinstance(value, str) else ""
-        wrong.append(f"{key}={value!r}: expected {SCHEDULE[name]}{hint}")
-    return value
 
 
 def _normal_phase(number: int, phase: Any, wrong: list[str]) -> dict[str, Any]:
@@ -287,43 +291,26 @@ def _normal_phase(number: int, phase: Any, wrong: list[str]) -> dict[str, Any]:
     if not isinstance(phase, Mapping):
         wrong.append(f"{key}={phase!r}: expected a dict of {', '.join(PHASE)}")
         return {}
-    out: dict[str, Any] = {}
-    for name, value in phase.items():
-        if isinstance(value, Text) and name in ("epochs", "patience", "freeze", "weights"):
-            value = parse_yaml(value)
-        if name not in PHASE:
-            wrong.append(f"{key}.{name}={value!r}: there is no such option{suggest(str(name), PHASE) or ''}")
-        elif name in ("optimizer", "scheduler", "data") and value is not None:
-            out[name] = _normal_reference(f"{key}.{name}", name, value, wrong)
-        elif name == "batches" and value is not None:
-            out[name] = _normal_options(DataConfig, f"{key}.batches", value, wrong)
-        elif name in ("epochs", "patience") and value is not None and not (matches(value, int) and int(value) >= 1):
-            wrong.append(f"{key}.{name}={value!r}: expected a whole number of at least 1")
-        elif name == "freeze" and not matches(value, list[str] | None):
-            wrong.append(f"{key}.freeze={value!r}: expected a list of names")
-        elif name == "weights" and not matches(value, dict[str, float] | None):
-            wrong.append(f"{key}.weights={value!r}: expected a dict of numbers by term")
-        elif value is not None:
-            out[name] = value
+    wrong += [f"{key}.{k}={phase[k]!r}: there is no such option{suggest(k, PHASE)}" for k in phase if k not in PHASE]
+    given = {k: v for k, v in phase.items() if v is not None}
+    plain = {k: v for k, v in given.items() if k in ("epochs", "patience", "freeze", "weights")}
+    out = _normal_options(PlainPhase, key, plain, wrong)
+    for name in ("optimizer", "scheduler", "data"):
+        if name in given:
+            out[name] = _normal_reference(f"{key}.{name}", name, given[name], wrong)
+    if "batches" in given:
+        out["batches"] = _normal_options(DataConfig, f"{key}.batches", given["batches"], wrong)
     if "epochs" not in phase:
         wrong.append(f"{key}.epochs: missing; a phase says how many epochs it lasts")
     return out
 
 
 def _normal_weights(value: Any, wrong: list[str]) -> dict[str, Any]:
-    spec = {"path": str(value)} if isinstance(value, str) else value
+    spec = {"path": value} if isinstance(value, str) else value
     if not isinstance(spec, Mapping) or not isinstance(spec.get("path"), str):
         wrong.append(f"weights={value!r}: expected a path, or {{path, match, strict}}")
         return {}
-    spec = {k: parse_yaml(v) if isinstance(v, Text) and k != "path" else v for k, v in spec.items()}
-    expected = {"path": "text", "match": "a dict {new: old} of modules", "strict": "true or false"}
-    kinds: dict[str, Any] = {"path": str, "match": dict[str, str] | None, "strict": bool}
-    for name, v in spec.items():
-        if name not in kinds:
-            wrong.append(f"weights.{name}={v!r}: there is no such key{suggest(str(name), kinds)}")
-        elif not matches(v, kinds[name]):
-            wrong.append(f"weights.{name}={v!r}: expected {expected[name]}")
-    return {k: str(v) if k == "path" else v for k, v in spec.items() if v is not None}
+    return _normal_options(Weights, "weights", {k: v for k, v in spec.items() if v is not None}, wrong)
 
 
 # ------------------------------------------------------------------------------------------------ what is named

@@ -10,36 +10,17 @@ import inspect
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from weft.types import check_count, suggest
+from weft.step.phase import Schedule
+from weft.types import suggest
 
 DEFAULT = "default"  # the name of an optimizer that was given without one
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """A scheduler and when it steps.
-
-    `factory`: a function of the optimizer, or a scheduler instance. `interval`: "epoch" or "step" (optimizer steps).
-    `monitor`: the metric given to schedulers that want one (ReduceLROnPlateau); None: the run's monitored metric.
-    """
-
-    factory: Any
-    interval: Literal["epoch", "step"] = "epoch"
-    monitor: str | None = None
-    frequency: int = 1
-    """Step at every n-th interval (>= 1)."""
-
-    def __post_init__(self) -> None:
-        if self.interval not in ("epoch", "step"):
-            raise ValueError(f"Schedule: interval={self.interval!r}; expected 'epoch' or 'step'.")
-        check_count("Schedule", "frequency", self.frequency)
 
 
 @dataclass

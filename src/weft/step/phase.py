@@ -1,12 +1,12 @@
-"""A phase: one stage of a run."""
+"""A phase: one stage of a run. A schedule: a scheduler and when it steps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from weft.types import check_count
+from weft.config import Count, check
 
 
 @dataclass(frozen=True)
@@ -23,17 +23,32 @@ class Phase:
     change what the loss measures, name a `monitor_metric` that means the same throughout.
     """
 
-    epochs: int
+    epochs: Count
     optimizer: Any = None
     scheduler: Any = None
     data: Any = None
     freeze: Sequence[str] = ()
     weights: Mapping[str, Any] | None = None
-    patience: int | None = None
+    patience: Count | None = None
     setup: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
-        check_count("Phase", "epochs", self.epochs)
-        check_count("Phase", "patience", self.patience, optional=True)
-        if isinstance(self.freeze, str):
-            raise TypeError(f"Phase: freeze={self.freeze!r}; expected a list of names.")
+        check(self)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A scheduler and when it steps.
+
+    `factory`: a function of the optimizer, or a scheduler instance. `interval`: "epoch" or "step" (optimizer steps).
+    `monitor`: the metric given to schedulers that want one (ReduceLROnPlateau); None: the run's monitored metric.
+    """
+
+    factory: Any
+    interval: Literal["epoch", "step"] = "epoch"
+    monitor: str | None = None
+    frequency: Count = 1
+    """Step at every n-th interval (>= 1)."""
+
+    def __post_init__(self) -> None:
+        check(self)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from weft.config import check
+from weft.config import Count, Natural, check
 from weft.types import suggest
 
 Space = Mapping[str, Any]
@@ -17,9 +17,9 @@ Space = Mapping[str, Any]
 class SweepConfig:
     """How a sweep searches."""
 
-    trials: int | None = None
+    trials: Count | None = None
     """How many trials are to be completed, pruned ones included (>= 1); None: 20, or the whole grid."""
-    workers: int = 1
+    workers: Count = 1
     """How many trials run at the same time (>= 1)."""
     sampler: Literal["tpe", "random", "grid"] = "tpe"
     """Who proposes settings: "tpe" learns from the trials before, "random" does not, "grid" tries all."""
@@ -29,7 +29,7 @@ class SweepConfig:
     """The metric to optimise; None: the one that decides about best weights."""
     mode: Literal["min", "max"] = "min"
     """Whether smaller ("min") or larger ("max") is better."""
-    seed: int | None = None
+    seed: Natural | None = None
     """Seed of the sampler (>= 0); None: random."""
     name: str = "sweep"
     """The name of the sweep: its folder below root_dir, and its study in the database."""
@@ -37,7 +37,7 @@ class SweepConfig:
     """The folder that the sweep's own folder goes into."""
     storage: str | None = None
     """A database by URL (postgresql://..., mysql://...) for several machines; None: SQLite in the sweep's folder."""
-    max_failures: int = 3
+    max_failures: Natural = 3
     """After more trials than this that raised an error, the sweep ends with the first one (>= 0)."""
     take_over: bool = False
     """Treat trials that run on other machines as lost, and try their settings again."""

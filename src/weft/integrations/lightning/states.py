@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,8 +133,6 @@ def _set_metric(metric: Metric, state: dict[str, Any]) -> None:
 
 def head(run: Context) -> dict[str, Any]:
     """The keys that stand in every Lightning checkpoint."""
-    import sys
-
     version = sys.modules[package_of(run.module)].__version__
     return {"epoch": run.progress.epoch, "global_step": run.progress.step, "pytorch-lightning_version": version}
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from weft.events import Hook
-from weft.step.optimizers import DEFAULT, Schedule
+from weft.step.optimizers import DEFAULT
+from weft.step.phase import Schedule
 from weft.types import suggest
 
 _BATCH = ("batch", "batch_idx", "dataloader_idx=0")
