@@ -20,7 +20,8 @@ def _face(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], 
     type checkers and editors look for it too.
     """
     here = sys.modules[package]
-    tree = ast.parse(here.__loader__.get_source(package))  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+    loader: Any = here.__loader__
+    tree = ast.parse(loader.get_source(package))
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
     imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
     home = {alias.asname or alias.name: (str(node.module), alias.name) for node in imports for alias in node.names}

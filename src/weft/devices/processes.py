@@ -104,7 +104,7 @@ class Processes:
         """The 2-norm of all gradients. Every process must call."""
         return nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
 
-    def clip(self, params: Sequence[Tensor], limit: float, by_value: bool) -> Tensor | None:
+    def clip(self, params: Sequence[Tensor], limit: float, by_value: bool = False) -> Tensor | None:
         """Clip gradients to a total 2-norm of `limit`, or each entry; returns the norm before, if it is known."""
         if by_value:
             return nn.utils.clip_grad_value_(params, limit)

@@ -1,4 +1,4 @@
-"""What a run does differently for the problems of another library: the places where an integration takes over.
+"""What a run tells, and what it does differently for the problems of another library.
 
 `adapter_for(problem)` names a subclass of `Run` for the problems that one knows; it overrides the seams and the methods
 of `Run` itself. Here stands what holds for a plain problem.
@@ -10,15 +10,21 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from weft.data.data import Data, as_data, evaluation_data
 from weft.devices.precision import numerics
 from weft.devices.processes import Processes
 from weft.step.evaluation import predict
+from weft.step.history import Best, History, Progress
 from weft.step.state import RunState
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 _LIGHTNING = ("lightning.pytorch.", "pytorch_lightning.")
 ADAPTERS = {"LightningModule": ("weft.integrations.lightning.run", "LightningRun")}
@@ -46,6 +52,65 @@ def split_hooks(hooks: Any) -> tuple[Any, list[Any]]:
 
 def _has_base(thing: Any, name: str) -> bool:
     return any(c.__name__ == name and c.__module__.startswith(_LIGHTNING) for c in type(thing).__mro__)
+
+
+class Told:
+    """What a loop, a hook or a test may read of a run."""
+
+    state: RunState
+
+    @property
+    def problem(self) -> nn.Module:
+        """What is trained."""
+        return self.state.problem
+
+    @property
+    def optimizers(self) -> dict[str, Optimizer]:
+        """The optimizers by name."""
+        return self.state.training.optimizers
+
+    @property
+    def fabric(self) -> Fabric:
+        """Lightning Fabric: device, precision, processes."""
+        return self.state.fabric
+
+    @property
+    def data(self) -> Data:
+        """The data of this phase."""
+        return self.state.feed.data
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run is."""
+        return self.state.progress
+
+    @property
+    def history(self) -> History:
+        """What was measured, by epoch."""
+        return self.state.history
+
+    @property
+    def best(self) -> Best:
+        """The best value of the monitored metric, and its weights."""
+        return self.state.best
+
+    @property
+    def run_dir(self) -> Path | None:
+        """The folder of the run, None if nothing is written."""
+        return self.state.kept.run_dir
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this process writes files and lines: the first of all."""
+        return self.state.is_global_zero
+
+    def is_of(self, problem: nn.Module) -> bool:
+        """Whether this run trained `problem`."""
+        return self.state.problem is problem
+
+    def has(self, split: str) -> bool:
+        """Whether there is data for `split`."""
+        return self.state.has(split)
 
 
 class Seams:

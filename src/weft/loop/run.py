@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -30,23 +30,19 @@ from weft.devices.fabric import make_fabric, start_processes
 from weft.devices.signals import SignalExit, interactive
 from weft.events import AT_REST, Hook, listeners
 from weft.loop import feeding, phases
-from weft.loop.adapters import Seams
+from weft.loop.adapters import Seams, Told
 from weft.loop.order import train_batches
 from weft.loop.result import FitResult, result_of
 from weft.step.evaluation import evaluate, monitored_metric
 from weft.step.forward import Forward, forward_of
-from weft.step.history import Best, History, Progress
 from weft.step.instrument import bind_watched, watched, watched_batches
 from weft.step.manual import Manual
 from weft.step.nonfinite import RunningStatistics, look_back
 from weft.step.state import Listeners, Owner, RunState, Stage, Update
 from weft.step.update import built_in
 
-if TYPE_CHECKING:
-    from lightning.fabric import Fabric
 
-
-class Run(Seams):
+class Run(Told, Seams):
     """One training run, made by `Trainer.start` and used as a context manager.
 
     A loop may read `problem`, `optimizers` (by name), `fabric`, `data`, `progress`, `history`, `best`, `run_dir`, and
@@ -65,61 +61,6 @@ class Run(Seams):
         self.graphs: Any = None  # of a compiled run
         self._forwards: dict[str, Forward] = {}  # by split, of evaluations
         self._stack = ExitStack()
-
-    # ---- what a loop may read
-
-    @property
-    def problem(self) -> nn.Module:
-        """What is trained."""
-        return self.state.problem
-
-    @property
-    def optimizers(self) -> dict[str, Optimizer]:
-        """The optimizers by name."""
-        return self.state.training.optimizers
-
-    @property
-    def fabric(self) -> Fabric:
-        """Lightning Fabric: device, precision, processes."""
-        return self.state.fabric
-
-    @property
-    def data(self) -> Data:
-        """The data of this phase."""
-        return self.state.feed.data
-
-    @property
-    def progress(self) -> Progress:
-        """How far the run is."""
-        return self.state.progress
-
-    @property
-    def history(self) -> History:
-        """What was measured, by epoch."""
-        return self.state.history
-
-    @property
-    def best(self) -> Best:
-        """The best value of the monitored metric, and its weights."""
-        return self.state.best
-
-    @property
-    def run_dir(self) -> Path | None:
-        """The folder of the run, None if nothing is written."""
-        return self.state.kept.run_dir
-
-    @property
-    def is_global_zero(self) -> bool:
-        """Whether this process writes files and lines: the first of all."""
-        return self.state.is_global_zero
-
-    def is_of(self, problem: nn.Module) -> bool:
-        """Whether this run trained `problem`."""
-        return self.state.problem is problem
-
-    def has(self, split: str) -> bool:
-        """Whether there is data for `split`."""
-        return self.state.has(split)
 
     # ---- begin and end
 

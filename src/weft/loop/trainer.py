@@ -6,8 +6,7 @@ result = trainer.fit(problem, data_setup, nsim=5000)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,6 +18,7 @@ from weft.devices.fabric import fabric_for_calls
 from weft.events import as_hooks
 from weft.loop.adapters import adapter_for, split_hooks
 from weft.loop.default_hooks import hooks_from
+from weft.loop.evaluating import run_to_evaluate
 from weft.loop.options import OBJECTS, STEPS, as_metrics, as_phases, asked, data_maker, signature
 from weft.loop.result import FitResult
 from weft.loop.run import Run
@@ -112,7 +112,7 @@ class Trainer:
             from weft.loop.launch import call
 
             result = call(self, fabric, "fit", problem, problem, data, dev, resume=resume, **given, **setup_kwargs)
-            self._running.state.feed.make = data_maker(self._running, data, dev, **given, setup_kwargs=setup_kwargs)
+            self.running.state.feed.make = data_maker(self.running, data, dev, **given, setup_kwargs=setup_kwargs)
             return result
         with self.start(problem, data, dev, resume=resume, **given, **setup_kwargs) as run:
             for _ in run.epochs():
@@ -142,7 +142,7 @@ class Trainer:
         previous = self.run if self.run is not None and self.run.is_of(problem) else None
         if previous is None:
             self.run = None
-        run = self._run_of(problem, previous)
+        run = self.run_of(problem, previous)
         make_data = data_maker(run, data, dev, **given, setup_kwargs=setup_kwargs)
         run.prepare(make_data, resume if resume is not None else self.config.resume)
         self.run = run
@@ -153,7 +153,7 @@ class Trainer:
         options = self.options
         return None if self.launched else fabric_for_calls(self.config, options["strategy"], options["plugins"])
 
-    def _run_of(self, problem: nn.Module, previous: Run | None = None) -> Run:
+    def run_of(self, problem: nn.Module, previous: Run | None = None) -> Run:
         """A new run: weft's own, or that of an integration which knows this kind of problem."""
         run = (adapter_for(problem) or Run)(self, problem, previous)
         if self.callbacks and not run.takes_callbacks:
@@ -194,7 +194,7 @@ class Trainer:
         An override uses `self.backward(loss)` and `self.step(optimizer)`, or `super().update(batch)`; what it
         returns (a loss, a dict of scalars) is logged.
         """
-        return self._running.default_update(batch)
+        return self.running.default_update(batch)
 
     def overrides(self, name: str) -> bool:
         """Whether a method is not the one of `weft.Trainer`: overridden, or set on this object."""
@@ -208,7 +208,7 @@ class Trainer:
     # ------------------------------------------------------------------ tools, while training
 
     @property
-    def _running(self) -> Run:
+    def running(self) -> Run:
         if self.run is None:
             raise RuntimeError("Nothing was trained yet: call fit (or start) first.")
         return self.run
@@ -216,7 +216,7 @@ class Trainer:
     @property
     def problem(self) -> nn.Module:
         """The problem that is trained."""
-        return self._running.problem
+        return self.running.problem
 
     @property
     def current_epoch(self) -> int:
@@ -246,28 +246,28 @@ class Trainer:
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         """The optimizer, or the first of several."""
-        return next(iter(self._running.optimizers.values()))
+        return next(iter(self.running.optimizers.values()))
 
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """The optimizers by name ("default" where none was given)."""
-        return self._running.optimizers
+        return self.running.optimizers
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """Gradients of `loss`, added to those that are there."""
-        self._running.backward(loss, **kwargs)
+        self.running.backward(loss, **kwargs)
 
     def step(self, optimizer: Any = None) -> bool:
         """Clip, check and step an optimizer (itself, its name, or None for all); then clear their gradients."""
-        return self._running.step(optimizer)
+        return self.running.step(optimizer)
 
     def log(self, values: Mapping[str, Any] | str, value: Any = None) -> None:
         """Record scalars (a dict, or one name and its value): their epoch means go to history and loggers."""
-        self._running.log({values: value} if isinstance(values, str) else values)
+        self.running.log({values: value} if isinstance(values, str) else values)
 
     def stop(self, reason: str = "stopped") -> None:
         """End training after the current step."""
-        self._running.stop(reason)
+        self.running.stop(reason)
 
     # ------------------------------------------------------------------ after training
 
@@ -319,36 +319,12 @@ class Trainer:
             from weft.loop.launch import call
 
             return call(self, fabric, "_evaluate", problem or self.problem, split, problem, data, setup_kwargs)
-        with self._evaluating(problem, split, data, setup_kwargs) as run:
+        with run_to_evaluate(self, problem, split, data, setup_kwargs) as run:
             if not run.has(split):
                 raise ValueError(f"{split}: there is no {split} data; pass some.")
             if split == "predict":
                 return run.predict()
             return run.evaluate(split)
-
-    @contextmanager
-    def _evaluating(
-        self, problem: nn.Module | None, split: str, data: Any, setup_kwargs: Mapping[str, Any]
-    ) -> Iterator[Run]:
-        """The run to evaluate in: that of the last fit, or one for this problem or data, which is gone afterwards."""
-        run, last = self.run, self.run
-        if last is not None and last.carried is not None:  # the fit was in other processes: its data is made again
-            run = last = self._run_of(last.problem, last).prepare(last.state.feed.make)
-        if problem is None:
-            problem = self._running.problem
-        is_new = last is None or not last.is_of(problem)
-        if is_new or data is not None or setup_kwargs:
-            run = self._run_of(problem)
-            if is_new and data is None and not setup_kwargs and not run.brings_data:
-                raise TypeError(f"{split}: give the data for a problem that was not trained here.")
-            run.prepare(run.data_to_evaluate(split, data, setup_kwargs, last.state if last is not None else None))
-        assert run is not None
-        self.run = run
-        try:
-            with run.in_use():
-                yield run
-        finally:
-            self.run = last
 
     def save_weights(self, path: Any) -> None:
         """Write the problem's weights to `path`: plain tensors, readable with `weft.load_weights`."""

@@ -193,7 +193,7 @@ class Shards(Group):
         return total.sqrt()
 
     @torch.no_grad()
-    def clip(self, params: Sequence[Tensor], limit: float, by_value: bool) -> Tensor | None:
+    def clip(self, params: Sequence[Tensor], limit: float, by_value: bool = False) -> Tensor | None:
         """Clip the gradients by value, or by their norm over all shards, which is returned."""
         grads = [own_part(p.grad) for p in params if p.grad is not None]
         if by_value:

@@ -227,11 +227,8 @@ class Precision:
         """Clip an optimizer's gradients by their norm (which is returned) or by value."""
         if clip_val <= 0:
             return None
-        params = parameters_of(optimizer)
-        if gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(params, clip_val)
-            return None
-        return torch.nn.utils.clip_grad_norm_(params, clip_val)
+        by_value = gradient_clip_algorithm == "value"
+        return self._run.state.processes.clip(parameters_of(optimizer), clip_val, by_value)
 
 
 def step_context(fabric: Fabric) -> Callable[[], AbstractContextManager[Any]] | None:

@@ -264,10 +264,8 @@ class LitModel:
         if gradient_clip_val is None:
             return
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        if gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(params, gradient_clip_val)
-        else:
-            torch.nn.utils.clip_grad_norm_(params, gradient_clip_val)
+        processes = self.trainer.run.state.processes
+        processes.clip(params, gradient_clip_val, by_value=gradient_clip_algorithm == "value")
 
 
 class ManualOptimizer:

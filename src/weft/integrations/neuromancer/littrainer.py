@@ -226,7 +226,7 @@ class LitTrainer(Trainer):
         if self.automatic_optimization:  # with a `backward` of the user's
             self._call("backward", self._loss_in(out))
             self.step()
-        return self._running.manual.loss if out is None else out
+        return self.running.manual.loss if out is None else out
 
     def step_function(self, split: str, problem: nn.Module) -> Callable[[Any], Any]:
         """What is called with each batch of `split`."""
@@ -326,17 +326,17 @@ class LitTrainer(Trainer):
     @property
     def batch_index(self) -> int:
         """The number of the training batch in its epoch, from 0."""
-        return self._running.progress.batch - 1
+        return self.running.progress.batch - 1
 
     @property
     def schedulers(self) -> dict[str, Any]:
         """The schedulers by optimizer name."""
-        return {name: schedule.scheduler for name, schedule in self._running.state.training.schedules.items()}
+        return {name: schedule.scheduler for name, schedule in self.running.state.training.schedules.items()}
 
     @property
     def should_stop(self) -> bool:
         """Whether training ends after the current step; True may be assigned."""
-        return self._running.state.control.stop_reason is not None
+        return self.running.state.control.stop_reason is not None
 
     @should_stop.setter
     def should_stop(self, value: bool) -> None:

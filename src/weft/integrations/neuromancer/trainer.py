@@ -216,11 +216,10 @@ class Trainer:
             stale = [n for n, p in self.model.named_parameters() if p.grad is not None and id(p) not in held]
             if stale:
                 trainer.run.state.warn_once(
-                    f"{', '.join(stale[:5])}: these get gradients, but the optimizer does not hold them. The "
-                    "gradients add "
-                    "up over the run and enter the clipping norm, as in NeuroMANCER; freeze them, or pass clip=None."
+                    f"{', '.join(stale[:5])}: these get gradients, but the optimizer does not hold them. They "
+                    "add up over the run and enter the clipping norm, as in NeuroMANCER; freeze them, or pass clip=None."
                 )
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        trainer.run.state.processes.clip(list(self.model.parameters()), self.clip)
 
     def _end_batch(self, trainer: Any, batch: Any, loss: Tensor) -> None:
         self._output = {**_detached(self._output), self.train_metric: loss}
