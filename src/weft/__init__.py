@@ -20,8 +20,8 @@ def _face(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], 
     type checkers and editors look for it too.
     """
     here = sys.modules[package]
-    tree = ast.parse(here.__loader__.get_source(package))  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
-    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    loader: Any = here.__loader__
+    (block,) = (node for node in ast.parse(loader.get_source(package)).body if isinstance(node, ast.If))
     imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
     home = {alias.asname or alias.name: (str(node.module), alias.name) for node in imports for alias in node.names}
 
