@@ -21,8 +21,7 @@ def _face(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], 
     """
     here = sys.modules[package]
     loader: Any = here.__loader__
-    tree = ast.parse(loader.get_source(package))
-    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    (block,) = (node for node in ast.parse(loader.get_source(package)).body if isinstance(node, ast.If))
     imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
     home = {alias.asname or alias.name: (str(node.module), alias.name) for node in imports for alias in node.names}
 

@@ -281,8 +281,7 @@ def complaints(cls: type, values: Mapping[str, Any], prefix: str = "") -> list[s
 
 def config_in(kind: Any) -> type | None:
     """The dataclass among the alternatives of a type: what a dict in its place describes."""
-    found: list[Any] = [a for a in _alternatives(kind) if dataclasses.is_dataclass(a)]
-    return found[0] if found else None
+    return next((a for a in _alternatives(kind) if isinstance(a, type) and dataclasses.is_dataclass(a)), None)
 
 
 def complaint(value: Any, kind: Any) -> str:

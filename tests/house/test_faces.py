@@ -22,7 +22,7 @@ def test_a_face_has_its_names_and_a_slip_of_the_pen_is_met_with_the_closest() ->
 
 def test_every_public_name_can_be_had_with_a_star() -> None:
     names: dict[str, object] = {}
-    exec("from weft import *; from weft.hooks import *", names)  # noqa: S102 - a star stands at the top of a module only
+    exec("from weft import *; from weft.hooks import *", names)  # noqa: S102
     assert {*weft.__all__, *weft.hooks.__all__} <= set(names) and "hooks" not in names
 
 

@@ -571,7 +571,7 @@ def names_defined(source: str) -> set[str]:
 def test_a_helper_of_the_tests_is_defined_once() -> None:
     assert names_defined("def points(): ...\nclass Net: ...\ndef test_x(): ...\nx = 1") == {"points", "Net"}
     homes: dict[str, list[str]] = {}
-    frozen = {"bits.py", "test_digests.py", "test_files_of_before.py"}  # whole in themselves: what they train must never change
+    frozen = {"bits.py", "test_digests.py", "test_files_of_before.py"}  # what they train must never change
     for path in (path for path in python_files("tests") if path.name not in frozen):
         for name in names_defined(path.read_text(encoding="utf-8")):
             homes.setdefault(name, []).append(path.name)

@@ -381,7 +381,7 @@ def test_config_errors_in_python_name_every_field() -> None:
 
 
 def test_an_option_that_names_a_class_and_those_of_its_arguments_may_stand_in_any_order(
-    here: Path, capsys: pytest.CaptureFixture[str]
+    config_files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("run.yaml").write_text(
         yamlfile.dump({**BASE, "optimizer": {"class_path": "Adam", "init_args": {"betas": [0, 0.9]}}})

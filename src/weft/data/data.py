@@ -34,7 +34,7 @@ class Data:
     test: Any = None
     predict: Any = None
     batch_size: BatchSize = None
-    """Rows per batch and process (>= 1); None or "all": all in one. A dict by split, by part of a split, or both."""
+    """Rows per batch and process (>= 1); None or "all": one batch. A dict by split, by part of a split, or both."""
     shuffle: bool = True
     """Training rows in a new order each epoch, a function of (seed, epoch) alone."""
     drop_last: bool = False

@@ -110,12 +110,12 @@ class SimpleProfiler:
 
     def __init__(self) -> None:
         self._root = self._current = Timed("loop")
-        self.running, self._last, self._steps, self._epochs = False, 0.0, 0, 0
+        self._running, self._last, self._steps, self._epochs = False, 0.0, 0, 0
 
     def start(self) -> None:
         """Begin anew."""
         self._root = self._current = Timed("loop")
-        self._steps, self._epochs, self.running, self._last = 0, 0, True, perf_counter()
+        self._steps, self._epochs, self._running, self._last = 0, 0, True, perf_counter()
 
     def step(self) -> None:
         """Count an optimizer step."""
@@ -127,9 +127,9 @@ class SimpleProfiler:
 
     def stop(self) -> None:
         """Stop the watch; what is called from here on is not counted."""
-        if self.running:
+        if self._running:
             self._current.own_seconds += perf_counter() - self._last
-            self.running = False
+            self._running = False
 
     def watch(self, name: str, function: Callable[..., T]) -> Callable[..., T]:
         """`function`, timed as the part `name` of what called it. To call the problem is to go forward.
@@ -140,7 +140,7 @@ class SimpleProfiler:
         always_top, clock = name in ALWAYS_TOP, perf_counter
 
         def timed(*args: Any, **kwargs: Any) -> T:
-            if not self.running or self._current.name == name:  # a step that calls the problem
+            if not self._running or self._current.name == name:  # a step that calls the problem
                 return function(*args, **kwargs)
             outer = self._current
             parts = self._root.parts if always_top else outer.parts

@@ -216,8 +216,8 @@ class Trainer:
             stale = [n for n, p in self.model.named_parameters() if p.grad is not None and id(p) not in held]
             if stale:
                 trainer.run.state.warn_once(
-                    f"{', '.join(stale[:5])}: these get gradients, but the optimizer does not hold them. They "
-                    "add up over the run and enter the clipping norm, as in NeuroMANCER; freeze them, or pass clip=None."
+                    f"{', '.join(stale[:5])}: these get gradients, but the optimizer does not hold them. They add "
+                    "up over the run and enter the clipping norm, as in NeuroMANCER; freeze them, or pass clip=None."
                 )
         trainer.run.state.processes.clip(list(self.model.parameters()), self.clip)
 
