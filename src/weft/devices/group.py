@@ -159,7 +159,7 @@ class Group(Processes):
 
     # ---- gradients
 
-    def combiner(self, params: Sequence[nn.Parameter], shards: Sequence[nn.Parameter] = ()) -> Combine:
+    def combiner(self, params: Sequence[nn.Parameter], shards: Sequence[nn.Parameter] = ()) -> Combine | None:
         """A function (loss, examples) -> the loss of the global batch; it makes the gradients of `params` those of it.
 
         `loss` is the mean over this process's `examples` rows, as its gradients are; with 0 rows both are left out.

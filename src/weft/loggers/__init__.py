@@ -27,7 +27,6 @@ __all__ = [
     "Logger",
     "Logging",
     "Row",
-    "TensorBoardLogger",
     "hyperparameters",
     "learning_rates",
     "make_loggers",

@@ -39,7 +39,7 @@ def use_data(state: RunState, data: Data) -> None:
     fabric, processes = state.fabric, state.processes
     state.feed.data = data
     check_finite(data, state.config.strict_data)
-    place = {"device": fabric.device, "dtype": float_dtype(fabric), "to_device": fabric.to_device}
+    place: dict[str, Any] = {"device": fabric.device, "dtype": float_dtype(fabric), "to_device": fabric.to_device}
     share = {"rank": processes.data_rank, "world": processes.data_world}
     state.feed.splits = {split: batches_of(data, split, seed=state.feed.seed, **place, **share) for split in SPLITS}
     seeding.fix_kept_batches(state.feed.splits.values())

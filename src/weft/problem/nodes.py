@@ -95,6 +95,9 @@ class Rollout(nn.Module):
     Raises KeyError for a key that is not there, ValueError for a signal that is too short.
     """
 
+    nodes: Any
+    """The nodes, as a ModuleList."""
+
     def __init__(self, nodes: Iterable[nn.Module], steps: int, name: str | None = None) -> None:
         super().__init__()
         self.nodes = nn.ModuleList(node_list(nodes, "Rollout"))

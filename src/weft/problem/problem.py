@@ -35,6 +35,9 @@ class Problem(nn.Module):
     KeyError on a batch for a key that nothing provides.
     """
 
+    nodes: Any
+    """The nodes, as a ModuleList."""
+
     def __init__(
         self,
         nodes: Iterable[nn.Module],

@@ -9,7 +9,7 @@ a run or a phase begins, so a run that nobody watches pays nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from weft.events import bind
@@ -19,7 +19,7 @@ WATCH_PART = "watch_part"
 _END = object()  # equal to no batch: `iter` goes on to the StopIteration
 
 
-def watched(hooks: Sequence[Any], part: str, function: Callable[..., T]) -> Callable[..., T]:
+def watched(hooks: Iterable[Any], part: str, function: Callable[..., T]) -> Callable[..., T]:
     """`function`, a part of the training, as the watching hooks want it called; without any, `function` itself."""
     for hook in hooks:
         if (watch := getattr(hook, WATCH_PART, None)) is not None:
@@ -27,14 +27,14 @@ def watched(hooks: Sequence[Any], part: str, function: Callable[..., T]) -> Call
     return function
 
 
-def watched_batches(hooks: Sequence[Any], batches: Iterable[Any]) -> Iterable[Any]:
+def watched_batches(hooks: Iterable[Any], batches: Iterable[Any]) -> Iterable[Any]:
     """`batches`, each waited for as the part "data"."""
     take = iter(batches).__next__
     call = watched(hooks, "data", take)
     return batches if call is take else iter(call, _END)
 
 
-def bind_watched(hooks: Sequence[Any], event: str) -> list[Callable[..., Any]]:
+def bind_watched(hooks: Iterable[Any], event: str) -> list[Callable[..., Any]]:
     """The functions to call at `event`, each as the part "hook <name>"; what watches is not watched itself."""
     return [
         call if hasattr(getattr(call, "__self__", None), WATCH_PART) else watched(hooks, f"hook {_name(call)}", call)
