@@ -19,13 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.types import Batch, suggest
+from weft.types import WRITTEN_KEYS, Batch, suggest
 
 Side = Callable[..., Tensor] | str | float | Tensor
 """One side of a constraint: a function of keys, a key, a number or a tensor."""
 
-RESERVED_KEYS = ("name", "epoch", "index")
-"""Keys of a batch that describe it and are not data."""
+RESERVED_KEYS = WRITTEN_KEYS
 
 
 class MissingKeyError(KeyError):

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from weft.step.forward import forward_of
 from weft.step.instrument import watched
-from weft.step.microbatches import combiner, num_read, parts_of, record, total
+from weft.step.metrics import has_count
+from weft.step.microbatches import combiner, divided, is_nothing, num_read, parts_of, record, total, weight_of
 from weft.step.optimizer_step import make_step
 from weft.step.optimizers import needs_closure, parameters_of, shared_parameters
 
@@ -39,13 +40,17 @@ def _single(state: RunState, begin: Callable, end: Callable) -> Update:
         losses, read = [], []
         for part, examples, share in parts(batch):
             loss, scalars = forward(part)
+            if has_count(scalars):
+                share = weight_of(state, scalars, share)
             if share != 1.0:
                 loss = loss * share
-            backward(loss)
-            if share:  # the mean over no rows is nan
-                losses.append(loss.detach())
             read.append((scalars, examples))
-        loss = losses[0] if len(losses) == 1 else total(state, losses)
+            if is_nothing(state, share):
+                continue
+            backward(loss)
+            if not isinstance(share, float) or share:  # the mean over no rows is nan
+                losses.append(loss.detach())
+        loss = divided(state, losses[0] if len(losses) == 1 else total(state, losses), read)
         if combine is not None:
             loss = combine(loss, num_read(read))
         if step(loss, read):
@@ -78,13 +83,16 @@ def _several(state: RunState, begin: Callable, end: Callable) -> Update:
         losses, read = [], []
         for part, examples, share in parts(batch):
             found, scalars = forward(part)
+            share = weight_of(state, scalars, share)
             read.append((scalars, examples))
+            if is_nothing(state, share):
+                continue
             named = found if isinstance(found, dict) else {None: found}
             for number, (name, loss) in enumerate(named.items(), start=1):
                 inputs = parameters[name] if name is not None else None
                 backward(loss * share if share != 1.0 else loss, inputs=inputs, retain_graph=number < len(named))
                 losses.append(loss.detach() * share)
-        loss = total(state, losses)
+        loss = divided(state, total(state, losses), read)
         if combine is not None:
             loss = combine(loss, num_read(read))
         if step(loss, read):
