@@ -87,6 +87,38 @@ class Batches:
             yield from self._slices(part, order, range(first, last), epoch, done)
             done += last - first
 
+    @property
+    def is_uneven(self) -> bool:
+        """Whether parts cycle, or their batches are not the same shares of them: no one weight is right for all."""
+        rows, size = next(iter(self.lengths.values())), next(iter(self.sizes.values()))
+        return any(self.sizes[part] * rows != size * number for part, number in self.lengths.items())
+
+    def passes(self, number: int, limit: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Batches that go through each part once, `limit` batches of each at most, and the part that each goes through.
+
+        The other parts stay at their first rows, which are alike in every process. The first batch, under "", has all
+        parts there.
+        """
+        from weft.data.shares import share
+
+        def batch(part: str = "", lo: int = 0, hi: int = 0) -> dict[str, Any]:
+            found = {p: self._cut(p, lo, hi) if p == part else self._cut(p, 0, size) for p, size in first.items()}
+            return {**found, "name": self.split, "epoch": number}
+
+        first = {part: -(-size // self.world) for part, size in self.sizes.items()}
+        yield "", batch()
+        for part, rows in self.lengths.items():
+            for start in islice(range(0, rows, self.sizes[part]), limit):
+                mine = share(min(self.sizes[part], rows - start), self.rank, self.world)
+                yield part, batch(part, start + mine.start, start + mine.stop)
+
+    def _cut(self, part: str, lo: int, hi: int) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, tensor in self.parts[part].items():
+            value = found[key] = tensor.detach()[lo:hi].clone()
+            value.requires_grad_(key in self.require_grad or tensor.requires_grad)
+        return {**found, "index": torch.arange(lo, min(hi, self.lengths[part]), device=self._device())}
+
     def _device(self) -> torch.device:
         return next(iter(next(iter(self.parts.values())).values())).device
 

@@ -16,7 +16,7 @@ from weft.data.batches import disagreement
 from weft.devices.precision import in_precision
 from weft.problem.reading import term_keys
 from weft.step.instrument import watched
-from weft.step.metrics import ALL_ROWS, DENOMINATOR
+from weft.step.metrics import ALL_ROWS, DENOMINATOR, named
 from weft.types import suggest
 
 if TYPE_CHECKING:
@@ -74,8 +74,8 @@ def reader(
     What a step returned as "num_examples" is what it is a mean over, "{term}_weight" what one term is; they stand under
     `DENOMINATOR`, and what metrics of all rows read under `ALL_ROWS`.
     """
-    whole = {_named(name, split): fn for name, fn in metrics.items() if getattr(fn, "of_all_rows", False)}
-    metrics = {_named(name, split): fn for name, fn in metrics.items() if not getattr(fn, "of_all_rows", False)}
+    whole = {named(name, split): fn for name, fn in metrics.items() if getattr(fn, "of_all_rows", False)}
+    metrics = {named(name, split): fn for name, fn in metrics.items() if not getattr(fn, "of_all_rows", False)}
     keys, usual, names = term_keys(problem, split), f"{split}_loss", set(optimizers)
     loss_keys = (metric, "loss") if metric == usual else (metric, (keys or {}).get(metric, metric))
     not_reported = {*loss_keys, "num_examples"}
@@ -93,14 +93,14 @@ def reader(
         if keys is not None and keys[usual] in out:
             scalars = {name: out[key] for name, key in keys.items() if key in out} | scalars
         else:
-            others = {_named(k, split): v for k, v in out.items() if _is_scalar(v) and k not in not_reported}
+            others = {named(k, split): v for k, v in out.items() if _is_scalar(v) and k not in not_reported}
             scalars = others | scalars
         for name, fn in metrics.items():
             scalars[name] = fn(out, batch)
         if "num_examples" in out:
             scalars[DENOMINATOR] = _count("num_examples", out["num_examples"])
         for key in out:
-            if key[-7:] == "_weight" and (name := _named(key[:-7], split)) in scalars:
+            if key[-7:] == "_weight" and (name := named(key[:-7], split)) in scalars:
                 scalars[DENOMINATOR + name] = _count(key, out[key])
         if whole:
             scalars[ALL_ROWS] = {name: metric.inputs(out, batch) for name, metric in whole.items()}
@@ -140,10 +140,6 @@ def _count(key: str, value: Any) -> Any:
     if isinstance(value, int | float):
         return value
     raise TypeError(f"The step returned {key!r} as {type(value).__name__} {value!r}; expected a number or a tensor.")
-
-
-def _named(key: str, split: str) -> str:
-    return key if key.startswith(f"{split}_") else f"{split}_{key}"
 
 
 def _is_scalar(value: Any) -> bool:

@@ -140,6 +140,16 @@ class Means:
                 self.whole[name].load_state_dict(saved)
 
 
+def whole_metrics(metrics: Mapping[str, Any], split: str) -> dict[str, Any]:
+    """Of the metrics of a trainer those that are no means, anew for `split`, by their names in the history."""
+    return {named(n, split): m.fresh() for n, m in metrics.items() if getattr(m, "of_all_rows", False)}
+
+
+def named(key: str, split: str) -> str:
+    """The name in the history of what `split` has under `key`."""
+    return key if key.startswith(f"{split}_") else f"{split}_{key}"
+
+
 def has_count(scalars: Mapping[str, Any] | Vector) -> bool:
     """Whether a step returned what it is a mean over."""
     return DENOMINATOR in (scalars.names if isinstance(scalars, Vector) else scalars)
