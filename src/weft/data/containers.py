@@ -79,6 +79,8 @@ def _column(value: Any) -> np.ndarray:
             "rows out (.dropna()), or fill them and give a mask as another key."
         )
     array = value.to_numpy()
+    if any(stride < 0 for stride in array.strides):  # a column in reverse; no tensor can be
+        array = array.copy()
     if array.dtype.kind == "O":  # nullable numbers without a missing one
         kinds = {getattr(dtype, "numpy_dtype", None) for dtype in dtypes}
         if None not in kinds and all(kind.kind in "biufc" for kind in kinds):

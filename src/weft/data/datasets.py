@@ -38,9 +38,9 @@ class DictDataset(Dataset):
     def __init__(self, tensors: Mapping[str, Any], name: str | None = None) -> None:
         if not isinstance(tensors, Mapping) or not tensors:
             raise TypeError(f"DictDataset needs a dict of tensors by key, got {short(tensors)}.")
+        _check_labels(tensors)
         self.datadict: dict[str, Tensor] = {k: _as_tensor(k, v) for k, v in tensors.items()}
         self.name = name
-        _check_labels(tensors)
         lengths = {k: t.shape[0] for k, t in self.datadict.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"DictDataset: the tensors have unequal lengths {lengths}; each row is one example.")
@@ -76,13 +76,22 @@ def is_array(value: Any) -> bool:
         return True
     if isinstance(value, Mapping | Dataset | DataLoader):
         return False
-    return hasattr(value, "__array__") or hasattr(value, "to_numpy") or (hasattr(value, "shape") and hasattr(value, "dtype"))
+    return (
+        hasattr(value, "__array__")
+        or hasattr(value, "to_numpy")
+        or (hasattr(value, "shape") and hasattr(value, "dtype"))
+    )
 
 
 def _as_tensor(key: str, value: Any) -> Tensor:
     """`value` as a tensor that shares its memory where it can. TypeError / ValueError that name the key."""
     try:
-        if type(value) is Tensor and value.dtype not in _UNSIGNED and value.layout is torch.strided and not value.is_nested:
+        if (
+            type(value) is Tensor
+            and value.dtype not in _UNSIGNED
+            and value.layout is torch.strided
+            and not value.is_nested
+        ):
             tensor = value
         else:
             from weft.data.containers import as_tensor

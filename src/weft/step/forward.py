@@ -165,7 +165,11 @@ def explained(error: Exception, batch: Any, problem: nn.Module) -> Exception | N
     if not other:
         return None
     whole = [k for k in other if not data[k].is_floating_point()]
-    way = f"give {whole} as floating point numbers (.float())" if whole else "train with precision='64-true', which casts both"
+    way = (
+        f"give {whole} as floating point numbers (.float())"
+        if whole
+        else "train with precision='64-true', which casts both"
+    )
     return TypeError(
         f"{text}. The data has {other}, the parameters are {sorted(map(str, weights))}. Convert the data, or {way}."
     )

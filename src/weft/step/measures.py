@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.problem.terms import argument_keys
+from weft.problem.terms import argument_keys, check_pairs
 
 Measure = Callable[[Any, Any], Any]
 """(What a step returned, batch) -> a number."""
@@ -91,7 +91,7 @@ class Keys:
 
     def checked(self, value: Any, found: list[Any]) -> Any:
         """`value`, if it is not made of every row with every other."""
-        if not self._shapes_seen and isinstance(value, Tensor) and value.ndim == 2:
+        if not self._shapes_seen and isinstance(value, Tensor):
             self._shapes_seen = check_pairs(f"Metric {self.name!r}", value, dict(zip(self.keys, found, strict=False)))
         return value
 
@@ -202,22 +202,6 @@ class Updated:
         for key, value in state_dict["metric"].items():
             setattr(self.metric, key, _copied(value))
         self.metric._update_count = self.count  # else compute() warns that nothing was updated
-
-
-def check_pairs(what: str, value: Tensor, read: Mapping[str, Any]) -> bool:
-    """Raise ValueError where (n,) met (n, 1), which gives (n, n): every row with every other. Whether it could be told."""
-    rows = value.shape[0]
-    if value.ndim != 2 or rows < 2:
-        return rows > 1
-    shapes = {key: tuple(v.shape) for key, v in read.items() if isinstance(v, Tensor)}
-    flat = [key for key, shape in shapes.items() if shape == (rows,)]
-    columns = [key for key, shape in shapes.items() if shape == (rows, 1)]
-    if tuple(value.shape) == (rows, rows) and flat and columns and all(v != (rows, rows) for v in shapes.values()):
-        raise ValueError(
-            f"{what} is of shape ({rows}, {rows}), every row with every other: it reads {columns[0]} ({rows}, 1) and "
-            f"{flat[0]} ({rows},). Give both the same shape (x[:, None] or x[:, 0])."
-        )
-    return True
 
 
 def _column(values: Sequence[Any]) -> Any:
