@@ -185,7 +185,7 @@ def test_a_problem_says_that_it_reads_batches_by_key(data: Any) -> None:
 
 
 def test_batches_that_are_tensors_still_train_a_module_that_reads_them() -> None:
-    step = lambda trainer, batch: trainer.problem(batch).square().mean()  # noqa: E731
+    step = lambda trainer, batch: trainer.problem(batch).square().mean()
     assert fit([X, X[:3]], made=nn.Linear(1, 1), training_step=step).steps == 2
 
 

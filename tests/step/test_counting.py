@@ -272,7 +272,7 @@ def test_means_with_denominators_add_up_in_any_order_and_resume() -> None:
 
 
 def test_a_denominator_that_is_no_number_is_named() -> None:
-    step = lambda trainer, batch: {"train_loss": trainer.problem(batch["x"]).mean(), "num_examples": "many"}  # noqa: E731
+    step = lambda trainer, batch: {"train_loss": trainer.problem(batch["x"]).mean(), "num_examples": "many"}
     with pytest.raises(TypeError, match="'num_examples' as str 'many'; expected a number"):
         weft.Trainer(epochs=1, progress=False, training_step=step).fit(nn.Linear(1, 1), {"x": torch.rand(4, 1)})
 

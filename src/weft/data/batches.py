@@ -208,9 +208,9 @@ def num_examples(batch: Any) -> int:
 def rows_in(batch: Any) -> int:
     """The first dimension that most tensors of `batch` share (dict, list, tuple or tensor), 1 if there is none.
 
-    A batch with row numbers, "index", has as many rows. Where as many agree on another one, it is that of tensors of floating point numbers, then that of the first tensor.
-    Tensors of one number do not count. Of what is nested, the outermost tensors count; where there are none, those of
-    the first part that has some: of a split of several datasets, the first.
+    A batch with row numbers, "index", has as many rows. Where as many tensors agree on another one, it is that of
+    tensors of floating point numbers, then that of the first tensor. Tensors of one number do not count. Of what is
+    nested, the outermost tensors count; where there are none, those of the first part that has some.
     """
     index = batch.get("index") if isinstance(batch, dict) else None
     if type(index) is Tensor and index.dim() == 1:  # the row numbers, which come with every batch of a DictDataset
@@ -240,7 +240,7 @@ def outermost(batch: Any) -> list[tuple[Any, Tensor]]:
 
 
 def disagreement(batch: Any) -> str | None:
-    """What to say once of a batch whose tensors have different numbers of rows and that does not say what it counts for."""
+    """What to say once of a batch whose tensors differ in their rows, and that does not say what it counts for."""
     said = batch.get("num_examples") if isinstance(batch, Mapping) else getattr(batch, "num_examples", None)
     index = batch.get("index") if isinstance(batch, Mapping) else None
     is_known = said is not None or (isinstance(index, Tensor) and index.dim() == 1)

@@ -59,7 +59,7 @@ class DictDataset(Dataset):
 
 
 def _check_labels(columns: Mapping[str, Any]) -> None:
-    """Raise ValueError where the rows of two columns of tables carry different labels: row by row they do not belong."""
+    """Raise ValueError where the rows of two columns of tables carry different labels: they do not belong together."""
     labelled = {key: c.index for key, c in columns.items() if hasattr(c, "index") and hasattr(c.index, "equals")}
     for key, labels in labelled.items():
         first = next(iter(labelled))

@@ -169,7 +169,7 @@ def predict(state: RunState, step: Callable[[Any], Mapping[str, Tensor]]) -> dic
 
 
 def _rows(key: str, value: Tensor, batch: Any) -> Tensor | None:
-    """An output, if it has a row for each of the batch, or is the number that a single row gave; None for other numbers."""
+    """An output that has a row for each of the batch, or is the number that a single row gave; None: another number."""
     parts = [part for part in batch.values() if isinstance(part, Mapping)] if isinstance(batch, Mapping) else []
     expected = [rows_in(part) for part in parts or [batch] if outermost(part)]
     if not value.dim():

@@ -68,8 +68,9 @@ def reader(
     """A function (what a step returned, batch) -> (loss or None, scalars by their name in the history).
 
     The loss is under `metric` (or "loss", where `metric` is the usual name; a term's name in the history will do), or
-    is what was returned; a dict keyed by the names of several optimizers gives one loss each. Terms of a weft or NeuroMANCER problem are picked by name; of
-    any other dict, every scalar is reported. `metrics` are further functions of (output, batch).
+    is what was returned; a dict keyed by the names of several optimizers gives one loss each. Terms of a weft or
+    NeuroMANCER problem are picked by name; of any other dict, every scalar is reported. `metrics` are further functions
+    of (output, batch), and metrics of all rows.
 
     What a step returned as "num_examples" is what it is a mean over, "{term}_weight" what one term is; they stand under
     `DENOMINATOR`, and what metrics of all rows read under `ALL_ROWS`.
@@ -164,12 +165,14 @@ def explained(error: Exception, batch: Any, problem: nn.Module) -> Exception | N
     other = {k: str(d) for k, d in data.items() if d not in weights and k != "index"}
     if not other:
         return None
-    whole = [k for k in other if not data[k].is_floating_point()]
-    way = (
-        f"give {whole} as floating point numbers (.float())"
-        if whole
-        else "train with precision='64-true', which casts both"
-    )
+    whole = [k for k in other if not data[k].is_floating_point]
+    way = f"give {whole} as floats (.float())" if whole else "train with precision='64-true', which casts both"
     return TypeError(
         f"{text}. The data has {other}, the parameters are {sorted(map(str, weights))}. Convert the data, or {way}."
     )
+
+
+def _misplaced(problem: nn.Module, device: torch.device) -> list[str]:
+    from weft.problem.hardcoded import misplaced
+
+    return misplaced(problem, device)

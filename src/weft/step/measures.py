@@ -12,7 +12,6 @@ Arguments' names are the keys that are read, from the problem's output or the ba
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
@@ -27,7 +26,7 @@ Measure = Callable[[Any, Any], Any]
 Gather = Callable[[Any], list[Any]]
 
 
-class whole:  # noqa: N801, called like a function: weft.whole(fn)
+class whole:
     """A metric computed from all rows of a split at once: `fn` gets each key it names, concatenated.
 
     For what is no mean over batches: R2, RMSE, maxima, quantiles, anything of scipy or sklearn (tensors come detached,

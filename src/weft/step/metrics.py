@@ -177,7 +177,7 @@ def _denominators(names: Sequence[str]) -> dict[str, str]:
 
 
 def _weights(names: Sequence[str], values: Tensor, examples: Tensor) -> Tensor:
-    """What each entry of `values`, (batches, names), is multiplied with in a sum over batches; denominators are added."""
+    """What each of `values`, (batches, names), is multiplied with in a sum over batches; denominators are added up."""
     at, by = {name: i for i, name in enumerate(names)}, _denominators(names)
     one = torch.ones_like(examples)
     columns = [
