@@ -25,12 +25,12 @@ from weft.data.splits import check_finite, num_not_finite
 X = torch.rand(8, 1, generator=torch.Generator().manual_seed(0))
 
 
-def problem() -> weft.Problem:
+def square() -> weft.Problem:
     return weft.Problem([weft.Node(nn.Linear(1, 1), ["x"], ["u"])], [weft.objective(lambda u: u**2, name="m")])
 
 
-def fit(data: Any, dev: Any = None, made: nn.Module | None = None, **options: Any) -> weft.FitResult:
-    return weft.Trainer(epochs=1, progress=False, **options).fit(made or problem(), data, dev)
+def fit_one(data: Any, dev: Any = None, made: nn.Module | None = None, **options: Any) -> weft.FitResult:
+    return weft.Trainer(epochs=1, progress=False, **options).fit(made or square(), data, dev)
 
 
 class Quantity(np.ndarray):
@@ -61,7 +61,7 @@ KEPT: dict[str, tuple[Any, list[Any], torch.dtype]] = {
     "list of tuples": ([(1.0, 2.0), (3.0, 4.0)], [[1.0, 2.0], [3.0, 4.0]], torch.float32),
     "bool": (np.array([True, False]), [True, False], torch.bool),
     "complex": (np.array([1j, 2.0]), [1j, 2.0], torch.complex128),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", KEPT)
@@ -77,7 +77,7 @@ def test_columns_train_in_shuffled_batches_whatever_they_came_in() -> None:
     seen: list[tuple[float, int]] = []
     look = {"on_step_start": lambda t, b: seen.extend(zip(b["x"][:, 0].tolist(), b["n"].tolist(), strict=True))}
     data = weft.DictDataset({"x": table[["x"]], "n": table["n"]})
-    fit(weft.Data(data, batch_size=3), precision="64-true", hooks=look)
+    fit_one(weft.Data(data, batch_size=3), precision="64-true", hooks=look)
     assert sorted(seen) == [(float(i), i) for i in range(8)]
 
 
@@ -87,7 +87,7 @@ def test_a_dataset_of_a_file_is_read_at_once(tmp_path: Path) -> None:
         file["x"], file["y"] = X.numpy(), X.numpy()
         for data in ({"x": file["x"], "y": file["y"]}, file):
             assert weft.DictDataset(data).datadict["x"].equal(X)
-            assert fit(weft.Data(data, batch_size=3)).steps == 3
+            assert fit_one(weft.Data(data, batch_size=3)).steps == 3
 
 
 def test_arrays_share_their_memory_and_read_only_ones_draw_no_warning(tmp_path: Path) -> None:
@@ -97,13 +97,13 @@ def test_arrays_share_their_memory_and_read_only_ones_draw_no_warning(tmp_path: 
         mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
         made = weft.DictDataset({"x": mapped}).datadict["x"]
         assert made.data_ptr() == mapped.ctypes.data
-        fit(weft.Data({"x": mapped}, batch_size=3))
+        fit_one(weft.Data({"x": mapped}, batch_size=3))
 
 
 # ---- refused
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "missing integers": (pd.Series([1, None, 3], dtype="Int64"), r"1 of its numbers are missing \(dtype Int64\).*dropna"),
+    "missing integers": (pd.Series([1, None, 3], dtype="Int64"), r"1 of its numbers .*Int64.*dropna"),
     "missing floats": (pd.Series([1.0, None], dtype="Float64"), "1 of its numbers are missing"),
     "missing bools": (pd.Series([True, None], dtype="boolean"), "1 of its numbers are missing"),
     "table with missing": (pd.DataFrame({"a": pd.Series([1, None], dtype="Int64"), "b": [1, 2]}), "1 of its numbers"),
@@ -119,14 +119,16 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "unit": (np.ones(3).view(Quantity), "it has a unit, km"),
     "units": (SimpleNamespace(units="m", shape=(2,), dtype=np.dtype("f4")), "it has a unit, m"),
     "named dimensions": (
-        SimpleNamespace(dims=("t", "x"), coords={}, shape=(2, 2), dtype=np.dtype("f4")), r"named dimensions \('t', 'x'\)"),
+        SimpleNamespace(dims=("t", "x"), coords={}, shape=(2, 2), dtype=np.dtype("f4")),
+        r"dimensions \('t', 'x'\)",
+    ),
     "sparse": (torch.eye(3).to_sparse(), r"sparse tensor.*\.to_dense\(\)"),
     "big-endian": (np.arange(3, dtype=">f4"), r"bytes are in the other order.*astype\(float32\)"),
     "too large": (np.array([2**64 - 1], np.uint64), r"above 2\*\*63 - 1"),
     "negative strides": (np.arange(3.0)[::-1], "negative"),
     "records": (np.zeros(2, [("a", "f4")]), "expected numbers"),
     "words": (["a", "b"], "too many dimensions"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -158,13 +160,13 @@ def test_columns_whose_rows_carry_other_labels_do_not_belong_together() -> None:
 def test_tensors_arrays_and_tables_are_no_batches(given: Any) -> None:
     says = "train data is a .*are not taken for batches.*weft.DictDataset"
     made = nn.Linear(1, 1)
-    for call in (lambda: fit(given, made=made), lambda: weft.Data(given), lambda: fit(given, given, made=made)):
+    for call in (lambda: fit_one(given, made=made), lambda: weft.Data(given), lambda: fit_one(given, given, made=made)):
         with pytest.raises(TypeError, match=says):
             call()
     with pytest.raises(TypeError, match="dev data is a .*are not taken for batches"):
-        fit({"x": X}, given)
+        fit_one({"x": X}, given)
     trainer = weft.Trainer(epochs=1, progress=False)
-    trainer.fit(problem(), {"x": X})
+    trainer.fit(square(), {"x": X})
     with pytest.raises(TypeError, match="predict data is a .*are not taken for batches"):
         trainer.predict(given)
 
@@ -181,18 +183,18 @@ def test_tensors_arrays_and_tables_are_no_batches(given: Any) -> None:
 )
 def test_a_problem_says_that_it_reads_batches_by_key(data: Any) -> None:
     with pytest.raises(TypeError, match=r"reads batches by key, and got one of type \w+; .*weft.DictDataset"):
-        fit(data)
+        fit_one(data)
 
 
 def test_batches_that_are_tensors_still_train_a_module_that_reads_them() -> None:
     step = lambda trainer, batch: trainer.problem(batch).square().mean()
-    assert fit([X, X[:3]], made=nn.Linear(1, 1), training_step=step).steps == 2
+    assert fit_one([X, X[:3]], made=nn.Linear(1, 1), training_step=step).steps == 2
 
 
 # ---- keys that weft writes
 
 
-class Rows(Dataset):
+class Yields(Dataset):
     def __init__(self, **columns: Any) -> None:
         self.columns = columns
 
@@ -211,27 +213,27 @@ WRITES: dict[str, tuple[Callable[[], Any], str]] = {
     "reset_index": (lambda: {k: c for k, c in pd.DataFrame({"x": [1.0, 2.0]}).reset_index().items()}, "index"),
     "in a part": (lambda: {"a": {"x": X}, "b": {"x": X, "index": IDS}}, "index"),
     "a part": (lambda: {"a": {"x": X}, "name": {"x": X}}, "name"),
-    "dataset with epoch": (lambda: weft.Data(Rows(epoch=IDS), batch_size=4), "epoch"),
-    "dataset with name": (lambda: weft.Data(Rows(name=[f"sample{i}" for i in range(8)]), batch_size=4), "name"),
-    "loader with epoch": (lambda: DataLoader(Rows(epoch=IDS)), "epoch"),
-    "loader with names": (lambda: DataLoader(Rows(name=["a"] * 8)), "name"),
+    "dataset with epoch": (lambda: weft.Data(Yields(epoch=IDS), batch_size=4), "epoch"),
+    "dataset with name": (lambda: weft.Data(Yields(name=[f"sample{i}" for i in range(8)]), batch_size=4), "name"),
+    "loader with epoch": (lambda: DataLoader(Yields(epoch=IDS)), "epoch"),
+    "loader with names": (lambda: DataLoader(Yields(name=["a"] * 8)), "name"),
     "iterable with epoch": (lambda: [{"x": X, "epoch": IDS}], "epoch"),
-    "prebatched": (lambda: weft.Data(Rows(epoch=IDS), batch_size=4, pre_batch="in_memory"), "epoch"),
-}  # fmt: skip
+    "prebatched": (lambda: weft.Data(Yields(epoch=IDS), batch_size=4, pre_batch="in_memory"), "epoch"),
+}
 
 
 @pytest.mark.parametrize("kind", WRITES)
 def test_a_column_that_weft_would_write_over_is_refused_by_name(kind: str) -> None:
     make, key = WRITES[kind]
     with pytest.raises(ValueError, match=f"The train data (has|yields a batch with a) '{key}'.*'row_{key}'"):
-        fit(make(), precision="64-true")
+        fit_one(make(), precision="64-true")
 
 
 def test_an_index_that_a_loader_yields_and_a_name_of_the_split_stay() -> None:
     seen: list[Any] = []
     look = {"on_step_start": lambda trainer, batch: seen.append((batch["index"].tolist(), batch["name"]))}
-    fit(DataLoader(Rows(index=IDS), batch_size=8), hooks=look)
-    fit([{"x": X, "index": IDS, "name": "train"}], hooks=look)
+    fit_one(DataLoader(Yields(index=IDS), batch_size=8), hooks=look)
+    fit_one([{"x": X, "index": IDS, "name": "train"}], hooks=look)
     assert seen == [(IDS.tolist(), "train")] * 2
 
 
@@ -239,7 +241,7 @@ def test_batches_made_once_train_and_are_named_once() -> None:
     seen: list[Any] = []
     look = {"on_step_start": lambda trainer, batch: seen.append((batch["name"], batch["epoch"]))}
     weft.Trainer(epochs=2, progress=False, hooks=look).fit(
-        problem(), weft.Data(Rows(), batch_size=8, pre_batch="in_memory")
+        square(), weft.Data(Yields(), batch_size=8, pre_batch="in_memory")
     )
     assert seen == [("train", 0), ("train", 1)]
 

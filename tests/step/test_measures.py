@@ -15,13 +15,13 @@ import weft
 torchmetrics = pytest.importorskip("torchmetrics")
 
 
-def data(rows: int = 33, seed: int = 0) -> dict[str, Tensor]:
+def rows_of(rows: int = 33, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.rand(rows, 1, generator=generator)
     return {"x": x, "y": 3 * x + 0.1 * torch.randn(rows, 1, generator=generator)}
 
 
-def problem() -> weft.Problem:
+def line() -> weft.Problem:
     torch.manual_seed(0)
     return weft.Problem(
         [weft.Node(nn.Linear(1, 1), ["x"], ["u"])], [weft.objective(lambda u, y: (u - y) ** 2, name="mse")]
@@ -73,21 +73,25 @@ def expected(made: nn.Module, rows: dict[str, Tensor]) -> dict[str, float]:
         u, y = made.nodes[0].fn(rows["x"]), rows["y"]  # type: ignore[index]
     error = u - y
     return {
-        "r2": r2_score(y, u), "torch_r2": r2_score(y, u), "rmse": error.square().mean().sqrt().item(),
-        "median_u": u.median().item(), "median_y": y.median().item(),
+        "r2": r2_score(y, u),
+        "torch_r2": r2_score(y, u),
+        "rmse": error.square().mean().sqrt().item(),
+        "median_u": u.median().item(),
+        "median_y": y.median().item(),
         "pearson": torch.corrcoef(torch.stack([u[:, 0], y[:, 0]]))[0, 1].item(),
-        "largest_error": error.abs().max().item(), "mae": error.abs().mean().item(),
-    }  # fmt: skip
+        "largest_error": error.abs().max().item(),
+        "mae": error.abs().mean().item(),
+    }
 
 
 @pytest.mark.parametrize("batch_size", [None, 2, 10])
 def test_metrics_of_all_rows_do_not_depend_on_the_batch_size(batch_size: int | None) -> None:
-    made = problem()
+    made = line()
     trainer = weft.Trainer(epochs=2, progress=False, metrics=metrics(), **STEPS)
-    result = trainer.fit(made, weft.Data(data(34), data(20, 1), batch_size=batch_size))
+    result = trainer.fit(made, weft.Data(rows_of(34), rows_of(20, 1), batch_size=batch_size))
     last = {name: values[-1] for name, values in result.history.items()}
     found = trainer.validate()
-    for name, value in expected(made, data(20, 1)).items():
+    for name, value in expected(made, rows_of(20, 1)).items():
         assert found[f"dev_{name}"] == pytest.approx(value, rel=1e-3, abs=1e-5), name
         assert last[f"dev_{name}"] == pytest.approx(value, rel=1e-3, abs=1e-5), name
         assert f"train_{name}" in last
@@ -101,29 +105,37 @@ def test_a_training_metric_of_all_rows_is_that_of_the_epoch_alone() -> None:
     watch = {"on_step_start": lambda trainer, batch: seen.append(batch["y"])}
     given = {"count": count, "top": weft.whole(lambda y: y.max())}
     trainer = weft.Trainer(epochs=3, progress=False, metrics=given, hooks=watch)
-    result = trainer.fit(problem(), weft.Data(data(), batch_size=10))
+    result = trainer.fit(line(), weft.Data(rows_of(), batch_size=10))
     assert sum(map(len, seen)) == 99
     assert result.history["train_count"] == [33.0] * 3
-    assert result.history["train_top"] == [data()["y"].max().item()] * 3
+    assert result.history["train_top"] == [rows_of()["y"].max().item()] * 3
 
 
 def test_the_users_own_object_is_not_changed_and_each_split_has_a_copy() -> None:
     mine = Largest()
-    weft.Trainer(epochs=1, progress=False, metrics={"largest": mine}).fit(problem(), weft.Data(data(), data()))
+    weft.Trainer(epochs=1, progress=False, metrics={"largest": mine}).fit(line(), weft.Data(rows_of(), rows_of()))
     assert mine.value == 0.0
 
 
 @pytest.mark.parametrize("rows", [20, 21])
 def test_metrics_of_all_rows_are_gathered_over_two_processes(rows: int) -> None:
-    made = problem()
+    made = line()
     trainer = weft.Trainer(
-        epochs=1, progress=False, metrics=metrics() | {"first": weft.whole(lambda x: float(x[1, 0]))},
-        devices=2, strategy="ddp_fork", accelerator="cpu", timeout=60, **STEPS,
-    )  # fmt: skip
-    result = trainer.fit(made, weft.Data(data(), data(rows, 1), batch_size=4))
-    for name, value in expected(made, data(rows, 1)).items():
+        epochs=1,
+        progress=False,
+        metrics=metrics() | {"first": weft.whole(lambda x: float(x[1, 0]))},
+        devices=2,
+        strategy="ddp_fork",
+        accelerator="cpu",
+        timeout=60,
+        **STEPS,
+    )
+    result = trainer.fit(made, weft.Data(rows_of(), rows_of(rows, 1), batch_size=4))
+    for name, value in expected(made, rows_of(rows, 1)).items():
         assert result.history[f"dev_{name}"][-1] == pytest.approx(value, rel=1e-3, abs=1e-5), name
-    assert result.history["dev_first"] == [pytest.approx(data(rows, 1)["x"][1, 0].item())]  # in the order of the data
+    assert result.history["dev_first"] == [
+        pytest.approx(rows_of(rows, 1)["x"][1, 0].item())
+    ]  # in the order of the data
 
 
 @pytest.mark.parametrize("options", [{"accumulate": 2}, {"optimizer": torch.optim.LBFGS}, {"compile": True}])
@@ -132,9 +144,9 @@ def test_every_way_of_training_sees_each_row_once(options: dict[str, Any]) -> No
     trainer = weft.Trainer(epochs=3, progress=False, metrics=count, **options)
     if "compile" in options:
         with pytest.warns(UserWarning, match="stays eager: metrics of all rows"):
-            result = trainer.fit(problem(), weft.Data(data(), data(), batch_size=5))
+            result = trainer.fit(line(), weft.Data(rows_of(), rows_of(), batch_size=5))
     else:
-        result = trainer.fit(problem(), weft.Data(data(), data(), batch_size=5))
+        result = trainer.fit(line(), weft.Data(rows_of(), rows_of(), batch_size=5))
     assert result.history["train_count"] == result.history["dev_count"] == [33.0] * 3
 
 
@@ -149,11 +161,19 @@ def test_a_run_that_resumes_in_the_middle_of_an_epoch_has_the_rows_of_before() -
                 raise Killed
 
         trainer = weft.Trainer(
-            epochs=3, seed=3, progress=False, metrics=metrics(), root_dir=os.getcwd(), run_name=name,
-            checkpoint={"every_n_steps": 1}, hooks={"on_step_end": on_step_end}, **STEPS, **options,
-        )  # fmt: skip
+            epochs=3,
+            seed=3,
+            progress=False,
+            metrics=metrics(),
+            root_dir=os.getcwd(),
+            run_name=name,
+            checkpoint={"every_n_steps": 1},
+            hooks={"on_step_end": on_step_end},
+            **STEPS,
+            **options,
+        )
         try:
-            return trainer.fit(problem(), weft.Data(data(), data(20, 1), batch_size=9)).history
+            return trainer.fit(line(), weft.Data(rows_of(), rows_of(20, 1), batch_size=9)).history
         except Killed:
             return {}
 
@@ -174,9 +194,9 @@ def test_a_run_that_resumes_in_the_middle_of_an_epoch_has_the_rows_of_before() -
     ],
 )
 def test_a_metric_that_cannot_be_is_named(given: dict[str, Any], says: str) -> None:
-    rows = {**data(), "flat": data()["y"][:, 0]}
+    rows = {**rows_of(), "flat": rows_of()["y"][:, 0]}
     with pytest.raises((TypeError, KeyError, ValueError), match=says):
-        weft.Trainer(epochs=1, progress=False, metrics=given).fit(problem(), rows)
+        weft.Trainer(epochs=1, progress=False, metrics=given).fit(line(), rows)
 
 
 def test_a_metric_of_all_rows_is_refused_where_rows_of_parts_come_again() -> None:

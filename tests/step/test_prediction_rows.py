@@ -14,7 +14,7 @@ import weft
 X = torch.randn(9, 2, generator=torch.Generator().manual_seed(0))
 
 
-def trainer_of(
+def trained_with(
     fn: Callable[[Tensor], Any], outputs: tuple[str, ...] = ("u",), batch_size: int | None = 4
 ) -> weft.Trainer:
     layer = nn.Linear(2, 1)
@@ -26,7 +26,7 @@ def trainer_of(
 
 
 def test_a_squeezed_output_keeps_the_last_row() -> None:
-    trainer = trainer_of(lambda x, layer: layer(x).squeeze())
+    trainer = trained_with(lambda x, layer: layer(x).squeeze())
     found = trainer.predict({"x": X})
     assert found["u"].shape == (9,) and torch.equal(found["u"], found["v"][:, 0])
 
@@ -47,18 +47,18 @@ def test_a_squeezed_output_keeps_the_last_row() -> None:
     ],
 )
 def test_an_output_without_a_row_for_each_row_is_named(fn: Any, outputs: Any, rows: int, says: str) -> None:
-    trainer = trainer_of(fn, outputs)
+    trainer = trained_with(fn, outputs)
     with pytest.raises(ValueError, match=f"predict: {says}"):
         trainer.predict({"x": X[:rows]})
 
 
 def test_two_outputs_of_which_one_is_squeezed_have_all_rows() -> None:
-    found = trainer_of(lambda x, layer: (layer(x), layer(x).squeeze()), ("a", "b")).predict({"x": X})
+    found = trained_with(lambda x, layer: (layer(x), layer(x).squeeze()), ("a", "b")).predict({"x": X})
     assert found["a"].shape == (9, 1) and found["b"].shape == (9,)
 
 
 def test_what_is_one_number_for_many_rows_is_left_out() -> None:
-    assert trainer_of(lambda x, layer: layer(x).mean()).predict({"x": X}).keys() == {"v"}
+    assert trained_with(lambda x, layer: layer(x).mean()).predict({"x": X}).keys() == {"v"}
 
 
 def test_steps_of_ones_own_are_looked_at_too() -> None:

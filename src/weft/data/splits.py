@@ -71,6 +71,8 @@ def tensors_of(source: Any, split: str) -> Parts | None:
 
     Raises TypeError for a dict of parts of which one is not made of tensors.
     """
+    if isinstance(source, Mapping) and not source:
+        return None
     if not _is_nested(source):
         tensors = _tensors(source, split)
         return None if tensors is None else {"": tensors}

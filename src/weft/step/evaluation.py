@@ -74,9 +74,13 @@ def _by_batch(state: RunState, split: str, forward: Forward) -> dict[str, float]
     for batch in state.batches_of(split):
         examples = num_examples(batch)
         if examples or not skips:  # of several processes one may have no row of a short batch
-            state.step.evaluating = (means, examples)  # where `log` adds to until the step is over
-            means.add(forward(batch)[1], examples)
+            means.add(_scalars(state, forward, batch, means, examples), examples)
     return means.compute(state.processes.gather)
+
+
+def _scalars(state: RunState, forward: Forward, batch: Any, means: Means, examples: int) -> dict[str, Any]:
+    state.step.evaluating = (means, examples)  # where `log` adds to until the step is over
+    return forward(batch)[1]
 
 
 def _by_part(state: RunState, split: str, source: Any, forward: Forward) -> dict[str, float]:
@@ -98,8 +102,8 @@ def _by_part(state: RunState, split: str, source: Any, forward: Forward) -> dict
     for part, batch in source.passes(state.progress.epoch, limit):
         examples = num_examples(batch[part]) if part else 1
         if examples or not state.processes.skips_empty:
-            state.step.evaluating = (logged[part], examples)
-            found[part].append((dict(forward(batch)[1].items()), examples))
+            scalars = _scalars(state, forward, batch, logged[part], examples)
+            found[part].append((dict(scalars.items()), examples))
     means = {part: _means_along(state, rows, logged[part]) for part, rows in found.items()}
     first = means.pop("")
     names = [name for name in first if all(name in along for along in means.values())]

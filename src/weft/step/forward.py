@@ -16,7 +16,7 @@ from weft.data.batches import disagreement
 from weft.devices.precision import in_precision
 from weft.problem.reading import term_keys
 from weft.step.instrument import watched
-from weft.step.metrics import ALL_ROWS, DENOMINATOR, named
+from weft.step.metrics import ALL_ROWS, DENOMINATOR, add_denominators, is_scalar, named
 from weft.types import suggest
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ def forward_of(state: RunState, split: str) -> Forward:
         try:
             out = step(batch)
         except RuntimeError as error:
+            from weft.step.explaining import explained
+
             if (clearer := explained(error, batch, problem)) is None:
                 raise
             raise clearer from error
@@ -94,15 +96,11 @@ def reader(
         if keys is not None and keys[usual] in out:
             scalars = {name: out[key] for name, key in keys.items() if key in out} | scalars
         else:
-            others = {named(k, split): v for k, v in out.items() if _is_scalar(v) and k not in not_reported}
+            others = {named(k, split): v for k, v in out.items() if is_scalar(v) and k not in not_reported}
             scalars = others | scalars
         for name, fn in metrics.items():
             scalars[name] = fn(out, batch)
-        if "num_examples" in out:
-            scalars[DENOMINATOR] = _count("num_examples", out["num_examples"])
-        for key in out:
-            if key[-7:] == "_weight" and (name := named(key[:-7], split)) in scalars:
-                scalars[DENOMINATOR + name] = _count(key, out[key])
+        add_denominators(scalars, out, split)
         if whole:
             scalars[ALL_ROWS] = {name: metric.inputs(out, batch) for name, metric in whole.items()}
         return loss, scalars
@@ -132,47 +130,3 @@ def checked(loss: Any, key: str, problem: nn.Module, out: Any, split: str) -> Te
             "Is it detached, or computed under no_grad?"
         )
     return loss.reshape(())
-
-
-def _count(key: str, value: Any) -> Any:
-    """A denominator as one number: that of all rows, where each has its own."""
-    if isinstance(value, Tensor):
-        return value.detach().sum() if value.dim() else value.detach()
-    if isinstance(value, int | float):
-        return value
-    raise TypeError(f"The step returned {key!r} as {type(value).__name__} {value!r}; expected a number or a tensor.")
-
-
-def _is_scalar(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.dim() == 0 and not value.is_complex()
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def explained(error: Exception, batch: Any, problem: nn.Module) -> Exception | None:
-    """A clearer error for a mixture of dtypes or devices, that says what to do; None for every other error."""
-    text = str(error)
-    device = next((p.device for p in problem.parameters()), None)
-    if "device" in text and device is not None and (found := _misplaced(problem, device)):
-        return RuntimeError(
-            f"{text}. The parameters are on {device}, and {'; '.join(found)}. Give a node what it needs as an input, "
-            "or as a buffer of a module."
-        )
-    if "dtype" not in text and "must be the same" not in text and "expected scalar type" not in text:
-        return None
-    weights = {p.dtype for p in problem.parameters() if p.is_floating_point()}
-    data = {k: v.dtype for k, v in batch.items() if isinstance(v, Tensor)} if isinstance(batch, Mapping) else {}
-    other = {k: str(d) for k, d in data.items() if d not in weights and k != "index"}
-    if not other:
-        return None
-    whole = [k for k in other if not data[k].is_floating_point]
-    way = f"give {whole} as floats (.float())" if whole else "train with precision='64-true', which casts both"
-    return TypeError(
-        f"{text}. The data has {other}, the parameters are {sorted(map(str, weights))}. Convert the data, or {way}."
-    )
-
-
-def _misplaced(problem: nn.Module, device: torch.device) -> list[str]:
-    from weft.problem.hardcoded import misplaced
-
-    return misplaced(problem, device)

@@ -150,6 +150,31 @@ def named(key: str, split: str) -> str:
     return key if key.startswith(f"{split}_") else f"{split}_{key}"
 
 
+def is_scalar(value: Any) -> bool:
+    """Whether something that a step returned is a number to report."""
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and not value.is_complex()
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def add_denominators(scalars: dict[str, Any], out: Mapping[str, Any], split: str) -> None:
+    """Add what the step returned as denominators: of everything, "num_examples", and of a scalar, its name "_weight"."""
+    if "num_examples" in out:
+        scalars[DENOMINATOR] = _count("num_examples", out["num_examples"])
+    for key in out:
+        if key[-7:] == "_weight" and (name := named(key[:-7], split)) in scalars:
+            scalars[DENOMINATOR + name] = _count(key, out[key])
+
+
+def _count(key: str, value: Any) -> Any:
+    """A denominator as one number: that of all rows, where each has its own."""
+    if isinstance(value, Tensor):
+        return value.detach().sum() if value.dim() else value.detach()
+    if isinstance(value, int | float):
+        return value
+    raise TypeError(f"The step returned {key!r} as {type(value).__name__} {value!r}; expected a number or a tensor.")
+
+
 def has_count(scalars: Mapping[str, Any] | Vector) -> bool:
     """Whether a step returned what it is a mean over."""
     return DENOMINATOR in (scalars.names if isinstance(scalars, Vector) else scalars)

@@ -39,6 +39,8 @@ def parts_of(state: RunState) -> Callable[[Any], list[tuple[Any, int, float]]]:
 
 def total(state: RunState, losses: list[Tensor]) -> Tensor:
     """The sum of the parts' losses; zero where this process had none."""
+    if len(losses) == 1:
+        return losses[0]
     return torch.stack(losses).sum() if losses else torch.zeros((), device=state.fabric.device)
 
 
@@ -47,10 +49,9 @@ def weight_of(state: RunState, scalars: Any, share: float) -> Any:
 
     How much all of them come to is known after the last part only; `divided` then divides by that.
     """
-    count = counted(scalars, -1)
-    if isinstance(count, int):
+    if not has_count(scalars):
         return share
-    return count if state.config.accumulate > 1 or state.processes.in_shards else 1.0
+    return counted(scalars, 0) if state.config.accumulate > 1 or state.processes.in_shards else 1.0
 
 
 def is_nothing(state: RunState, share: Any) -> bool:

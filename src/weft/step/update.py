@@ -13,7 +13,6 @@ from torch import Tensor
 
 from weft.step.forward import forward_of
 from weft.step.instrument import watched
-from weft.step.metrics import has_count
 from weft.step.microbatches import combiner, divided, is_nothing, num_read, parts_of, record, total, weight_of
 from weft.step.optimizer_step import make_step
 from weft.step.optimizers import needs_closure, parameters_of, shared_parameters
@@ -33,15 +32,14 @@ def built_in(state: RunState, begin: Callable[[Any], None], end: Callable[[Any, 
 
 def _single(state: RunState, begin: Callable, end: Callable) -> Update:
     forward, backward = forward_of(state, "train"), watched(state.hooks, "backward", state.fabric.backward)
-    parts, step, combine = parts_of(state), make_step(state, list(state.training.optimizers.values())), combiner(state)
+    parts, close = parts_of(state), _closing(state, end)
 
     def update(batch: Any) -> Tensor:
         begin(batch)
         losses, read = [], []
         for part, examples, share in parts(batch):
             loss, scalars = forward(part)
-            if has_count(scalars):
-                share = weight_of(state, scalars, share)
+            share = weight_of(state, scalars, share)
             if share != 1.0:
                 loss = loss * share
             read.append((scalars, examples))
@@ -50,13 +48,7 @@ def _single(state: RunState, begin: Callable, end: Callable) -> Update:
             backward(loss)
             if not isinstance(share, float) or share:  # the mean over no rows is nan
                 losses.append(loss.detach())
-        loss = divided(state, losses[0] if len(losses) == 1 else total(state, losses), read)
-        if combine is not None:
-            loss = combine(loss, num_read(read))
-        if step(loss, read):
-            record(state, read)
-        end(batch, loss)
-        return loss
+        return close(batch, losses, read)
 
     return update
 
@@ -73,7 +65,7 @@ def _several(state: RunState, begin: Callable, end: Callable) -> Update:
             "Give each optimizer its own, or write the steps out in `update` (with self.backward and self.step)."
         )
     forward, backward = forward_of(state, "train"), watched(state.hooks, "backward", state.fabric.backward)
-    parts, step, combine = parts_of(state), make_step(state, list(state.training.optimizers.values())), combiner(state)
+    parts, close = parts_of(state), _closing(state, end)
     parameters = {
         name: [p for p in parameters_of(o) if p.requires_grad] for name, o in state.training.optimizers.items()
     }
@@ -92,6 +84,16 @@ def _several(state: RunState, begin: Callable, end: Callable) -> Update:
                 inputs = parameters[name] if name is not None else None
                 backward(loss * share if share != 1.0 else loss, inputs=inputs, retain_graph=number < len(named))
                 losses.append(loss.detach() * share)
+        return close(batch, losses, read)
+
+    return update
+
+
+def _closing(state: RunState, end: Callable) -> Callable[[Any, list[Tensor], list[Any]], Tensor]:
+    """What is done once all gradients are there: over all processes, step, count. Returns the loss of the whole."""
+    step, combine = make_step(state, list(state.training.optimizers.values())), combiner(state)
+
+    def close(batch: Any, losses: list[Tensor], read: list[Any]) -> Tensor:
         loss = divided(state, total(state, losses), read)
         if combine is not None:
             loss = combine(loss, num_read(read))
@@ -100,4 +102,4 @@ def _several(state: RunState, begin: Callable, end: Callable) -> Update:
         end(batch, loss)
         return loss
 
-    return update
+    return close
