@@ -9,6 +9,9 @@ from typing import Any, Protocol, runtime_checkable
 Batch = Mapping[str, Any]
 """What a loader yields: tensors by key, plus "name" (the split), "epoch" (int) and "index" (row numbers)."""
 
+WRITTEN_KEYS = ("name", "epoch", "index")
+"""Keys that describe a batch and are no data."""
+
 Metrics = dict[str, float]
 """Plain floats by name, as they stand in the history."""
 

@@ -28,7 +28,8 @@ from weft.compile.stepgraphs import EvaluationGraph, GradientGraph, UpdateGraph
 from weft.data.batches import num_examples
 from weft.devices.precision import scaler_of
 from weft.step.forward import Forward, forward_of
-from weft.step.microbatches import combiner, record
+from weft.step.metrics import DENOMINATOR, counted
+from weft.step.microbatches import combiner, num_read, record
 from weft.step.nonfinite import READS_ARE_FREE, Doubts, not_finite
 from weft.step.optimizer_step import Step, make_step
 from weft.step.optimizers import needs_closure
@@ -63,6 +64,8 @@ class Graphs:
 
     def forward(self, split: str, forward: Forward) -> Forward:
         """`forward`, the evaluation of a batch of `split`, by graphs where there are some."""
+        if of_all_rows(self.state):
+            return forward
         if split not in self.chosen:
 
             def make(batch: Any, tensors: list[Tensor], counting: bool = False) -> EvaluationGraph:
@@ -123,7 +126,7 @@ def compile_update(
         else:
             loss, read = _gradients(found)
             if combine is not None:
-                loss = combine(loss, sum(examples for _, examples in read))
+                loss = combine(loss, num_read(read))
             step = step or make_step(state, [optimizer])
             done = step(loss, read)
         if done:
@@ -153,17 +156,26 @@ def _finisher(state: RunState) -> Callable[[Tensor, Tensor, list[Any]], bool]:
 
 
 def _gradients(found: list[tuple[Any, Any, list[Tensor]]]) -> tuple[Tensor, list[tuple[Any, int]]]:
-    """Gradients of the parts of a batch, weighted by their examples, in `.grad`; the loss, and what was read."""
+    """Gradients of the parts of a batch, weighted by what they count for, in `.grad`; the loss, and what was read."""
     examples = [num_examples(part) for part, _, _ in found]
-    losses, read = [], []
+    losses, read, returns = [], [], len(found) > 1 and any(DENOMINATOR in graph.names for _, graph, _ in found)
     for (_, graph, tensors), n in zip(found, examples, strict=True):
-        graph.share.fill_(n / max(1, sum(examples)))
+        graph.share.fill_(1.0 if returns else n / max(1, sum(examples)))
         scalars, loss, *grads = graph(tensors)
+        read.append((scalars, n))
+        if returns:  # how much all parts come to is known after the last
+            count = counted(scalars, n)
+            loss, grads = loss * count, [grad * count for grad in grads]
         for p, grad in zip(graph.trained, grads, strict=True):
             p.grad = grad if p.grad is None else p.grad.add_(grad)
         losses.append(loss)
-        read.append((scalars, n))
-    return losses[0] if len(losses) == 1 else torch.stack(losses).sum(), read
+    loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+    if returns:
+        whole = num_read(read)
+        for p in {id(p): p for _, graph, _ in found for p in graph.trained}.values():
+            p.grad.div_(whole)
+        loss = loss / whole
+    return loss, read
 
 
 def _may_be_in_graph(state: RunState, optimizer: torch.optim.Optimizer) -> bool:
@@ -174,10 +186,17 @@ def _may_be_in_graph(state: RunState, optimizer: torch.optim.Optimizer) -> bool:
     return type(optimizer).__module__.startswith("torch.optim") and alone and not (hooked or listened)
 
 
+def of_all_rows(state: RunState) -> list[str]:
+    """The metrics that are no means, which graphs cannot hand on."""
+    return [name for name, metric in state.trainer.metric_functions.items() if getattr(metric, "of_all_rows", False)]
+
+
 def _obstacle(state: RunState) -> str | None:
     """Why no update of this run can be a graph, None if nothing is known to stand against it."""
     if state.trainer.overrides("update"):
         return f"{type(state.trainer).__name__} has its own update"
+    if of_all_rows(state):
+        return f"metrics of all rows ({', '.join(of_all_rows(state))}) read more than numbers from each step"
     if len(state.training.optimizers) > 1:
         return f"there are several optimizers ({', '.join(state.training.optimizers)})"
     if any(needs_closure(o) for o in state.training.optimizers.values()):

@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from weft.data.shares import share, share_of_part
-
 CHUNK_BYTES = 4 << 20
 
 
@@ -89,6 +87,38 @@ class Batches:
             yield from self._slices(part, order, range(first, last), epoch, done)
             done += last - first
 
+    @property
+    def is_uneven(self) -> bool:
+        """Whether parts cycle, or their batches are not the same shares of them: no one weight is right for all."""
+        rows, size = next(iter(self.lengths.values())), next(iter(self.sizes.values()))
+        return any(self.sizes[part] * rows != size * number for part, number in self.lengths.items())
+
+    def passes(self, number: int, limit: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Batches that go through each part once, `limit` batches of each at most, and the part that each goes through.
+
+        The other parts stay at their first rows, which are alike in every process. The first batch, under "", has all
+        parts there.
+        """
+        from weft.data.shares import share
+
+        def batch(part: str = "", lo: int = 0, hi: int = 0) -> dict[str, Any]:
+            found = {p: self._cut(p, lo, hi) if p == part else self._cut(p, 0, size) for p, size in first.items()}
+            return {**found, "name": self.split, "epoch": number}
+
+        first = {part: -(-size // self.world) for part, size in self.sizes.items()}
+        yield "", batch()
+        for part, rows in self.lengths.items():
+            for start in islice(range(0, rows, self.sizes[part]), limit):
+                mine = share(min(self.sizes[part], rows - start), self.rank, self.world)
+                yield part, batch(part, start + mine.start, start + mine.stop)
+
+    def _cut(self, part: str, lo: int, hi: int) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, tensor in self.parts[part].items():
+            value = found[key] = tensor.detach()[lo:hi].clone()
+            value.requires_grad_(key in self.require_grad or tensor.requires_grad)
+        return {**found, "index": torch.arange(lo, min(hi, self.lengths[part]), device=self._device())}
+
     def _device(self) -> torch.device:
         return next(iter(next(iter(self.parts.values())).values())).device
 
@@ -123,6 +153,8 @@ class Batches:
 
         The first one of `index` is batch `number` of the epoch.
         """
+        from weft.data.shares import share, share_of_part
+
         main, shares = next(iter(self.parts)), []
         for i, rows in enumerate(index.split(size)):
             if part == main:
@@ -160,16 +192,66 @@ def num_batches(source: Any, limit: float | None) -> int | None:
 
 
 def num_examples(batch: Any) -> int:
-    """The first dimension of the first tensor found in `batch` (dict, list, tuple or tensor), 1 if there is none."""
-    found = _first_tensor(batch)
-    return 1 if found is None or found.dim() == 0 else found.shape[0]
+    """What a batch counts for: what it says (`batch["num_examples"]`), else how many rows it has.
+
+    The batch may say one number, or one for each row, which are added up; any other object may have an attribute of
+    that name. Rows are the first dimension that most of its tensors share (see `rows_in`).
+    """
+    if type(batch) is dict and "num_examples" not in batch:
+        return rows_in(batch)
+    said = batch.get("num_examples") if isinstance(batch, Mapping) else getattr(batch, "num_examples", None)
+    if said is None or callable(said):
+        return rows_in(batch)
+    return int(said.sum() if isinstance(said, Tensor) else said)
 
 
-def _first_tensor(batch: Any) -> Tensor | None:
+def rows_in(batch: Any) -> int:
+    """The first dimension that most tensors of `batch` share (dict, list, tuple or tensor), 1 if there is none.
+
+    A batch with row numbers, "index", has as many rows. Where as many tensors agree on another one, it is that of
+    tensors of floating point numbers, then that of the first tensor. Tensors of one number do not count. Of what is
+    nested, the outermost tensors count; where there are none, those of the first part that has some.
+    """
+    index = batch.get("index") if isinstance(batch, dict) else None
+    if type(index) is Tensor and index.dim() == 1:  # the row numbers, which come with every batch of a DictDataset
+        return index.size(0)
+    found = [tensor for _, tensor in outermost(batch)]
+    if len(found) < 2:
+        return found[0].size(0) if found else 1
+    votes: dict[int, list[int]] = {}
+    for tensor in found:
+        vote = votes.setdefault(tensor.size(0), [0, 0])
+        vote[0] += 1
+        vote[1] += tensor.is_floating_point()
+    return max(votes, key=votes.__getitem__)  # of equals the first
+
+
+def outermost(batch: Any) -> list[tuple[Any, Tensor]]:
+    """The tensors that say how many rows a batch has, by key or number."""
     if isinstance(batch, Tensor):
-        return batch
-    for item in batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ():
-        found = _first_tensor(item)
-        if found is not None:
-            return found
-    return None
+        return [("", batch)] if batch.dim() else []
+    if isinstance(batch, Mapping):
+        items = list(batch.items())
+    else:
+        items = list(enumerate(batch)) if isinstance(batch, list | tuple) else []
+    found = [(key, value) for key, value in items if isinstance(value, Tensor) and value.dim()]
+    nested = (outermost(value) for _, value in items if isinstance(value, Mapping | list | tuple))
+    return found or next(filter(None, nested), [])
+
+
+def disagreement(batch: Any) -> str | None:
+    """What to say once of a batch whose tensors differ in their rows, and that does not say what it counts for."""
+    said = batch.get("num_examples") if isinstance(batch, Mapping) else getattr(batch, "num_examples", None)
+    index = batch.get("index") if isinstance(batch, Mapping) else None
+    is_known = said is not None or (isinstance(index, Tensor) and index.dim() == 1)
+    found = [] if is_known else outermost(batch)
+    if len({tensor.size(0) for _, tensor in found}) < 2:
+        return None
+    named: dict[int, list[str]] = {}
+    for key, tensor in found:
+        named.setdefault(tensor.size(0), []).append(str(key) if isinstance(key, str) else f"tensor {key}")
+    rows = ", ".join(f"{number} by {' and '.join(keys)}" for number, keys in named.items())
+    return (
+        f"The tensors of a batch differ in their first dimension, {rows}: it was counted as {rows_in(batch)} examples. "
+        'Return "num_examples" from the step, or put it into the batch, to say otherwise.'
+    )

@@ -8,6 +8,7 @@ def data_setup(nsim=5000):
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from typing import Any, Literal
 from torch.utils.data import DataLoader, Dataset
 
 from weft.config import BatchSize, Count, Natural, check
-from weft.data.datasets import short
+from weft.data.datasets import is_array, short
 
 SPLITS = ("train", "dev", "test", "predict")
 
@@ -51,6 +52,8 @@ class Data:
     def __post_init__(self) -> None:
         if all(getattr(self, split) is None for split in SPLITS):
             raise ValueError("Data: there is no training data (train=None), and nothing to evaluate.")
+        for split in SPLITS:
+            _refuse_array(split, getattr(self, split))
         check(self)
         object.__setattr__(self, "batch_size", _none_for_all(self.batch_size))
 
@@ -65,6 +68,24 @@ class Data:
                 return None  # a dict that does not name these splits: they go through in one batch
             raise ValueError(f"Data: batch_size={self.batch_size!r} has no entry for {part or split!r}.")
         return size
+
+
+def _refuse_array(split: str, source: Any) -> None:
+    """Raise TypeError for tensors, arrays, tables and texts: their rows (or columns, or letters) are no batches."""
+    if not (is_array(source) or isinstance(source, str | bytes)):
+        return
+    found = f"of shape {tuple(source.shape)}" if hasattr(source, "shape") else "which is no data"
+    columns = getattr(source, "columns", None)
+    if columns is not None:
+        line = "weft.DictDataset({name: table[name].to_numpy() for name in table.columns})"
+    else:
+        line = 'weft.DictDataset({"x": X, "y": y})'
+    if "Supervised" in getattr(sys.modules.get("weft"), "__all__", ()):
+        line += ", or fit(weft.Supervised(net, loss_fn), (X, y))"
+    raise TypeError(
+        f"The {split} data is a {type(source).__name__} {found}; its rows have no keys and are not taken for batches. "
+        f"Give each column its key: {line}."
+    )
 
 
 def _none_for_all(size: Any) -> Any:

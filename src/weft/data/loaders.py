@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from weft.data.batches import seeded_order
 from weft.data.datasets import short, wrong_name
-from weft.data.prebatch import PreBatched, num_workers
-from weft.data.shares import SharedBatches, shared_loader, without_empty
 
 if TYPE_CHECKING:
     from weft.data.data import Data
@@ -24,6 +23,7 @@ class LoaderBatches:
     """
 
     resident = False
+    """Whether the tensors are in memory, and their order a function of (seed, epoch)."""
 
     def __init__(self, loader: Any, *, split: str, to_device: Callable[[Any], Any], sampler: Any = None) -> None:
         self.loader, self.split, self.to_device, self.sampler = loader, split, to_device, sampler
@@ -47,6 +47,10 @@ class LoaderBatches:
 
     def epoch(self, number: int, start: int = 0) -> Iterable[Any]:
         """The batches of epoch `number`; the first `start` are drawn and left out."""
+        return (self.to_device(self._named(batch, number)) for batch in self.raw(number, start))
+
+    def raw(self, number: int, start: int = 0) -> Iterable[Any]:
+        """The same as the loader made them."""
         if self.one_shot and self._used:
             raise RuntimeError(
                 f"The {self.split} data is a one-shot iterable and was used up by the first epoch; "
@@ -58,14 +62,24 @@ class LoaderBatches:
         batches = iter(self.loader)
         for _ in range(start):
             next(batches)
-        if isinstance(sampler := getattr(self.loader, "batch_sampler", None), SharedBatches):
-            batches = without_empty(batches, sampler, start)
-        return (self.to_device(self._named(batch, number)) for batch in batches)
+        sampler = getattr(self.loader, "batch_sampler", None)
+        if hasattr(sampler, "is_empty"):  # of several processes
+            from weft.data.shares import without_empty
+
+            return without_empty(batches, sampler, start)
+        return batches
 
     def _named(self, batch: Any, number: int) -> Any:
         if not isinstance(batch, dict):
             return batch
         name = batch.get("name", self.split)
+        if "epoch" in batch or not isinstance(name, str):
+            key = "epoch" if "epoch" in batch else "name"
+            raise ValueError(
+                f"The {self.split} data yields a batch with a {key!r} of its own, {short(batch[key])}; weft writes "
+                f"{'the number of the epoch' if key == 'epoch' else 'the name of the split'} there. "
+                f"Rename it, for example to {f'row_{key}'!r}."
+            )
         if name != self.split and self.split != "predict":
             raise ValueError(wrong_name(name, self.split))
         return {**batch, "name": self.split, "epoch": number}
@@ -129,6 +143,8 @@ def loader_batches(
         raise ValueError(f"The {split} data is empty: {short(source)} yields no batch.")
     made_here = sampler is not None
     if world > 1:
+        from weft.data.shares import shared_loader
+
         source, sampler = shared_loader(
             source, split, lambda rows, shuffle: SeededOrder(rows, seed, shuffle), rank, world
         )
@@ -137,6 +153,15 @@ def loader_batches(
             raise ValueError(
                 f"Data: pre_batch needs a dataset; the {split} data is {short(source)}, which makes batches."
             )
-        once = LoaderBatches(source, split=split, to_device=lambda batch: batch, sampler=sampler)
-        sampler = source = PreBatched(lambda: once.epoch(0), len(source), source.dataset, data.pre_batch, seed, shuffle)
+        from weft.data.prebatch import PreBatched
+
+        once = LoaderBatches(source, split=split, to_device=to_device, sampler=sampler)
+        sampler = source = PreBatched(lambda: once.raw(0), len(source), source.dataset, data.pre_batch, seed, shuffle)
     return LoaderBatches(source, split=split, to_device=to_device, sampler=sampler)
+
+
+def num_workers(given: int | str) -> int:
+    """`given`, or for "all" as many as this process may use cores."""
+    if given != "all":
+        return int(given)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

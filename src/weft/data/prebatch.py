@@ -6,7 +6,6 @@ Which rows share a batch is then fixed by the first epoch's order; later epochs 
 from __future__ import annotations
 
 import copy
-import os
 import shutil
 import tempfile
 import weakref
@@ -25,6 +24,8 @@ class PreBatched:
     Each use gets a copy, so that nothing a problem does to a batch outlasts its step. On disk only tensors and plain
     values can be kept. With `shuffle=False` the order stays as it was made. The folder goes with the object.
     """
+
+    made_once = True
 
     def __init__(
         self, make: Callable[[], Iterable[Any]], count: int, dataset: Any, place: str, seed: int, shuffle: bool
@@ -74,10 +75,3 @@ class PreBatched:
                 "pre_batch='on_disk' keeps batches of tensors and plain values, and these hold something else; "
                 f"use 'in_memory'. ({str(error).splitlines()[0]})"
             ) from error
-
-
-def num_workers(given: int | str) -> int:
-    """`given`, or for "all" as many as this process may use cores."""
-    if given != "all":
-        return int(given)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -93,7 +93,7 @@ def without_empty(batches: Iterable[Any], sampler: SharedBatches, start: int) ->
 
 def _no_rows(batch: Any) -> Any:
     if isinstance(batch, Tensor):
-        return batch[:0]
+        return batch[:0] if batch.dim() else batch
     if isinstance(batch, Mapping):
-        return {k: _no_rows(v) for k, v in batch.items()}
+        return {k: 0 if k == "num_examples" else _no_rows(v) for k, v in batch.items()}
     return type(batch)(_no_rows(v) for v in batch) if isinstance(batch, list | tuple) else batch

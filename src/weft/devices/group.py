@@ -174,16 +174,22 @@ class Group(Processes):
                 return _real(p.grad).reshape(-1).to(widest)
             return _real(p).new_zeros(_real(p).numel(), dtype=widest)
 
-        def combine(loss: Tensor, examples: int) -> Tensor:
+        def combine(loss: Tensor, examples: float | Tensor) -> Tensor:
+            on_device = isinstance(examples, Tensor)  # a step's denominator, which is not read
             trained = [p for p in params if p.requires_grad]
-            used = [p.grad is not None and examples > 0 for p in trained]
-            loss = loss.detach() if examples else torch.zeros_like(loss)  # the mean over no rows is nan
+            used = [p.grad is not None and (on_device or bool(examples > 0)) for p in trained]
+            loss = loss.detach() if on_device or examples else torch.zeros_like(loss)  # the mean over no rows is nan
             means = [*map(gradient, trained, used), loss.reshape(1).to(self.device, widest)]
             sizes = [mean.numel() for mean in means]
-            counts = torch.tensor([*used, bool(self.wishes) or self._interrupted(), examples], dtype=widest)
+            told = [*used, bool(self.wishes) or self._interrupted(), 0.0 if on_device else examples]
+            counts = torch.tensor(told, dtype=widest)
             flat = torch.cat([*means, counts.to(self.device, non_blocking=True)])
+            if on_device:
+                flat[-1] = examples
             if not self.in_shards:  # else the loss was multiplied before backward
                 flat[: -len(counts)] *= examples
+                if on_device:
+                    flat = torch.where(flat[-1] > 0, flat, flat.nan_to_num(0.0, 0.0, 0.0))
             with self._contact():
                 dist.all_reduce(flat)
             sums, heard, self.num_rows = flat[: -len(counts)], flat[-len(counts) : -1], flat[-1]

@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from weft.data.prebatch import PreBatched
-
 # ---- random state ----------------------------------------------------------------------------------------------------
 
 
@@ -118,7 +116,7 @@ def fix_kept_batches(sources: Iterable[Any]) -> None:
     """
     for source in sources:
         loader = getattr(source, "loader", None)
-        if isinstance(loader, PreBatched):
+        if getattr(loader, "made_once", False):
             own = generators_of(loader)
             loader.within = partial(_put_back_after, own, random_state(), generator_states(own))
 

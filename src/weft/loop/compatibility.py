@@ -16,7 +16,6 @@ import torch
 from torch.optim import Optimizer
 
 from weft.data.batches import Batches
-from weft.data.loaders import LoaderBatches
 from weft.step.history import Progress
 
 if TYPE_CHECKING:
@@ -134,7 +133,7 @@ def data_prints(state: RunState) -> dict[str, str]:
     return state.kept.data_prints
 
 
-def _print_of(batches: Batches | LoaderBatches) -> str:
+def _print_of(batches: Any) -> str:
     """Rows, and a checksum of up to a million numbers of each tensor."""
     if not isinstance(batches, Batches):
         return f"{batches.rows} rows"

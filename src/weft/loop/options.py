@@ -11,7 +11,6 @@ from torch import nn
 
 from weft.config import TrainerConfig
 from weft.data.data import Data
-from weft.problem.terms import argument_keys
 from weft.step.phase import Phase
 
 STEPS = {"train": "training_step", "dev": "validation_step", "test": "test_step", "predict": "predict_step"}
@@ -85,29 +84,10 @@ def as_phases(phases: Any, plain: Mapping[str, Any]) -> list[Phase]:
     return list(phases)
 
 
-def as_metrics(given: Any) -> dict[str, Callable[[Mapping[str, Any], Any], Any]]:
-    """The `metrics` option: functions of (output, batch) by name."""
-    if given is not None and not isinstance(given, Mapping):
-        raise TypeError(f"metrics={given!r}: expected a dict of functions by name.")
-    return {name: _metric(name, fn) for name, fn in (given or {}).items()}
+def as_metrics(given: Any) -> dict[str, Any]:
+    """The `metrics` option: functions of (output, batch) by name, or metrics of all rows."""
+    if given is None or given == {}:
+        return {}
+    from weft.step.measures import measures_of
 
-
-def _metric(name: str, fn: Callable[..., Any]) -> Callable[[Mapping[str, Any], Any], Any]:
-    """A metric function of keys as a function of (output, batch)."""
-    if not callable(fn):
-        raise TypeError(f"metrics[{name!r}] is {fn!r}; expected a function of keys.")
-    keys = argument_keys(fn, f"metrics[{name!r}]")
-
-    def measure(out: Mapping[str, Any], batch: Any) -> Any:
-        inputs = batch if isinstance(batch, Mapping) else {}
-        values, prefix = [], f"{inputs.get('name', '')}_"
-        for key in keys:
-            found = next((d[k] for d in (out, inputs) for k in (key, prefix + key) if k in d), None)
-            if found is None:
-                raise KeyError(
-                    f"Metric {name!r} reads {key!r}, which is neither in the output {list(out)} nor in the batch."
-                )
-            values.append(found)
-        return fn(*values)
-
-    return measure
+    return measures_of(given)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from weft.data.loaders import LoaderBatches
 from weft.devices import seeding
 from weft.devices.seeding import generator_states, generators_of, own_generators, set_generator_states
 from weft.step.state import RunState
@@ -22,7 +21,7 @@ def train_batches(state: RunState) -> Iterable[Any]:
     kept.random_to_resume, kept.generators_to_resume = None, {}
     if start == 0:
         kept.random_before_epoch, kept.generators_before_epoch = None, {}
-        if isinstance(state.source("train"), LoaderBatches):  # tensors know their order
+        if not state.source("train").resident:  # tensors know their order
             kept.random_before_epoch = seeding.random_state()
             kept.generators_before_epoch = generator_states(generators_in(state))
         return state.batches_of("train")
@@ -40,5 +39,5 @@ def train_batches(state: RunState) -> Iterable[Any]:
 
 def generators_in(state: RunState) -> dict[str, Any]:
     source = state.source("train")
-    of_data = generators_of(source.loader) if isinstance(source, LoaderBatches) else {}
+    of_data = {} if source.resident else generators_of(source.loader)
     return of_data | own_generators((f"problem.{name}", module) for name, module in state.problem.named_modules())

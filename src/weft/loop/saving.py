@@ -16,7 +16,6 @@ from typing import Any
 from weft.checkpoint import archive
 from weft.checkpoint import folder as checkpoints
 from weft.config import CheckpointConfig
-from weft.data.loaders import LoaderBatches
 from weft.events import Hook
 from weft.loop.compatibility import data_prints
 from weft.loop.resume import state_of_run
@@ -72,9 +71,9 @@ def prepare_folder(state: RunState) -> None:
     on from one of its older checkpoints."""
     source = state.source("train")
     why = ""
-    if isinstance(source, LoaderBatches) and source.one_shot:
+    if not source.resident and source.one_shot:
         why = "is a one-shot iterable (a generator), which cannot be started again; pass a list or a DataLoader"
-    elif isinstance(source, LoaderBatches) and getattr(source.loader, "persistent_workers", False):
+    elif not source.resident and getattr(source.loader, "persistent_workers", False):
         why = "keeps random state in its workers from epoch to epoch; pass persistent_workers=False"
     if why:
         raise ValueError(f"Checkpoints are asked for, but the training data {why}, or checkpoint=False.")

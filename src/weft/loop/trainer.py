@@ -37,7 +37,9 @@ class Trainer:
     optimizer: an instance, a function of the parameters, or a dict of them by name; default Adam(1e-3, (0.0, 0.9)).
     scheduler: a function of the optimizer, an instance, a `weft.Schedule`, or a dict of them by optimizer name.
     phases: a list of `weft.Phase`, trained one after the other; `epochs` is then theirs.
-    metrics: further metrics by name, functions whose argument names are keys of the problem's output or of the batch.
+    metrics: further metrics by name: a function whose argument names are keys of the problem's output or of the batch,
+        averaged over batches; for what is no mean (R2, RMSE, a maximum) `weft.whole(fn)`, which gets all rows, or an
+        object with `update`, `compute` and `reset` (torchmetrics). `(metric, keys)` names the keys of its arguments.
     training_step, validation_step, test_step, predict_step: `fn(trainer, batch)` -> loss or dict.
     hooks: a `weft.Hook`, a dict of functions by event, or a list mixing both (and, with a LightningModule, Callbacks).
     loggers: "tensorboard", "csv", any Lightning logger, or a list; a run folder has its metrics.csv in any case.

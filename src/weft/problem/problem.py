@@ -67,8 +67,13 @@ class Problem(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Outputs, terms and losses by key; see the class."""
-        split = batch.get("name", "train")
-        data = dict(batch)
+        try:
+            split, data = batch.get("name", "train"), dict(batch)
+        except AttributeError:
+            raise TypeError(
+                f"{self} reads batches by key, and got one of type {type(batch).__name__}; give the data keys: "
+                'weft.DictDataset({"x": x, "y": y}), or a collate_fn that returns a dict.'
+            ) from None
         out = self._run_nodes(data)
         for key, value in self.loss(data, self.objectives, self.constraints).items():
             out[f"{split}_{key}"] = value

@@ -19,13 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.types import Batch, suggest
+from weft.types import WRITTEN_KEYS, Batch, suggest
 
 Side = Callable[..., Tensor] | str | float | Tensor
 """One side of a constraint: a function of keys, a key, a number or a tensor."""
 
-RESERVED_KEYS = ("name", "epoch", "index")
-"""Keys of a batch that describe it and are not data."""
+RESERVED_KEYS = WRITTEN_KEYS
 
 
 class MissingKeyError(KeyError):
@@ -97,6 +96,25 @@ class _Constant(nn.Module):
         return self.value
 
 
+def check_pairs(what: str, value: Tensor, read: Mapping[str, Any]) -> bool:
+    """Raise ValueError where (n,) met (n, 1), which makes (n, n): every row with every other.
+
+    Returns whether it could be told: of one row it cannot.
+    """
+    if value.ndim < 2:
+        return value.ndim == 0 or value.shape[0] > 1
+    rows, shapes = value.shape[0], {k: tuple(v.shape) for k, v in read.items() if isinstance(v, Tensor)}
+    flat = [key for key, shape in shapes.items() if shape == (rows,)]
+    columns = [key for key, shape in shapes.items() if shape == (rows, 1)]
+    is_pairs = tuple(value.shape) == (rows, rows) and (rows, rows) not in shapes.values()
+    if rows > 1 and is_pairs and flat and columns:
+        raise ValueError(
+            f"{what} has shape ({rows}, {rows}), every row with every other: it reads {columns[0]} ({rows}, 1) and "
+            f"{flat[0]} ({rows},). Give both the same shape (x[:, None] or x[:, 0])."
+        )
+    return rows > 1
+
+
 class Term(nn.Module):
     """One named part of the loss: `name`, `keys` (those it reads) and `weight`.
 
@@ -159,14 +177,20 @@ class Objective(Term):
         super().__init__(weight, name or function_name(fn))
         self.fn = fn
         self._add_function(fn)
+        self._shapes_seen = False
 
     def forward(self, data: Batch) -> Tensor:
-        """The contribution to the loss, a scalar. Raises KeyError for a missing key, TypeError for no float tensor."""
+        """The contribution to the loss, a scalar.
+
+        Raises KeyError for a missing key, TypeError for no float tensor, ValueError for every row with every other.
+        """
         try:
             value = self.fn(*[data[k] for k in self.keys])
         except Exception as error:
             explain(error, str(self), self.keys, data)
             raise
+        if not self._shapes_seen and isinstance(value, Tensor):
+            self._shapes_seen = check_pairs(str(self), value, {k: data[k] for k in self.keys})
         try:
             return self.weight * (value.mean() if value.ndim else value)
         except (AttributeError, TypeError, RuntimeError) as error:
@@ -226,14 +250,14 @@ class Constraint(Term):
             ) from error
 
     def _check_shapes(self, left: Any, right: Any, value: Tensor) -> None:
-        """Once: (n,) against (n, 1) broadcasts to (n, n), which compares every row with every other."""
+        """Once, at several rows: (n,) against (n, 1) makes (n, n), which compares every row with every other."""
         rows = value.shape[0] if value.ndim == 2 else 0  # AttributeError: value is no tensor
         if rows > 1 and {_shape(left), _shape(right)} == {f"({rows},)", f"({rows}, 1)"}:
             raise ValueError(
                 f"{self} compares left {_shape(left)} with right {_shape(right)}, every row with every other; "
                 "give both sides the same shape (x[:, None] or x[:, 0])."
             )
-        self._shapes_seen = True
+        self._shapes_seen = value.ndim == 0 or value.shape[0] > 1
 
     def violation(self, value: Tensor) -> Tensor:
         """The part of `value` that breaks the constraint, >= 0, of the same shape."""

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from weft.devices.precision import scaler_of
 from weft.step.forward import forward_of
 from weft.step.instrument import watched
-from weft.step.microbatches import combiner, num_read, parts_of, record, total
+from weft.step.microbatches import combiner, divided, is_nothing, num_read, parts_of, record, total, weight_of
 from weft.step.nonfinite import not_finite
 from weft.step.optimizers import needs_closure, parameters_of
 
@@ -96,10 +96,13 @@ def with_closure(state: RunState, begin: Callable, end: Callable) -> Update:
             losses, read = [], []
             for part, examples, share in parts:
                 loss, scalars = forward(part)
+                share = weight_of(state, scalars, share)
+                read.append(({k: v.detach() if isinstance(v, Tensor) else v for k, v in scalars.items()}, examples))
+                if is_nothing(state, share):
+                    continue
                 backward(loss * share if share != 1.0 else loss)
                 losses.append(loss.detach() * share)
-                read.append(({k: v.detach() if isinstance(v, Tensor) else v for k, v in scalars.items()}, examples))
-            loss = total(state, losses)
+            loss = divided(state, total(state, losses), read)
             if combine is not None:  # all processes must see one number, or their searches part ways
                 loss = combine(loss, num_read(read))
             if not report.evaluations:

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from weft.data.batches import disagreement
 from weft.devices.precision import in_precision
 from weft.problem.reading import term_keys
 from weft.step.instrument import watched
+from weft.step.metrics import ALL_ROWS, DENOMINATOR, add_denominators, is_scalar, named
 from weft.types import suggest
 
 if TYPE_CHECKING:
@@ -29,16 +31,23 @@ def forward_of(state: RunState, split: str) -> Forward:
     problem, metric = state.problem, metric_of(state, split)
     step = watched(state.hooks, "forward", in_precision(state.fabric, state.trainer.step_function(split, problem)))
     read = reader(problem, split, metric, state.trainer.metric_functions, list(state.training.optimizers))
-    required = split == "train"
+    required, first = split == "train", True
 
     def forward(batch: Any) -> tuple[Any, dict[str, Any]]:
+        nonlocal first
         try:
             out = step(batch)
         except RuntimeError as error:
+            from weft.step.explaining import explained
+
             if (clearer := explained(error, batch, problem)) is None:
                 raise
             raise clearer from error
         loss, scalars = read(out, batch)
+        if first:
+            first = False
+            if DENOMINATOR not in scalars and (said := disagreement(batch)):
+                state.warn_once(said)
         if required or loss is not None:
             if isinstance(loss, dict):
                 loss = {name: checked(value, name, problem, out, split) for name, value in loss.items()}
@@ -61,12 +70,18 @@ def reader(
     """A function (what a step returned, batch) -> (loss or None, scalars by their name in the history).
 
     The loss is under `metric` (or "loss", where `metric` is the usual name; a term's name in the history will do), or
-    is what was returned; a dict keyed by
-    the names of several optimizers gives one loss each. Terms of a weft or NeuroMANCER problem are picked by name; of
-    any other dict, every scalar is reported. `metrics` are further functions of (output, batch).
+    is what was returned; a dict keyed by the names of several optimizers gives one loss each. Terms of a weft or
+    NeuroMANCER problem are picked by name; of any other dict, every scalar is reported. `metrics` are further functions
+    of (output, batch), and metrics of all rows.
+
+    What a step returned as "num_examples" is what it is a mean over, "{term}_weight" what one term is; they stand under
+    `DENOMINATOR`, and what metrics of all rows read under `ALL_ROWS`.
     """
+    whole = {named(name, split): fn for name, fn in metrics.items() if getattr(fn, "of_all_rows", False)}
+    metrics = {named(name, split): fn for name, fn in metrics.items() if not getattr(fn, "of_all_rows", False)}
     keys, usual, names = term_keys(problem, split), f"{split}_loss", set(optimizers)
     loss_keys = (metric, "loss") if metric == usual else (metric, (keys or {}).get(metric, metric))
+    not_reported = {*loss_keys, "num_examples"}
 
     def read(out: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
         if isinstance(out, Tensor):
@@ -81,10 +96,13 @@ def reader(
         if keys is not None and keys[usual] in out:
             scalars = {name: out[key] for name, key in keys.items() if key in out} | scalars
         else:
-            others = {_named(k, split): v for k, v in out.items() if _is_scalar(v) and k not in loss_keys}
+            others = {named(k, split): v for k, v in out.items() if is_scalar(v) and k not in not_reported}
             scalars = others | scalars
         for name, fn in metrics.items():
-            scalars[_named(name, split)] = fn(out, batch)
+            scalars[name] = fn(out, batch)
+        add_denominators(scalars, out, split)
+        if whole:
+            scalars[ALL_ROWS] = {name: metric.inputs(out, batch) for name, metric in whole.items()}
         return loss, scalars
 
     return read
@@ -112,41 +130,3 @@ def checked(loss: Any, key: str, problem: nn.Module, out: Any, split: str) -> Te
             "Is it detached, or computed under no_grad?"
         )
     return loss.reshape(())
-
-
-def _named(key: str, split: str) -> str:
-    return key if key.startswith(f"{split}_") else f"{split}_{key}"
-
-
-def _is_scalar(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.dim() == 0 and not value.is_complex()
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def explained(error: Exception, batch: Any, problem: nn.Module) -> Exception | None:
-    """A clearer error for a mixture of dtypes or devices, that says what to do; None for every other error."""
-    text = str(error)
-    device = next((p.device for p in problem.parameters()), None)
-    if "device" in text and device is not None and (found := _misplaced(problem, device)):
-        return RuntimeError(
-            f"{text}. The parameters are on {device}, and {'; '.join(found)}. Give a node what it needs as an input, "
-            "or as a buffer of a module."
-        )
-    if "dtype" not in text and "must be the same" not in text and "expected scalar type" not in text:
-        return None
-    weights = {p.dtype for p in problem.parameters() if p.is_floating_point()}
-    data = {k: v.dtype for k, v in batch.items() if isinstance(v, Tensor)} if isinstance(batch, Mapping) else {}
-    other = {k: str(d) for k, d in data.items() if d not in weights and k != "index"}
-    if not other:
-        return None
-    return TypeError(
-        f"{text}. The data has {other}, the parameters are {sorted(map(str, weights))}. Convert the data, "
-        "or train with precision='64-true', which casts both."
-    )
-
-
-def _misplaced(problem: nn.Module, device: torch.device) -> list[str]:
-    from weft.problem.hardcoded import misplaced
-
-    return misplaced(problem, device)

@@ -7,13 +7,18 @@ means.compute()                                   # {"train_loss": 0.123}; one s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Sums = dict[str, tuple[float, int]]  # by name: the sum over examples, and their number
+Sums = dict[str, tuple[float, float]]  # by name: the sum over examples, and their number (or the sum of their weights)
+DENOMINATOR = "/"
+"""Among scalars: what everything that a step returned is a mean over; followed by a name, what that one is."""
+ALL_ROWS = "//"
+"""Among scalars: what metrics of all rows read, by their names."""
 FLUSH_AFTER = 32  # batches that wait on the device before they are added up in one operation
 
 
@@ -29,13 +34,15 @@ class Vector(NamedTuple):
 
 
 class Means:
-    """Means over examples of scalars by name.
+    """Means over examples of scalars by name; a step's denominators (`DENOMINATOR`) count in the place of its examples.
 
+    `whole`: metrics by name that are no means; they get what stands under `ALL_ROWS`.
     A name that is missing from some batches is averaged over those that had it. Values may be 0-d tensors on any
     device, larger tensors (their mean counts) or numbers; nothing is read back before `compute`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, whole: Mapping[str, Any] | None = None) -> None:
+        self.whole = dict(whole or {})
         self._waiting: dict[tuple[str, ...], tuple[list[Tensor], list[int]]] = {}  # by names: their values, examples
         self._num_waiting = 0
         self._sums: dict[tuple[str, ...], tuple[Tensor, int]] = {}  # by names: sums over examples, their number
@@ -47,7 +54,14 @@ class Means:
         """Add one batch of `examples` rows. Tensors are detached here, so no graph outlives its step."""
         if not values or not examples:  # the mean over no rows is nan
             return
-        names, row = values if isinstance(values, Vector) else (tuple(values), _row(values.values()))
+        if isinstance(values, Vector):
+            names, row = values
+        else:
+            if ALL_ROWS in values:
+                values = dict(values)
+                for name, inputs in values.pop(ALL_ROWS).items():
+                    self.whole[name].update(inputs)
+            names, row = tuple(values), _row(values.values())
         rows, weights = self._waiting.setdefault(names, ([], []))
         rows.append(row)
         weights.append(examples)
@@ -57,13 +71,16 @@ class Means:
 
     def _flush(self) -> None:
         for names, (rows, examples) in self._waiting.items():
-            if len(rows) == 1:
+            if len(rows) == 1 and not _denominators(names):
                 total, count = rows[0].to(_widest(rows[0].device)) * examples[0], examples[0]
             else:
                 stacked = _stack(rows)
                 stacked = stacked.to(_widest(stacked.device))
-                weights = torch.tensor(examples, dtype=stacked.dtype).to(stacked.device, non_blocking=True)
-                total, count = (stacked * weights[:, None]).sum(0), sum(examples)  # a plain sum keeps nan visible
+                weights = torch.tensor(examples, dtype=stacked.dtype).to(stacked.device, non_blocking=True)[:, None]
+                if _denominators(names):
+                    weights = _weights(names, stacked, weights)
+                    stacked = torch.where(weights == 0, 0, stacked)  # the mean over nothing is nan
+                total, count = (stacked * weights).sum(0), sum(examples)  # a plain sum keeps nan visible
             if names in self._sums:
                 before, earlier = self._sums[names]
                 total, count = before.to(total.device) + total, earlier + count
@@ -75,26 +92,32 @@ class Means:
         self._flush()
         found: Sums = {}
         for names, (sums, count) in self._sums.items():
-            for name, value in zip(names, sums.tolist(), strict=True):
-                earlier, number = found.get(name, (0.0, 0))
-                found[name] = earlier + value, number + count
+            values, by = dict(zip(names, sums.tolist(), strict=True)), _denominators(names)
+            for name, value in values.items():
+                if not name.startswith(DENOMINATOR):
+                    earlier, number = found.get(name, (0.0, 0))
+                    found[name] = earlier + value, number + (values[by[name]] if name in by else count)
         return found
 
     def compute(self, gather: Callable[[Sums], list[Sums]] = lambda own: [own]) -> dict[str, float]:
         """The means as floats, by name. `gather` collects the sums of all processes, each of which must call."""
         told = gather(self.totals())
-        if len(told) == 1:
-            return {name: total / examples for name, (total, examples) in told[0].items()}
         parts = {name: [t[name] for t in told if name in t] for name in dict.fromkeys(n for t in told for n in t)}
-        return {name: sum(s for s, _ in part) / sum(n for _, n in part) for name, part in parts.items()}
+        means = {name: _mean(sum(s for s, _ in part), sum(n for _, n in part)) for name, part in parts.items()}
+        for name, metric in self.whole.items():
+            means |= metric.compute(name, gather)
+        return means
 
     def clear(self) -> None:
         """Start anew."""
-        self.__init__()
+        self.__init__(self.whole)
+        for metric in self.whole.values():
+            metric.reset()
 
     def state_dict(self) -> dict[str, Any]:
         """What was collected so far. Waiting values are kept apart: adding them up earlier would change last bits."""
-        return {
+        whole = {"whole": {name: metric.state_dict() for name, metric in self.whole.items()}} if self.whole else {}
+        return whole | {
             "sums": [
                 {"names": list(names), "sums": sums.cpu(), "examples": count}
                 for names, (sums, count) in self._sums.items()
@@ -112,6 +135,85 @@ class Means:
             tuple(w["names"]): (list(w["values"].unbind()), list(w["examples"])) for w in state_dict["waiting"]
         }
         self._num_waiting = sum(len(examples) for _, examples in self._waiting.values())
+        for name, saved in state_dict.get("whole", {}).items():
+            if name in self.whole:
+                self.whole[name].load_state_dict(saved)
+
+
+def whole_metrics(metrics: Mapping[str, Any], split: str) -> dict[str, Any]:
+    """Of the metrics of a trainer those that are no means, anew for `split`, by their names in the history."""
+    return {named(n, split): m.fresh() for n, m in metrics.items() if getattr(m, "of_all_rows", False)}
+
+
+def named(key: str, split: str) -> str:
+    """The name in the history of what `split` has under `key`."""
+    return key if key.startswith(f"{split}_") else f"{split}_{key}"
+
+
+def is_scalar(value: Any) -> bool:
+    """Whether something that a step returned is a number to report."""
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and not value.is_complex()
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def add_denominators(scalars: dict[str, Any], out: Mapping[str, Any], split: str) -> None:
+    """Add what the step returned as denominators: of everything, "num_examples", and of a scalar, its name "_weight"."""
+    if "num_examples" in out:
+        scalars[DENOMINATOR] = _count("num_examples", out["num_examples"])
+    for key in out:
+        if key[-7:] == "_weight" and (name := named(key[:-7], split)) in scalars:
+            scalars[DENOMINATOR + name] = _count(key, out[key])
+
+
+def _count(key: str, value: Any) -> Any:
+    """A denominator as one number: that of all rows, where each has its own."""
+    if isinstance(value, Tensor):
+        return value.detach().sum() if value.dim() else value.detach()
+    if isinstance(value, int | float):
+        return value
+    raise TypeError(f"The step returned {key!r} as {type(value).__name__} {value!r}; expected a number or a tensor.")
+
+
+def has_count(scalars: Mapping[str, Any] | Vector) -> bool:
+    """Whether a step returned what it is a mean over."""
+    return DENOMINATOR in (scalars.names if isinstance(scalars, Vector) else scalars)
+
+
+def counted(scalars: Mapping[str, Any] | Vector, rows: int) -> Any:
+    """What a step's result counts for: the denominator it returned, else `rows`. On a GPU it may be a tensor."""
+    if not has_count(scalars):
+        return rows
+    count = dict(scalars.items())[DENOMINATOR]
+    return float(count) if not isinstance(count, Tensor) or count.device.type == "cpu" else count.detach()
+
+
+def _denominators(names: Sequence[str]) -> dict[str, str]:
+    """By name of a scalar, the name of its denominator, where it has one."""
+    if not any(name.startswith(DENOMINATOR) for name in names):
+        return {}
+    found = {}
+    for name in names:
+        if not name.startswith(DENOMINATOR):
+            own = DENOMINATOR + name
+            if own in names or DENOMINATOR in names:
+                found[name] = own if own in names else DENOMINATOR
+    return found
+
+
+def _weights(names: Sequence[str], values: Tensor, examples: Tensor) -> Tensor:
+    """What each of `values`, (batches, names), is multiplied with in a sum over batches; denominators are added up."""
+    at, by = {name: i for i, name in enumerate(names)}, _denominators(names)
+    one = torch.ones_like(examples)
+    columns = [
+        values[:, at[by[name]], None] if name in by else one if name.startswith(DENOMINATOR) else examples
+        for name in names
+    ]
+    return torch.cat(columns, 1)
+
+
+def _mean(total: float, count: float) -> float:
+    return total / count if count else math.nan
 
 
 def _row(values: Iterable[Any]) -> Tensor:

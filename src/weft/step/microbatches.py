@@ -10,6 +10,7 @@ from torch import Tensor
 
 from weft.data.batches import num_examples
 from weft.devices.processes import Combine
+from weft.step.metrics import DENOMINATOR, counted, has_count
 from weft.step.optimizers import parameters_of
 
 if TYPE_CHECKING:
@@ -38,12 +39,43 @@ def parts_of(state: RunState) -> Callable[[Any], list[tuple[Any, int, float]]]:
 
 def total(state: RunState, losses: list[Tensor]) -> Tensor:
     """The sum of the parts' losses; zero where this process had none."""
+    if len(losses) == 1:
+        return losses[0]
     return torch.stack(losses).sum() if losses else torch.zeros((), device=state.fabric.device)
 
 
-def num_read(read: Sequence[tuple[Any, int]]) -> int:
-    """The examples of all that was read."""
-    return sum(examples for _, examples in read)
+def weight_of(state: RunState, scalars: Any, share: float) -> Any:
+    """What the loss of a part is multiplied with: its share, or the denominator that the step returned.
+
+    How much all of them come to is known after the last part only; `divided` then divides by that.
+    """
+    if not has_count(scalars):
+        return share
+    return counted(scalars, 0) if state.config.accumulate > 1 or state.processes.in_shards else 1.0
+
+
+def is_nothing(state: RunState, share: Any) -> bool:
+    """Whether a part is a mean over nothing, which is nan and so are its gradients. In shards all compute together."""
+    return isinstance(share, float) and share == 0.0 and not state.processes.in_shards
+
+
+def divided(state: RunState, loss: Tensor, read: Sequence[tuple[Any, int]]) -> Tensor:
+    """The loss of all parts, as its gradients: divided by what the step returned as their denominators, if it did."""
+    if state.config.accumulate == 1 or state.processes.in_shards or not any(has_count(s) for s, _ in read):
+        return loss
+    whole = num_read(read)
+    if isinstance(whole, float) and not whole:
+        return loss
+    for optimizer in state.training.optimizers.values():
+        for p in parameters_of(optimizer):
+            if p.grad is not None:
+                p.grad.div_(whole)
+    return loss / whole
+
+
+def num_read(read: Sequence[tuple[Any, int]]) -> Any:
+    """What all that was read counts for: the denominators that the step returned, else the examples."""
+    return sum(counted(scalars, examples) for scalars, examples in read)
 
 
 def combiner(state: RunState, names: Sequence[str] | None = None) -> Combine | None:
@@ -60,6 +92,10 @@ def rows_of(batch: Any) -> int:
 def record(state: RunState, read: Sequence[tuple[Mapping[str, Any], int]]) -> None:
     """Count what a step measured: for each of its batches, the scalars by name and the number of examples."""
     if state.step.measured is not None:
-        state.step.measured = [({name: torch.as_tensor(v).detach() for name, v in s.items()}, n) for s, n in read]
+        state.step.measured = [(_tensors(scalars), examples) for scalars, examples in read]
     for scalars, examples in read:
         state.epoch.means.add(scalars, examples)
+
+
+def _tensors(scalars: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: torch.as_tensor(v).detach() for name, v in scalars.items() if not name.startswith(DENOMINATOR)}

@@ -6,7 +6,7 @@
     state.control           whether and why it ends             state.hooks     what listens
 
 What is trained is decided in `training`, what is saved in `weft.loop.resume.state_of_run`, and what a batch counts for
-in `weft.data.batches.num_examples`.
+in `weft.data.batches.num_examples`, or by what the step returns (`weft.step.metrics.counted`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from weft.devices.processes import Processes
 from weft.devices.signals import Interruption
 from weft.events import AT_REST, EVENTS
 from weft.step.history import Best, History, Progress
-from weft.step.metrics import Means, check_scalars
+from weft.step.metrics import Means, check_scalars, whole_metrics
 from weft.step.optimizers import Scheduled
 from weft.step.phase import Phase
 from weft.step.throughput import Throughput
@@ -220,6 +220,9 @@ class RunState:
     hooks: Listeners = field(default_factory=Listeners)
     processes: Processes = field(default_factory=Processes)
     fabric: Fabric = None  # type: ignore[assignment]  # made when the run is prepared
+
+    def __post_init__(self) -> None:
+        self.epoch.means.whole = whole_metrics(self.trainer.metric_functions, "train")
 
     @classmethod
     def of(cls, trainer: Owner, problem: nn.Module, previous: RunState | None = None) -> RunState:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from weft.step.forward import forward_of
 from weft.step.instrument import watched
-from weft.step.microbatches import combiner, num_read, parts_of, record, total
+from weft.step.microbatches import combiner, divided, is_nothing, num_read, parts_of, record, total, weight_of
 from weft.step.optimizer_step import make_step
 from weft.step.optimizers import needs_closure, parameters_of, shared_parameters
 
@@ -32,26 +32,23 @@ def built_in(state: RunState, begin: Callable[[Any], None], end: Callable[[Any, 
 
 def _single(state: RunState, begin: Callable, end: Callable) -> Update:
     forward, backward = forward_of(state, "train"), watched(state.hooks, "backward", state.fabric.backward)
-    parts, step, combine = parts_of(state), make_step(state, list(state.training.optimizers.values())), combiner(state)
+    parts, close = parts_of(state), _closing(state, end)
 
     def update(batch: Any) -> Tensor:
         begin(batch)
         losses, read = [], []
         for part, examples, share in parts(batch):
             loss, scalars = forward(part)
+            share = weight_of(state, scalars, share)
             if share != 1.0:
                 loss = loss * share
-            backward(loss)
-            if share:  # the mean over no rows is nan
-                losses.append(loss.detach())
             read.append((scalars, examples))
-        loss = losses[0] if len(losses) == 1 else total(state, losses)
-        if combine is not None:
-            loss = combine(loss, num_read(read))
-        if step(loss, read):
-            record(state, read)
-        end(batch, loss)
-        return loss
+            if is_nothing(state, share):
+                continue
+            backward(loss)
+            if not isinstance(share, float) or share:  # the mean over no rows is nan
+                losses.append(loss.detach())
+        return close(batch, losses, read)
 
     return update
 
@@ -68,7 +65,7 @@ def _several(state: RunState, begin: Callable, end: Callable) -> Update:
             "Give each optimizer its own, or write the steps out in `update` (with self.backward and self.step)."
         )
     forward, backward = forward_of(state, "train"), watched(state.hooks, "backward", state.fabric.backward)
-    parts, step, combine = parts_of(state), make_step(state, list(state.training.optimizers.values())), combiner(state)
+    parts, close = parts_of(state), _closing(state, end)
     parameters = {
         name: [p for p in parameters_of(o) if p.requires_grad] for name, o in state.training.optimizers.items()
     }
@@ -78,13 +75,26 @@ def _several(state: RunState, begin: Callable, end: Callable) -> Update:
         losses, read = [], []
         for part, examples, share in parts(batch):
             found, scalars = forward(part)
+            share = weight_of(state, scalars, share)
             read.append((scalars, examples))
+            if is_nothing(state, share):
+                continue
             named = found if isinstance(found, dict) else {None: found}
             for number, (name, loss) in enumerate(named.items(), start=1):
                 inputs = parameters[name] if name is not None else None
                 backward(loss * share if share != 1.0 else loss, inputs=inputs, retain_graph=number < len(named))
                 losses.append(loss.detach() * share)
-        loss = total(state, losses)
+        return close(batch, losses, read)
+
+    return update
+
+
+def _closing(state: RunState, end: Callable) -> Callable[[Any, list[Tensor], list[Any]], Tensor]:
+    """What is done once all gradients are there: over all processes, step, count. Returns the loss of the whole."""
+    step, combine = make_step(state, list(state.training.optimizers.values())), combiner(state)
+
+    def close(batch: Any, losses: list[Tensor], read: list[Any]) -> Tensor:
+        loss = divided(state, total(state, losses), read)
         if combine is not None:
             loss = combine(loss, num_read(read))
         if step(loss, read):
@@ -92,4 +102,4 @@ def _several(state: RunState, begin: Callable, end: Callable) -> Update:
         end(batch, loss)
         return loss
 
-    return update
+    return close
