@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from weft.compile import graph as graphs
+from weft.compile.checking import difference, side_effect
 from weft.compile.functional import flatten
 from weft.compile.graph import CannotCompile, NotYet
 from weft.compile.stepgraphs import EvaluationGraph, GradientGraph, UpdateGraph
@@ -166,14 +167,15 @@ def _gradients(found: list[tuple[Any, Any, list[Tensor]]]) -> tuple[Tensor, list
         if returns:  # how much all parts come to is known after the last
             count = counted(scalars, n)
             loss, grads = loss * count, [grad * count for grad in grads]
-        for p, grad in zip(graph.trained, grads, strict=True):
+        for p, grad in graph.gradients((scalars, loss, *grads)):
             p.grad = grad if p.grad is None else p.grad.add_(grad)
         losses.append(loss)
     loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
     if returns:
         whole = num_read(read)
-        for p in {id(p): p for _, graph, _ in found for p in graph.trained}.values():
-            p.grad.div_(whole)
+        for p in found[0][1].trained:  # all graphs train the same
+            if p.grad is not None:
+                p.grad.div_(whole)
         loss = loss / whole
     return loss, read
 
@@ -234,10 +236,10 @@ class Chosen:
             return None, tensors
         key = tuple(shapes)
         graph, is_chosen = self._current.get(key), key in self._current
-        if not is_chosen or (graph is not None and not graph.still_fits()):
+        if not is_chosen or (graph is not None and not graph.watch.glance()):
             graph = self._choose(key, batch, tensors)
-        if graph is not None and graph.num_checks and (difference := graph.difference(batch, tensors)) is not None:
-            self._give_up(repr(key), f"the graph does not agree with the eager step: {difference}")
+        if graph is not None and graph.num_checks and (reason := difference(graph, batch, tensors)) is not None:
+            self._give_up(repr(key), f"the graph does not agree with the eager step: {reason}")
             graph = self._current[key] = None
         return graph, tensors
 
@@ -265,7 +267,7 @@ class Chosen:
         else:
             try:
                 graph = self.make(batch, tensors)
-                if (effect := graph.side_effect(batch)) is not None:
+                if (effect := side_effect(graph, batch, tensors)) is not None:
                     raise CannotCompile(effect)
                 graph.compile()
             except NotYet:

@@ -1,26 +1,20 @@
-"""The update and the evaluation as pure functions of tensors: what a graph is traced from, and what checks it.
-
-A `PureStep` names every tensor that a step reads or changes: those of the batch, parameters, buffers, the optimizer's
-state, learning rates, the numbers of epoch and step. Called on such tensors it changes no other.
-"""
+"""What a graph is traced from, as functions of tensors: a batch as a list of them, and an optimizer's step."""
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from copy import copy
-from operator import itemgetter
+from collections.abc import Callable, Iterator, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from weft.compile.graph import CannotCompile
-
-Key = tuple[Any, ...]
 
 
 # ---- batches as lists of tensors -------------------------------------------------------------------------------------
@@ -61,136 +55,6 @@ def rebuild(batch: Any, tensors: Iterator[Tensor], epoch: Any) -> Any:
     return batch
 
 
-# ---- what a problem holds --------------------------------------------------------------------------------------------
-
-
-_OF_MODULES = set(vars(nn.Module())) - {"training"}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-
-
-class Watch:
-    """The attributes of modules and of an object at one moment: whether they have changed, and putting them back.
-
-    Private attributes that hold a tensor may change: they are a module's own notes (NeuroMANCER's variables keep their
-    last value so). Public ones may be read by anybody.
-    """
-
-    def __init__(self, problem: nn.Module, owner: Any) -> None:
-        dicts: list[tuple[str, Any]] = [(type(owner).__name__, vars(owner))]
-        for name, module in problem.named_modules():
-            name = name or type(problem).__name__
-            dicts += [
-                (name, module.__dict__),
-                (name, module._parameters),
-                (name, module._buffers),
-                (name, module._modules),
-            ]
-        for name, values in list(dicts):
-            held = ((k, v) for k, v in values.items() if isinstance(v, list | dict | set))
-            dicts += [(f"{name}.{k}", v) for k, v in held if not k.startswith("_") or k in _HOOKS]
-        self._saved = [(name, now, copy(now), _notes(now)) for name, now in dicts]
-        near = [owner, problem, *(m for m in problem.modules() if not type(m).__module__.startswith("torch.nn"))]
-        self._noted = [saved for saved in self._saved if saved[3]]
-        self._now, self._before = ([saved[i] for saved in self._saved if not saved[3]] for i in (1, 2))
-        self._near = [vars(o) for o in near]  # of each, one of `_picks` takes all values in one call
-        notes = {id(now): notes for _, now, _, notes in self._saved}
-        keys = [[k for k in now if k not in _OF_MODULES and k not in notes[id(now)]] for now in self._near]
-        self._picks: list[Callable[..., Any]] = [itemgetter(*k, k[0]) if k else len for k in keys]
-        self._picked, self._sizes = self._pick(), list(map(len, self._near))
-        self._parameters = list(problem.parameters())
-        self._requires = [p.requires_grad for p in self._parameters]
-        self._tensors = [v for _, d in dicts if isinstance(d, dict) for v in d.values() if type(v) is Tensor]
-
-    def changed(self) -> str | None:
-        """What is no longer as it was, None if all is."""
-        same = _same(self._now, self._before, set())  # one comparison of all is quick
-        for name, now, before, notes in self._noted if same else self._saved:
-            if not _same(now, before, notes):
-                return next((f"{name}.{k}" for k in _keys_that_differ(now, before) if k not in notes), name)
-        if [p.requires_grad for p in self._parameters] != self._requires:
-            return "requires_grad of a parameter"
-        return None
-
-    def glance(self) -> bool:
-        """Whether the attributes of all but torch's own layers are as they were. Cheap enough for every step."""
-        try:
-            return self._pick() == self._picked and list(map(len, self._near)) == self._sizes
-        except (KeyError, RuntimeError, ValueError):
-            return False
-
-    def _pick(self) -> list[Any]:
-        return [pick(now) for pick, now in zip(self._picks, self._near, strict=True)]
-
-    @contextmanager
-    def untouched(self) -> Iterator[None]:
-        """Whatever the block does to attributes, buffers and other tensors of the modules is undone."""
-        values = [t.detach().clone() for t in self._tensors]
-        try:
-            yield
-        finally:
-            for _, now, before, _ in self._saved:
-                now.clear()
-                now.extend(before) if isinstance(now, list) else now.update(before)
-            with torch.no_grad():
-                for tensor, value in zip(self._tensors, values, strict=True):
-                    tensor.copy_(value)
-
-
-def _notes(values: Any) -> set[str]:
-    """The private keys that hold a tensor."""
-    if not isinstance(values, dict):
-        return set()
-    return {k for k, v in values.items() if isinstance(v, Tensor) and isinstance(k, str) and k.startswith("_")}
-
-
-def _same(now: Any, before: Any, notes: set[str]) -> bool:
-    try:
-        if notes:
-            return {k: v for k, v in now.items() if k not in notes} == {
-                k: v for k, v in before.items() if k not in notes
-            }
-        return now == before
-    except (RuntimeError, ValueError):  # two tensors or arrays do not compare: another one stands there
-        return False
-
-
-def _keys_that_differ(now: Any, before: Any) -> list[Any]:
-    if not isinstance(now, dict):
-        return []
-    return [k for k in {**before, **now} if now.get(k, _same) is not before.get(k, _same)]
-
-
-class Tensors:
-    """The parameters and buffers of a module by place, each tensor once, and a way to put others in their places."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.parameters, self.buffers = list(module.parameters()), list(module.buffers())
-        number = {id(t): i for i, t in enumerate([*self.parameters, *self.buffers])}
-        self._places: list[tuple[dict[str, Any], str, int]] = [
-            (held, key, number[id(tensor)])
-            for m in module.modules()
-            for held in (m._parameters, m._buffers)
-            for key, tensor in held.items()
-            if tensor is not None
-        ]
-
-    @contextmanager
-    def replaced(self, tensors: Sequence[Tensor]) -> Iterator[None]:
-        """The module holds `tensors` (parameters, then buffers). A buffer that was set anew is copied into its own."""
-        own = [held[key] for held, key, _ in self._places]
-        try:
-            for held, key, i in self._places:
-                held[key] = tensors[i]
-            yield
-            for held, key, i in self._places:
-                if held[key] is not tensors[i]:
-                    with torch.no_grad():
-                        tensors[i].copy_(held[key])  # type: ignore[arg-type]
-        finally:
-            for (held, key, _), tensor in zip(self._places, own, strict=True):
-                held[key] = tensor
-
-
 # ---- the optimizer as a function of tensors --------------------------------------------------------------------------
 
 
@@ -207,52 +71,68 @@ class _TensorScalars(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def moved_optimizer(optimizer: Optimizer, parameters: Sequence[Tensor], states: Sequence[Mapping[str, Any]]) -> Any:
-    """An optimizer like `optimizer` for other tensors: its parameters in order, and the state of each."""
-    other = object.__new__(type(optimizer))
-    other.__dict__.update(optimizer.__dict__)
-    rest = iter(parameters)
-    groups = [{**group, "params": [next(rest) for _ in group["params"]]} for group in optimizer.param_groups]
-    other.param_groups = groups
-    other.state = defaultdict(dict, {p: dict(s) for p, s in zip(parameters, states, strict=True) if s})
-    return other
+class _Compiling:
+    """torch as a compiler shows it to a step: `compiler.is_compiling()` is True, all else is torch's own."""
+
+    def __init__(self, real: Any, **others: Any) -> None:
+        self.__dict__.update(others)
+        self._real = real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
 
 
-def step_alone(optimizer: Any) -> None:
-    """`optimizer.step()` without its hooks and without what schedulers hang on it."""
-    step = type(optimizer).step
-    getattr(step, "__wrapped__", step)(optimizer)
+_TORCH = _Compiling(torch, compiler=_Compiling(torch.compiler, is_compiling=lambda: True))
+
+
+_namespaces: dict[str, dict[str, Any]] = {}
+
+
+def _compiling(function: Callable[..., Any]) -> FunctionType:
+    """A copy of a function of torch.optim that, with all it calls there, believes that it is being compiled.
+
+    Torch allows a step that reads no value (`capturable`) on a CPU only while compiling. To tell torch itself so would
+    tell every other thread.
+    """
+    plain: Any = inspect.unwrap(function)
+    if plain.__module__ not in _namespaces:
+        namespace = _namespaces[plain.__module__] = {**vars(sys.modules[plain.__module__]), "torch": _TORCH}
+        for name, value in list(namespace.items()):
+            if isinstance(value, FunctionType) and value.__module__.startswith("torch.optim"):
+                namespace[name] = _compiling(value)
+    copied = FunctionType(
+        plain.__code__, _namespaces[plain.__module__], plain.__name__, plain.__defaults__, plain.__closure__
+    )
+    copied.__kwdefaults__ = plain.__kwdefaults__
+    return copied
 
 
 def step_in_graph(
-    optimizer: Optimizer,
-    parameters: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    states: Sequence[Mapping[str, Any]],
-    rates: Sequence[Tensor],
+    optimizer: Optimizer, parameters: Sequence[Tensor], grads: Sequence[Tensor | None], rates: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[dict[str, Any]]]:
     """New parameters and states, computed by torch's own optimizer code without reading a tensor's value.
 
-    Torch allows that (`capturable`) on a CPU only while compiling, so it is told so. Counters are kept in float64,
-    which makes bias corrections as precise as python's floats.
+    Counters are kept in float64, which makes bias corrections as precise as python's floats.
     """
     new = [p.detach().clone() for p in parameters]
-    copied = [
-        {k: (v.double() if v.dim() == 0 else v.clone()) if isinstance(v, Tensor) else v for k, v in s.items()}
-        for s in states
+    states = [
+        {
+            k: (v.double() if v.dim() == 0 else v.clone()) if isinstance(v, Tensor) else v
+            for k, v in optimizer.state.get(p, {}).items()
+        }
+        for p in parameters
     ]
-    other = moved_optimizer(optimizer, new, copied)
+    rest = iter(new)
+    other = object.__new__(type(optimizer))
+    other.__dict__.update(optimizer.__dict__)
+    other.param_groups = [{**group, "params": [next(rest) for _ in group["params"]]} for group in optimizer.param_groups]
+    other.state = defaultdict(dict, {p: s for p, s in zip(new, states, strict=True) if s})
     for group, rate in zip(other.param_groups, rates, strict=True):
         group |= {"lr": rate, "foreach": False, "fused": False}
         if "capturable" in group:
             group["capturable"] = True
     for p, grad in zip(new, grads, strict=True):
         p.grad = grad
-    told = torch.compiler.is_compiling
-    try:
-        torch.compiler.is_compiling = lambda: True
-        with torch.no_grad(), _TensorScalars():
-            step_alone(other)
-    finally:
-        torch.compiler.is_compiling = told
+    with torch.no_grad(), _TensorScalars():
+        _compiling(type(optimizer).step)(other)
     return new, [other.state.get(p, {}) for p in new]

@@ -5,8 +5,8 @@
     outputs = run([x, y, *inputs[2:], *constants])                  # what fn changes in place, is changed in place
 
 On a CPU the graph is an AOTInductor package: no guards and no Python between its kernels, and a later process that
-traces the same graph loads it in milliseconds. On CUDA it is captured as a CUDA graph. Tensors that `fn` closes over
-become inputs, so that later changes in place are seen.
+traces the same graph loads it in milliseconds. On CUDA it is captured as a CUDA graph. Tensors that `fn` reaches
+otherwise become inputs, so that later changes in place are seen.
 """
 
 from __future__ import annotations
@@ -43,19 +43,27 @@ class NotYet(CannotCompile):
 
 
 def trace(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> tuple[fx.GraphModule, list[Tensor]]:
-    """The graph of `fn`, and the tensors it closes over, which are its further inputs (by reference).
+    """The graph of `fn`, and the tensors that it reaches otherwise, which are its further inputs (by reference).
 
-    Nothing is computed: the tensors are fake, so that code outside torch cannot freeze its results into the graph
-    without a word. Raises CannotCompile with the reason and the line.
+    Nothing is computed, and no tensor is touched: each has a fake for the time of tracing, found by its identity when
+    an operation meets it, below autograd. So it does not matter by which way `fn` came to a parameter, its gradients
+    are those of eager, and code outside torch cannot freeze its results into the graph without a word.
+    Raises CannotCompile with the reason and the line.
     """
     from torch.fx._lazy_graph_module import _use_lazy_graph_module
     from torch.fx.experimental.proxy_tensor import make_fx
+
+    from weft.compile.lifting import ByReference, inputs_for_constants
+
+    def lifted(*given: Tensor) -> Sequence[Tensor]:
+        with ByReference():
+            return fn(*given)
 
     with _use_lazy_graph_module(True), _no_garbage_collection():  # half of the time otherwise
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the eager step has shown them
-                graph = make_fx(fn, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+                graph = make_fx(lifted, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
         except CannotCompile:
             raise
         except Exception as error:
@@ -64,7 +72,7 @@ def trace(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> tupl
             raise CannotCompile(f"its graph has {len(graph.graph.nodes)} nodes, more than {MAX_NODES}")
         _spell_out_alpha(graph.graph)
         _keep_scalars(graph.graph)
-        return _lift_constants(graph)
+        return inputs_for_constants(graph)
 
 
 @contextmanager
@@ -111,31 +119,6 @@ def _keep_scalars(graph: fx.Graph) -> None:
                 kept = graph.call_function(torch.ops.aten.as_strided.default, (node, [], []))
             kept.meta = dict(node.meta)
             node.replace_all_uses_with(kept, lambda user, vectors=vectors: user in vectors)
-
-
-def _lift_constants(graph: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:
-    """The same graph with the tensors it holds as inputs after its own, and these tensors."""
-    from torch.fx._lazy_graph_module import _make_graph_module  # its code is only compiled where somebody calls it
-
-    new, copied, lifted = fx.Graph(), {}, {}
-    own = [n for n in graph.graph.nodes if n.op == "placeholder"]
-    for node in own:
-        copied[node] = new.placeholder(node.name)
-        copied[node].meta = node.meta
-    for node in graph.graph.nodes:
-        if node.op == "get_attr":
-            if node.target not in lifted:
-                tensor: Any = functools.reduce(getattr, node.target.split("."), graph)
-                if type(tensor) not in (Tensor, torch.nn.Parameter):
-                    raise CannotCompile(f"it makes a constant of {type(tensor).__name__}")
-                lifted[node.target] = (new.placeholder(f"constant{len(lifted)}"), tensor)
-                fake = own[0].meta["val"].fake_mode.from_tensor(tensor.detach())
-                lifted[node.target][0].meta["val"] = fake  # the compiler asks for it
-            copied[node] = lifted[node.target][0]
-    for node in graph.graph.nodes:
-        if node.op not in ("placeholder", "get_attr"):
-            copied[node] = new.node_copy(node, copied.__getitem__)
-    return _make_graph_module({}, new), [tensor for _, tensor in lifted.values()]
 
 
 def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor], moving: int) -> Compiled:

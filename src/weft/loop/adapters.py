@@ -21,7 +21,7 @@ from weft.devices.precision import numerics
 from weft.devices.processes import Processes
 from weft.step.evaluation import predict
 from weft.step.history import Best, History, Progress
-from weft.step.state import RunState
+from weft.step.state import RunState, trial
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -81,8 +81,9 @@ class Told:
 
     @property
     def progress(self) -> Progress:
-        """How far the run is."""
-        return self.state.progress
+        """How far the run is; in a step that is only tried, what it is told."""
+        tried = trial.get()
+        return self.state.progress if tried is None else tried.progress
 
     @property
     def history(self) -> History:

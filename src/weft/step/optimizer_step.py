@@ -33,7 +33,7 @@ def make_step(state: RunState, optimizers: Sequence[Optimizer]) -> Step:
         state.listeners("on_before_optimizer_step"),
         state.trainer,
         state.progress,
-        _clip(state),
+        clipping(state),
     )
     by_value, own = state.config.clip_algorithm == "value", [(o, parameters_of(o)) for o in optimizers]
     params, (do_step, unscale) = [p for _, mine in own for p in mine], stepping(state.fabric, optimizers)
@@ -72,7 +72,7 @@ def make_step(state: RunState, optimizers: Sequence[Optimizer]) -> Step:
     return step
 
 
-def _clip(state: RunState) -> Callable[[Sequence[Tensor]], Tensor | None] | None:
+def clipping(state: RunState) -> Callable[[Sequence[Tensor]], Tensor | None] | None:
     """What clips the gradients of some parameters and returns their norm, if it is known; None: no clipping."""
     limit, by_value = state.config.clip, state.config.clip_algorithm == "value"
     return None if limit is None else partial(state.processes.clip, limit=limit, by_value=by_value)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import islice
@@ -39,6 +40,18 @@ from weft.step.throughput import Throughput
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+
+@dataclass
+class Trial:
+    """A step that is only tried, as while a graph is made: what it is told of epoch and step, and what it asked for."""
+
+    progress: Progress
+    logged: dict[str, Any] = field(default_factory=dict)
+    wants_to_stop: bool = False
+
+
+trial: ContextVar[Trial | None] = ContextVar("trial", default=None)
+"""Of this thread alone: all others see the run as it is."""
 
 Update = Callable[[Any], Tensor]
 """Batch (a list of batches when accumulating) -> the loss, detached and still on the device."""
@@ -316,8 +329,10 @@ class RunState:
         ValueError for what is none.
         """
         check_scalars(values)
-        epoch = self.epoch
-        if self.step.evaluating is not None:
+        epoch, tried = self.epoch, trial.get()
+        if tried is not None:
+            tried.logged.update(values)
+        elif self.step.evaluating is not None:
             means, examples = self.step.evaluating
             means.add(values, examples)
         elif epoch.closing is None:
@@ -336,7 +351,9 @@ class RunState:
 
     def stop(self, reason: str) -> None:
         """End training after the current step; of several processes after the next, where all stop together."""
-        if self.processes.world > 1:
+        if (tried := trial.get()) is not None:
+            tried.wants_to_stop = True
+        elif self.processes.world > 1:
             self.processes.wishes.setdefault("stop", reason)
         else:
             self.decide_to_stop(reason)

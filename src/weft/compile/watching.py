@@ -1,0 +1,330 @@
+"""The plain values that a step reads, wherever it finds them: whether they are as they were, and putting them back.
+
+    watch = Watch(problem, trainer, [step])
+    watch.glance()      # at every step, in microseconds: False if something has changed
+    watch.changed()     # "cfg.lam": what has
+    with watch.untouched(): ...
+
+A graph holds numbers, flags and texts as they were when it was traced. Watched are the attributes of modules and of the
+trainer, and what functions close over, read from their module, have as defaults or find in lists, dicts and objects of
+the user's own; tensors by identity, as their values are inputs of the graph. Long containers are looked at once an
+epoch.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from operator import is_, itemgetter
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+MAX_NEAR = 256  # items of a container that is looked at in every step
+MAX_PLACES = 5000
+
+_OF_MODULES = set(vars(nn.Module())) - {"training"}
+_NOT_READ = ("hooks", "callbacks", "options", "phases", "run")  # of a trainer, by steps
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_MISSING = object()
+_PLAIN = (int, float, complex, str, bytes, np.generic, torch.dtype, torch.device, type(None))
+_LIBRARIES = ("torch", "weft", "numpy", "lightning", "builtins", "math", "typing")
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Something that values are read from: a dict, a class, a list, a set, an array, or the cell of a closure."""
+
+    name: str
+    held: Any
+    keys: tuple[Any, ...] | None = None
+    """Those of a dict or class that are read; None: all."""
+    notes: frozenset[Any] = frozenset()
+    """Keys whose values may change."""
+    is_near: bool = True
+
+    def read(self) -> dict[Any, Any]:
+        """Its values now, by key."""
+        held = vars(self.held) if isinstance(self.held, type) else self.held
+        if isinstance(held, CellType):
+            return {"": _contents(held)}
+        if isinstance(held, np.ndarray):
+            return {"": held.tobytes()}
+        if isinstance(held, list | set):
+            return dict(enumerate(held) if isinstance(held, list) else zip(held, held, strict=True))
+        return dict(held) if self.keys is None else {k: held[k] for k in self.keys if k in held}
+
+    def write(self, values: dict[Any, Any]) -> None:
+        """Put back what `read` gave. What is as it was is not touched, not even for a moment."""
+        held, now = self.held, self.read()
+        if len(now) == len(values) and all(k in now and now[k] is v for k, v in values.items()):
+            return
+        if isinstance(held, CellType):
+            held.cell_contents = values[""]
+        elif isinstance(held, np.ndarray):
+            held[...] = np.frombuffer(values[""], held.dtype).reshape(held.shape)
+        elif isinstance(held, list):
+            held[:] = values.values()
+        elif isinstance(held, set):
+            held.intersection_update(values)
+            held.update(values)
+        elif isinstance(held, type):
+            for key, value in values.items():
+                setattr(held, key, value)
+        else:
+            for key in now.keys() - values.keys():
+                del held[key]
+            held.update(values)
+
+    def reader(self) -> Callable[[], Sequence[Any]]:
+        """A quick function that gives what is compared."""
+        held = vars(self.held) if isinstance(self.held, type) else self.held
+        if isinstance(held, CellType):
+            return lambda: (_contents(held),)
+        if isinstance(held, np.ndarray):
+            return lambda: (held.tobytes(),)
+        if isinstance(held, list | set):
+            return lambda: held  # type: ignore[return-value]
+        keys = [k for k in (held if self.keys is None else self.keys) if k not in self.notes]
+        pick: Callable[[Any], Sequence[Any]] = itemgetter(*keys, keys[0]) if keys else lambda _: ()
+        if self.keys is not None:
+            return lambda: pick(held)
+        return lambda: (*pick(held), len(held))
+
+
+class Watch:
+    """The plain values that a step reads, as they are now. `functions`: what else it runs; `extra`: further places."""
+
+    def __init__(
+        self, problem: nn.Module, owner: Any, functions: Iterable[Any] = (), extra: Iterable[Place] = ()
+    ) -> None:
+        walk = _Walk()
+        walk.owner(owner)
+        walk.into(type(problem).__name__, problem)
+        for function in functions:
+            walk.into(getattr(function, "__name__", type(function).__name__), function)
+        self.places, self.tensors = [*walk.places, *extra], walk.tensors
+        self._saved = [place.read() for place in self.places]
+        self._near = [place.reader() for place in walk.near()] + [p.reader() for p in extra if p.is_near]
+        self._all = [place.reader() for place in self.places]
+        self._near_before, self._all_before = _read(self._near), _read(self._all)
+        self._parameters = list(problem.parameters())
+        self._requires = [p.requires_grad for p in self._parameters]
+
+    def glance(self) -> bool:
+        """Whether all that is near is as it was. Cheap enough for every step."""
+        now = _read(self._near)
+        if now is None or not _alike(now, self._near_before):
+            return False
+        self._near_before = now  # equal values may be other objects: the same ones are quicker to compare
+        return True
+
+    def changed(self) -> str | None:
+        """What is no longer as it was, None if all is."""
+        if _alike(_read(self._all), self._all_before):
+            requires = [p.requires_grad for p in self._parameters]
+            return None if requires == self._requires else "requires_grad of a parameter"
+        for place, before in zip(self.places, self._saved, strict=True):
+            now = place.read()
+            for key in {**before, **now}:
+                if key not in place.notes and not _alike(now.get(key, _MISSING), before.get(key, _MISSING)):
+                    return place.name if key == "" else f"{place.name}.{key}"
+        return "an attribute"
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Whatever the block does in these places, and to buffers and other tensors of the modules, is undone."""
+        saved = [place.read() for place in self.places]
+        with restored(self.tensors):
+            try:
+                yield
+            finally:
+                for place, before in zip(self.places, saved, strict=True):
+                    place.write(before)
+
+
+@contextmanager
+def restored(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Whatever the block does to the values of `tensors` is undone, bit for bit. Gives copies of them."""
+    before = [t.detach().clone() for t in tensors]
+    try:
+        yield before
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before, strict=True):
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
+
+
+def _read(readers: list[Callable[[], Sequence[Any]]]) -> list[Any] | None:
+    found: list[Any] = []
+    try:
+        for reader in readers:
+            found += reader()
+    except (KeyError, ValueError):  # something is no longer there
+        return None
+    return found
+
+
+def _alike(now: Any, before: Any) -> bool:
+    """Whether two values are the same object, or equal plain ones."""
+    if now is before:
+        return True
+    if type(now) is not type(before):
+        return False
+    if isinstance(now, list | tuple):
+        same = len(now) == len(before)
+        return same and (all(map(is_, now, before)) or all(map(_alike, now, before)))
+    return isinstance(now, _PLAIN) and (now == before or now != now and before != before)
+
+
+def _contents(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return _MISSING
+
+
+# ---- where values are read -------------------------------------------------------------------------------------------
+
+
+class _Walk:
+    """The places behind a value, each once."""
+
+    def __init__(self) -> None:
+        self.places: list[Place] = []
+        self.tensors: list[Tensor] = []
+        """Buffers, and other tensors that modules hold."""
+        self._seen: dict[int, Any] = {}
+        self._of_owner: dict[str, Any] = {}
+
+    def near(self) -> Iterator[Place]:
+        """Those to look at in every step; of a module's attributes without those that every module has."""
+        for place in self.places:
+            if place.is_near:
+                is_module = isinstance(place.held, dict) and "_parameters" in place.held
+                free = place.notes | _OF_MODULES if is_module else place.notes
+                yield Place(place.name, place.held, place.keys, free)
+
+    def owner(self, owner: Any) -> None:
+        """Add the attributes of a trainer. Behind those that a step's code names is looked later, not behind its hooks."""
+        self._seen |= {id(owner): owner, id(type(owner)): type(owner)}
+        self._of_owner = {k: v for k, v in vars(owner).items() if k not in _NOT_READ}
+        self.places.append(Place(type(owner).__name__, vars(owner)))
+
+    def into(self, name: str, value: Any, owner: type | None = None) -> None:
+        """Add the places that are, or are behind, `value`. `owner`: the class whose method it may be."""
+        if isinstance(value, (*_PLAIN, Tensor)) or id(value) in self._seen or len(self.places) > MAX_PLACES:
+            return
+        self._seen[id(value)] = value  # kept, so that its number is not used again
+        if isinstance(value, nn.Module):
+            self._module(name, value)
+        elif isinstance(value, FunctionType):
+            self._function(name, value, owner)
+        elif isinstance(value, MethodType):
+            self.into(name, value.__self__)
+            self.into(name, value.__func__, type(value.__self__))
+        elif isinstance(value, functools.partial):
+            for part in (value.func, value.args, value.keywords):
+                self.into(name, part)
+        elif isinstance(value, dict):
+            self.dictionary(name, value)
+        elif isinstance(value, list | set | tuple | frozenset):
+            if isinstance(value, list | set):
+                self.places.append(Place(name, value, is_near=len(value) <= MAX_NEAR))
+            for item in value:
+                self.into(name, item)
+        elif isinstance(value, np.ndarray):
+            if value.dtype != object:
+                self.places.append(Place(name, value, is_near=value.nbytes <= 8 * MAX_NEAR))
+        elif isinstance(value, type):
+            if not _of_library(value.__module__):
+                keys = tuple(k for k, v in vars(value).items() if not callable(v) and not k.startswith("__"))
+                self._some(name, value, vars(value), keys)
+                for item in vars(value).values():
+                    self.into(name, getattr(item, "fget", None) or getattr(item, "__func__", item), value)
+        elif hasattr(value, "__dict__") and not isinstance(value, ModuleType):
+            if not _of_library(type(value).__module__):
+                self.dictionary(name, vars(value))
+                self.into(type(value).__name__, type(value))
+
+    def dictionary(self, name: str, values: dict[Any, Any]) -> None:
+        """Add a dict and what is behind its values."""
+        self.places.append(Place(name, values, is_near=len(values) <= MAX_NEAR))
+        for key, value in list(values.items()):
+            self.into(f"{name}.{key}", value)
+
+    def _module(self, name: str, module: nn.Module) -> None:
+        for path, m in module.named_modules():
+            if m is not module and id(m) in self._seen:
+                continue
+            path, kind, self._seen[id(m)] = path or name, type(m), m
+            self.tensors += [t for held in (vars(m), m._buffers) for t in held.values() if type(t) is Tensor]
+            # a module's own notes: NeuroMANCER's variables keep their last value so; public ones may be read by anybody
+            notes = frozenset(k for k, v in vars(m).items() if k.startswith("_") and isinstance(v, Tensor))
+            self.places.append(Place(path, vars(m), None, notes, not kind.__module__.startswith("torch.nn")))
+            for held in (m._parameters, m._buffers, m._modules, *(vars(m)[hooks] for hooks in _HOOKS)):
+                self._seen[id(held)] = held
+                self.places.append(Place(path, held, is_near=False))
+            for key, value in list(vars(m).items()):
+                if key not in _OF_MODULES or key in _HOOKS:
+                    self.into(f"{path}.{key}", value)
+            if not _of_library(kind.__module__):
+                self.into(f"{path}.forward", kind.forward, kind)
+
+    def _function(self, name: str, function: FunctionType, owner: type | None) -> None:
+        for free, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            if id(cell) not in self._seen:
+                self._seen[id(cell)] = cell
+                self.places.append(Place(free, cell))
+                self.into(free, _contents(cell))
+        self.into(f"{name}'s default", function.__defaults__ or ())
+        self.into(f"{name}'s default", function.__kwdefaults__ or ())
+        if _of_library(function.__module__ or ""):
+            return
+        names = tuple(dict.fromkeys(_names(function.__code__)))
+        self._some(function.__module__, function.__globals__, function.__globals__, names)
+        for attribute in self._of_owner.keys() & names:
+            self.into(attribute, self._of_owner[attribute])
+        for method in names if owner is not None else ():
+            found = inspect.getattr_static(owner, method, None)
+            found = getattr(found, "fget", None) or getattr(found, "__func__", found)
+            if isinstance(found, FunctionType):
+                self.into(method, found, owner)
+
+    def _some(self, name: str, held: Any, values: Any, names: Iterable[str]) -> None:
+        """Add those of a namespace's values that are named."""
+        keys = tuple(k for k in names if k in values and not isinstance(values[k], ModuleType))
+        if keys:
+            self.places.append(Place(name, held, keys))
+        for key in keys:
+            self.into(key, values[key])
+        for module in {values[k] for k in names if k in values and isinstance(values[k], ModuleType)}:
+            if not _of_library(module.__name__):
+                self._some(module.__name__, vars(module), vars(module), names)
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """Names that code, and functions made inside it, may read from their module."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+@functools.cache
+def _of_library(module: str) -> bool:
+    """Whether a module is no code of the user's: installed, or python's own."""
+    if module.partition(".")[0] in _LIBRARIES:
+        return True
+    file = getattr(sys.modules.get(module), "__file__", None)
+    folders = tuple(sysconfig.get_paths()[k] for k in ("stdlib", "platstdlib", "purelib", "platlib"))
+    return file.startswith(folders) if file else module in sys.builtin_module_names
