@@ -16,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 
 from weft.compile.graph import CannotCompile
 
-
 # ---- batches as lists of tensors -------------------------------------------------------------------------------------
 
 
@@ -125,7 +124,9 @@ def step_in_graph(
     rest = iter(new)
     other = object.__new__(type(optimizer))
     other.__dict__.update(optimizer.__dict__)
-    other.param_groups = [{**group, "params": [next(rest) for _ in group["params"]]} for group in optimizer.param_groups]
+    other.param_groups = [
+        {**group, "params": [next(rest) for _ in group["params"]]} for group in optimizer.param_groups
+    ]
     other.state = defaultdict(dict, {p: s for p, s in zip(new, states, strict=True) if s})
     for group, rate in zip(other.param_groups, rates, strict=True):
         group |= {"lr": rate, "foreach": False, "fused": False}

@@ -53,10 +53,10 @@ def trace(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> tupl
     from torch.fx._lazy_graph_module import _use_lazy_graph_module
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    from weft.compile.lifting import ByReference, inputs_for_constants
+    from weft.compile.lifting import ByReference, NoReading, inputs_for_constants
 
     def lifted(*given: Tensor) -> Sequence[Tensor]:
-        with ByReference():
+        with ByReference(), NoReading():
             return fn(*given)
 
     with _use_lazy_graph_module(True), _no_garbage_collection():  # half of the time otherwise

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, track_tensor_tree
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
@@ -50,6 +51,15 @@ class ByReference(TorchDispatchMode):
             track_tensor_tree(fake, fx.Proxy(node, mode.tracer), constant=None, tracer=mode.tracer)  # type: ignore[arg-type]
             self._fakes[id(tensor)] = fake, tensor  # which keeps the number from being used again
         return self._fakes[id(tensor)][0]
+
+
+class NoReading(TorchFunctionMode):
+    """While make_fx traces: the one way to read a tensor's values of which no mode below is told, is refused."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.tolist:
+            raise CannotCompile("the step reads the values of a tensor (tolist)")
+        return func(*args, **(kwargs or {}))
 
 
 def inputs_for_constants(graph: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:

@@ -1,4 +1,4 @@
-"""One step as a graph: what it computes, and how it runs. How it is compared with the eager one: `weft.compile.checking`.
+"""One step as a graph: what it computes, and how it runs. It is compared with the eager one in `weft.compile.checking`.
 
 An `EvaluationGraph` gives the scalars of a batch, a `GradientGraph` also the loss and the gradients, an `UpdateGraph`
 also clips, checks and steps the optimizer. What each computes is its `compute`, a function of the batch that reads
@@ -7,10 +7,8 @@ and changes the real tensors of the run; tracing makes them inputs of the graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,9 +76,9 @@ class EvaluationGraph:
 
     def read(self, batch: Any) -> tuple[Any, Tensor]:
         """Loss, and all scalars as one vector. Epoch and step are tensors here, for whoever asks in this thread."""
-        with tried(replace(self.state.progress, epoch=self.epoch, step=self.step)) as trial:  # type: ignore[arg-type]
-            with buffers_in_place(self.state.problem):
-                loss, scalars = self.forward(batch)
+        told = replace(self.state.progress, epoch=self.epoch, step=self.step)  # type: ignore[arg-type]
+        with tried(told) as trial, buffers_in_place(self.state.problem):
+            loss, scalars = self.forward(batch)
         self.names, self.logged = tuple(scalars), tuple(trial.logged)
         return loss, vector([*scalars.values(), *trial.logged.values()], self.epoch.device)
 

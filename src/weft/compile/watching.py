@@ -41,7 +41,7 @@ _LIBRARIES = ("torch", "weft", "numpy", "lightning", "builtins", "math", "typing
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Something that values are read from: a dict, a class, a list, a set, an array, or the cell of a closure."""
+    """Something that values are read from: a dict, a class, a list, a set, an array, a closure's cell, or the defaults of a function."""
 
     name: str
     held: Any
@@ -54,7 +54,7 @@ class Place:
     def read(self) -> dict[Any, Any]:
         """Its values now, by key."""
         held = vars(self.held) if isinstance(self.held, type) else self.held
-        if isinstance(held, CellType):
+        if isinstance(held, CellType | FunctionType):
             return {"": _contents(held)}
         if isinstance(held, np.ndarray):
             return {"": held.tobytes()}
@@ -69,6 +69,8 @@ class Place:
             return
         if isinstance(held, CellType):
             held.cell_contents = values[""]
+        elif isinstance(held, FunctionType):
+            held.__defaults__ = values[""]
         elif isinstance(held, np.ndarray):
             held[...] = np.frombuffer(values[""], held.dtype).reshape(held.shape)
         elif isinstance(held, list):
@@ -87,7 +89,7 @@ class Place:
     def reader(self) -> Callable[[], Sequence[Any]]:
         """A quick function that gives what is compared."""
         held = vars(self.held) if isinstance(self.held, type) else self.held
-        if isinstance(held, CellType):
+        if isinstance(held, CellType | FunctionType):
             return lambda: (_contents(held),)
         if isinstance(held, np.ndarray):
             return lambda: (held.tobytes(),)
@@ -152,11 +154,12 @@ class Watch:
 
 
 @contextmanager
-def restored(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Whatever the block does to the values of `tensors` is undone, bit for bit. Gives copies of them."""
+def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Whatever the block does to the values of `tensors` is undone, bit for bit."""
+    tensors = [t for t in tensors if t.layout is torch.strided and not t.is_meta]
     before = [t.detach().clone() for t in tensors]
     try:
-        yield before
+        yield
     finally:
         with torch.no_grad():
             for tensor, value in zip(tensors, before, strict=True):
@@ -183,12 +186,13 @@ def _alike(now: Any, before: Any) -> bool:
     if isinstance(now, list | tuple):
         same = len(now) == len(before)
         return same and (all(map(is_, now, before)) or all(map(_alike, now, before)))
-    return isinstance(now, _PLAIN) and (now == before or now != now and before != before)
+    return isinstance(now, _PLAIN) and (now == before or repr(now) == repr(before) == "nan")
 
 
-def _contents(cell: CellType) -> Any:
+def _contents(held: CellType | FunctionType) -> Any:
+    """What a cell holds, or the defaults of a function."""
     try:
-        return cell.cell_contents
+        return held.cell_contents if isinstance(held, CellType) else held.__defaults__
     except ValueError:  # not assigned yet
         return _MISSING
 
@@ -215,13 +219,16 @@ class _Walk:
                 yield Place(place.name, place.held, place.keys, free)
 
     def owner(self, owner: Any) -> None:
-        """Add the attributes of a trainer. Behind those that a step's code names is looked later, not behind its hooks."""
+        """Add the attributes of a trainer. Behind those that a step's code names is looked later."""
         self._seen |= {id(owner): owner, id(type(owner)): type(owner)}
         self._of_owner = {k: v for k, v in vars(owner).items() if k not in _NOT_READ}
         self.places.append(Place(type(owner).__name__, vars(owner)))
 
-    def into(self, name: str, value: Any, owner: type | None = None) -> None:
-        """Add the places that are, or are behind, `value`. `owner`: the class whose method it may be."""
+    def into(self, name: str, value: Any, owner: type | None = None, far: bool = False) -> None:
+        """Add the places that are, or are behind, `value`.
+
+        `owner`: the class whose method it may be; `far`: a list or dict that is not to be looked at in every step.
+        """
         if isinstance(value, (*_PLAIN, Tensor)) or id(value) in self._seen or len(self.places) > MAX_PLACES:
             return
         self._seen[id(value)] = value  # kept, so that its number is not used again
@@ -236,10 +243,10 @@ class _Walk:
             for part in (value.func, value.args, value.keywords):
                 self.into(name, part)
         elif isinstance(value, dict):
-            self.dictionary(name, value)
+            self.dictionary(name, value, far)
         elif isinstance(value, list | set | tuple | frozenset):
             if isinstance(value, list | set):
-                self.places.append(Place(name, value, is_near=len(value) <= MAX_NEAR))
+                self.places.append(Place(name, value, is_near=not far and len(value) <= MAX_NEAR))
             for item in value:
                 self.into(name, item)
         elif isinstance(value, np.ndarray):
@@ -251,14 +258,15 @@ class _Walk:
                 self._some(name, value, vars(value), keys)
                 for item in vars(value).values():
                     self.into(name, getattr(item, "fget", None) or getattr(item, "__func__", item), value)
-        elif hasattr(value, "__dict__") and not isinstance(value, ModuleType):
-            if not _of_library(type(value).__module__):
-                self.dictionary(name, vars(value))
-                self.into(type(value).__name__, type(value))
+        elif (
+            hasattr(value, "__dict__") and not isinstance(value, ModuleType) and not _of_library(type(value).__module__)
+        ):
+            self.dictionary(name, vars(value))
+            self.into(type(value).__name__, type(value))
 
-    def dictionary(self, name: str, values: dict[Any, Any]) -> None:
+    def dictionary(self, name: str, values: dict[Any, Any], far: bool = False) -> None:
         """Add a dict and what is behind its values."""
-        self.places.append(Place(name, values, is_near=len(values) <= MAX_NEAR))
+        self.places.append(Place(name, values, is_near=not far and len(values) <= MAX_NEAR))
         for key, value in list(values.items()):
             self.into(f"{name}.{key}", value)
 
@@ -276,19 +284,23 @@ class _Walk:
                 self.places.append(Place(path, held, is_near=False))
             for key, value in list(vars(m).items()):
                 if key not in _OF_MODULES or key in _HOOKS:
-                    self.into(f"{path}.{key}", value)
+                    self.into(f"{path}.{key}", value, far=_of_library(kind.__module__))
             if not _of_library(kind.__module__):
                 self.into(f"{path}.forward", kind.forward, kind)
 
     def _function(self, name: str, function: FunctionType, owner: type | None) -> None:
+        is_ours = _of_library(function.__module__ or "")  # or torch's: it reads what it closes over, and sets it once
         for free, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             if id(cell) not in self._seen:
                 self._seen[id(cell)] = cell
-                self.places.append(Place(free, cell))
-                self.into(free, _contents(cell))
+                if not is_ours:
+                    self.places.append(Place(free, cell))
+                self.into(free, _contents(cell), far=is_ours)
+        if function.__defaults__ and not is_ours:
+            self.places.append(Place(f"{name}'s defaults", function))
         self.into(f"{name}'s default", function.__defaults__ or ())
         self.into(f"{name}'s default", function.__kwdefaults__ or ())
-        if _of_library(function.__module__ or ""):
+        if is_ours:
             return
         names = tuple(dict.fromkeys(_names(function.__code__)))
         self._some(function.__module__, function.__globals__, function.__globals__, names)

@@ -41,6 +41,7 @@ from weft.step.throughput import Throughput
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
+
 @dataclass
 class Trial:
     """A step that is only tried, as while a graph is made: what it is told of epoch and step, and what it asked for."""
