@@ -22,7 +22,7 @@ def fitted(problem: nn.Module, data: Any, **options: Any) -> tuple[weft.FitResul
     return result, [str(w.message) for w in caught if "stays eager" in str(w.message)], trainer
 
 
-# ---- gradients that are zero but for rounding ----------------------------------------------------------------------------
+# ---- gradients that are zero but for rounding ------------------------------------------------------------------------
 
 
 def one_dimension() -> tuple[nn.Module, Tensor]:
@@ -110,7 +110,7 @@ def test_a_small_gradient_that_is_wrong_is_found_beside_large_ones(
     assert "parameter a differs by" in told[0]
 
 
-# ---- strides -------------------------------------------------------------------------------------------------------------
+# ---- strides ---------------------------------------------------------------------------------------------------------
 
 
 class Members(nn.Module):
@@ -161,7 +161,7 @@ def test_gradients_have_the_strides_of_their_parameters(
         assert end(True) != pytest.approx(expected, rel=1e-2)
 
 
-# ---- what a step keeps ---------------------------------------------------------------------------------------------------
+# ---- what a step keeps -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("uncompiled")

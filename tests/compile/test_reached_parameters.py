@@ -108,7 +108,8 @@ def a_penalty_over_a_list() -> Step:
 def a_penalty_over_parameters() -> Step:
     n = layers()
     step = problem(lambda x: n(x), n=n)
-    step.penalty = lambda: 0.3 * torch.cat([p.flatten() for p in step.parameters()]).norm()  # type: ignore[method-assign]
+    flat = lambda: torch.cat([p.flatten() for p in step.parameters()])
+    step.penalty = lambda: 0.3 * flat().norm()  # type: ignore[method-assign]
     return step
 
 

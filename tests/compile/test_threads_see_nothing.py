@@ -146,7 +146,7 @@ def test_the_watching_thread_would_have_seen_it(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.usefixtures("uncompiled")
 def test_what_tracing_and_checking_touch_is_there_again_bit_for_bit() -> None:
-    """Weights, buffers, optimizer state, gradients and random state before and after each graph is made and compared."""
+    """Weights, buffers, optimizer state, gradients and random state, before and after each comparison."""
     from weft.compile import checking, choosing
 
     seen = 0

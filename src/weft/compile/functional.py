@@ -58,7 +58,7 @@ def rebuild(batch: Any, tensors: Iterator[Tensor], epoch: Any) -> Any:
 
 
 class _TensorScalars(TorchFunctionMode):
-    """Lets `add_(x, alpha=t)`, `addcmul_` and `addcdiv_(a, b, value=t)` take a tensor t, which torch needs as a number."""
+    """Lets `add_(x, alpha=t)`, `addcmul_` and `addcdiv_(a, b, value=t)` take a tensor t, where torch needs a number."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")

@@ -48,7 +48,8 @@ class ByReference(TorchDispatchMode):
             with _disable_current_modes():
                 fake = fakes.from_tensor(tensor.detach())
             node: Any = mode.tracer.create_arg(tensor)
-            track_tensor_tree(fake, fx.Proxy(node, mode.tracer), constant=None, tracer=mode.tracer)  # type: ignore[arg-type]
+            tracer: Any = mode.tracer
+            track_tensor_tree(fake, fx.Proxy(node, tracer), constant=None, tracer=tracer)
             self._fakes[id(tensor)] = fake, tensor  # which keeps the number from being used again
         return self._fakes[id(tensor)][0]
 

@@ -41,7 +41,7 @@ _LIBRARIES = ("torch", "weft", "numpy", "lightning", "builtins", "math", "typing
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Something that values are read from: a dict, a class, a list, a set, an array, a closure's cell, or the defaults of a function."""
+    """Something that values are read from: a dict, class, list, set, array, closure's cell, or a function's defaults."""
 
     name: str
     held: Any
