@@ -57,7 +57,7 @@ def test_a_bias_before_a_batch_norm_is_no_reason_to_leave_the_graph(make: Any, o
         _, told, trainer = fitted(problem, data, compile=True, optimizer=optimizer)
         assert not told
         assert trainer.run is not None
-        assert list(trainer.run._graphs.made.values()) == [1]
+        assert list(trainer.run.graphs.made.values()) == [1]
 
 
 @pytest.fixture

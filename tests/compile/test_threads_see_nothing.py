@@ -137,7 +137,7 @@ def test_the_watching_thread_would_have_seen_it(monkeypatch: pytest.MonkeyPatch)
             self.value = token
 
     shared = Shared()
-    for module in ("weft.step.state", "weft.loop.run", "weft.compile.checking"):
+    for module in ("weft.step.state", "weft.loop.adapters", "weft.compile.checking"):
         monkeypatch.setattr(f"{module}.trial", shared)
     assert state.trial is shared  # type: ignore[comparison-overlap]
     monkeypatch.setattr(Run, "progress", property(for_all))
