@@ -1,23 +1,23 @@
-"""A graph compared with the eager step, on the real parameters of the run, which are then put back bit for bit."""
+"""A graph compared with the eager step, on the real parameters of the run, which are then put back bit for bit.
+
+`graph`: one of `weft.compile.stepgraphs`, which import this.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from weft.compile.graph import CannotCompile
+from weft.compile.lifting import CannotCompile
 from weft.compile.watching import Watch, restored
 from weft.devices import seeding
 from weft.step.history import Progress
 from weft.step.state import Trial, trial
-
-if TYPE_CHECKING:
-    from weft.compile.stepgraphs import EvaluationGraph
 
 Effects = dict[tuple[str, str], Tensor]
 """What a step computes and changes, by what it is ("the gradient of parameter") and its name."""
@@ -56,7 +56,7 @@ def buffers_in_place(problem: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def undone(graph: EvaluationGraph) -> Iterator[None]:
+def undone(graph: Any) -> Iterator[None]:
     """What the block does to random state, attributes and gradients is undone."""
     random, problem = seeding.random_state(), graph.state.problem
     gradients = {id(p): (p, p.grad) for p in (*problem.parameters(), *getattr(graph, "trained", ()))}
@@ -70,7 +70,7 @@ def undone(graph: EvaluationGraph) -> Iterator[None]:
         seeding.set_random_state(random)
 
 
-def effects(graph: EvaluationGraph, tensors: list[Tensor], act: Callable[[], Effects], shift: int = 0) -> Effects:
+def effects(graph: Any, tensors: list[Tensor], act: Callable[[], Effects], shift: int = 0) -> Effects:
     """What `act` computes, and how it changes parameters, optimizer state, buffers and constants; these are put back.
 
     `shift`: with another one, parameters differ by other rounding errors.
@@ -96,7 +96,7 @@ def _perturb(changing: Effects, size: float, seed: int) -> None:
                 t.mul_(1 + size * signs)
 
 
-def difference(graph: EvaluationGraph, batch: Any, tensors: list[Tensor]) -> str | None:
+def difference(graph: Any, batch: Any, tensors: list[Tensor]) -> str | None:
     """What the graph makes of a batch in another way than the eager step, None if there is no such thing.
 
     Changes nothing. They may differ by rounding: by a small part of the size of each tensor, by a smaller part of the
@@ -137,7 +137,7 @@ def difference(graph: EvaluationGraph, batch: Any, tensors: list[Tensor]) -> str
     return f"{' '.join(wrong[0]).strip()} differs by {gaps[wrong[0]] / max(sizes[wrong[0]], 1e-300):.1e} of its size"
 
 
-def side_effect(graph: EvaluationGraph, batch: Any, tensors: list[Tensor]) -> str | None:
+def side_effect(graph: Any, batch: Any, tensors: list[Tensor]) -> str | None:
     """What the eager step changes every time and a graph would not, None if there is no such thing."""
     with undone(graph):
         effects(graph, tensors, lambda: graph.eagerly(batch))  # what is set once and for all may be
@@ -152,7 +152,7 @@ def side_effect(graph: EvaluationGraph, batch: Any, tensors: list[Tensor]) -> st
     return None
 
 
-def rounding(graph: EvaluationGraph) -> float:
+def rounding(graph: Any) -> float:
     """The relative rounding error of the step: that of its coarsest dtype."""
     mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(graph.state.config.precision))
     parameters = (*graph.state.problem.parameters(), *getattr(graph, "trained", ()))

@@ -24,7 +24,7 @@ from torch import Tensor
 from weft.compile import graph as graphs
 from weft.compile.checking import difference, side_effect
 from weft.compile.functional import flatten
-from weft.compile.graph import CannotCompile, NotYet
+from weft.compile.lifting import CannotCompile, NotYet
 from weft.compile.stepgraphs import EvaluationGraph, GradientGraph, UpdateGraph
 from weft.data.batches import num_examples
 from weft.devices.precision import scaler_of

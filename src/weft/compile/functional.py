@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
-from weft.compile.graph import CannotCompile
+from weft.compile.lifting import CannotCompile
 
 # ---- batches as lists of tensors -------------------------------------------------------------------------------------
 

@@ -28,18 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from weft.compile.lifting import ByReference, CannotCompile, NoReading, inputs_for_constants
+
 Compiled = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 MAX_NODES = 6000  # of a graph; inductor's time grows with them, 5 to 20 ms each
 MAX_FILES = 200  # packages in the cache folder; the least recently used go first
-
-
-class CannotCompile(RuntimeError):
-    """Why a function cannot run as a graph, and where that was found."""
-
-
-class NotYet(CannotCompile):
-    """Something is still to be made by an eager step."""
 
 
 def trace(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> tuple[fx.GraphModule, list[Tensor]]:
@@ -52,8 +46,6 @@ def trace(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> tupl
     """
     from torch.fx._lazy_graph_module import _use_lazy_graph_module
     from torch.fx.experimental.proxy_tensor import make_fx
-
-    from weft.compile.lifting import ByReference, NoReading, inputs_for_constants
 
     def lifted(*given: Tensor) -> Sequence[Tensor]:
         with ByReference(), NoReading():

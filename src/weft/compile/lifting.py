@@ -16,10 +16,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
-from weft.compile.graph import CannotCompile
-
 _aten = torch.ops.aten
 _MADE_ANEW = (_aten.lift_fresh.default, _aten.lift_fresh_copy.default)  # torch.tensor(...): torch knows its value
+
+
+class CannotCompile(RuntimeError):
+    """Why a function cannot run as a graph, and where that was found."""
+
+
+class NotYet(CannotCompile):
+    """Something is still to be made by an eager step."""
 
 
 class ByReference(TorchDispatchMode):

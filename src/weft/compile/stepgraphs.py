@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from weft.compile import graph as graphs
 from weft.compile.checking import Effects, buffers_in_place, tried, undone
 from weft.compile.functional import rebuild, step_in_graph
-from weft.compile.graph import CannotCompile, NotYet
+from weft.compile.lifting import CannotCompile, NotYet
 from weft.compile.watching import Place, Watch
 from weft.devices import seeding
 from weft.step.forward import Forward
