@@ -41,7 +41,7 @@ _LIBRARIES = ("torch", "weft", "numpy", "lightning", "builtins", "math", "typing
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Something that values are read from: a dict, class, list, set, array, closure's cell, or a function's defaults."""
+    """Something values are read from: a dict, class, list, set, array, closure's cell, or a function's defaults."""
 
     name: str
     held: Any
