@@ -21,7 +21,7 @@ def rows_of(rows: int = 33, seed: int = 0) -> dict[str, Tensor]:
     return {"x": x, "y": 3 * x + 0.1 * torch.randn(rows, 1, generator=generator)}
 
 
-def line() -> weft.Problem:
+def straight_line() -> weft.Problem:
     torch.manual_seed(0)
     return weft.Problem(
         [weft.Node(nn.Linear(1, 1), ["x"], ["u"])], [weft.objective(lambda u, y: (u - y) ** 2, name="mse")]
@@ -86,7 +86,7 @@ def expected(made: nn.Module, rows: dict[str, Tensor]) -> dict[str, float]:
 
 @pytest.mark.parametrize("batch_size", [None, 2, 10])
 def test_metrics_of_all_rows_do_not_depend_on_the_batch_size(batch_size: int | None) -> None:
-    made = line()
+    made = straight_line()
     trainer = weft.Trainer(epochs=2, progress=False, metrics=metrics(), **STEPS)
     result = trainer.fit(made, weft.Data(rows_of(34), rows_of(20, 1), batch_size=batch_size))
     last = {name: values[-1] for name, values in result.history.items()}
@@ -105,7 +105,7 @@ def test_a_training_metric_of_all_rows_is_that_of_the_epoch_alone() -> None:
     watch = {"on_step_start": lambda trainer, batch: seen.append(batch["y"])}
     given = {"count": count, "top": weft.whole(lambda y: y.max())}
     trainer = weft.Trainer(epochs=3, progress=False, metrics=given, hooks=watch)
-    result = trainer.fit(line(), weft.Data(rows_of(), batch_size=10))
+    result = trainer.fit(straight_line(), weft.Data(rows_of(), batch_size=10))
     assert sum(map(len, seen)) == 99
     assert result.history["train_count"] == [33.0] * 3
     assert result.history["train_top"] == [rows_of()["y"].max().item()] * 3
@@ -113,13 +113,15 @@ def test_a_training_metric_of_all_rows_is_that_of_the_epoch_alone() -> None:
 
 def test_the_users_own_object_is_not_changed_and_each_split_has_a_copy() -> None:
     mine = Largest()
-    weft.Trainer(epochs=1, progress=False, metrics={"largest": mine}).fit(line(), weft.Data(rows_of(), rows_of()))
+    weft.Trainer(epochs=1, progress=False, metrics={"largest": mine}).fit(
+        straight_line(), weft.Data(rows_of(), rows_of())
+    )
     assert mine.value == 0.0
 
 
 @pytest.mark.parametrize("rows", [20, 21])
 def test_metrics_of_all_rows_are_gathered_over_two_processes(rows: int) -> None:
-    made = line()
+    made = straight_line()
     trainer = weft.Trainer(
         epochs=1,
         progress=False,
@@ -144,9 +146,9 @@ def test_every_way_of_training_sees_each_row_once(options: dict[str, Any]) -> No
     trainer = weft.Trainer(epochs=3, progress=False, metrics=count, **options)
     if "compile" in options:
         with pytest.warns(UserWarning, match="stays eager: metrics of all rows"):
-            result = trainer.fit(line(), weft.Data(rows_of(), rows_of(), batch_size=5))
+            result = trainer.fit(straight_line(), weft.Data(rows_of(), rows_of(), batch_size=5))
     else:
-        result = trainer.fit(line(), weft.Data(rows_of(), rows_of(), batch_size=5))
+        result = trainer.fit(straight_line(), weft.Data(rows_of(), rows_of(), batch_size=5))
     assert result.history["train_count"] == result.history["dev_count"] == [33.0] * 3
 
 
@@ -173,7 +175,7 @@ def test_a_run_that_resumes_in_the_middle_of_an_epoch_has_the_rows_of_before() -
             **options,
         )
         try:
-            return trainer.fit(line(), weft.Data(rows_of(), rows_of(20, 1), batch_size=9)).history
+            return trainer.fit(straight_line(), weft.Data(rows_of(), rows_of(20, 1), batch_size=9)).history
         except Killed:
             return {}
 
@@ -196,7 +198,7 @@ def test_a_run_that_resumes_in_the_middle_of_an_epoch_has_the_rows_of_before() -
 def test_a_metric_that_cannot_be_is_named(given: dict[str, Any], says: str) -> None:
     rows = {**rows_of(), "flat": rows_of()["y"][:, 0]}
     with pytest.raises((TypeError, KeyError, ValueError), match=says):
-        weft.Trainer(epochs=1, progress=False, metrics=given).fit(line(), rows)
+        weft.Trainer(epochs=1, progress=False, metrics=given).fit(straight_line(), rows)
 
 
 def test_a_metric_of_all_rows_is_refused_where_rows_of_parts_come_again() -> None:

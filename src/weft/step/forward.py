@@ -17,6 +17,7 @@ from weft.devices.precision import in_precision
 from weft.problem.reading import term_keys
 from weft.step.instrument import watched
 from weft.step.metrics import ALL_ROWS, DENOMINATOR, add_denominators, is_scalar, named
+from weft.step.pairs import watched_for_pairs
 from weft.types import suggest
 
 if TYPE_CHECKING:
@@ -31,12 +32,11 @@ def forward_of(state: RunState, split: str) -> Forward:
     problem, metric = state.problem, metric_of(state, split)
     step = watched(state.hooks, "forward", in_precision(state.fabric, state.trainer.step_function(split, problem)))
     read = reader(problem, split, metric, state.trainer.metric_functions, list(state.training.optimizers))
-    required, first = split == "train", True
+    required, unseen = split == "train", [True]
 
     def forward(batch: Any) -> tuple[Any, dict[str, Any]]:
-        nonlocal first
         try:
-            out = step(batch)
+            out = watched_for_pairs(state, step, batch) if unseen else step(batch)
         except RuntimeError as error:
             from weft.step.explaining import explained
 
@@ -44,8 +44,8 @@ def forward_of(state: RunState, split: str) -> Forward:
                 raise
             raise clearer from error
         loss, scalars = read(out, batch)
-        if first:
-            first = False
+        if unseen:
+            unseen.clear()
             if DENOMINATOR not in scalars and (said := disagreement(batch)):
                 state.warn_once(said)
         if required or loss is not None:

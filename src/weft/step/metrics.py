@@ -158,7 +158,7 @@ def is_scalar(value: Any) -> bool:
 
 
 def add_denominators(scalars: dict[str, Any], out: Mapping[str, Any], split: str) -> None:
-    """Add what the step returned as denominators: of everything, "num_examples", and of a scalar, its name "_weight"."""
+    """Add the denominators that a step returned: of everything, "num_examples", and of one scalar, "{name}_weight"."""
     if "num_examples" in out:
         scalars[DENOMINATOR] = _count("num_examples", out["num_examples"])
     for key in out:
