@@ -50,7 +50,7 @@ class Place(NamedTuple):
 
 
 def attributes_of(things: Iterable[tuple[str, Any]]) -> Iterator[Place]:
-    """The attributes that objects hold themselves, by the names given to the objects; without those of torch's modules."""
+    """The attributes that objects hold themselves, by the objects' names; without those of torch's `Module`."""
     for path, thing in things:
         own = getattr(thing, "__dict__", {})
         for name, value in own.items():

@@ -159,7 +159,7 @@ def test_a_neuromancer_problem_predicts_the_same_number_thrice_after_training() 
 
 @pytest.mark.filterwarnings("ignore")
 def test_an_augmented_lagrange_loss_is_evaluated_afterwards_without_an_epoch() -> None:
-    problem, loaders = neuromancers("lagrange")
+    problem, _ = neuromancers("lagrange")
     rows = {"p": torch.rand(8, 1), "index": torch.arange(8), "name": "train"}
     NeuromancerTrainer(problem, [rows], epochs=2, epoch_verbose=9).train()
     assert problem({"p": torch.ones(1, 1), "name": "t", "index": torch.tensor([0])})["t_loss"].isfinite()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import weft
 import weft.loop.phases
-import weft.loop.run
+import weft.step.trained
 
 ROWS, BATCH, EPOCHS = 24, 4, 3
 GLOBAL = nn.Parameter(torch.ones(1))
@@ -509,7 +509,7 @@ def test_what_a_step_or_hook_reaches_besides_is_one_warning(
 
 
 def test_with_the_look_switched_off_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weft.loop.run, "outside_of", lambda state: {})
+    monkeypatch.setattr(weft.step.trained, "outside_of", lambda state: {})
     for make in BY_NODES:
         case = make()
         before = [p.detach().clone() for p in case.outside]
@@ -521,7 +521,7 @@ def test_without_the_others_a_resumed_run_ends_elsewhere(monkeypatch: pytest.Mon
     theirs = by_hand(closure(), "resume", held=True)
     assert same(by_weft(closure, "resume", True, tmp_path / "a"), theirs)
     monkeypatch.setattr(weft.loop.phases, "adopt", lambda state: None)
-    monkeypatch.setattr(weft.loop.run, "outside_of", lambda state: {})
+    monkeypatch.setattr(weft.step.trained, "outside_of", lambda state: {})
     assert not same(by_weft(closure, "resume", True, tmp_path / "b"), theirs)
 
 

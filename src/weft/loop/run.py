@@ -39,7 +39,7 @@ from weft.step.instrument import bind_watched, watched, watched_batches
 from weft.step.manual import Manual
 from weft.step.nonfinite import RunningStatistics, look_back
 from weft.step.state import Listeners, Owner, RunState, Stage, Update
-from weft.step.trained import clear_gradients, outside_of
+from weft.step.trained import clear_gradients, prepare_look
 from weft.step.update import built_in
 
 
@@ -389,10 +389,7 @@ class Run(Told, Seams):
         state = self.state
         if batch is not state.step.batch:
             state.step.batch = batch
-            if state.training.outside is None:  # once in a phase: before its first update
-                state.training.outside = outside_of(state)
-            elif state.training.outside:
-                state.training.outside = {}
+            prepare_look(state)
             state.step.statistics.take()
             state.call("on_step_start", batch)
 

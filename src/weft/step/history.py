@@ -124,7 +124,10 @@ class Best:
     def update(
         self, name: str, value: float | None, epoch: int, mode: str, problem: nn.Module, others: Any = None
     ) -> bool:
-        """Keep this epoch's weights (those of `trained.Others` too) if `value` is better than every one before. NaN and infinities never are."""
+        """Keep this epoch's weights if `value` is better than every one before. NaN and infinities never are.
+
+        `others`: what the optimizers train besides (`optimizers.Others`).
+        """
         if name != self.name:  # another metric is monitored from here on: its values do not compare with the old
             self.name, self.value, self.epoch = name, None, None
         if value is None or not is_better(value, self.value, mode):

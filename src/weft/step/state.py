@@ -101,7 +101,7 @@ class Training:
     others: Others = field(default_factory=Others)
     """What the optimizers hold and the problem does not register."""
     outside: dict[int, Any] | None = None
-    """What requires grad besides, before and in the first update of a phase (`trained.outside_of`); None: not looked."""
+    """In the first update of a phase, what requires grad besides (`trained.outside_of`); None: not looked for yet."""
 
 
 @dataclass

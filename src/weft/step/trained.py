@@ -79,7 +79,7 @@ def outside_of(state: RunState) -> dict[int, tuple[Place, bool]]:
     """
     problem, trainer = state.problem, state.trainer
     trained = {id(p) for p in (*problem.parameters(), *state.training.others.tensors.values())}
-    steps = [(f"the trainer's {name}", value) for name, value in vars(trainer).items() if name not in _OF_TRAINERS]
+    steps = [(f"the trainer's {name}", v) for name, v in vars(trainer).items() if name not in _OF_TRAINERS]
     steps += [("a hook" if isinstance(h, Mapping) else f"hook {type(h).__name__}", h) for h in state.hooks]
     found: dict[int, tuple[Place, bool]] = {}
     for place in places(problem, everything=True):
@@ -93,6 +93,11 @@ def outside_of(state: RunState) -> dict[int, tuple[Place, bool]]:
     }
     of_data = _leaves(_tensors(state.step.batch)) if outside else {}
     return {key: found for key, found in outside.items() if key not in of_data}
+
+
+def prepare_look(state: RunState) -> None:
+    """Before the first update of a phase, find what losses may reach besides; from the second on nothing is looked at."""
+    state.training.outside = outside_of(state) if state.training.outside is None else {}
 
 
 _OF_TRAINERS = {"run", "options", "config", "phases", "callbacks", "launched", "recipe", "state", "hooks"}
