@@ -3,8 +3,8 @@
 The digests are of the end weights, the optimizers' states, all history values and the global random state after runs of
 a few steps. They hold for one version of torch on one model of processor; elsewhere the comparison is skipped.
 
-    python tests/house/test_digests.py --write            # all of them: only where a change of bits is meant
-    python tests/house/test_digests.py --write phases     # those whose names hold a word, the others are kept
+    python -m tests.house.test_digests --write            # all of them: only where a change of bits is meant
+    python -m tests.house.test_digests --write phases     # those whose names hold a word, the others are kept
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-from bits import compiler, elsewhere, graphs_run_themselves, machine, own_folder, sha256, workloads
+from tests.house.bits import compiler, elsewhere, graphs_run_themselves, machine, own_folder, sha256, workloads
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bits import REPO, elsewhere, graphs_run_themselves, machine, own_folder, sha256
+from tests.house.bits import REPO, elsewhere, graphs_run_themselves, machine, own_folder, sha256
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 

@@ -65,11 +65,11 @@ def multiply(G: Tensor, x: Tensor) -> Tensor:
 
 
 CASES = {
-    "globals, also of a function that is called": (uses_module, {"A", "B"}),
+    "globals, also of a function that is called": (uses_module, {"A", "TABLE['B']"}),
     "a closure": (closure(), {"D"}),
     "defaults": (with_defaults, {"default 0", "F"}),
-    "a bound method": (Plant().step, {"C"}),
-    "an object that is called": (Plant(), {"C"}),
+    "a bound method": (Plant().step, {"self.C"}),
+    "an object that is called": (Plant(), {"fn.C"}),
     "a partial": (partial(multiply, x=None, G=torch.ones(2, 2)), {"G"}),
     "a module": (WithConstants(), {"plain", "A"}),
 }
@@ -111,7 +111,7 @@ def test_a_tensor_in_two_places_stays_one_and_what_was_put_there_meanwhile_stays
 
 def test_an_error_says_which_node_uses_which_constant_where() -> None:
     node = weft.Node(uses_module, ["x"], ["y"], name="plant")
-    assert misplaced(node, META) == ["node 'plant' uses A on cpu", "node 'plant' uses B on cpu"]
+    assert misplaced(node, META) == ["node 'plant' uses A on cpu", "node 'plant' uses TABLE['B'] on cpu"]
     assert misplaced(node, torch.device("cpu")) == []
 
 

@@ -1,4 +1,4 @@
-"""What modules keep outside of their state dict: found, compared, put back."""
+"""What modules, and the functions they call, keep outside of a state dict: found, compared, put back."""
 
 from __future__ import annotations
 
@@ -9,16 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# ---- what modules keep outside of their state dict -------------------------------------------------------------------
-
-
-_OF_TORCH = {
-    *vars(nn.Module()),
-    "_is_full_backward_hook",
-    "_compiled_call_impl",
-    "_is_fsdp_managed_module",
-    "_fsdp_use_orig_params",
-}
+from weft.places import Place, attributes_of, named, places
 
 
 def attributes(problem: nn.Module) -> dict[str, Any]:
@@ -31,16 +22,26 @@ def attributes(problem: nn.Module) -> dict[str, Any]:
     their last value so).
     """
     found: dict[str, Any] = {f"{name}.requires_grad": p.requires_grad for name, p in problem.named_parameters()}
-    for prefix, module in problem.named_modules():
+    modules = list(problem.named_modules())
+    own = [(p.path, p.name, p.value) for p in attributes_of(modules)]
+    for prefix, module in modules:
         if problem.training and not module.training:  # in training all others are not; so this one is "changed"
             found[f"{prefix}.training"] = False
-        hidden = {name: b for name, b in module._buffers.items() if name in module._non_persistent_buffers_set}
-        for name, value in {**vars(module), **hidden}.items():
-            if name not in _OF_TORCH and _is_plain(value):
-                found[f"{prefix}.{name}" if prefix else name] = marshal.dumps(value, 2)  # of now: a list may grow
-            elif type(value) is Tensor and not name.startswith("_") and value.grad_fn is None:
-                found[f"{prefix}.{name}" if prefix else name] = (value, value._version)
-    return found
+        own += [(prefix, name, module._buffers[name]) for name in module._non_persistent_buffers_set]
+    for prefix, name, value in own:
+        if _is_plain(value):
+            found[f"{prefix}.{name}" if prefix else name] = marshal.dumps(value, 2)  # of now: a list may grow
+        elif type(value) is Tensor and not name.startswith("_") and value.grad_fn is None:
+            found[f"{prefix}.{name}" if prefix else name] = (value, value._version)
+    direct = {id(value) for *_, value in own}
+    held = {name: p.value for name, p in _of_functions(problem).items() if id(p.value) not in direct}
+    return found | {name: (value, value._version) for name, value in held.items()}
+
+
+def _of_functions(problem: nn.Module) -> Mapping[str, Place]:
+    """The tensors that the functions of a problem use and may change, by names that have a colon."""
+    tensors = [p for p in places(problem) if type(p.value) is Tensor and p.put is not None]
+    return named(p for p in tensors if p.value.grad_fn is None and not p.value.requires_grad)
 
 
 _PLAIN = {type(None), bool, int, float, str}
@@ -58,10 +59,14 @@ def changed_attributes(problem: nn.Module, at_start: Mapping[str, Any]) -> dict[
 
     def changed(name: str, now: Any) -> bool:
         if name not in at_start or name.endswith(".training"):
-            return True
+            return ":" not in name  # a function may make itself new ones: nobody could put these back
         then = at_start[name]
         if isinstance(now, tuple):
-            return not isinstance(then, tuple) or now[0] is not then[0] or now[1] != then[1]
+            if not isinstance(then, tuple):
+                return True
+            if getattr(now[0], "copy_of", None) is then[0]:  # on another device for the time of the run
+                return now[1] != 0
+            return now[0] is not then[0] or now[1] != then[1]
         return now != then
 
     def value_of(found: Any) -> Any:
@@ -73,7 +78,14 @@ def changed_attributes(problem: nn.Module, at_start: Mapping[str, Any]) -> dict[
 def set_attributes(problem: nn.Module, values: Mapping[str, Any]) -> None:
     """Put back what `changed_attributes` gave."""
     holders = {**dict(problem.named_parameters()), **dict(problem.named_modules())}
+    functions = _of_functions(problem) if any(":" in name for name in values) else {}
     for name, value in values.items():
+        if ":" in name:
+            if name not in functions:
+                raise ValueError(f"The checkpoint has {name!r}, but no function of this problem uses such a tensor.")
+            with torch.no_grad():
+                functions[name].value.copy_(value)  # in place: others may hold it too
+            continue
         prefix, _, attribute = name.rpartition(".")
         if prefix not in holders:
             raise ValueError(f"The checkpoint has {name!r}, but this problem has no module {prefix!r}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,10 +21,12 @@ def float_dtype(fabric: Fabric) -> torch.dtype | None:
 
 
 @contextmanager
-def numerics(fabric: Fabric, deterministic: bool, problem: nn.Module) -> Iterator[None]:
-    """The default dtype (float64 under 64-true.
+def numerics(
+    fabric: Fabric, deterministic: bool, problem: nn.Module, trained: Callable[[], Collection[torch.Tensor]] = list
+) -> Iterator[None]:
+    """The default dtype (float64 under 64-true: Fabric would hand back float32 losses), constants, determinism.
 
-    Fabric would hand back float32 losses), constants, determinism of a run.
+    `trained` tells what optimizers hold, which is no constant.
     """
     dtype, was = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -33,7 +35,7 @@ def numerics(fabric: Fabric, deterministic: bool, problem: nn.Module) -> Iterato
             torch.set_default_dtype(torch.float64)
         if deterministic:
             torch.use_deterministic_algorithms(True)
-        with _constants(problem, fabric):
+        with _constants(problem, fabric, trained):
             yield
     finally:
         torch.set_default_dtype(dtype)
@@ -41,13 +43,15 @@ def numerics(fabric: Fabric, deterministic: bool, problem: nn.Module) -> Iterato
             torch.use_deterministic_algorithms(was, warn_only=warn_only)
 
 
-def _constants(problem: nn.Module, fabric: Fabric) -> AbstractContextManager[None]:
+def _constants(
+    problem: nn.Module, fabric: Fabric, trained: Callable[[], Collection[torch.Tensor]]
+) -> AbstractContextManager[None]:
     """The constants of plain functions where the run computes; on a CPU in their own dtype they are there already."""
     if fabric.device.type == "cpu" and float_dtype(fabric) is None:
         return nullcontext()
     from weft.problem.hardcoded import constants_on
 
-    return constants_on(problem, fabric.device, float_dtype(fabric))
+    return constants_on(problem, fabric.device, float_dtype(fabric), trained)
 
 
 def in_precision(fabric: Fabric, step: Callable[[Any], Any]) -> Callable[[Any], Any]:

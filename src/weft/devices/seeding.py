@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from weft.places import attributes_of
+
 # ---- random state ----------------------------------------------------------------------------------------------------
 
 
@@ -152,12 +154,7 @@ def generators_of(loader: Any) -> dict[str, Any]:
 def own_generators(things: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """The random generators that objects hold as attributes, by the objects' names and the attributes'."""
     kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-    return {
-        f"{place}.{name}": value
-        for place, thing in things
-        for name, value in getattr(thing, "__dict__", {}).items()
-        if isinstance(value, kinds)
-    }
+    return {f"{p.path}.{p.name}": p.value for p in attributes_of(things) if isinstance(p.value, kinds)}
 
 
 def generator_states(generators: Mapping[str, Any]) -> dict[str, Any]:

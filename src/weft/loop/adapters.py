@@ -22,6 +22,7 @@ from weft.devices.processes import Processes
 from weft.step.evaluation import predict
 from weft.step.history import Best, History, Progress
 from weft.step.state import RunState, trial
+from weft.step.trained import to_be_trained
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -158,7 +159,8 @@ class Seams:
     def in_use(self) -> Iterator[None]:
         """While the problem trains or is evaluated: the run's numbers, and a sharded problem in shards."""
         state = self.state
-        numbers = numerics(state.fabric, state.config.deterministic, state.problem)
+        trained = partial(to_be_trained, state)
+        numbers = numerics(state.fabric, state.config.deterministic, state.problem, trained)
         with numbers, state.processes.holding(state.problem):
             yield
 

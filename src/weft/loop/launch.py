@@ -67,6 +67,7 @@ def call(trainer: Any, fabric: Fabric, method: str, problem: nn.Module, *args: A
     load_into(problem, told["problem"], source="the launched processes", any_size=True)
     if told["state"] is None:
         return told["returned"]
+    problem.eval()
     trainer.run = _run_after(trainer, problem, told)
     return trainer.run.result
 

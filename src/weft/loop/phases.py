@@ -10,6 +10,7 @@ from weft.data.data import Data, as_data
 from weft.problem.reading import set_term_weights
 from weft.step.optimizers import build_optimizers, build_schedulers, submodule
 from weft.step.state import RunState
+from weft.step.trained import adopt
 
 
 def num_epochs(state: RunState) -> int:
@@ -50,6 +51,7 @@ def put_in_force(state: RunState, anew: bool = True) -> None:
         if phase.setup is not None:
             phase.setup(state.trainer)
         _make_optimizers(state)
+    adopt(state)
     state.training.frozen = freeze(state.problem, phase.freeze)
 
 

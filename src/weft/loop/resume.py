@@ -86,6 +86,7 @@ def state_of_run(state: RunState, error: BaseException | None = None) -> dict[st
     return {
         "format": FORMAT,
         "problem": state.problem.state_dict(),
+        **({"others": others.state_dict()} if (others := state.training.others).tensors else {}),
         "module_state": changed_attributes(state.problem, state.kept.attributes_at_start),
         "term_weights": term_weights(state.problem),
         "optimizers": {name: _optimizer_state(o, state.problem) for name, o in state.training.optimizers.items()},
@@ -137,6 +138,7 @@ def restore_run(state: RunState, saved: Mapping[str, Any], hooks: bool = True) -
     """
     saved = state_of_process(saved, state.processes.rank)
     load_into(state.problem, saved["problem"], source="the checkpoint")
+    state.training.others.load_state_dict(saved.get("others", {}), source="The checkpoint")
     set_attributes(state.problem, saved["module_state"])
     _restore_optimizers(state, saved)
     restore_numbers(state, saved)
@@ -156,7 +158,7 @@ def restore_run(state: RunState, saved: Mapping[str, Any], hooks: bool = True) -
     state.processes.set_own_buffers(state.problem, saved["own_buffers"])
     # Putting back is no change; what had changed since the start of the run stays known as changed.
     flags = {k: v for k, v in state.kept.attributes_at_start.items() if k.endswith(".requires_grad")}
-    now = {k: v for k, v in attributes(state.problem).items() if k not in saved["module_state"]}
+    now = {k: None if k in saved["module_state"] else v for k, v in attributes(state.problem).items()}
     state.kept.attributes_at_start = {**now, **flags}
     state.kept.random_before_data, state.kept.random_before_epoch = (
         saved["random_before_data"],

@@ -39,6 +39,7 @@ from weft.step.instrument import bind_watched, watched, watched_batches
 from weft.step.manual import Manual
 from weft.step.nonfinite import RunningStatistics, look_back
 from weft.step.state import Listeners, Owner, RunState, Stage, Update
+from weft.step.trained import clear_gradients, prepare_look
 from weft.step.update import built_in
 
 
@@ -132,6 +133,7 @@ class Run(Told, Seams):
             from weft.loop.resume import begin
 
             begin(self.state, self._resumed, self.carried)
+        clear_gradients(self.state)  # those that a hook has looked at, too
         self._resumed, self.carried, self.state.control.begun = None, None, True
 
     def __exit__(
@@ -160,9 +162,10 @@ class Run(Told, Seams):
         progress.interrupted, progress.seconds, state.epoch.is_open = interrupted, state.seconds, False
         control.stop_reason = "interrupted" if interrupted else "error" if error else control.stop_reason or "epochs"
         last_weights = state.processes.whole(state_of(state.problem))
-        if state.best.weights is not None and (error is None or interrupted):
-            state.best.weights.restore(state.problem)
+        if error is None or interrupted:
+            state.best.restore(state.problem, state.training.others)
         phases.unfreeze(state.training.frozen)
+        self.put_in_eval_mode()
         self.result = result = result_of(state, last_weights)
         bound, state.hooks = state.hooks.bound, Listeners(state.hooks.hooks)
         with ExitStack() as last:  # each is called, even if one before it raises
@@ -177,6 +180,10 @@ class Run(Told, Seams):
                 last.callback(self._finish_saving, error)
         if isinstance(error, SignalExit) and state.is_global_zero:
             error.requeue(state.saves)
+
+    def put_in_eval_mode(self) -> None:
+        """Whoever uses the problem now wants its predictions; the last hooks see it so."""
+        self.state.problem.eval()
 
     def _finish_saving(self, error: BaseException | None = None) -> None:
         if self.state.kept.writer is not None:
@@ -200,7 +207,8 @@ class Run(Told, Seams):
     def _make_update(self) -> None:
         """The update, and the tools for one's own, with the optimizers and hooks that are in force."""
         state = self.state
-        self._forwards = {}
+        self._forwards, state.training.outside = {}, None
+        clear_gradients(state)
         self.manual = Manual(state, self.begin_step, self.end_step)
         if state.trainer.overrides("update"):
             self.update = self.manual.framed(state.trainer.update)
@@ -345,7 +353,7 @@ class Run(Told, Seams):
             monitor = epoch.monitor = monitored_metric(state, metrics, by_default)
             value, mode = metrics.get(monitor or ""), state.config.monitor_mode
             epoch.improved = monitor is not None and state.best.update(
-                monitor, value, progress.epoch, mode, state.problem
+                monitor, value, progress.epoch, mode, state.problem, state.training.others
             )
             epoch.closing = metrics
             state.call("on_epoch_end", metrics)
@@ -381,6 +389,7 @@ class Run(Told, Seams):
         state = self.state
         if batch is not state.step.batch:
             state.step.batch = batch
+            prepare_look(state)
             state.step.statistics.take()
             state.call("on_step_start", batch)
 

@@ -16,6 +16,7 @@ from weft.step.instrument import watched
 from weft.step.microbatches import combiner, divided, is_nothing, num_read, parts_of, record, total, weight_of
 from weft.step.nonfinite import not_finite
 from weft.step.optimizers import needs_closure, parameters_of
+from weft.step.trained import look, rest_of
 
 if TYPE_CHECKING:
     from weft.step.state import RunState, Update
@@ -82,8 +83,13 @@ def with_closure(state: RunState, begin: Callable, end: Callable) -> Update:
     optimizer = _only_closure_optimizer(state)
     forward, backward = forward_of(state, "train"), watched(state.hooks, "backward", state.fabric.backward)
     split, params, before_step = parts_of(state), parameters_of(optimizer), state.listeners("on_before_optimizer_step")
-    combine = combiner(state)
+    combine, rest = combiner(state), rest_of(state)
     search = watched(state.hooks, "optimizer", optimizer.step)
+
+    def clear() -> None:
+        optimizer.zero_grad()
+        for p in rest:
+            p.grad = None
 
     def update(batch: Any) -> Tensor:
         begin(batch)
@@ -92,10 +98,12 @@ def with_closure(state: RunState, begin: Callable, end: Callable) -> Update:
         before, saved, report = _copies(params), _copy_state(optimizer), SearchReport(optimizer)
 
         def closure() -> Tensor:
-            optimizer.zero_grad()
+            clear()
             losses, read = [], []
             for part, examples, share in parts:
                 loss, scalars = forward(part)
+                if state.training.outside:
+                    look(state, loss)
                 share = weight_of(state, scalars, share)
                 read.append(({k: v.detach() if isinstance(v, Tensor) else v for k, v in scalars.items()}, examples))
                 if is_nothing(state, share):
@@ -127,7 +135,7 @@ def with_closure(state: RunState, begin: Callable, end: Callable) -> Update:
         else:
             _put_back(optimizer, params, before, saved)
             not_finite(state, evaluated[-1][1], read)
-        optimizer.zero_grad()
+        clear()
         end(batch, loss)
         return loss
 

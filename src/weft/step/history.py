@@ -118,9 +118,16 @@ class Best:
         self.value: float | None = None
         self.epoch: int | None = None
         self.weights: Snapshot | None = None
+        self.others: dict[str, torch.Tensor] = {}
+        """Of what an optimizer holds and the problem does not register."""
 
-    def update(self, name: str, value: float | None, epoch: int, mode: str, problem: nn.Module) -> bool:
-        """Keep this epoch's weights if `value` is better than every one before. NaN and infinities never are."""
+    def update(
+        self, name: str, value: float | None, epoch: int, mode: str, problem: nn.Module, others: Any = None
+    ) -> bool:
+        """Keep this epoch's weights if `value` is better than every one before. NaN and infinities never are.
+
+        `others`: what the optimizers train besides (`optimizers.Others`).
+        """
         if name != self.name:  # another metric is monitored from here on: its values do not compare with the old
             self.name, self.value, self.epoch = name, None, None
         if value is None or not is_better(value, self.value, mode):
@@ -129,19 +136,27 @@ class Best:
         if self.weights is None:
             self.weights = Snapshot()
         self.weights.take(problem)
+        self.others = others.state_dict() if others is not None else {}
         return True
+
+    def restore(self, problem: nn.Module, others: Any) -> None:
+        """Put the best weights back, if there are any."""
+        if self.weights is not None:
+            self.weights.restore(problem)
+            others.load_state_dict(self.others)
 
     def state_dict(self, problem: nn.Module) -> dict[str, Any]:
         """The value and the weights that had it; these are None where `problem` holds them at this moment."""
         kept = None if self.weights is None else self.weights.state_dict()
         if kept is not None and _equal(kept, problem.state_dict()):
             kept = None
-        return {"name": self.name, "value": self.value, "epoch": self.epoch, "weights": kept}
+        saved = {"name": self.name, "value": self.value, "epoch": self.epoch, "weights": kept}
+        return saved | ({"others": self.others} if self.others else {})
 
     def load_state_dict(self, state_dict: Mapping[str, Any], problem: nn.Module) -> None:
         """Go on from `state_dict`; `problem` already holds the weights that were saved with it."""
         self.name, self.value, self.epoch = state_dict["name"], state_dict["value"], state_dict["epoch"]
-        self.weights = None
+        self.weights, self.others = None, dict(state_dict.get("others", {}))
         if self.epoch is not None or state_dict["weights"] is not None:
             self.weights = Snapshot()
             if state_dict["weights"] is None:

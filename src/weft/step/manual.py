@@ -21,6 +21,7 @@ from weft.step.forward import metric_of, reader
 from weft.step.instrument import watched
 from weft.step.microbatches import combiner, record, rows_of, total
 from weft.step.optimizer_step import make_step
+from weft.step.trained import look, look_at_gradients
 from weft.step.update import built_in
 
 if TYPE_CHECKING:
@@ -86,6 +87,8 @@ class Manual:
         if self._gradients_used and several:
             for optimizer in state.training.optimizers.values():
                 optimizer.zero_grad()
+        if state.training.outside:
+            look(state, loss)
         self.loss, self._gradients_used = loss.detach(), False
         rows = rows_of(state.step.batch)
         if self._framed is None and not several:
@@ -105,6 +108,8 @@ class Manual:
         if names not in self._steps:
             self._steps[names] = make_step(state, [known[name] for name in names]), combiner(state, names)
         step, combine = self._steps[names]
+        if state.training.outside:
+            look_at_gradients(state)
         if combine is not None:
             examples, loss = rows_of(state.step.batch), total(state, []) if self.loss is None else self.loss
             loss = combine(loss * examples if state.processes.in_shards else loss, examples)

@@ -13,6 +13,7 @@ from weft.devices.precision import stepping
 from weft.step.instrument import watched
 from weft.step.nonfinite import doubts_of, finite_check, not_finite
 from weft.step.optimizers import needs_closure, parameters_of
+from weft.step.trained import rest_of
 
 if TYPE_CHECKING:
     from weft.step.state import RunState
@@ -37,6 +38,7 @@ def make_step(state: RunState, optimizers: Sequence[Optimizer]) -> Step:
     )
     by_value, own = state.config.clip_algorithm == "value", [(o, parameters_of(o)) for o in optimizers]
     params, (do_step, unscale) = [p for _, mine in own for p in mine], stepping(state.fabric, optimizers)
+    cleared = [*params, *rest_of(state)]  # what gathers in parameters of no optimizer belongs to no later step
     do_step = watched(state.hooks, "optimizer", do_step)
     is_finite = finite_check(params, scaled=unscale is not None)
     doubts, guarded = (
@@ -63,7 +65,7 @@ def make_step(state: RunState, optimizers: Sequence[Optimizer]) -> Step:
                 clip(params)
             do_step()
             progress.skipped = 0
-        for p in params:
+        for p in cleared:
             p.grad = None
         if not finite:
             not_finite(state, loss, read)

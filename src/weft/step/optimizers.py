@@ -7,13 +7,14 @@ Trainer(optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3),
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -114,6 +115,47 @@ def _build(name: str, given: Any, problem: nn.Module, named: bool) -> Optimizer:
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     """Every parameter an optimizer updates, in order."""
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+class Others:
+    """The parameters that an optimizer holds and the problem does not register, by optimizer and number.
+
+    They stay here when a later phase brings other optimizers: the best weights hold them too.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+
+    def add(self, problem: nn.Module, optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
+        """Those that are new."""
+        known = {id(p) for p in (*problem.parameters(), *self.tensors.values())}
+        found = []
+        for name, optimizer in optimizers.items():
+            for i, p in enumerate(parameters_of(optimizer)):
+                if id(p) not in known:
+                    key = f"optimizer.{name}.{i}"
+                    while key in self.tensors:  # of an earlier phase
+                        key += "'"
+                    self.tensors[key] = p
+                    found.append(p)
+        return found
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies, on their devices."""
+        return {name: p.detach().clone() for name, p in self.tensors.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], source: str = "") -> None:
+        """Put back, in place. What is missing stays, which is told if there is a `source` to name."""
+        for name, p in self.tensors.items():
+            if name in state_dict:
+                p.copy_(state_dict[name])
+            elif source:
+                warnings.warn(
+                    f"{source} lacks {name} of shape {tuple(p.shape)}, which the problem does not register: it goes on "
+                    "from the value that it has here.",
+                    stacklevel=3,
+                )
 
 
 def submodule(problem: nn.Module, name: str) -> nn.Module:

@@ -34,7 +34,7 @@ from weft.devices.signals import Interruption
 from weft.events import AT_REST, EVENTS
 from weft.step.history import Best, History, Progress
 from weft.step.metrics import Means, check_scalars, whole_metrics
-from weft.step.optimizers import Scheduled
+from weft.step.optimizers import Others, Scheduled
 from weft.step.phase import Phase
 from weft.step.throughput import Throughput
 
@@ -112,6 +112,10 @@ class Training:
     schedules: dict[str, Scheduled] = field(default_factory=dict)
     frozen: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
     """Parameters that do not train in this phase, and whether they did before."""
+    others: Others = field(default_factory=Others)
+    """What the optimizers hold and the problem does not register."""
+    outside: dict[int, Any] | None = None
+    """In the first update of a phase, what requires grad besides (`trained.outside_of`); None: not looked for yet."""
 
 
 @dataclass
@@ -250,7 +254,12 @@ class RunState:
         return cls(
             trainer,
             problem,
-            Training(phases, previous.training.optimizers, previous.training.schedules),
+            Training(
+                phases,
+                previous.training.optimizers,
+                previous.training.schedules,
+                others=previous.training.others,
+            ),
             Feed(previous.feed.seed),
             Kept(before.attributes_at_start, run_dir=before.run_dir, best_saved=before.best_saved),
             Control(is_new=False, seconds_before=previous.progress.seconds),

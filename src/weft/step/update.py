@@ -16,6 +16,7 @@ from weft.step.instrument import watched
 from weft.step.microbatches import combiner, divided, is_nothing, num_read, parts_of, record, total, weight_of
 from weft.step.optimizer_step import make_step
 from weft.step.optimizers import needs_closure, parameters_of, shared_parameters
+from weft.step.trained import look
 
 if TYPE_CHECKING:
     from weft.step.state import RunState, Update
@@ -39,6 +40,8 @@ def _single(state: RunState, begin: Callable, end: Callable) -> Update:
         losses, read = [], []
         for part, examples, share in parts(batch):
             loss, scalars = forward(part)
+            if state.training.outside:
+                look(state, loss)
             share = weight_of(state, scalars, share)
             if share != 1.0:
                 loss = loss * share
@@ -77,6 +80,8 @@ def _several(state: RunState, begin: Callable, end: Callable) -> Update:
             found, scalars = forward(part)
             share = weight_of(state, scalars, share)
             read.append((scalars, examples))
+            if state.training.outside:
+                look(state, found)
             if is_nothing(state, share):
                 continue
             named = found if isinstance(found, dict) else {None: found}

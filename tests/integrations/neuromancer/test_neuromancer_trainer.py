@@ -168,8 +168,7 @@ def test_callbacks_are_called_at_their_points_and_see_what_they_see_in_neuromanc
     assert [point for point, *_ in ours] == [point for point, *_ in theirs]
     assert {point for point, *_ in ours} == {name for name in vars(Callback) if not name.startswith("_")}
     for (point, state, values), (_, their_state, their_values) in zip(ours, theirs, strict=True):
-        if point not in ("end_train", "begin_test", "end_test"):  # the modes after training were left as they came
-            assert state == their_state, point
+        assert state == their_state, point
         assert values == pytest.approx(their_values, rel=1e-6), point
 
 

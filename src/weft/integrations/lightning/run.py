@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ from weft.loop.run import Run
 from weft.step.instrument import watched, watched_batches
 from weft.step.optimizers import DEFAULT
 from weft.step.state import RunState
+from weft.step.trained import adopt
 
 if TYPE_CHECKING:
     from weft.loop.trainer import Trainer
@@ -179,6 +181,9 @@ class LightningRun(Run):
             with self.fabric.init_tensor():
                 self.hooks_of.call_module("configure_model")
         super().place(module)
+        if fn == "fit" and not any(part.training for part in module.modules()):
+            for name in _TRAINED.get(module, ()):  # eval mode is how the last fit has left it, not what a user wants
+                module.get_submodule(name).training = True
         self._modes = {part: part.training for part in module.modules()}
         if fn == "fit" and self._resumed is not None:
             resume_module(self, _own_state(self._resumed), self._resumed["problem"])
@@ -231,6 +236,7 @@ class LightningRun(Run):
             optimizers, self._schedules_before = configured(self)
             plain = [getattr(o, "_optimizer", o) for o in optimizers]
             self.state.training.optimizers = {DEFAULT if len(plain) == 1 else str(i): o for i, o in enumerate(plain)}
+        adopt(self.state)
         self.strategy.use(list(self.optimizers.values()))
         self.schedulers = Schedulers(self, self._schedules_before)
         self.strategy.bind()
@@ -405,6 +411,11 @@ class LightningRun(Run):
         if error is None:
             self._end_training()
         super()._finish(error)
+        _TRAINED[self.module] = [name for name, part in self.module.named_modules() if part.training]
+        self.module.eval()
+
+    def put_in_eval_mode(self) -> None:
+        """Later: Lightning's last hooks see the modes of training."""
 
     @property
     def loggers(self) -> list[Any]:
@@ -413,6 +424,10 @@ class LightningRun(Run):
         given = [g for g in (given if isinstance(given, list | tuple) else [given]) if hasattr(g, "log_metrics")]
         all_of_them = next((hook.loggers for hook in self.state.hooks if hasattr(hook, "loggers")), [])
         return given + [logger for logger in all_of_them if not any(logger is g for g in given)]
+
+
+_TRAINED: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
+"""The parts of a module that were in training mode when its last fit ended."""
 
 
 class Events(Hook):

@@ -19,6 +19,7 @@ from weft.integrations.lightning.names import lightning_class
 from weft.step.instrument import watched
 from weft.step.nonfinite import finite_check, not_finite
 from weft.step.optimizers import needs_closure, parameters_of
+from weft.step.trained import look
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -77,6 +78,8 @@ class Strategy:
         """Gradients of `loss` by the module's `backward`, with the hooks around."""
         if self.precision_plugin.scaler is not None:
             loss = self.precision_plugin.scaler.scale(loss)
+        if self._run.state.training.outside:
+            look(self._run.state, loss)
         if self._before_backward is not None:
             self._before_backward(loss)
         self._own_backward(loss, *args, **kwargs)

@@ -67,8 +67,8 @@ class Trainer:
     * The problem is moved to `device`, as its batches are.
     * Interrupting (also in the first epoch) ends the training; the best weights so far are returned.
     * Each `train()` trains `epochs` more, with patience counted anew, and compares with what the problem as it now is
-      (a longer rollout) reaches on the dev data as they now are, not with a number from before the change. Without dev
-      data, best starts anew.
+      (a longer rollout) reaches on the dev data as they now are, not with a number from before the change. Where that
+      cannot be measured (no dev data, a callback's own metric), it is compared with the best before, as there.
 
     All arguments are attributes that may be changed between two calls of `train`; the data, `clip` and `patience` also
     by a callback, for the next epoch. `result` is the last `FitResult`.
@@ -113,6 +113,9 @@ class Trainer:
         self.result: FitResult | None = None
         self._seen: list[tuple[Tensor, dict[str, Any]]] = []  # loss and detached output of each batch of a pass
         self._output: dict[str, Any] = {}
+        self._compared: tuple[str, str] | None = None  # the metric and mode of `best_devloss`
+        self._not_held: dict[str, Tensor] = {}
+        self._piled: dict[Tensor, Tensor] = {}  # gradients that the optimizer does not clear
         if logger is not None:
             logger.log_weights(problem)
 
@@ -125,9 +128,11 @@ class Trainer:
         """
         run, self._output, self.badcount = self._start(), {}, 0
         run.progress.epoch = self.current_epoch
+        held = set(map(id, parameters_of(self.optimizer)))
+        self._not_held = {n: p for n, p in self.model.named_parameters() if id(p) not in held}
         run.progress.begin_fit(self.epochs, None)
         self.optimizer.zero_grad()
-        if self.current_epoch and run.has("dev"):
+        if self.current_epoch:
             self._set_value_to_beat(run)
         self.callback.begin_train(self)
         try:
@@ -151,6 +156,7 @@ class Trainer:
             print("Interrupted training loop.")
             self.callback.end_train(self, self._output)
             raise
+        self.model.eval()
         self.callback.end_train(self, self._output)
 
     def _start(self) -> Run:
@@ -211,14 +217,14 @@ class Trainer:
             return
         if self.clip is None:
             return
-        if trainer.global_step == 0:
-            held = set(map(id, parameters_of(optimizer)))
-            stale = [n for n, p in self.model.named_parameters() if p.grad is not None and id(p) not in held]
-            if stale:
-                trainer.run.state.warn_once(
-                    f"{', '.join(stale[:5])}: these get gradients, but the optimizer does not hold them. They add "
-                    "up over the run and enter the clipping norm, as in NeuroMANCER; freeze them, or pass clip=None."
-                )
+        stale = {n: p for n, p in self._not_held.items() if p.grad is not None}
+        for p in stale.values():
+            self._piled[p] = p.grad if p not in self._piled else p.grad.add_(self._piled[p])  # type: ignore[union-attr]
+        if stale and trainer.global_step == 0:
+            trainer.run.state.warn_once(
+                f"{', '.join(list(stale)[:5])}: these get gradients, but the optimizer does not hold them. They add "
+                "up over the run and enter the clipping norm, as in NeuroMANCER; freeze them, or pass clip=None."
+            )
         trainer.run.state.processes.clip(list(self.model.parameters()), self.clip)
 
     def _end_batch(self, trainer: Any, batch: Any, loss: Tensor) -> None:
@@ -275,17 +281,22 @@ class Trainer:
         return {f"mean_{name}": torch.stack(values).mean()} if values else {}
 
     def _set_value_to_beat(self, run: Run) -> None:
-        random = random_state()  # a loader draws when it is iterated; the curve must not depend on this look
-        _, means = self._over_dev(run)
-        set_random_state(random)
-        if self._monitor in means:
-            value = float(means[self._monitor])
-            run.best.update(self._monitor, value, self.current_epoch - 1, self.eval_mode, self.model)
+        """What the problem reaches now; where that cannot be measured, the best value before, if it is of the same."""
+        means: dict[str, Tensor] = {}
+        if run.has("dev"):
+            random = random_state()  # a loader draws when it is iterated; the curve must not depend on this look
+            _, means = self._over_dev(run)
+            set_random_state(random)
+        before = self.best_devloss if self._compared == (self._monitor, self.eval_mode) else None
+        value = float(means[self._monitor]) if self._monitor in means else before
+        if run.best.update(self._monitor, value, self.current_epoch - 1, self.eval_mode, self.model) and not means:
+            run.best.weights.load_state_dict(self.best_model)  # type: ignore[union-attr]
 
     def _end_epoch(self, trainer: Any, metrics: dict[str, float]) -> None:
         run, epoch = trainer.run, trainer.current_epoch
         if run.state.epoch.improved:
             self.best_model, self.best_devloss, self.badcount = run.best.weights.state_dict(), run.best.value, 0
+            self._compared = self._monitor, self.eval_mode
         elif epoch > self.warmup:
             self.badcount += 1
         if self.logger is not None:
@@ -307,9 +318,10 @@ class Trainer:
         """
         self.model.load_state_dict(best_model, strict=False)
         run, output = self._start(), {}
-        self.callback.begin_test(self)
+        self.model.eval()
         metrics = {"train": self.train_metric, "dev": self.dev_metric, "test": self.test_metric}
         with evaluating(self.model):
+            self.callback.begin_test(self)
             for split, metric in metrics.items():
                 if run.has(split):
                     outputs = [_detached(self.model(_own_name(batch))) for batch in run.batches_of(split)]

@@ -1,0 +1,167 @@
+"""What is trained, decided in one place: what the problem registers, and what the optimizers hold.
+
+Both are moved, saved, restored as best and resumed; `Others` are those that only an optimizer holds. Whatever else
+requires grad and is met by a loss is named before the first update of a phase: `look` walks once through its graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from weft.places import Place, places, places_behind
+from weft.problem.problem import Problem
+from weft.step.optimizers import parameters_of
+
+if TYPE_CHECKING:
+    from weft.step.state import RunState
+
+
+def adopt(state: RunState) -> None:
+    """Take what the optimizers hold besides the problem's parameters into the run: to its device, in its precision."""
+    found = state.training.others.add(state.problem, state.training.optimizers)
+    if not found:
+        return
+    probe = torch.nn.Linear(1, 1, dtype=torch.float32)
+    wanted = state.fabric.strategy.precision.convert_module(probe).weight.dtype
+    for p in found:
+        p.data = p.data.to(state.fabric.device, wanted if wanted != torch.float32 and p.is_floating_point() else None)
+    if state.processes.world > 1:
+        state.training.others.load_state_dict(state.processes.first(state.training.others.state_dict))
+
+
+def held_by(given: Any, problem: nn.Module) -> list[Tensor]:
+    """What optimizers will hold: the parameters of an instance, the tensors that a factory of one may read."""
+    if isinstance(given, Optimizer):
+        return list(parameters_of(given))
+    if isinstance(given, Mapping):
+        return [p for one in given.values() for p in held_by(one, problem)]
+    found = places_behind([("the optimizer", given)], problem)
+    tensors = [p.value for p in found if isinstance(p.value, Tensor)]
+    return [p for p in tensors if p.is_leaf and (p.requires_grad or isinstance(p, nn.Parameter))]
+
+
+def to_be_trained(state: RunState) -> list[Tensor]:
+    """The tensors that the optimizers of all phases hold, as far as that can be known before they are made."""
+    given = [state.trainer.options["optimizer"], *(phase.optimizer for phase in state.training.phases)]
+    if state.trainer.overrides("configure_optimizers"):
+        given.append(state.trainer.configure_optimizers)
+    return [p for one in (*given, state.training.optimizers) if one is not None for p in held_by(one, state.problem)]
+
+
+# ---- gradients belong to one step ------------------------------------------------------------------------------------
+
+
+def rest_of(state: RunState) -> list[Tensor]:
+    """The parameters that may get gradients and that no optimizer clears."""
+    held = {id(p) for o in state.training.optimizers.values() for p in parameters_of(o)}
+    return [p for p in (*state.problem.parameters(), *state.training.others.tensors.values()) if id(p) not in held]
+
+
+def clear_gradients(state: RunState) -> None:
+    """Begin from no gradients: those of an earlier fit or phase, or of a look at the loss, belong to no step."""
+    for p in (*state.problem.parameters(), *state.training.others.tensors.values()):
+        p.grad = None
+
+
+# ---- what a loss reaches besides what is trained ---------------------------------------------------------------------
+
+
+def outside_of(state: RunState) -> dict[int, tuple[Place, bool]]:
+    """The tensors that require grad, are not trained, and can be reached by the problem, the step or a hook.
+
+    By id, with the place, and whether it is a node or term of a `weft.Problem` that reaches it. Looked for before the
+    step begins: what it makes itself is its own; and what the batch was made of is data.
+    """
+    problem, trainer = state.problem, state.trainer
+    trained = {id(p) for p in (*problem.parameters(), *state.training.others.tensors.values())}
+    steps = [(f"the trainer's {name}", v) for name, v in vars(trainer).items() if name not in _OF_TRAINERS]
+    steps += [("a hook" if isinstance(h, Mapping) else f"hook {type(h).__name__}", h) for h in state.hooks]
+    found: dict[int, tuple[Place, bool]] = {}
+    for place in places(problem, everything=True):
+        found.setdefault(id(place.value), (place, isinstance(problem, Problem)))
+    for place in places_behind([*steps, (type(trainer).__name__, type(trainer))], problem):
+        found.setdefault(id(place.value), (place, False))
+    outside = {
+        key: (place, of_node)
+        for key, (place, of_node) in found.items()
+        if isinstance(p := place.value, Tensor) and p.requires_grad and p.is_leaf and key not in trained
+    }
+    of_data = _leaves(_tensors(state.step.batch)) if outside else {}
+    return {key: found for key, found in outside.items() if key not in of_data}
+
+
+def prepare_look(state: RunState) -> None:
+    """Before the first update of a phase, find what losses may reach besides; from the second on nothing is looked at."""
+    state.training.outside = outside_of(state) if state.training.outside is None else {}
+
+
+_OF_TRAINERS = {"run", "options", "config", "phases", "callbacks", "launched", "recipe", "state", "hooks"}
+
+
+def look(state: RunState, losses: Any) -> None:
+    """Name what the losses of a first update reach that is not trained.
+
+    ValueError where a node or term of a `weft.Problem` reaches it, else one warning.
+    """
+    outside = state.training.outside or {}
+    if reached := [outside[key] for key in _leaves(_tensors(losses)) if key in outside]:
+        _tell(state, reached)
+
+
+def look_at_gradients(state: RunState) -> None:
+    """The same for a loss that was not given to weft's `backward`: what it reached has a gradient."""
+    if reached := [found for found in (state.training.outside or {}).values() if found[0].value.grad is not None]:
+        _tell(state, reached)
+
+
+def _tell(state: RunState, reached: list[tuple[Place, bool]]) -> None:
+    for key in [id(place.value) for place, _ in reached]:
+        del state.training.outside[key]  # type: ignore[union-attr]
+    reached.sort(key=lambda found: not found[1])
+    place, of_node = reached[0]
+    more = [p for p, _ in reached if p.owner == place.owner]
+    found = ", ".join(f"{p.name} of shape {tuple(p.value.shape)}" for p in more[:5])
+    found += f" and {len(more) - 5} more" if len(more) > 5 else ""
+    message = (
+        f"{place.owner} uses {found}, which requires grad and is not trained: neither the problem registers it nor an "
+        "optimizer holds it. To train it, give it to the problem (as an attribute, `problem.k = k`, or by a weft.Node "
+        "made of the module that holds it) or to an optimizer of your own; if it is constant, call "
+        "`requires_grad_(False)`."
+    )
+    if of_node:
+        raise ValueError(message)
+    state.warn_once(message)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
+
+
+def _leaves(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
+    """What a graph begins with: by id, the tensors that get the gradients of these."""
+    found: dict[int, Tensor] = {}
+    nodes = []
+    for tensor in tensors:
+        if tensor.grad_fn is not None:
+            nodes.append(tensor.grad_fn)
+        else:
+            found[id(tensor)] = tensor
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if (leaf := getattr(node, "variable", None)) is not None:
+            found[id(leaf)] = leaf
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                nodes.append(following)
+    return found
