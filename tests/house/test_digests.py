@@ -21,11 +21,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.house.bits import compiler, elsewhere, graphs_run_themselves, machine, own_folder, sha256, workloads
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import weft
+from tests.house.bits import compiler, elsewhere, graphs_run_themselves, machine, own_folder, sha256, workloads
 
 FILE = Path(__file__).with_name("digests.json")
 SEED = 5

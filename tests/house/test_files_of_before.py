@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.house.bits import REPO, elsewhere, graphs_run_themselves, machine, own_folder, sha256
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import weft
+from tests.house.bits import REPO, elsewhere, graphs_run_themselves, machine, own_folder, sha256
 
 DATA = REPO / "tests" / "files" / "before_house"
 COMMIT = "8c2d83b"

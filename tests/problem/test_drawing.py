@@ -90,6 +90,7 @@ def test_names_with_marks_of_their_own_and_names_used_twice_are_drawn_as_they_ar
 
 def test_a_neuromancer_problem_is_drawn_by_its_keys() -> None:
     from tests.helpers import neuromancer_problems as problems
+
     drawing = draw(problems.rosenbrock())
     assert drawing.edges == [("data", "a", "map"), ("data", "p", "map")]
 

@@ -33,9 +33,7 @@ def single(fn: Callable[..., Tensor], batch_size: int | None = None, **options: 
     ],
 )
 def test_an_objective_of_every_row_with_every_other_is_refused(fn: Any, batch_size: int | None) -> None:
-    with pytest.raises(
-        ValueError, match=r"objective .m. has shape .*every row with every other.*x\[:, None\]"
-    ):
+    with pytest.raises(ValueError, match=r"objective .m. has shape .*every row with every other.*x\[:, None\]"):
         single(fn, batch_size)
 
 
