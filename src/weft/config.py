@@ -140,7 +140,7 @@ class TrainerConfig:
     clip_algorithm: Literal["norm", "value"] = "norm"
     """Clip the global 2-norm of an optimizer's gradients ("norm") or each entry ("value")."""
     accumulate: Count = 1
-    """Batches per optimizer step (>= 1); equals one big batch for means over rows, or over a returned `num_examples`."""
+    """Batches per optimizer step (>= 1); as one big batch for means over rows, or over a returned `num_examples`."""
     validate_every: Count = 1
     """Validate after every n epochs and after the last (>= 1)."""
     accelerator: str = "auto"

@@ -674,17 +674,13 @@ def test_updates_and_loops_of_ones_own_are_looked_at() -> None:
     with pytest.warns(UserWarning, match=f"uses w of shape .*{UNSEEN}") as told:
         Own(epochs=2, progress=False).fit(nodes(lambda x: x), weft.Data(data(), batch_size=BATCH))
     assert len(told) == 1
-    with pytest.raises(ValueError, match=UNSEEN):
-        with weft.Trainer(epochs=1, progress=False).start(nodes(lambda x: w * x), data()) as run:
+    ways = (lambda run, loss: run.backward(loss), lambda run, loss: loss.backward())  # ours, and torch's own
+    for backward in ways:
+        started = weft.Trainer(epochs=1, progress=False).start(nodes(lambda x: w * x), data())
+        with pytest.raises(ValueError, match=UNSEEN), started as run:
             for _ in run.epochs():
                 for batch in run.batches("train"):
-                    run.backward(run.problem(batch)["train_loss"])
-                    run.step()
-    with pytest.raises(ValueError, match=UNSEEN):
-        with weft.Trainer(epochs=1, progress=False).start(nodes(lambda x: w * x), data()) as run:
-            for _ in run.epochs():
-                for batch in run.batches("train"):
-                    run.problem(batch)["train_loss"].backward()  # torch's own
+                    backward(run, run.problem(batch)["train_loss"])
                     run.step()
 
 

@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 from weft.data.data import Data, as_data, evaluation_data
 from weft.devices.precision import numerics
 from weft.devices.processes import Processes
-from weft.step.evaluation import predict
 from weft.step.history import Best, History, Progress
 from weft.step.state import RunState, trial
 from weft.step.trained import to_be_trained
@@ -179,4 +178,6 @@ class Seams:
 
     def predict(self) -> Any:
         """The predictions for the predict set."""
+        from weft.step.prediction import predict
+
         return predict(self.state, self.state.trainer.step_function("predict", self.state.problem))

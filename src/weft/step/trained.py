@@ -96,7 +96,7 @@ def outside_of(state: RunState) -> dict[int, tuple[Place, bool]]:
 
 
 def prepare_look(state: RunState) -> None:
-    """Before the first update of a phase, find what losses may reach besides; from the second on nothing is looked at."""
+    """Before the first update of a phase, find what losses may reach besides; later updates are not looked at."""
     state.training.outside = outside_of(state) if state.training.outside is None else {}
 
 
