@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
 # ---- random state ----------------------------------------------------------------------------------------------------
 
 
@@ -151,12 +153,11 @@ def generators_of(loader: Any) -> dict[str, Any]:
 
 def own_generators(things: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """The random generators that objects hold as attributes, by the objects' names and the attributes'."""
-    kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
     return {
         f"{place}.{name}": value
         for place, thing in things
         for name, value in getattr(thing, "__dict__", {}).items()
-        if isinstance(value, kinds)
+        if isinstance(value, GENERATORS)
     }
 
 
