@@ -63,6 +63,16 @@ def _changed(here: Mapping[str, str], there: Mapping[str, str]) -> list[str]:
     return [name for name in {**there, **here} if here.get(name) != there.get(name) and name not in unknown]
 
 
+def _kind_of(name: str, state: RunState) -> str:
+    """What `renew` calls a setting that the checkpoint decides about; "" for one that is in force as it is now."""
+    if name == "optimizer" or name.startswith(("optimizer ", "groups of optimizer ")):
+        return "optimizer"
+    if name == "scheduler" or name.startswith("scheduler "):
+        return "scheduler"
+    begun = [f"weights of phase {number}" for number in range(state.progress.phase + 1)]
+    return "weights" if name in begun else ""
+
+
 def _in_force(changed: list[str], old: list[str], state: RunState) -> str:
     """Which side of each change is in force, in words."""
     if not old:
