@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import marshal
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ _SAVES = 3  # looked at so often
 
 
 class Watch:
-    """The random generators that steps and hooks reach, and the plain attributes of hooks without `state_dict`."""
+    """The random generators that steps and hooks reach, and the numbers, texts and tensors of hooks without state."""
 
     def __init__(self, state: RunState) -> None:
         self._hooks = {f"Hook {type(hook).__name__}": hook for hook in state.trainer.hooks if _is_forgotten(hook)}
@@ -33,11 +32,8 @@ class Watch:
             for attribute, value in vars(hook).items():
                 if isinstance(value, Tensor):
                     seen[f"{name}.{attribute}"] = id(value), value._version
-                else:
-                    try:
-                        seen[f"{name}.{attribute}"] = marshal.dumps(value, 2)
-                    except ValueError:  # no plain value
-                        continue
+                elif isinstance(value, bool | int | float | complex | str | None):  # lists are what a hook writes down
+                    seen[f"{name}.{attribute}"] = repr(value)
         for name, one in generator_states(self._generators).items():
             seen[f"the random generator {name.rpartition(':')[2].rpartition('.')[2]}"] = str(_bytes_of(one))
         return seen
