@@ -82,7 +82,8 @@ def test_early_stopping_and_best_weights_follow_the_dev_loss(
 
 
 def test_a_nan_is_never_the_best_and_then_the_last_weights_stay() -> None:
-    result, weight = scripted([math.nan] * 3)
+    with pytest.warns(UserWarning, match="dev_loss, which is monitored, was not finite in any of 3 epochs"):
+        result, weight = scripted([math.nan] * 3)
     assert (result.best_metric, result.best_epoch, weight) == (None, None, 3)
 
 
@@ -477,7 +478,7 @@ def test_log_records_means_of_the_epoch_wherever_it_is_called() -> None:
             trainer.log("at_start", 1.0)
 
         def on_step_end(self, trainer: Any, batch: Any, loss: Tensor) -> None:
-            trainer.log({"loss_again": loss, "step": trainer.global_step})
+            trainer.log({"loss_again": loss, "steps": trainer.global_step})
 
         def on_epoch_end(self, trainer: Any, metrics: dict[str, float]) -> None:
             trainer.log("half", torch.tensor(metrics["train_loss"] / 2, dtype=torch.float64))
@@ -488,7 +489,7 @@ def test_log_records_means_of_the_epoch_wherever_it_is_called() -> None:
                 trainer.log("late", 1.0)
 
     history = trained(problem(), weft.Data(tensors(64), batch_size=BATCH), epochs=2, hooks=Log()).history
-    assert history["step"] == [2.5, 6.5]
+    assert history["steps"] == [2.5, 6.5]
     assert history["loss_again"] == pytest.approx(history["train_loss"], rel=1e-12)
     assert history["half"] == [value / 2 for value in history["train_loss"]]
     assert history["at_start"] == pytest.approx([1.0, math.nan], nan_ok=True)

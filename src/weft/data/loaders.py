@@ -6,10 +6,12 @@ import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from weft.data.batches import seeded_order
+from weft.data.data import SPLITS
 from weft.data.datasets import short, wrong_name
 
 if TYPE_CHECKING:
@@ -25,8 +27,11 @@ class LoaderBatches:
     resident = False
     """Whether the tensors are in memory, and their order a function of (seed, epoch)."""
 
-    def __init__(self, loader: Any, *, split: str, to_device: Callable[[Any], Any], sampler: Any = None) -> None:
+    def __init__(
+        self, loader: Any, *, split: str, to_device: Callable[[Any], Any], sampler: Any = None, workers: Any = None
+    ) -> None:
         self.loader, self.split, self.to_device, self.sampler = loader, split, to_device, sampler
+        self._workers: WorkerSeeds | None = workers
         self.one_shot = iter(loader) is loader if not isinstance(loader, DataLoader) else False
         self._used = False
 
@@ -59,6 +64,8 @@ class LoaderBatches:
         self._used = True
         if self.sampler is not None:
             self.sampler.epoch = number
+        if self._workers is not None:
+            self._workers.begin(number)
         batches = iter(self.loader)
         for _ in range(start):
             next(batches)
@@ -83,6 +90,21 @@ class LoaderBatches:
         if name != self.split and self.split != "predict":
             raise ValueError(wrong_name(name, self.split))
         return {**batch, "name": self.split, "epoch": number}
+
+
+class WorkerSeeds:
+    """Gives the workers of a loader random numbers that are a function of (seed, rank, epoch, split).
+
+    A worker seeds torch, numpy and python from what the loader draws from `generator` when its iteration begins.
+    """
+
+    def __init__(self, generator: torch.Generator, seed: int, rank: int, split: str) -> None:
+        self.generator, self.seed, self.rank, self.split = generator, seed, rank, SPLITS.index(split)
+
+    def begin(self, epoch: int) -> None:
+        """Seed those of an epoch."""
+        state = np.random.SeedSequence([self.seed, self.rank, epoch, self.split]).generate_state(1, np.uint64)[0]
+        self.generator.manual_seed(int(state >> np.uint64(1)))
 
 
 class SeededOrder(torch.utils.data.Sampler):
@@ -148,6 +170,10 @@ def loader_batches(
         source, sampler = shared_loader(
             source, split, lambda rows, shuffle: SeededOrder(rows, seed, shuffle), rank, world
         )
+        if source.num_workers:  # the user's generator is alike in every process, and its workers' noise would be
+            source.generator = torch.Generator()
+    is_ours = made_here or (world > 1 and source.num_workers)
+    workers = WorkerSeeds(source.generator, seed, rank, split) if is_ours else None
     if data.pre_batch is not None:
         if not made_here:
             raise ValueError(
@@ -155,9 +181,10 @@ def loader_batches(
             )
         from weft.data.prebatch import PreBatched
 
-        once = LoaderBatches(source, split=split, to_device=to_device, sampler=sampler)
+        once = LoaderBatches(source, split=split, to_device=to_device, sampler=sampler, workers=workers)
+        workers = None
         sampler = source = PreBatched(lambda: once.raw(0), len(source), source.dataset, data.pre_batch, seed, shuffle)
-    return LoaderBatches(source, split=split, to_device=to_device, sampler=sampler)
+    return LoaderBatches(source, split=split, to_device=to_device, sampler=sampler, workers=workers)
 
 
 def num_workers(given: int | str) -> int:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from weft.places import attributes_of
 
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
 # ---- random state ----------------------------------------------------------------------------------------------------
 
 
@@ -153,8 +155,7 @@ def generators_of(loader: Any) -> dict[str, Any]:
 
 def own_generators(things: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """The random generators that objects hold as attributes, by the objects' names and the attributes'."""
-    kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-    return {f"{p.path}.{p.name}": p.value for p in attributes_of(things) if isinstance(p.value, kinds)}
+    return {f"{p.path}.{p.name}": p.value for p in attributes_of(things) if isinstance(p.value, GENERATORS)}
 
 
 def generator_states(generators: Mapping[str, Any]) -> dict[str, Any]:

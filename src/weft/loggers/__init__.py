@@ -192,7 +192,8 @@ class Logging(Hook):
         self._last_time, self._last_step = now, step
         speed |= trainer.run.state.epoch.throughput.report(trainer.run.state.processes.gather)
         rates = trainer.run.state.kept.notes.get("lr", {})
-        self._log(trainer, {**rates, **speed, "seconds": now - self._started, **metrics})
+        added = {name: value for name, value in {**rates, **speed}.items() if name not in metrics}
+        self._log(trainer, {**added, "seconds": now - self._started, **metrics})
 
     def on_exception(self, trainer: Any, error: BaseException) -> None:
         """Remember how the run ended."""

@@ -15,7 +15,8 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,7 +82,7 @@ class CSVLogger:
         """Drop what a run that goes on from a checkpoint at `step` with `epoch` will log again.
 
         That is every row after `step`, and every mean over `epoch` or a later one, which may stand at `step` itself.
-        Step values (names that end in "_step") up to `step` stay. The file is replaced in one operation. Rows that
+        Step values up to `step` stay. The file is replaced in one operation. Rows that
         cannot be read (the disk or its power failed) do not hold the run up: a warning names the copy that is kept of
         them.
         """
@@ -95,7 +96,8 @@ class CSVLogger:
             warnings.warn(
                 f"{self.path} has {len(broken)} broken rows, left out now: {broken[0]}; {copy} has all.", stacklevel=2
             )
-        kept = [row for row in rows if row.step <= step and (row.epoch < epoch or row.name.endswith("_step"))]
+        of_steps = (level is Level.STEP for level in levels(rows))
+        kept = [r for r, of_step in zip(rows, of_steps, strict=True) if r.step <= step and (r.epoch < epoch or of_step)]
         if len(kept) < len(rows) or broken:
             text = _as_text([COLUMNS, *((*row[:3], repr(row.value), row.time) for row in kept)])
             put(self.path, text.encode())
@@ -147,10 +149,40 @@ def read_history(path: str | os.PathLike[str], num_epochs: int) -> dict[str, lis
     Without step values and without what logging adds (learning rates, speed, seconds). Raises like `read_rows`.
     """
     history: dict[str, list[float]] = {}
-    for row in read_rows(path):
-        if row.epoch < num_epochs and row.name.split("/")[0] not in CONTEXT and not row.name.endswith("_step"):
+    rows = read_rows(path)
+    for row, level in zip(rows, levels(rows), strict=True):
+        if row.epoch < num_epochs and level is Level.EPOCH:
             history.setdefault(row.name, [math.nan] * num_epochs)[row.epoch] = row.value
     return history
+
+
+class Level(Enum):
+    """What a row tells of."""
+
+    EPOCH = "an epoch's metric"
+    CONTEXT = "what was added to an epoch's metrics"
+    STEP = "a step value"
+
+
+def levels(rows: Sequence[Row]) -> list[Level]:
+    """What each row of a metrics.csv tells of, in the order in which they were written.
+
+    `Logging` writes an epoch in one go: what it adds, "seconds" last, then the metrics, whatever their names are. Of
+    rows that something else wrote the name decides: step values end in "_step".
+    """
+    found: list[Level] = []
+    after, moment = False, None
+    for row in rows:
+        if (row.step, row.epoch, row.time) != moment:
+            after, moment = False, (row.step, row.epoch, row.time)
+        if after:
+            found.append(Level.EPOCH)
+        elif row.name.split("/")[0] in CONTEXT:
+            found.append(Level.CONTEXT)
+        else:
+            found.append(Level.STEP if row.name.endswith("_step") else Level.EPOCH)
+        after = after or row.name == "seconds"
+    return found
 
 
 def _as_text(rows: list[tuple[Any, ...]]) -> str:

@@ -124,6 +124,9 @@ class Seams:
     monitors_by_default = True
     """Whether the dev loss (or the training loss) is monitored without being named."""
 
+    names_are_apart = True
+    """Whether what is logged must not have the name of what the problem or a step returns."""
+
     state: RunState
 
     @property

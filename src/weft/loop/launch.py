@@ -31,8 +31,9 @@ from weft.devices import seeding
 from weft.devices.fabric import quiet, start_method
 from weft.devices.group import dumps
 from weft.events import Hook
+from weft.loop.contents import state_of_run
 from weft.loop.result import FitResult
-from weft.loop.resume import restore_hooks, state_of_run
+from weft.loop.resume import put_back_hooks
 from weft.loop.run import Run
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def _run_after(trainer: Any, problem: nn.Module, told: dict[str, Any]) -> Run:
     run.history.load_state_dict(state["history"])
     run.best.load_state_dict(state["best"], problem)
     trainer.state.update(state["state"])
-    restore_hooks([*(m for m in problem.modules() if isinstance(m, Hook)), *trainer.hooks], state)
+    put_back_hooks([*(m for m in problem.modules() if isinstance(m, Hook)), *trainer.hooks], state)
     values = told["returned"]
     run.state.kept.run_dir = None if values["run_dir"] is None else Path(values["run_dir"])
     run.result = FitResult(**{**values, "run_dir": run.run_dir})

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
+from difflib import SequenceMatcher
+from functools import partial
+from types import FunctionType
 from typing import Any
 
 from torch import nn
 
 from weft.config import TrainerConfig
 from weft.data.data import Data
+from weft.events import EVENTS
 from weft.step.phase import Phase
 
 STEPS = {"train": "training_step", "dev": "validation_step", "test": "test_step", "predict": "predict_step"}
@@ -25,6 +29,11 @@ OBJECTS: dict[str, Any] = dict.fromkeys(
     )
 )
 """Options that may be objects; all others are fields of TrainerConfig."""
+FIXED = {*TrainerConfig.__dataclass_fields__, *OBJECTS} - {*STEPS.values(), "hooks", "phases"}
+"""Options that are read when the trainer is made: setting an attribute of their name changes nothing."""
+OF_FIT = ("epochs", "resume", "renew")
+CLOSE = 0.9
+"""How alike two names are of which one is taken for a slip of the other (1: the same)."""
 
 
 def signature() -> inspect.Signature:
@@ -67,8 +76,19 @@ def data_maker(
 ) -> Callable[[], Data]:
     """A function that makes the `Data` of the arguments of `fit`."""
     data = either("data", data, "train_dataloaders", train_dataloaders)
+    refuse_own_names(data)
     dev = either("dev", dev, "val_dataloaders", val_dataloaders)
     return run.data_of_fit(data, dev, datamodule, setup_kwargs)
+
+
+def check_epochs(epochs: Any, phases: list[Phase]) -> None:
+    """Raise for an argument `epochs` of a fit that is no number of epochs, or contradicts the phases."""
+    if epochs is None:
+        return
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
+        raise ValueError(f"fit: epochs={epochs!r}; expected a whole number of at least 0, or None.")
+    if phases:
+        raise ValueError(f"fit: epochs={epochs}, but the phases last {[p.epochs for p in phases]}.")
 
 
 def as_phases(phases: Any, plain: Mapping[str, Any]) -> list[Phase]:
@@ -91,3 +111,48 @@ def as_metrics(given: Any) -> dict[str, Any]:
     from weft.step.measures import measures_of
 
     return measures_of(given)
+
+
+def refuse_misspelt(kind: type, base: type) -> None:
+    """Raise TypeError for a method of a subclass that is named almost like one that training calls.
+
+    Not for one that goes on where the known name ends ("update_weights"), nor where the known one is overridden too.
+    """
+    if kind is base:
+        return
+    known = (*STEPS.values(), "configure_optimizers", "update", "fit", "start", *EVENTS)
+    own = [cls for cls in kind.__mro__ if cls not in base.__mro__ and not cls.__module__.startswith("weft.")]
+    names = {name for cls in own for name, value in vars(cls).items() if isinstance(value, FunctionType)}
+    for name in sorted(names - {*dir(base), *known}):
+        for right in known:
+            if right not in names and _is_slip(name, right):
+                raise TypeError(
+                    f"{kind.__name__} has {name!r}, which training never calls; did you mean {right!r}?"
+                    + (" (An event: give it in hooks=.)" if right.startswith("on_") else "")
+                )
+
+
+def _is_slip(name: str, right: str) -> bool:
+    if name.startswith(("_", right)):
+        return False
+    plain, other = (text.replace("_", "").lower() for text in (name, right))
+    if len(plain) == len(other) and sorted(plain) == sorted(other):  # the same letters: two changed places
+        return sum(a != b for a, b in zip(plain, other, strict=True)) <= 2
+    return SequenceMatcher(None, name, right).ratio() >= CLOSE
+
+
+def refuse_own_names(setup: Any) -> None:
+    """Raise TypeError for a data setup function with a parameter that never reaches it: `fit` takes it itself."""
+    if not callable(setup) or hasattr(setup, "__getitem__") or hasattr(setup, "__iter__"):
+        return
+    bound = setup.keywords if isinstance(setup, partial) else {}
+    try:
+        parameters = inspect.signature(setup).parameters
+    except (TypeError, ValueError):  # of a function that does not say
+        return
+    if taken := [name for name in parameters if name in OF_FIT and name not in bound]:
+        name = getattr(setup, "__name__", "setup")
+        raise TypeError(
+            f"fit: the data setup function {name!r} has a parameter {taken[0]!r}, which fit takes itself. Rename it, "
+            f"or give it with functools.partial({name}, {taken[0]}=...)."
+        )

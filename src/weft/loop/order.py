@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from weft.devices import seeding
@@ -25,19 +25,42 @@ def train_batches(state: RunState) -> Iterable[Any]:
             kept.random_before_epoch = seeding.random_state()
             kept.generators_before_epoch = generator_states(generators_in(state))
         return state.batches_of("train")
-    own = generators_in(state)
     if random is None:
-        random, generators = seeding.random_state(), generator_states(own)
+        random, generators = seeding.random_state(), generator_states(generators_in(state))
     if kept.random_before_epoch is not None:
         seeding.set_random_state(kept.random_before_epoch)
-        set_generator_states(own, kept.generators_before_epoch)
+        set_generators_in(state, kept.generators_before_epoch)
     batches = state.batches_of("train", start)
     seeding.set_random_state(random)
-    set_generator_states(own, generators)
+    set_generators_in(state, generators)
     return batches
 
 
 def generators_in(state: RunState) -> dict[str, Any]:
+    """The random generators of their own that the data and the problem's modules hold, by where they are.
+
+    Those that files of the first version lack (of dev and test data, and deeper in the training data) have a ":" in
+    their names.
+    """
+    found = own_generators((f"problem.{name}", module) for name, module in state.problem.named_modules())
     source = state.source("train")
-    of_data = {} if source.resident else generators_of(source.loader)
-    return of_data | own_generators((f"problem.{name}", module) for name, module in state.problem.named_modules())
+    if not source.resident:
+        found = generators_of(source.loader) | found
+    loaders = [(split, getattr(state.feed.splits.get(split), "loader", None)) for split in ("train", "dev", "test")]
+    if all(loader is None for _, loader in loaders):
+        return found
+    from weft.devices.generators import generators_within
+
+    known = {id(generator) for generator in found.values()}
+    for split, loader in loaders:
+        for name, generator in generators_within(loader, f"{split}: loader").items():
+            if id(generator) not in known:
+                known.add(id(generator))
+                found[name] = generator
+    return found
+
+
+def set_generators_in(state: RunState, states: Mapping[str, Any]) -> None:
+    """Put back the states of `generators_in`; what a file of the first version lacks stays as it is."""
+    own = generators_in(state)
+    set_generator_states({name: g for name, g in own.items() if name in states or ":" not in name}, states)

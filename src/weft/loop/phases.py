@@ -15,6 +15,8 @@ from weft.step.trained import adopt
 
 def num_epochs(state: RunState) -> int:
     """The epochs of all phases together; with `fast_dev_run` at most one."""
+    if state.control.epochs is not None:
+        return state.control.epochs
     planned = sum(phase.epochs for phase in state.trainer.phases) or state.config.epochs
     return min(1, planned) if state.config.fast_dev_run else planned
 
@@ -68,10 +70,18 @@ def _make_optimizers(state: RunState) -> None:
         # before anything is frozen: what trains in a later phase must be in the optimizer
         training.optimizers, training.schedules = build_optimizers(given, state.problem), {}
         state.processes.arrange(training.optimizers)
+        if state.kept.run_dir is not None:
+            from weft.loop.settings import optimizers_made
+
+            training.made, state.kept.in_force = optimizers_made(training), {}
     # read after configure_optimizers, which may have set it
     scheduler = state.trainer.options["scheduler"] if phase.scheduler is None and is_first else phase.scheduler
     if scheduler is not None:
         training.schedules = build_schedulers(scheduler, training.optimizers)
+        if state.kept.run_dir is not None:
+            from weft.loop.settings import schedules_made
+
+            training.made |= schedules_made(training)
 
 
 def replaces_optimizers(state: RunState) -> bool:

@@ -32,6 +32,7 @@ from weft.events import AT_REST, Hook, listeners
 from weft.loop import feeding, phases
 from weft.loop.adapters import Seams, Told
 from weft.loop.order import train_batches
+from weft.loop.remarks import tell_of_no_best, tell_of_options, tell_of_used_up
 from weft.loop.result import FitResult, result_of
 from weft.step.evaluation import evaluate, monitored_metric
 from weft.step.forward import Forward, forward_of
@@ -59,14 +60,23 @@ class Run(Told, Seams):
         self.result: FitResult | None = None
         self.carried = previous.carried if previous else None  # the state of a run that was in other processes
         self._resumed: dict[str, Any] | None = None
+        self._renew: tuple[str, ...] = ()
+        self._in_batches = False  # a loop is between two batches of `batches`, which rests after each
         self.graphs: Any = None  # of a compiled run
         self._forwards: dict[str, Forward] = {}  # by split, of evaluations
         self._stack = ExitStack()
 
     # ---- begin and end
 
-    def prepare(self, make_data: Callable[[], Data], resume: str | None = None) -> Self:
+    def prepare(
+        self,
+        make_data: Callable[[], Data],
+        resume: str | None = None,
+        epochs: int | None = None,
+        renew: tuple[str, ...] = (),
+    ) -> Self:
         """Devices first, then the data: all that evaluation alone needs. `make_data` is called again at a refresh."""
+        self._renew, self.state.control.epochs = renew, epochs
         state, options = self.state, self.state.trainer.options
         state.fabric = state.trainer.launched or make_fabric(state.config, options["strategy"], options["plugins"])
         start_processes(state.fabric, state.config.timeout)
@@ -79,6 +89,8 @@ class Run(Told, Seams):
 
             self._resumed = find_state(state, resume)
         goes_on = self._resumed is not None
+        if epochs is not None and not goes_on:
+            state.progress.interrupted = False  # so many, not those that were left of an interrupted fit
         state.progress.begin_fit(phases.num_epochs(state), state.config.max_steps, goes_on=goes_on)
         state.feed.make = make_data
         feeding.make_data(state, None if self._resumed is None else self._resumed["random_before_data"])
@@ -115,11 +127,21 @@ class Run(Told, Seams):
                 from weft.loop.saving import prepare_folder
 
                 prepare_folder(state)
+            tell_of_options(state, stops_itself=self.takes_callbacks)
+            is_second = not (state.control.is_new or state.control.continues) or self._resumed_is_over
             self._start()
+            if is_second:
+                tell_of_used_up(state.training.schedules, state)
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
         return self
+
+    @property
+    def _resumed_is_over(self) -> bool:
+        """Whether the fit that this one goes on from had come to its end."""
+        progress = self._resumed["progress"] if self._resumed is not None else None
+        return progress is not None and progress["epoch"] >= progress["last_epoch"]
 
     def listen(self, hooks: list[Any]) -> None:
         """Have `hooks` called at their events from here on."""
@@ -132,7 +154,7 @@ class Run(Told, Seams):
         else:
             from weft.loop.resume import begin
 
-            begin(self.state, self._resumed, self.carried)
+            begin(self.state, self._resumed, self.carried, self._renew)
         clear_gradients(self.state)  # those that a hook has looked at, too
         self._resumed, self.carried, self.state.control.begun = None, None, True
 
@@ -160,6 +182,8 @@ class Run(Told, Seams):
         state.processes.leave(error)
         interrupted = isinstance(error, KeyboardInterrupt | SignalExit)
         progress.interrupted, progress.seconds, state.epoch.is_open = interrupted, state.seconds, False
+        if error is None:
+            tell_of_no_best(state)
         control.stop_reason = "interrupted" if interrupted else "error" if error else control.stop_reason or "epochs"
         last_weights = state.processes.whole(state_of(state.problem))
         if error is None or interrupted:
@@ -268,6 +292,7 @@ class Run(Told, Seams):
             return
         state, progress, size = self.state, self.state.progress, self.state.config.accumulate
         if state.control.stop_reason and progress.batch:
+            self.leave_open()
             return  # it was told to stop in the last step before it was resumed
         is_empty = progress.batch == 0
         found = watched_batches(state.hooks, state.epoch.throughput.timed(train_batches(state)))
@@ -275,13 +300,25 @@ class Run(Told, Seams):
             is_empty = False
             progress.batch += 1 if size == 1 else len(batch)
             self.announce(batch)
+            self._in_batches = True
             yield batch
+            self._in_batches = False
             state.step.batch = None
             self._rest()
             if state.control.stop_reason:
+                self.leave_open()
                 return
         if is_empty:
             raise ValueError("The training data yielded no batch: there is nothing to train on.")
+
+    def leave_open(self) -> None:
+        """The run stops here. Within an epoch, the checkpoint to go on from is the state of now, before it closes."""
+        state = self.state
+        if state.saves and state.progress.batch != state.num_batches("train"):
+            from weft.loop.saving import save_open
+
+            look_back(state)
+            save_open(state)
 
     def batches_of(self, split: str, start: int = 0) -> Iterable[Any]:
         """The batches of a split, at most as many as `limit_batches` says, without any of the loop's bookkeeping."""
@@ -293,6 +330,8 @@ class Run(Told, Seams):
         agreed = (processes.called() or epoch_over) and processes.agree(control.interruption)
         control.stop_reason = control.stop_reason or processes.granted.pop("stop", None)
         control.stage, control.leaving = Stage.REST, control.interruption.asked if agreed else 0
+        if state.kept.save_wanted:
+            self.save()
         state.call(AT_REST)
         if control.leaving:
             control.interruption.leave(control.leaving)
@@ -340,10 +379,16 @@ class Run(Told, Seams):
         state, epoch, progress = self.state, self.state.epoch, self.state.progress
         if not epoch.is_open:
             return
+        self._in_batches = False
+        if state.kept.save_wanted:  # a loop of one's own left its batches in the step at which a hook asked for it
+            self.save()
         epoch.is_open, state.control.stage = False, Stage.EPOCH_END
         look_back(state)
         gather = state.processes.gather
-        metrics = {**epoch.means.compute(gather), **epoch.logged.compute(gather), **epoch.evaluated}
+        means, logged = epoch.means.compute(gather), epoch.logged.compute(gather)
+        epoch.measured = {*means, *epoch.evaluated} if self.names_are_apart else set()
+        state.refuse_taken(logged)
+        metrics = {**means, **logged, **epoch.evaluated}
         epoch.means.clear()
         epoch.logged.clear()
         state.history.append(metrics)
@@ -362,7 +407,7 @@ class Run(Told, Seams):
                 if schedule.interval == "epoch":
                     schedule.step(metrics, monitor, complete)
         finally:  # its training is through, whatever a hook raised
-            epoch.closing = None
+            epoch.closing, epoch.measured = None, set()
             progress.epoch, progress.phase_epoch, progress.batch = progress.epoch + 1, progress.phase_epoch + 1, 0
         self._rest(epoch_over=True)
 
@@ -410,7 +455,7 @@ class Run(Told, Seams):
         state.control.stage = Stage.STEP_HOOKS
         state.call("on_step_end", batch, loss)
         state.control.stage = Stage.REST
-        if state.kept.save_wanted:
+        if state.kept.save_wanted and not self._in_batches:  # there at the next rest: a loop may log first
             self.save()
         if progress.last_step is not None and progress.step >= progress.last_step:
             state.decide_to_stop("max_steps")
@@ -443,7 +488,7 @@ class Run(Told, Seams):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides how the run goes on: tensors and plain values only."""
-        from weft.loop.resume import state_of_run
+        from weft.loop.contents import state_of_run
 
         return state_of_run(self.state)
 

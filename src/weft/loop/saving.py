@@ -15,11 +15,13 @@ from typing import Any
 
 from weft.checkpoint import archive
 from weft.checkpoint import folder as checkpoints
+from weft.checkpoint.archive import STATE, is_in_parts
 from weft.config import CheckpointConfig
 from weft.events import Hook
-from weft.loop.compatibility import data_prints
-from weft.loop.resume import state_of_run
-from weft.step.state import RunState, Stage
+from weft.loop.contents import state_of_run
+from weft.loop.settings import data_prints
+from weft.loop.watching import Watch
+from weft.step.state import FOUND_AGAIN, RunState, Stage
 
 
 class Checkpointing(Hook):
@@ -37,15 +39,21 @@ class Checkpointing(Hook):
         """Nothing is due yet."""
         self._seen = self._saved = trainer.run.progress.place
         self._saved_at = self._clock()
+        self._watch = Watch(trainer.run.state)
 
     def at_rest(self, trainer: Any) -> None:
         """Save if it is time to, and not this very state already."""
         state, seconds = trainer.run.state, self.config.every_n_seconds
         seen, self._seen = self._seen, state.progress.place
         by_clock = state.processes.due("save", seconds is not None and self._clock() - self._saved_at >= seconds)
+        if state.control.left_open:  # an epoch that only closes for what the fit returns
+            if state.control.ending:
+                end_open(state)
+            return
         is_new = self._seen != self._saved or (state.control.ending and state.control.stop_reason is not None)
         if is_new and (by_clock or state.control.leaving or state.control.ending or self._is_due(state, seen)):
             trainer.run.save()
+            self._watch.tell(state)
             self._saved, self._saved_at = state.progress.place, self._clock()
 
     def _is_due(self, state: RunState, seen: tuple[int, int, int]) -> bool:
@@ -119,6 +127,30 @@ def save_run(state: RunState) -> Path:
         state.processes.first(partial(write, folder, step, content, **options))
         state.kept.best_saved = best
     return checkpoints.step_path(folder, step)
+
+
+def save_open(state: RunState) -> None:
+    """Write the state of an epoch that is left in its middle, as the last of this run: what follows is not saved."""
+    save_run(state)
+    state.control.left_open = True
+
+
+def end_open(state: RunState) -> None:
+    """The fit has come to its end. Whoever resumes it wants to go on, so why it stopped is taken out of the file.
+
+    Not before: a process that dies while the epoch closes stops there again.
+    """
+    if state.control.stop_reason in FOUND_AGAIN or state.kept.run_dir is None:
+        return
+    path = checkpoints.step_path(state.kept.run_dir / "checkpoints", state.progress.step)
+
+    def forget_reason() -> None:
+        if state.kept.writer is not None:
+            state.kept.writer.wait()
+        file = path / STATE if is_in_parts(path) else path
+        archive.write(file, {**archive.read(file), "stop_reason": None})
+
+    state.processes.first(forget_reason)
 
 
 def finish_saving(state: RunState, error: BaseException | None = None) -> None:

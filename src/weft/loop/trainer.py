@@ -6,7 +6,7 @@ result = trainer.fit(problem, data_setup, nsim=5000)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,18 @@ from weft.events import as_hooks
 from weft.loop.adapters import adapter_for, split_hooks
 from weft.loop.default_hooks import hooks_from
 from weft.loop.evaluating import run_to_evaluate
-from weft.loop.options import OBJECTS, STEPS, as_metrics, as_phases, asked, data_maker, signature
+from weft.loop.options import (
+    FIXED,
+    OBJECTS,
+    STEPS,
+    as_metrics,
+    as_phases,
+    asked,
+    check_epochs,
+    data_maker,
+    refuse_misspelt,
+    signature,
+)
 from weft.loop.result import FitResult
 from weft.loop.run import Run
 from weft.problem.reading import forward_nodes
@@ -59,6 +70,7 @@ class Trainer:
     """
 
     def __init__(self, **options: Any) -> None:
+        refuse_misspelt(type(self), Trainer)
         known = {*TrainerConfig.__dataclass_fields__, *OBJECTS}
         if unknown := [name for name in options if name not in known]:
             hint = suggest(unknown[0], known)
@@ -82,6 +94,16 @@ class Trainer:
         self.run: Run | None = None
         self.launched: Any = None  # the Fabric of a process that was started for this fit alone
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = [kind for kind in type(self).__mro__ if kind not in Trainer.__mro__]
+        if name in FIXED and not any(name in vars(kind) for kind in own):
+            more = f"fit(..., epochs={value!r}) trains so many. " if name == "epochs" else ""
+            raise AttributeError(
+                f"trainer.{name} = {value!r} would have no effect: {name} is an option. {more}"
+                f"Make a new {type(self).__name__}({name}=...)."
+            )
+        super().__setattr__(name, value)
+
     def __repr__(self) -> str:
         default = TrainerConfig()
         changed = {k: v for k, v in vars(self.config).items() if v != getattr(default, k)}
@@ -100,23 +122,31 @@ class Trainer:
         train_dataloaders: Any = None,
         val_dataloaders: Any = None,
         resume: str | None = None,
+        epochs: int | None = None,
+        renew: Sequence[str] | str = (),
         **setup_kwargs: Any,
     ) -> FitResult:
         """Train `problem` and return the result; the problem then holds the best weights.
 
         `data`: a data setup function (called with `setup_kwargs`), a `weft.Data`, (train, dev, test, batch_size), a
         dataset, a loader or any iterable of batches (`dev` is then the other one). A second fit of the same problem
-        trains on; another problem starts anew. `resume`: "auto", "last", "best" or a checkpoint's path.
+        trains on; another problem starts anew. `epochs`: how many this fit trains, instead of the option; a second fit
+        so many more. `resume`: "auto", "last", "best" or a checkpoint's path. `renew`: "optimizer", "scheduler", or
+        both: the options as they are now win over those in the checkpoint (learning rate, weight decay, ...; moments
+        stay; a new scheduler is stepped to where it would be).
         A LightningModule comes with loaders (`train_dataloaders`, `val_dataloaders`), a `datamodule`, or its own data.
         """
-        given = {"datamodule": datamodule, "train_dataloaders": train_dataloaders, "val_dataloaders": val_dataloaders}
+        given: dict[str, Any] = {"datamodule": datamodule, "train_dataloaders": train_dataloaders}
+        given["val_dataloaders"] = val_dataloaders
         if (fabric := self._fabric_for_calls()) is not None:  # ddp_spawn, ddp_fork, ddp_notebook
             from weft.loop.launch import call
 
-            result = call(self, fabric, "fit", problem, problem, data, dev, resume=resume, **given, **setup_kwargs)
+            more = {"resume": resume, "epochs": epochs, "renew": renew}
+            result = call(self, fabric, "fit", problem, problem, data, dev, **more, **given, **setup_kwargs)
             self.running.state.feed.make = data_maker(self.running, data, dev, **given, setup_kwargs=setup_kwargs)
             return result
-        with self.start(problem, data, dev, resume=resume, **given, **setup_kwargs) as run:
+        given |= {"resume": resume, "epochs": epochs, "renew": renew}
+        with self.start(problem, data, dev, **given, **setup_kwargs) as run:
             for _ in run.epochs():
                 for batch in run.batches("train"):
                     run.update(batch)
@@ -135,6 +165,8 @@ class Trainer:
         train_dataloaders: Any = None,
         val_dataloaders: Any = None,
         resume: str | None = None,
+        epochs: int | None = None,
+        renew: Sequence[str] | str = (),
         **setup_kwargs: Any,
     ) -> Run:
         """A run for a loop of your own (`with trainer.start(...) as run:`); the arguments are those of `fit`."""
@@ -146,7 +178,13 @@ class Trainer:
             self.run = None
         run = self.run_of(problem, previous)
         make_data = data_maker(run, data, dev, **given, setup_kwargs=setup_kwargs)
-        run.prepare(make_data, resume if resume is not None else self.config.resume)
+        resume = resume if resume is not None else self.config.resume
+        check_epochs(epochs, self.phases)
+        if renew:
+            from weft.loop.renewal import checked
+
+            renew = checked(renew, resume, run.takes_callbacks)
+        run.prepare(make_data, resume, epochs, tuple(renew))
         self.run = run
         return run
 

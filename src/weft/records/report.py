@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from weft import yamlfile
-from weft.loggers.csv import CONTEXT, Row, read_rows
+from weft.loggers.csv import CONTEXT, Level, Row, levels, read_rows
 from weft.records.charts import STYLE, Line, chart
 from weft.records.environment import read_sessions
 
@@ -42,8 +42,8 @@ class RunRecord:
     def curves(self) -> dict[str, dict[int, float]]:
         """Values by epoch of everything logged once an epoch, by name."""
         found: dict[str, dict[int, float]] = {}
-        for row in self.rows:
-            if not row.name.endswith("_step"):
+        for row, level in zip(self.rows, levels(self.rows), strict=True):
+            if level is not Level.STEP:
                 found.setdefault(row.name, {})[row.epoch] = row.value
         return found
 
@@ -51,8 +51,8 @@ class RunRecord:
     def step_curves(self) -> dict[str, dict[int, float]]:
         """Values by step of everything logged by steps, by name."""
         found: dict[str, dict[int, float]] = {}
-        for row in self.rows:
-            if row.name.endswith("_step"):
+        for row, level in zip(self.rows, levels(self.rows), strict=True):
+            if level is Level.STEP:
                 found.setdefault(row.name, {})[row.step] = row.value
         return found
 

@@ -5,8 +5,8 @@
     state.feed              what it is trained on               state.kept      what saving and resuming need to know
     state.control           whether and why it ends             state.hooks     what listens
 
-What is trained is decided in `training`, what is saved in `weft.loop.resume.state_of_run`, and what a batch counts for
-in `weft.data.batches.num_examples`, or by what the step returns (`weft.step.metrics.counted`).
+What is trained is decided in `training`, what is saved in `weft.loop.contents.state_of_run`, and what a batch counts
+for in `weft.data.batches.num_examples`, or by what the step returns (`weft.step.metrics.counted`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import islice
 from pathlib import Path
@@ -93,6 +93,14 @@ class Owner(Protocol):
         ...
 
 
+ROW_NAMES = ("epoch", "step", "time")
+"""Names that a row of metrics.csv has for itself."""
+
+
+FOUND_AGAIN = ("max_steps", "max_time")
+"""Reasons to stop that are no part of what is saved: whoever goes on finds them again, or has other limits."""
+
+
 class Stage(Enum):
     """What is under way. Only at rest is the state of a run whole; the value is its name in an error."""
 
@@ -110,6 +118,8 @@ class Training:
     phases: list[Phase]
     optimizers: dict[str, Optimizer] = field(default_factory=dict)
     schedules: dict[str, Scheduled] = field(default_factory=dict)
+    made: dict[str, str] = field(default_factory=dict)
+    """What optimizers and schedulers were made with, in words (of a run with a folder)."""
     frozen: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
     """Parameters that do not train in this phase, and whether they did before."""
     others: Others = field(default_factory=Others)
@@ -139,6 +149,8 @@ class Epoch:
     """Since the last time that step values were logged."""
     evaluated: dict[str, float] = field(default_factory=dict)
     closing: dict[str, float] | None = None
+    measured: set[str] = field(default_factory=set)
+    """The names that the training data and evaluations gave, while the epoch closes."""
     monitor: str | None = None
     improved: bool = False
     throughput: Throughput = field(default_factory=Throughput)
@@ -175,6 +187,8 @@ class Kept:
     """States of the generators that the loader of the training data has of its own."""
     generators_to_resume: dict[str, Any] = field(default_factory=dict)
     data_prints: dict[str, str] = field(default_factory=dict)
+    in_force: dict[str, str] = field(default_factory=dict)
+    """Settings of the checkpoint that the run goes on with, where the options now say something else."""
     notes: dict[str, Any] = field(default_factory=dict)
     """Plain values of weft's own hooks; what a checkpoint lacks of them starts anew."""
     compile_choice: str = "eager"
@@ -198,6 +212,10 @@ class Control:
     begun: bool = False
     reopened: bool = False
     """Whether it resumes in the middle of an epoch."""
+    epochs: int | None = None
+    """As many as this fit was asked to train, None: as many as the options say."""
+    left_open: bool = False
+    """The run stops within an epoch, whose checkpoint is written: its closing is only for what the fit returns."""
     ending: bool = False
     stage: Stage = Stage.REST
     stop_reason: str | None = None
@@ -254,14 +272,14 @@ class RunState:
         return cls(
             trainer,
             problem,
-            Training(
-                phases,
-                previous.training.optimizers,
-                previous.training.schedules,
-                others=previous.training.others,
-            ),
+            replace(previous.training, phases=phases, frozen=[], outside=None),
             Feed(previous.feed.seed),
-            Kept(before.attributes_at_start, run_dir=before.run_dir, best_saved=before.best_saved),
+            Kept(
+                before.attributes_at_start,
+                run_dir=before.run_dir,
+                best_saved=before.best_saved,
+                in_force=before.in_force,
+            ),
             Control(is_new=False, seconds_before=previous.progress.seconds),
             previous.progress,
             previous.history,
@@ -342,7 +360,11 @@ class RunState:
         epoch, tried = self.epoch, trial.get()
         if tried is not None:
             tried.logged.update(values)
-        elif self.step.evaluating is not None:
+            return
+        self.refuse_taken(values)
+        if self.step.evaluating is not None:
+            if taken := {self.config.dev_metric, self.config.test_metric} & values.keys():
+                raise ValueError(f"log: {min(taken)!r} is taken: it is what an evaluation step returns.")
             means, examples = self.step.evaluating
             means.add(values, examples)
         elif epoch.closing is None:
@@ -350,6 +372,17 @@ class RunState:
         else:
             epoch.closing.update({name: float(value) for name, value in values.items()})
             self.history.amend(epoch.closing)
+
+    def refuse_taken(self, names: Iterable[str]) -> None:
+        """Raise ValueError for a name that stands for something else in the history or in metrics.csv."""
+        for name in names:
+            if name in ROW_NAMES:
+                raise ValueError(f"log: {name!r} is a column of metrics.csv; log the value under another name.")
+            if name in self.epoch.measured:
+                raise ValueError(
+                    f"log: {name!r} is taken: the problem or a step returns it. Log the value under another name, or "
+                    "return it from the step."
+                )
 
     def warn_once(self, message: str) -> None:
         """Warn; the same message only once per run, and in the first process only."""

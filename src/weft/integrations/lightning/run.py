@@ -37,7 +37,7 @@ from weft.integrations.lightning.view import TrainerView
 from weft.loop.run import Run
 from weft.step.instrument import watched, watched_batches
 from weft.step.optimizers import DEFAULT
-from weft.step.state import RunState
+from weft.step.state import FOUND_AGAIN, RunState
 from weft.step.trained import adopt
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class LightningRun(Run):
     """A run of a LightningModule: the core's run, with the module's steps, hooks, optimizers, loaders and logs."""
 
     takes_callbacks = brings_data = True
+    names_are_apart = False  # what the module logs replaces the core's
     monitors_by_default = False  # nothing is monitored unless it is named
     strategy: Strategy
     schedulers: Schedulers
@@ -293,6 +294,8 @@ class LightningRun(Run):
                 self._rest()
             self._heed_should_stop()
             if self.state.control.stop_reason or self.skip_rest_of_epoch:
+                if self.state.control.stop_reason in FOUND_AGAIN and not (self.is_last_batch or self.is_accumulating):
+                    self.leave_open()
                 return
         if progress.batch == 0:
             raise ValueError("The training data yielded no batch: there is nothing to train on.")

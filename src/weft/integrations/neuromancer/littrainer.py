@@ -26,7 +26,7 @@ from weft.checkpoint.weights_files import load_weights
 from weft.data.data import Data, as_data
 from weft.integrations.neuromancer.lithooks import Bridge, LightningHooks, LitModel, from_configure_optimizers, takes
 from weft.integrations.neuromancer.weights_file import WeightsFile
-from weft.loop.options import asked
+from weft.loop.options import asked, refuse_own_names
 from weft.loop.result import FitResult
 from weft.loop.run import Run
 from weft.loop.trainer import Trainer
@@ -173,7 +173,8 @@ class LitTrainer(Trainer):
         self._set_model(problem)
         self._call("setup", "fit")
         self._call("configure_model")
-        named = {k: options.pop(k) for k in ("datamodule", "resume") if k in options}
+        named = {k: options.pop(k) for k in ("datamodule", "resume", "epochs", "renew") if k in options}
+        refuse_own_names(data)
         given = {"data": data, "dev": dev}
         for ours, theirs in (("data", "train_dataloaders"), ("dev", "val_dataloaders")):
             if (loader := options.pop(theirs, None)) is not None:

@@ -1,0 +1,126 @@
+"""The options as they are now instead of the checkpoint's: `fit(..., resume=..., renew=("optimizer", "scheduler"))`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from weft.step.optimizers import Scheduled, build_schedulers
+
+if TYPE_CHECKING:
+    from weft.step.state import RunState
+
+KINDS = ("optimizer", "scheduler")
+
+
+def checked(renew: Any, resume: Any, by_itself: bool = False) -> tuple[str, ...]:
+    """The `renew` argument of a fit as a tuple. Raises ValueError for what it cannot name, without `resume`, and for a
+    problem that makes its optimizers `by_itself`.
+    """
+    names = (renew,) if isinstance(renew, str) else tuple(renew or ())
+    if wrong := [name for name in names if name not in KINDS]:
+        raise ValueError(f"fit: renew={renew!r} names {wrong[0]!r}; expected some of {KINDS}.")
+    if names and resume is None:
+        raise ValueError(f"fit: renew={renew!r} says what wins over a checkpoint; give resume as well.")
+    if names and by_itself:
+        raise ValueError(
+            f"fit: renew={renew!r} is not for a LightningModule, which makes its optimizers itself; set what is new in "
+            "its on_train_start."
+        )
+    return names
+
+
+class Renewal:
+    """What is new about optimizers and schedules, taken before a checkpoint is put back, and put in force after it.
+
+    An optimizer keeps what it has gathered (moments) and gets the options of its groups as they are now. A scheduler is
+    made anew and stepped to where it would be.
+    """
+
+    def __init__(self, state: RunState, renew: tuple[str, ...]) -> None:
+        self.of_optimizers, self.of_schedulers = "optimizer" in renew, "scheduler" in renew
+        self.options = {name: _options(o) for name, o in state.training.optimizers.items()}
+
+    def apply(self, state: RunState, saved: Mapping[str, Any]) -> None:
+        """Put the new side in force."""
+        if self.of_optimizers:
+            for name, optimizer in state.training.optimizers.items():
+                schedule = None if self.of_schedulers else state.training.schedules.get(name)
+                _set_options(optimizer, self.options[name], schedule)
+        if self.of_schedulers:
+            _make_schedules(state, saved)
+
+
+def _options(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The options of each group, with the learning rate that schedules start from."""
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return [{**group, "lr": group.get("initial_lr", group["lr"])} for group in groups]
+
+
+def _set_options(optimizer: Optimizer, options: list[dict[str, Any]], schedule: Scheduled | None) -> None:
+    """The learning rate too; where a schedule goes on, in the same proportion to the rate it starts from as before."""
+    for number, (group, new) in enumerate(zip(optimizer.param_groups, options, strict=True)):
+        before = group.get("initial_lr")
+        factor = float(group["lr"]) / float(before) if schedule is not None and before else 1.0
+        group.update({k: v for k, v in new.items() if k not in ("lr", "initial_lr")})
+        _set_rate(group, new["lr"] * factor)
+        if schedule is not None:
+            group["initial_lr"] = new["lr"]
+            if (base := getattr(schedule.scheduler, "base_lrs", None)) is not None:
+                base[number] = new["lr"]
+
+
+def _set_rate(group: dict[str, Any], rate: Any) -> None:
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = float(rate)
+
+
+def _make_schedules(state: RunState, saved: Mapping[str, Any]) -> None:
+    """The schedules of the options, each as far as one is that was there from the beginning."""
+    given, training = _scheduler_in_force(state), state.training
+    for factory in given.values() if isinstance(given, Mapping) else [given]:
+        if isinstance(getattr(factory, "factory", factory), LRScheduler):
+            raise TypeError("fit: renew='scheduler' makes the scheduler anew; give it as a function of the optimizer.")
+    for optimizer in training.optimizers.values():
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # else torch warns of steps before the first update
+        for group in optimizer.param_groups:
+            if "initial_lr" in group:
+                _set_rate(group, group.pop("initial_lr"))
+    training.schedules = build_schedulers(given, training.optimizers)
+    for name, schedule in training.schedules.items():
+        count = _steps_done(state, name, schedule, saved)
+        if schedule.wants_metric:
+            column = state.history.values.get(schedule.monitor or state.best.name or "", [])
+            for value in column[max(0, len(column) - count) :]:
+                if not math.isnan(value):  # as it is where an epoch was not validated
+                    schedule.step({"": value}, "")
+            schedule.asked = count
+        else:
+            for _ in range(count):
+                schedule.step({}, None)
+
+
+def _steps_done(state: RunState, name: str, schedule: Scheduled, saved: Mapping[str, Any]) -> int:
+    """How often the schedule would have been asked to step: as often as the one in the checkpoint, if it was alike."""
+    if name in saved["schedules"] and f" each {schedule.interval}" in saved["fixed"]["schedulers"]:
+        return saved["schedules"][name]["asked"]
+    progress = state.progress
+    if schedule.interval == "step":
+        return progress.step
+    return progress.epoch if len(state.training.phases) == 1 else progress.phase_epoch
+
+
+def _scheduler_in_force(state: RunState) -> Any:
+    """The `scheduler` of the phase in force, or of the one before that it goes on from."""
+    given = None
+    for number, phase in enumerate(state.training.phases[: state.progress.phase + 1]):
+        own = state.trainer.options["scheduler"] if phase.scheduler is None and number == 0 else phase.scheduler
+        given = own if own is not None or phase.optimizer is not None else given
+    return given

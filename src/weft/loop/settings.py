@@ -1,0 +1,212 @@
+"""Under which settings a run trains, as a checkpoint records them.
+
+`fixed_settings` give the saved state its meaning. With other `settings` (options, versions, the data) a run is another
+one. `weft.loop.compatibility` compares them where a run goes on.
+"""
+
+from __future__ import annotations
+
+import platform
+import zlib
+from collections.abc import Mapping
+from functools import partial
+from types import FunctionType, MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim import Optimizer
+
+from weft.data.batches import Batches
+from weft.loop.order import generators_in
+
+if TYPE_CHECKING:
+    from weft.step.state import RunState, Training
+
+# These say how long, where and how visibly a run trains; changing them changes no number of an epoch.
+_FREE_OPTIONS = {
+    "epochs",
+    "max_steps",
+    "max_time",
+    "root_dir",
+    "run_name",
+    "log_every",
+    "checkpoint",
+    "resume",
+    "profiler",
+    "progress",
+    "timeout",
+    "loggers",
+}
+
+
+PRINTS = ("train data", "dev data")
+
+
+def fixed_settings(state: RunState) -> dict[str, str]:
+    """What gives the saved state its meaning, as strings by name: with another value it cannot be resumed."""
+    found = {
+        "precision": state.fabric._precision.precision,
+        "processes": state.processes.world,
+        "accumulate": state.config.accumulate,
+        "compile": state.kept.compile_choice,
+        "phases": len(state.training.phases),
+        "optimizers": {name: type(o).__name__ for name, o in state.training.optimizers.items()},
+        "schedulers": {
+            name: f"{type(s.scheduler).__name__} each {s.interval}" for name, s in state.training.schedules.items()
+        },
+        "rows of the training data": state.rows("train"),
+        "batch_size": state.feed.data.batch_size,
+        "batches in an epoch": _num_batches(state.source("train")),
+        "limit_batches": state.config.limit("train"),
+        "shuffle": state.feed.data.shuffle,
+        "drop_last": state.feed.data.drop_last,
+    }
+    if state.processes.in_shards:
+        found["problem"] = "in shards"
+    return {name: str(value) for name, value in found.items()}
+
+
+def _num_batches(source: Any) -> int | None:
+    try:
+        return len(source)
+    except TypeError:  # a loader of a stream
+        return None
+
+
+MARK = "generators"
+"""A setting that files of the first version lack, as they lack `NEW`."""
+NEW = (MARK, "scheduler ", "groups of optimizer ", "phase ", "weights of phase ")
+
+
+def settings(state: RunState) -> dict[str, str]:
+    """Options, versions and data as strings by name: what may change, but then the run is another one."""
+    found: dict[str, Any] = {k: repr(v) for k, v in state.config.to_dict().items() if k not in _FREE_OPTIONS}
+    objects = {k: _name_of(v) for k, v in state.trainer.options.items() if v is not None and k not in _FREE_OPTIONS}
+    device = state.fabric.device
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    found |= {
+        **objects,
+        **{f"optimizer {name}": _defaults(o) for name, o in state.training.optimizers.items()},
+        **state.training.made,
+        **_of_phases(state),
+        "device": f"{device.type} ({kind})",
+        "number of threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        MARK: sorted(generators_in(state)),
+        **data_prints(state),
+        **state.kept.in_force,
+    }
+    return {name: str(value) for name, value in found.items()}
+
+
+def optimizers_made(training: Training) -> dict[str, str]:
+    """The groups of optimizers where they differ from the defaults, as they were made: later their numbers change."""
+    found = {}
+    for name, optimizer in training.optimizers.items():
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        groups = [{**group, "lr": group.get("initial_lr", group.get("lr"))} for group in groups]
+        plain = [{k: v for k, v in g.items() if v != optimizer.defaults.get(k) and k != "initial_lr"} for g in groups]
+        if any(plain):
+            found[f"groups of optimizer {name}"] = str([in_words(group) for group in plain])
+    return found
+
+
+def schedules_made(training: Training) -> dict[str, str]:
+    """Schedules as they were made; some keep their arguments in the optimizer's groups."""
+    found = {}
+    for name, schedule in training.schedules.items():
+        optimizer = training.optimizers[name]
+        own = [{k: v for k, v in g.items() if k not in optimizer.defaults} for g in optimizer.param_groups]
+        own = [{k: v for k, v in group.items() if k not in ("params", "initial_lr")} for group in own]
+        found[f"scheduler {name}"] = in_words(schedule.scheduler) + (f", {in_words(own)}" if any(own) else "")
+    return found
+
+
+_EVOLVES = {
+    "optimizer",
+    "last_epoch",
+    "_step_count",
+    "_last_lr",
+    "base_lrs",
+    "_get_lr_called_within_step",
+    "_is_initial",
+}
+
+
+def in_words(value: Any, depth: int = 4) -> str:
+    """A value as a text that changes when it does: plain values, containers, the code of functions, attributes."""
+    if isinstance(value, bool | int | float | complex | str | bytes | None):
+        return repr(value)
+    if isinstance(value, torch.Tensor):
+        return repr(value.tolist()) if value.numel() <= 100 else f"tensor of shape {tuple(value.shape)}"
+    if depth == 0:
+        return type(value).__name__
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{k}: {in_words(v, depth - 1)}' for k, v in value.items())}}}"
+    if isinstance(value, list | tuple | set):
+        items = [in_words(v, depth - 1) for v in value]
+        return f"[{', '.join(sorted(items) if isinstance(value, set) else items)}]"
+    if isinstance(value, MethodType):  # of the scheduler itself, or of something else
+        return value.__qualname__
+    if isinstance(value, FunctionType):
+        return f"{value.__name__} {_print_of_code(value, depth):08x}"
+    name = type(value).__name__
+    attributes = {k: v for k, v in vars(value).items() if k not in _EVOLVES} if hasattr(value, "__dict__") else {}
+    if isinstance(value, partial):
+        attributes = {"function": value.func, "arguments": value.args, **value.keywords}
+    return f"{name}({', '.join(f'{k}={in_words(v, depth - 1)}' for k, v in attributes.items())})"
+
+
+def _print_of_code(function: FunctionType, depth: int) -> int:
+    """A checksum of what a function does: its code, its defaults, what it closes over."""
+    held = [cell.cell_contents for cell in function.__closure__ or ()]
+    own = [c for c in function.__code__.co_consts if not hasattr(c, "co_code")]
+    text = f"{function.__code__.co_names} {own} {in_words([held, function.__defaults__], depth - 1)}"
+    return zlib.crc32(function.__code__.co_code + text.encode())
+
+
+def _of_phases(state: RunState) -> dict[str, Any]:
+    """What the phases of a run in several are, by their numbers."""
+    found: dict[str, Any] = {}
+    phases = state.training.phases if len(state.training.phases) > 1 else []
+    for number, phase in enumerate(phases):
+        found[f"phase {number}"] = f"epochs={phase.epochs}, freeze={list(phase.freeze)}, patience={phase.patience}"
+        found[f"weights of phase {number}"] = in_words(dict(phase.weights or {}))
+    return found
+
+
+def data_prints(state: RunState) -> dict[str, str]:
+    """A text that changes with the data, for train and dev; made once for each data (it reads the device)."""
+    if not state.kept.data_prints:
+        sources = dict(zip(PRINTS, (state.source("train"), state.source("dev")), strict=True))
+        state.kept.data_prints = {name: _print_of(source) for name, source in sources.items() if source is not None}
+    return state.kept.data_prints
+
+
+def _print_of(batches: Any) -> str:
+    """Rows, and a checksum of up to a million numbers of each tensor."""
+    if not isinstance(batches, Batches):
+        return f"{batches.rows} rows"
+    found = []
+    for part, tensors in batches.parts.items():
+        for key, tensor in tensors.items():
+            stride = max(1, tensor[0].numel() * len(tensor) // 1_000_000)
+            rows = tensor.detach()[::stride].contiguous().cpu()
+            checksum = zlib.crc32(rows.view(-1).view(torch.uint8).numpy().tobytes()) if rows.numel() else 0
+            found.append(f"{part + '.' if part else ''}{key} {tuple(tensor.shape)} {checksum:08x}")
+    return ", ".join(found)
+
+
+def _defaults(optimizer: Optimizer) -> str:
+    plain = {k: v for k, v in optimizer.defaults.items() if isinstance(v, bool | int | float | str | tuple | None)}
+    plain.pop("differentiable", None)  # torch adds it to some when it loads them
+    return f"{type(optimizer).__name__}({', '.join(f'{k}={v}' for k, v in plain.items())})"
+
+
+def _name_of(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return str({k: _name_of(v) for k, v in value.items()})
+    if isinstance(value, list | tuple):
+        return str([_name_of(v) for v in value])
+    return value if isinstance(value, str) else getattr(value, "__qualname__", type(value).__qualname__)
