@@ -6,7 +6,7 @@ of `Run` itself. Here stands what holds for a plain problem.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from weft.data.data import Data, as_data, evaluation_data
 from weft.devices.precision import numerics
 from weft.devices.processes import Processes
+from weft.loop import feeding
 from weft.step.history import Best, History, Progress
 from weft.step.state import RunState, trial
 from weft.step.trained import to_be_trained
@@ -112,6 +113,27 @@ class Told:
     def has(self, split: str) -> bool:
         """Whether there is data for `split`."""
         return self.state.has(split)
+
+    def batches_of(self, split: str, start: int = 0) -> Iterable[Any]:
+        """The batches of a split, at most as many as `limit_batches` says, without any of the loop's bookkeeping."""
+        return self.state.batches_of(split, start)
+
+    def step_metrics(self) -> dict[str, float]:
+        """Means of the step values since the last call, as floats (with `log_every`; this reads the device)."""
+        recent = self.state.epoch.recent
+        metrics = recent.compute(self.state.processes.gather)
+        recent.clear()
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides how the run goes on: tensors and plain values only."""
+        from weft.loop.contents import state_of_run
+
+        return state_of_run(self.state)
+
+    def use_data(self, data: Data) -> None:
+        """Train, evaluate and predict with `data` from here on."""
+        feeding.use_data(self.state, data)
 
 
 class Seams:

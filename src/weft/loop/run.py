@@ -13,7 +13,7 @@ What a run has learned and measured so far is its `state` (`weft.step.state`); h
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -95,14 +95,6 @@ class Run(Told, Seams):
         state.feed.make = make_data
         feeding.make_data(state, None if self._resumed is None else self._resumed["random_before_data"])
         return self
-
-    def renew_data(self) -> None:
-        """Make the data anew: a refresh, or a phase that brings its own."""
-        feeding.renew_data(self.state)
-
-    def use_data(self, data: Data) -> None:
-        """Train, evaluate and predict with `data` from here on."""
-        feeding.use_data(self.state, data)
 
     def __enter__(self) -> Self:
         state, trainer = self.state, self.state.trainer
@@ -251,12 +243,12 @@ class Run(Told, Seams):
             if not phases.to_next(state):
                 return False
             if state.phase.data is not None:
-                self.renew_data()
+                feeding.renew_data(state)
             phases.put_in_force(state)
             self._make_update()
         every = state.feed.data.refresh_every
         if every and state.progress.epoch - state.progress.data_epoch >= every:
-            self.renew_data()
+            feeding.renew_data(state)
         return True
 
     # ---- the loop's pieces
@@ -320,10 +312,6 @@ class Run(Told, Seams):
             look_back(state)
             save_open(state)
 
-    def batches_of(self, split: str, start: int = 0) -> Iterable[Any]:
-        """The batches of a split, at most as many as `limit_batches` says, without any of the loop's bookkeeping."""
-        return self.state.batches_of(split, start)
-
     def _rest(self, epoch_over: bool = False) -> None:
         """The state is whole, between steps or epochs: it may be saved, and an interruption takes effect here."""
         state, control, processes = self.state, self.state.control, self.state.processes
@@ -355,7 +343,10 @@ class Run(Told, Seams):
         forward = self._forwards[split]
         if self.graphs is not None:
             forward = self.graphs.forward(split, forward)
-        metrics = watched(state.hooks, "evaluation", evaluate)(state, split, forward)
+        by_part = None
+        if getattr(state.source(split), "is_uneven", False):  # datasets of different sizes
+            from weft.step.parts import means_by_part as by_part
+        metrics = watched(state.hooks, "evaluation", evaluate)(state, split, forward, by_part)
         if state.epoch.is_open:
             state.epoch.evaluated |= metrics
         state.call("on_validation_end", metrics)
@@ -478,19 +469,6 @@ class Run(Told, Seams):
         The first reason given is the one reported.
         """
         self.state.stop(reason)
-
-    def step_metrics(self) -> dict[str, float]:
-        """Means of the step values since the last call, as floats (with `log_every`; this reads the device)."""
-        recent = self.state.epoch.recent
-        metrics = recent.compute(self.state.processes.gather)
-        recent.clear()
-        return metrics
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that decides how the run goes on: tensors and plain values only."""
-        from weft.loop.contents import state_of_run
-
-        return state_of_run(self.state)
 
     def save(self) -> Path:
         """Write a checkpoint into the run's folder and return its path; in `on_step_end`, once all hooks saw the step.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -50,22 +50,19 @@ def _switches_plainly(module: nn.Module) -> bool:
     return inherits and "training" in own and "train" not in own and "eval" not in own
 
 
-def evaluate(state: RunState, split: str, forward: Forward) -> dict[str, float]:
+Measuring = Callable[["RunState", str, Forward], dict[str, float]]
+"""(State, split, forward) -> metrics."""
+
+
+def evaluate(state: RunState, split: str, forward: Forward, measure: Measuring | None = None) -> dict[str, float]:
     """Means over all examples of `split` as floats, of what `forward` reports and logs, and metrics of all its rows.
 
-    Of several datasets each is gone through once; see `weft.step.parts`. ValueError if there is nothing to report.
+    `measure`: how the split is gone through; None: batch by batch. ValueError if there is nothing to report.
     """
-    source = state.source(split)
-    uneven = getattr(source, "is_uneven", False)
     state.processes.average_buffers(state.problem)
     with evaluating(state.problem), state.processes.gathered(state.problem):
         try:
-            if uneven:
-                from weft.step.parts import means_by_part
-
-                metrics = means_by_part(state, split, source, forward)
-            else:
-                metrics = _by_batch(state, split, forward)
+            metrics = (measure or _by_batch)(state, split, forward)
         finally:
             state.step.evaluating = None
     if not metrics:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from weft.step.state import RunState
 
 
-def means_by_part(state: RunState, split: str, source: Any, forward: Forward) -> dict[str, float]:
+def means_by_part(state: RunState, split: str, forward: Forward) -> dict[str, float]:
     """Means over a split of several datasets, each gone through once while the others stay at their first rows.
 
     Nobody can tell which part a scalar was computed from. But where it is a sum of what it is on each part (a term of
@@ -21,6 +21,7 @@ def means_by_part(state: RunState, split: str, source: Any, forward: Forward) ->
     weighted by its rows. So its mean over all is the sum of its means along each part, less its value at the first rows
     of all for every part but one: exact, whatever the sizes of parts and batches are.
     """
+    source = state.source(split)
     if whole := whole_metrics(state.trainer.metric_functions, split):
         raise ValueError(
             f"The metric {next(iter(whole))!r} needs each row of the {split} data once, and its parts "
