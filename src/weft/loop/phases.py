@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -19,6 +20,11 @@ def num_epochs(state: RunState) -> int:
         return state.control.epochs
     planned = sum(phase.epochs for phase in state.trainer.phases) or state.config.epochs
     return min(1, planned) if state.config.fast_dev_run else planned
+
+
+def was_over(resumed: Mapping[str, Any] | None) -> bool:
+    """Whether the fit that a run goes on from had come to its end."""
+    return resumed is not None and resumed["progress"]["epoch"] >= resumed["progress"]["last_epoch"]
 
 
 def data_of_phase(state: RunState) -> Data | None:

@@ -69,11 +69,7 @@ class Run(Told, Seams):
     # ---- begin and end
 
     def prepare(
-        self,
-        make_data: Callable[[], Data],
-        resume: str | None = None,
-        epochs: int | None = None,
-        renew: tuple[str, ...] = (),
+        self, make_data: Callable[[], Data], resume: str | None = None, epochs: int | None = None, renew: Any = ()
     ) -> Self:
         """Devices first, then the data: all that evaluation alone needs. `make_data` is called again at a refresh."""
         self._renew, self.state.control.epochs = renew, epochs
@@ -120,7 +116,7 @@ class Run(Told, Seams):
 
                 prepare_folder(state)
             tell_of_options(state, stops_itself=self.takes_callbacks)
-            is_second = not (state.control.is_new or state.control.continues) or self._resumed_is_over
+            is_second = not (state.control.is_new or state.control.continues) or phases.was_over(self._resumed)
             self._start()
             if is_second:
                 tell_of_used_up(state.training.schedules, state)
@@ -128,12 +124,6 @@ class Run(Told, Seams):
             self.__exit__(type(error), error, None)
             raise
         return self
-
-    @property
-    def _resumed_is_over(self) -> bool:
-        """Whether the fit that this one goes on from had come to its end."""
-        progress = self._resumed["progress"] if self._resumed is not None else None
-        return progress is not None and progress["epoch"] >= progress["last_epoch"]
 
     def listen(self, hooks: list[Any]) -> None:
         """Have `hooks` called at their events from here on."""
