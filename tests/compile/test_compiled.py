@@ -21,20 +21,6 @@ from weft.compile import graph as graphs
 # A graph takes about 5 s to make, and tests that need the same one find it in the cache of the session.
 
 
-@pytest.fixture
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the traced graphs themselves, without the C++ compiler: quick, where a test is not about what it makes."""
-
-    def run_itself(graph: torch.fx.GraphModule, inputs: Any, moving: int) -> Callable[[Any], Any]:
-        def run(given: list[Tensor]) -> Any:
-            with torch.no_grad():
-                return graph(*given)
-
-        return run
-
-    monkeypatch.setattr(graphs, "compile_graph", run_itself)
-
-
 def rosenbrock_data(train: int = 40, dev: int = 10, batch_size: int = 10) -> weft.Data:
     return weft.Data(parameter_rows(train), parameter_rows(dev, 2), batch_size=batch_size)
 

@@ -54,9 +54,8 @@ def fit_in_processes(
         "precision": F64,
         "progress": False,
         "accelerator": "cpu",
-        "timeout": patience(),
     } | options
-    several = {"devices": processes, "strategy": "ddp_fork"} if processes > 1 else {}
+    several = {"devices": processes, "strategy": "ddp_fork", "timeout": patience()} if processes > 1 else {}
     trainer = weft.Trainer(**options, **several)
     return trainer.fit(problem, data), trainer
 
@@ -160,8 +159,7 @@ def test_several_optimizers_and_updates_of_your_own_work_in_two_processes() -> N
             progress=False,
             devices=processes,
             accelerator="cpu",
-            strategy="ddp_fork" if processes > 1 else "auto",
-            timeout=patience(),
+            **({"strategy": "ddp_fork", "timeout": patience()} if processes > 1 else {}),
         )
         trainer.fit(problem, weft.Data(points(49), batch_size=16 // processes))
         ends.append(flat_weights(problem))

@@ -108,7 +108,8 @@ def small_figures(name: str) -> Figures:
     """Run an example at small settings in a child that inherits what is already imported."""
     import lightning.fabric  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
-    import weft.trainer  # noqa: F401
+
+    import weft.loop.trainer  # noqa: F401
 
     context = multiprocessing.get_context("fork")
     mine, theirs = context.Pipe(duplex=False)

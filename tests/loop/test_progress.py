@@ -194,7 +194,8 @@ def test_durations_read_like_a_clock(seconds: float, text: str) -> None:
 def test_nan_is_shown_as_nan() -> None:
     file, clock = io.StringIO(), Clock()
     step = {"validation_step": lambda trainer, batch: torch.tensor(math.nan)}
-    drive_line(ProgressLine(file=file, clock=clock), clock, 1, 1, 1.0, **step)
+    with pytest.warns(UserWarning, match="dev_loss, which is monitored, was not finite"):
+        drive_line(ProgressLine(file=file, clock=clock), clock, 1, 1, 1.0, **step)
     assert file.getvalue() == "epoch 1/1  0:01  train_loss 1  dev_loss nan  1 steps/s\n"
 
 

@@ -222,7 +222,8 @@ def test_a_metric_that_is_not_finite_is_never_the_best(bad: float, tmp_path: Pat
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_without_any_finite_metric_the_problem_keeps_its_last_weights(bad: float, mode: str, tmp_path: Path) -> None:
     problem = Fragile(dev=[bad] * 3)
-    _, result = train_fragile(problem, tmp_path, checkpoint=True, monitor_mode=mode)
+    with pytest.warns(UserWarning, match="not finite in any of 3 epochs"):
+        _, result = train_fragile(problem, tmp_path, checkpoint=True, monitor_mode=mode)
     assert result.best_epoch is None and result.best_metric is None and result.epochs == 3
     assert same(dict(result.last_weights), dict(problem.state_dict())) and is_finite(problem)
     assert not (tmp_path / "run/checkpoints/best").exists()
@@ -233,7 +234,8 @@ def test_without_any_finite_metric_the_problem_keeps_its_last_weights(bad: float
 def test_patience_counts_a_metric_that_is_not_finite_as_no_improvement() -> None:
     _, result = train_fragile(Fragile(dev=[0.0, *[math.nan] * 9]), epochs=10, patience=3)
     assert result.stop_reason == "patience" and result.epochs == 4 and result.best_epoch == 0
-    _, result = train_fragile(Fragile(dev=[*[math.nan] * 5, 0.0, *[0.0] * 4]), epochs=10, patience=3)
+    with pytest.warns(UserWarning, match="not finite in any of 3 epochs"):
+        _, result = train_fragile(Fragile(dev=[*[math.nan] * 5, 0.0, *[0.0] * 4]), epochs=10, patience=3)
     assert result.stop_reason == "patience" and result.epochs == 3 and result.best_epoch is None
 
 

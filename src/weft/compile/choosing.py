@@ -95,7 +95,7 @@ def compile_update(
         if state.config.compile is True:
             state.warn_once(f"compile=True: the update stays eager: {reason}.")
         return eager
-    state.kept.compile_choice = str(state.config.compile)
+    state.training.compile_choice = str(state.config.compile)
     (optimizer,) = state.training.optimizers.values()
     forward = forward_of(state, "train")
     several, combine, finish = state.config.accumulate > 1, combiner(state), _finisher(state)

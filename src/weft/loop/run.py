@@ -367,7 +367,7 @@ class Run(Told, Seams):
         look_back(state)
         gather = state.processes.gather
         means, logged = epoch.means.compute(gather), epoch.logged.compute(gather)
-        epoch.measured = {*means, *epoch.evaluated} if self.names_are_apart else set()
+        epoch.measured = {*means, *epoch.evaluated} if self.names_are_apart and state.trainer.names_are_apart else set()
         state.refuse_taken(logged)
         metrics = {**means, **logged, **epoch.evaluated}
         epoch.means.clear()

@@ -48,7 +48,7 @@ def fixed_settings(state: RunState) -> dict[str, str]:
         "precision": state.fabric._precision.precision,
         "processes": state.processes.world,
         "accumulate": state.config.accumulate,
-        "compile": state.kept.compile_choice,
+        "compile": state.training.compile_choice,
         "phases": len(state.training.phases),
         "optimizers": {name: type(o).__name__ for name, o in state.training.optimizers.items()},
         "schedulers": {

@@ -62,7 +62,7 @@ class Trainer(Tools):
     is a dict for tensors and plain values that is checkpointed too.
     """
 
-    monitors_by_default = True
+    monitors_by_default = names_are_apart = True
     recipe: dict[str, Any] | None = None
     """The config that describes this run, where it was made from one (weft.recipes.recipe).
 

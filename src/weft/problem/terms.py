@@ -166,6 +166,12 @@ class Term(nn.Module):
         return f"{self}({', '.join(self.keys)}), weight {self.weight.item():g}"
 
 
+class _Shapes:
+    """Whether the shapes of a term were looked at: a note, which is no state of a problem and in no checkpoint."""
+
+    seen = False
+
+
 class Objective(Term):
     """Something to minimise: `weight * mean(fn(...))`. Made by `weft.objective`."""
 
@@ -177,7 +183,7 @@ class Objective(Term):
         super().__init__(weight, name or function_name(fn))
         self.fn = fn
         self._add_function(fn)
-        self._shapes_seen = False
+        self._shapes = _Shapes()
 
     def forward(self, data: Batch) -> Tensor:
         """The contribution to the loss, a scalar.
@@ -189,8 +195,8 @@ class Objective(Term):
         except Exception as error:
             explain(error, str(self), self.keys, data)
             raise
-        if not self._shapes_seen and isinstance(value, Tensor):
-            self._shapes_seen = check_pairs(str(self), value, {k: data[k] for k in self.keys})
+        if not self._shapes.seen and isinstance(value, Tensor):
+            self._shapes.seen = check_pairs(str(self), value, {k: data[k] for k in self.keys})
         try:
             return self.weight * (value.mean() if value.ndim else value)
         except (AttributeError, TypeError, RuntimeError) as error:
@@ -216,7 +222,7 @@ class Constraint(Term):
         self.rhs, self.rhs_keys = self._side(rhs)
         if not callable(lhs) and not callable(rhs) and not self.keys:
             raise ValueError(f"{self} compares {lhs!r} with {rhs!r}: neither side is a key or a function of keys.")
-        self._shapes_seen = False
+        self._shapes = _Shapes()
 
     def _side(self, side: Side) -> tuple[Callable[..., Any], list[str]]:
         if isinstance(side, str):
@@ -240,7 +246,7 @@ class Constraint(Term):
             raise
         try:
             value = right - left if self.sense == ">=" else left - right
-            if not self._shapes_seen:
+            if not self._shapes.seen:
                 self._check_shapes(left, right, value)
             return value
         except (AttributeError, TypeError, RuntimeError) as error:
@@ -257,7 +263,7 @@ class Constraint(Term):
                 f"{self} compares left {_shape(left)} with right {_shape(right)}, every row with every other; "
                 "give both sides the same shape (x[:, None] or x[:, 0])."
             )
-        self._shapes_seen = value.ndim == 0 or value.shape[0] > 1
+        self._shapes.seen = value.ndim == 0 or value.shape[0] > 1
 
     def violation(self, value: Tensor) -> Tensor:
         """The part of `value` that breaks the constraint, >= 0, of the same shape."""

@@ -71,6 +71,7 @@ class Owner(Protocol):
     launched: Any
     recipe: dict[str, Any] | None
     monitors_by_default: bool
+    names_are_apart: bool
 
     def overrides(self, name: str) -> bool:
         """Whether a method is the user's own."""
@@ -120,6 +121,7 @@ class Training:
     schedules: dict[str, Scheduled] = field(default_factory=dict)
     made: dict[str, str] = field(default_factory=dict)
     """What optimizers and schedulers were made with, in words (of a run with a folder)."""
+    compile_choice: str = "eager"
     frozen: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
     """Parameters that do not train in this phase, and whether they did before."""
     others: Others = field(default_factory=Others)
@@ -191,7 +193,6 @@ class Kept:
     """Settings of the checkpoint that the run goes on with, where the options now say something else."""
     notes: dict[str, Any] = field(default_factory=dict)
     """Plain values of weft's own hooks; what a checkpoint lacks of them starts anew."""
-    compile_choice: str = "eager"
     resumed_from: Path | None = None
     best_saved: tuple[Any, ...] | None = None
     """Name, value and epoch of the best weights that `best` points to."""
@@ -272,7 +273,7 @@ class RunState:
         return cls(
             trainer,
             problem,
-            replace(previous.training, phases=phases, frozen=[], outside=None),
+            replace(previous.training, phases=phases, frozen=[], outside=None, compile_choice="eager"),
             Feed(previous.feed.seed),
             Kept(
                 before.attributes_at_start,
@@ -363,7 +364,8 @@ class RunState:
             return
         self.refuse_taken(values)
         if self.step.evaluating is not None:
-            if taken := {self.config.dev_metric, self.config.test_metric} & values.keys():
+            taken = {self.config.dev_metric, self.config.test_metric} & values.keys()
+            if taken and self.trainer.names_are_apart:
                 raise ValueError(f"log: {min(taken)!r} is taken: it is what an evaluation step returns.")
             means, examples = self.step.evaluating
             means.add(values, examples)

@@ -308,7 +308,7 @@ def test_an_unknown_keyword_and_two_names_for_one_option_raise() -> None:
 
 
 def test_options_of_weft_are_taken_as_well() -> None:
-    _trainer, problem, result = fitted(precision="64-true", seed=3, max_steps=4, min_epochs=1)
+    _trainer, problem, result = fitted(precision="64-true", seed=3, max_steps=4, validate_every=1)
     assert next(problem.parameters()).dtype == torch.float64 and result.steps == 4 and result.seed == 3
 
 

@@ -57,6 +57,8 @@ class LitTrainer(Trainer):
     Further keywords are those of `weft.Trainer` (precision, seed, checkpoint, hooks, ...).
     """
 
+    names_are_apart = False  # its scripts log what their steps return
+
     def __init__(
         self,
         epochs: int = 1000,
