@@ -31,8 +31,15 @@ FILE = Path(__file__).with_name("digests.json")
 SEED = 5
 Parts = dict[str, Any]
 WORKLOADS = (
-    "rosenbrock_weft", "rosenbrock_neuromancer", "rosenbrock_sgd", "rollout", "pinn", "neural_ode", "one_batch", "wide",
-)  # fmt: skip
+    "rosenbrock_weft",
+    "rosenbrock_neuromancer",
+    "rosenbrock_sgd",
+    "rollout",
+    "pinn",
+    "neural_ode",
+    "one_batch",
+    "wide",
+)
 
 
 # ---- what is trained -------------------------------------------------------------------------------------------------
@@ -64,9 +71,13 @@ def data_of(workload: Any, **options: Any) -> weft.Data:
 
 def trainer_of(workload: Any, seed: int, **options: Any) -> weft.Trainer:
     given = {
-        "epochs": workload.epochs, "optimizer": workload.optimizer, "clip": workload.clip, "seed": seed,
-        "accelerator": "cpu", "progress": False,
-    }  # fmt: skip
+        "epochs": workload.epochs,
+        "optimizer": workload.optimizer,
+        "clip": workload.clip,
+        "seed": seed,
+        "accelerator": "cpu",
+        "progress": False,
+    }
     return weft.Trainer(**(given | options))
 
 
@@ -196,8 +207,11 @@ def resumed(name: str, seed: int) -> Parts:
 
 
 WAYS: dict[str, Callable[[str, int], Parts]] = {
-    "eager": eager, "as a graph": as_graph, "as a LightningModule": as_module, "resumed": resumed,
-}  # fmt: skip
+    "eager": eager,
+    "as a graph": as_graph,
+    "as a LightningModule": as_module,
+    "resumed": resumed,
+}
 
 
 # ---- the trainers with NeuroMANCER's signatures ----------------------------------------------------------------------
@@ -207,9 +221,16 @@ def lit_trainer(name: str, seed: int, **options: Any) -> Parts:
     workload = short(name)
     problem = problem_of(workload, seed)
     trainer = weft.LitTrainer(
-        epochs=3, clip=0.5, patience=5, custom_optimizer=workload.optimizer(problem.parameters()), weight_name="best",
-        accelerator="cpu", seed=seed, progress=False, **options,
-    )  # fmt: skip
+        epochs=3,
+        clip=0.5,
+        patience=5,
+        custom_optimizer=workload.optimizer(problem.parameters()),
+        weight_name="best",
+        accelerator="cpu",
+        seed=seed,
+        progress=False,
+        **options,
+    )
     datasets = (weft.DictDataset(workload.train), weft.DictDataset(workload.dev), None, workload.batch_size)
     parts = fitted(problem, trainer, lambda: datasets)
     parts["weights"]["file"] = torch.load("best.ckpt", weights_only=True)["state_dict"]
@@ -229,9 +250,17 @@ def base_trainer(name: str, seed: int, schedule: Any = None) -> Parts:
     problem, (train, dev) = problem_of(workload, seed), loaders(workload)
     optimizer = workload.optimizer(problem.parameters())
     trainer = Trainer(
-        problem, train, dev, optimizer=optimizer, epochs=4, patience=2, warmup=1, clip=0.5, epoch_verbose=2,
+        problem,
+        train,
+        dev,
+        optimizer=optimizer,
+        epochs=4,
+        patience=2,
+        warmup=1,
+        clip=0.5,
+        epoch_verbose=2,
         lr_scheduler=schedule and schedule(optimizer),
-    )  # fmt: skip
+    )
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         best = trainer.train()
         tested = trainer.test(best)
@@ -518,10 +547,19 @@ CASES: dict[str, Callable[[int], Parts]] = {
     "phases that weigh": phases_that_freeze_and_weigh,
     "clip and EMA": lambda seed: hooked(seed, "EMA", clip=0.5),
     "clip and EMA, as a graph": averaged_as_graph,
-    **{f"hook {name}": lambda seed, name=name: hooked(seed, name) for name in (
-        "SWA", "ReLoBRaLo", "SoftAdapt", "SelfAdaptive", "GradNorm", "LearningRateAnnealing", "Curriculum",
-        "GradientNorms",
-    )},
+    **{
+        f"hook {name}": lambda seed, name=name: hooked(seed, name)
+        for name in (
+            "SWA",
+            "ReLoBRaLo",
+            "SoftAdapt",
+            "SelfAdaptive",
+            "GradNorm",
+            "LearningRateAnnealing",
+            "Curriculum",
+            "GradientNorms",
+        )
+    },
     "clip by value": partial(rosenbrock, clip=1e-3, clip_algorithm="value"),
     "no clip, default optimizer": partial(rosenbrock, clip=None, optimizer=None),
     "64-true": partial(rosenbrock, precision="64-true"),
@@ -551,7 +589,7 @@ CASES: dict[str, Callable[[int], Parts]] = {
     "GAN, two optimizers on one loss": gan,
     "GAN, as a LightningModule by hand": gan_as_module,
     **SLOW,
-}  # fmt: skip
+}
 
 
 # ---- digests and their file ------------------------------------------------------------------------------------------

@@ -113,10 +113,18 @@ def fit(name: str, root: Path, cut: int, resume: str | None = None) -> tuple[wef
     if resume is None:
         random.seed(1), np.random.seed(1), torch.manual_seed(1)
     trainer = weft.Trainer(
-        epochs=4, optimizer=adam, scheduler=cosine, hooks=[weft.hooks.EMA(0.9), Fuse(cut)], accelerator="cpu",
-        progress=False, root_dir=str(root), run_name=name, resume=resume,
-        checkpoint={"every_n_steps": 15, "best": False}, **options,
-    )  # fmt: skip
+        epochs=4,
+        optimizer=adam,
+        scheduler=cosine,
+        hooks=[weft.hooks.EMA(0.9), Fuse(cut)],
+        accelerator="cpu",
+        progress=False,
+        root_dir=str(root),
+        run_name=name,
+        resume=resume,
+        checkpoint={"every_n_steps": 15, "best": False},
+        **options,
+    )
     with graphs_run_themselves() as ran:
         result = trainer.fit(trained, data)
     assert bool(ran) == (name == "compiled")
