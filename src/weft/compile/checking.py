@@ -126,6 +126,7 @@ def difference(graph: Any, batch: Any, tensors: list[Tensor]) -> str | None:
         + weights.get(key, 0.0)
         for key, size in sizes.items()
     }
+    wrong: list[Any] = []
     for shift in range(NUM_SHIFTS + 1):
         wrong = [key for key, gap in gaps.items() if not gap <= allowed[key]]
         if not wrong:

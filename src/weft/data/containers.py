@@ -82,7 +82,7 @@ def _column(value: Any) -> np.ndarray:
     if any(stride < 0 for stride in array.strides):  # a column in reverse; no tensor can be
         array = array.copy()
     if array.dtype.kind == "O":  # nullable numbers without a missing one
-        kinds = {getattr(dtype, "numpy_dtype", None) for dtype in dtypes}
+        kinds: set[Any] = {getattr(dtype, "numpy_dtype", None) for dtype in dtypes}
         if None not in kinds and all(kind.kind in "biufc" for kind in kinds):
             array = value.to_numpy(dtype=np.result_type(*kinds))
     return _numbers(array, dtypes[0] if len(dtypes) == 1 else array.dtype)

@@ -74,7 +74,8 @@ def _refuse_array(split: str, source: Any) -> None:
     """Raise TypeError for tensors, arrays, tables and texts: their rows (or columns, or letters) are no batches."""
     if not (is_array(source) or isinstance(source, str | bytes)):
         return
-    found = f"of shape {tuple(source.shape)}" if hasattr(source, "shape") else "which is no data"
+    shape = getattr(source, "shape", None)
+    found = "which is no data" if shape is None else f"of shape {tuple(shape)}"
     columns = getattr(source, "columns", None)
     if columns is not None:
         line = "weft.DictDataset({name: table[name].to_numpy() for name in table.columns})"

@@ -69,7 +69,7 @@ class LoaderBatches:
         batches = iter(self.loader)
         for _ in range(start):
             next(batches)
-        sampler = getattr(self.loader, "batch_sampler", None)
+        sampler: Any = getattr(self.loader, "batch_sampler", None)
         if hasattr(sampler, "is_empty"):  # of several processes
             from weft.data.shares import without_empty
 
@@ -173,7 +173,8 @@ def loader_batches(
         if source.num_workers:  # the user's generator is alike in every process, and its workers' noise would be
             source.generator = torch.Generator()
     is_ours = made_here or (world > 1 and source.num_workers)
-    workers = WorkerSeeds(source.generator, seed, rank, split) if is_ours else None
+    generator: Any = source.generator if is_ours else None
+    workers = WorkerSeeds(generator, seed, rank, split) if is_ours else None
     if data.pre_batch is not None:
         if not made_here:
             raise ValueError(

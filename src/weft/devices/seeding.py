@@ -119,7 +119,7 @@ def fix_kept_batches(sources: Iterable[Any]) -> None:
     A resumed run makes them again in the middle of training, and must get the same ones.
     """
     for source in sources:
-        loader = getattr(source, "loader", None)
+        loader: Any = getattr(source, "loader", None)
         if getattr(loader, "made_once", False):
             own = generators_of(loader)
             loader.within = partial(_put_back_after, own, random_state(), generator_states(own))

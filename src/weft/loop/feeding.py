@@ -40,7 +40,7 @@ def use_data(state: RunState, data: Data) -> None:
     state.feed.data = data
     check_finite(data, state.config.strict_data)
     place: dict[str, Any] = {"device": fabric.device, "dtype": float_dtype(fabric), "to_device": fabric.to_device}
-    share = {"rank": processes.data_rank, "world": processes.data_world}
+    share: dict[str, Any] = {"rank": processes.data_rank, "world": processes.data_world}
     state.feed.splits = {split: batches_of(data, split, seed=state.feed.seed, **place, **share) for split in SPLITS}
     seeding.fix_kept_batches(state.feed.splits.values())
 

@@ -77,7 +77,9 @@ def reader(
     What a step returned as "num_examples" is what it is a mean over, "{term}_weight" what one term is; they stand under
     `DENOMINATOR`, and what metrics of all rows read under `ALL_ROWS`.
     """
-    whole = {named(name, split): fn for name, fn in metrics.items() if getattr(fn, "of_all_rows", False)}
+    whole: dict[str, Any] = {
+        named(name, split): fn for name, fn in metrics.items() if getattr(fn, "of_all_rows", False)
+    }
     metrics = {named(name, split): fn for name, fn in metrics.items() if not getattr(fn, "of_all_rows", False)}
     keys, usual, names = term_keys(problem, split), f"{split}_loss", set(optimizers)
     loss_keys = (metric, "loss") if metric == usual else (metric, (keys or {}).get(metric, metric))

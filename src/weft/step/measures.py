@@ -58,7 +58,8 @@ def _measure(name: str, given: Any) -> Any:
     if isinstance(given, whole):
         return Rows(Keys(name, given.fn, keys), given.fn)
     if all(callable(getattr(given, method, None)) for method in ("update", "compute", "reset")):
-        return Updated(Keys(name, given.update, keys), given)
+        updated: Any = given
+        return Updated(Keys(name, updated.update, keys), updated)
     if not callable(given):
         raise TypeError(
             f"{what} is {given!r}; expected a function of keys, weft.whole(function), or an object with update, "
@@ -142,7 +143,8 @@ class Updated:
     of_all_rows = True
 
     def __init__(self, inputs: Keys, metric: Any) -> None:
-        self.keys, self.metric = inputs, metric
+        self.keys = inputs
+        self.metric: Any = metric
         self.gathers = hasattr(metric, "sync") and hasattr(metric, "metric_state")
         self.rows = Rows(inputs, metric.compute)
         self.count = 0

@@ -27,7 +27,7 @@ def adopt(state: RunState) -> None:
     if not found:
         return
     probe = torch.nn.Linear(1, 1, dtype=torch.float32)
-    wanted = state.fabric.strategy.precision.convert_module(probe).weight.dtype
+    wanted: Any = state.fabric.strategy.precision.convert_module(probe).weight.dtype
     for p in found:
         p.data = p.data.to(state.fabric.device, wanted if wanted != torch.float32 and p.is_floating_point() else None)
     if state.processes.world > 1:
