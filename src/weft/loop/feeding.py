@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from weft.data.splits import batches_of, check_finite
 from weft.devices import seeding
 from weft.devices.precision import float_dtype
 from weft.loop.phases import data_of_phase
+from weft.step.history import Best
 from weft.step.state import RunState
 
 
@@ -43,6 +45,26 @@ def use_data(state: RunState, data: Data) -> None:
     share: dict[str, Any] = {"rank": processes.data_rank, "world": processes.data_world}
     state.feed.splits = {split: batches_of(data, split, seed=state.feed.seed, **place, **share) for split in SPLITS}
     seeding.fix_kept_batches(state.feed.splits.values())
+
+
+def forget_best_of_other_data(state: RunState, before: Mapping[str, Any]) -> None:
+    """In a second fit on other data, of which the first one's best tells nothing, count the best anew, and say so.
+
+    `before`: the batches by split of the fit before. What is monitored is measured on the dev data, if there is some.
+    """
+    split = "dev" if state.has("dev") else "train"
+    was, now = before.get(split), state.source(split)
+    if not before or state.best.value is None:
+        return
+    if was is not None and was is not now:
+        from weft.loop.settings import print_of
+
+        if print_of(was) == print_of(now):
+            return
+    elif was is now:
+        return
+    state.best = Best()
+    state.warn_once(f"The {split} data are others than in the fit before: the best epoch is one of this fit.")
 
 
 def new_folder(state: RunState) -> Path | None:

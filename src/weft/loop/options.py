@@ -113,8 +113,8 @@ def as_metrics(given: Any) -> dict[str, Any]:
     return measures_of(given)
 
 
-def refuse_misspelt(kind: type, base: type) -> None:
-    """Raise TypeError for a method of a subclass that is named almost like one that training calls.
+def refuse_misspelt(kind: type, base: type, hooks: Any = None) -> None:
+    """Raise TypeError for a method of a subclass that is named almost like one that training calls, or like an event.
 
     Not for one that goes on where the known name ends ("update_weights"), nor where the known one is overridden too.
     """
@@ -123,6 +123,17 @@ def refuse_misspelt(kind: type, base: type) -> None:
     known = (*STEPS.values(), "configure_optimizers", "update", "fit", "start", *EVENTS)
     own = [cls for cls in kind.__mro__ if cls not in base.__mro__ and not cls.__module__.startswith("weft.")]
     names = {name for cls in own for name, value in vars(cls).items() if isinstance(value, FunctionType)}
+    given = [
+        fn
+        for hook in (hooks if isinstance(hooks, list | tuple) else [hooks])
+        if isinstance(hook, Mapping)
+        for fn in hook.values()
+    ]
+    for name in sorted(names & EVENTS.keys() - {getattr(fn, "__name__", "") for fn in given}):
+        raise TypeError(
+            f"{kind.__name__} has {name!r}, which is an event: hooks listen to it, a trainer does not. "
+            f"Give it in hooks={{{name!r}: function}}, or make it a method of a weft.Hook."
+        )
     for name in sorted(names - {*dir(base), *known}):
         for right in known:
             if right not in names and _is_slip(name, right):

@@ -40,6 +40,18 @@ def is_over(state: RunState) -> bool:
     return bool(progress.phase_ended) or (progress.phase_epoch >= state.phase.epochs and len(phases) > 1)
 
 
+def ends_here(state: RunState) -> bool:
+    """Whether the open epoch is the last one of the fit or of its phase, or training was told to stop."""
+    progress = state.progress
+    ends_phase = len(state.training.phases) > 1 and progress.phase_epoch + 1 >= state.phase.epochs
+    return progress.epoch + 1 >= progress.last_epoch or ends_phase or state.control.stop_reason is not None
+
+
+def is_nth(state: RunState) -> bool:
+    """Whether the open epoch is one that `validate_every` names."""
+    return (state.progress.epoch + 1) % state.config.validate_every == 0
+
+
 def to_next(state: RunState) -> bool:
     """Go to the next phase; False where there is none."""
     progress = state.progress

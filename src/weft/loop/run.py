@@ -40,7 +40,7 @@ from weft.step.instrument import bind_watched, watched, watched_batches
 from weft.step.manual import Manual
 from weft.step.nonfinite import RunningStatistics, look_back
 from weft.step.state import Listeners, Owner, RunState, Stage, Update
-from weft.step.trained import clear_gradients, prepare_look
+from weft.step.trained import clear, clear_gradients, prepare_look
 from weft.step.update import built_in
 
 
@@ -64,6 +64,8 @@ class Run(Told, Seams):
         self._in_batches = False  # a loop is between two batches of `batches`, which rests after each
         self.graphs: Any = None  # of a compiled run
         self._forwards: dict[str, Forward] = {}  # by split, of evaluations
+        self._parameters: list[Tensor] = []
+        self._before = previous.state.feed.splits if previous else {}
         self._stack = ExitStack()
 
     # ---- begin and end
@@ -116,6 +118,7 @@ class Run(Told, Seams):
 
                 prepare_folder(state)
             tell_of_options(state, stops_itself=self.takes_callbacks)
+            feeding.forget_best_of_other_data(state, {} if self.takes_callbacks else self._before)
             is_second = not (state.control.is_new or state.control.continues) or phases.was_over(self._resumed)
             self._start()
             if is_second:
@@ -216,15 +219,16 @@ class Run(Told, Seams):
         self._forwards, state.training.outside = {}, None
         clear_gradients(state)
         self.manual = Manual(state, self.begin_step, self.end_step)
+        self._parameters = [*state.problem.parameters(), *state.training.others.tensors.values()]
         if state.trainer.overrides("update"):
             self.update = self.manual.framed(state.trainer.update)
         else:
-            self.update = built_in(state, self.begin_step, self.end_step)
+            self.update = built_in(state, self.begin_update, self.end_step)
         if state.config.compile:
             from weft.compile.choosing import Graphs, compile_update
 
             self.graphs = self.graphs or Graphs(state)
-            self.update = compile_update(self.graphs, self.update, self.begin_step, self.end_step)
+            self.update = compile_update(self.graphs, self.update, self.begin_update, self.end_step)
 
     def _in_phase(self) -> bool:
         """Whether a phase is in force for one more epoch; where one is over the next begins. False after the last."""
@@ -345,15 +349,8 @@ class Run(Told, Seams):
 
     @property
     def validation_due(self) -> bool:
-        """Whether `fit` evaluates the dev set after this epoch.
-
-        Every n-th, the last (of a phase too), and at a stop.
-        """
-        state, progress = self.state, self.state.progress
-        done = progress.epoch + 1
-        ends_phase = len(state.training.phases) > 1 and progress.phase_epoch + 1 >= state.phase.epochs
-        last = done >= progress.last_epoch or ends_phase or state.control.stop_reason is not None
-        return state.has("dev") and (last or done % state.config.validate_every == 0)
+        """Whether `fit` evaluates the dev set after this epoch: each n-th, the last (of a phase too), and at a stop."""
+        return self.state.has("dev") and (phases.ends_here(self.state) or phases.is_nth(self.state))
 
     def _close_epoch(self) -> None:
         """History, best weights, hooks, schedulers, in this order; then the epoch is over."""
@@ -423,6 +420,11 @@ class Run(Told, Seams):
         """What every update does first."""
         self.state.control.stage = Stage.UPDATE
         self.announce(batch)  # where it did not come from `batches`
+
+    def begin_update(self, batch: Any) -> None:
+        """The same for the built-in update, which begins from no gradients: a hook may have looked at some."""
+        self.begin_step(batch)
+        clear(self._parameters)
 
     def end_step(self, batch: Any, loss: Tensor | None) -> None:
         """What every update does last: count the step, step the schedules, call the hooks."""

@@ -180,11 +180,11 @@ def data_prints(state: RunState) -> dict[str, str]:
     """A text that changes with the data, for train and dev; made once for each data (it reads the device)."""
     if not state.kept.data_prints:
         sources = dict(zip(PRINTS, (state.source("train"), state.source("dev")), strict=True))
-        state.kept.data_prints = {name: _print_of(source) for name, source in sources.items() if source is not None}
+        state.kept.data_prints = {name: print_of(source) for name, source in sources.items() if source is not None}
     return state.kept.data_prints
 
 
-def _print_of(batches: Any) -> str:
+def print_of(batches: Any) -> str:
     """Rows, and a checksum of up to a million numbers of each tensor."""
     if not isinstance(batches, Batches):
         return f"{batches.rows} rows"

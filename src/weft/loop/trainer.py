@@ -15,21 +15,10 @@ from torch import Tensor, nn
 from weft.config import TrainerConfig
 from weft.devices.fabric import fabric_for_calls
 from weft.events import as_hooks
+from weft.loop import options as opts
 from weft.loop.adapters import adapter_for, split_hooks
 from weft.loop.default_hooks import hooks_from
 from weft.loop.evaluating import run_to_evaluate
-from weft.loop.options import (
-    FIXED,
-    OBJECTS,
-    STEPS,
-    as_metrics,
-    as_phases,
-    asked,
-    check_epochs,
-    data_maker,
-    refuse_misspelt,
-    signature,
-)
 from weft.loop.result import FitResult
 from weft.loop.run import Run
 from weft.loop.tools import Tools
@@ -70,12 +59,12 @@ class Trainer(Tools):
     """
 
     def __init__(self, **options: Any) -> None:
-        refuse_misspelt(type(self), Trainer)
+        opts.refuse_misspelt(type(self), Trainer, options.get("hooks"))
         known = {*TrainerConfig.__dataclass_fields__, *OBJECTS}
         if unknown := [name for name in options if name not in known]:
             hint = suggest(unknown[0], known)
             raise TypeError(f"{type(self).__name__} has no option {', '.join(map(repr, unknown))}{hint or '.'}")
-        self.options = {**OBJECTS, **{k: v for k, v in options.items() if k in OBJECTS}}
+        self.options = {**opts.OBJECTS, **{k: v for k, v in options.items() if k in OBJECTS}}
         plain = {k: v for k, v in options.items() if k not in OBJECTS}
         for name in ("strategy", "profiler"):  # a name is plain data, an object is not
             if isinstance(self.options[name], str):
@@ -83,9 +72,9 @@ class Trainer(Tools):
         self.config = TrainerConfig(**plain)
         own, self.callbacks = split_hooks(self.options["hooks"])
         self.hooks: list[Any] = as_hooks(own)
-        self.phases: list[Phase] = as_phases(self.options["phases"], plain)
-        self.metric_functions = as_metrics(self.options["metrics"])
-        for name in STEPS.values():
+        self.phases: list[Phase] = opts.as_phases(self.options["phases"], plain)
+        self.metric_functions = opts.as_metrics(self.options["metrics"])
+        for name in opts.STEPS.values():
             if (step := self.options[name]) is not None:
                 if not callable(step):
                     raise TypeError(f"{name}={step!r}: expected a function (trainer, batch).")
@@ -96,7 +85,7 @@ class Trainer(Tools):
 
     def __setattr__(self, name: str, value: Any) -> None:
         own = [kind for kind in type(self).__mro__ if kind not in Trainer.__mro__]
-        if name in FIXED and not any(name in vars(kind) for kind in own):
+        if name in opts.FIXED and not any(name in vars(kind) for kind in own):
             more = f"fit(..., epochs={value!r}) trains so many. " if name == "epochs" else ""
             raise AttributeError(
                 f"trainer.{name} = {value!r} would have no effect: {name} is an option. {more}"
@@ -143,7 +132,7 @@ class Trainer(Tools):
 
             more = {"resume": resume, "epochs": epochs, "renew": renew}
             result = call(self, fabric, "fit", problem, problem, data, dev, **more, **given, **setup_kwargs)
-            self.running.state.feed.make = data_maker(self.running, data, dev, **given, setup_kwargs=setup_kwargs)
+            self.running.state.feed.make = opts.data_maker(self.running, data, dev, **given, setup_kwargs=setup_kwargs)
             return result
         given |= {"resume": resume, "epochs": epochs, "renew": renew}
         with self.start(problem, data, dev, **given, **setup_kwargs) as run:
@@ -177,9 +166,9 @@ class Trainer(Tools):
         if previous is None:
             self.run = None
         run = self.run_of(problem, previous)
-        make_data = data_maker(run, data, dev, **given, setup_kwargs=setup_kwargs)
+        make_data = opts.data_maker(run, data, dev, **given, setup_kwargs=setup_kwargs)
         resume = resume if resume is not None else self.config.resume
-        check_epochs(epochs, self.phases)
+        opts.check_epochs(epochs, self.phases)
         if renew:
             from weft.loop.renewal import checked
 
@@ -242,7 +231,7 @@ class Trainer(Tools):
 
     def step_function(self, split: str, problem: nn.Module) -> Callable[[Any], Any]:
         """What is called with each batch of `split`: the user's step, or the problem itself."""
-        name = STEPS[split]
+        name = opts.STEPS[split]
         return getattr(self, name) if self.overrides(name) or split == "predict" else problem
 
     # ------------------------------------------------------------------ after training
@@ -260,7 +249,7 @@ class Trainer(Tools):
 
         A problem may come first: `validate(problem, data)`. A LightningModule may bring its own data or a `datamodule`.
         """
-        return self._evaluate("dev", *asked(data, dataloaders, problem, datamodule), setup_kwargs)
+        return self._evaluate("dev", *opts.asked(data, dataloaders, problem, datamodule), setup_kwargs)
 
     def test(
         self,
@@ -272,7 +261,7 @@ class Trainer(Tools):
         **setup_kwargs: Any,
     ) -> dict[str, float]:
         """Means over the test set (of the last fit, or `data`) as floats, with the history's keys; see `validate`."""
-        return self._evaluate("test", *asked(data, dataloaders, problem, datamodule), setup_kwargs)
+        return self._evaluate("test", *opts.asked(data, dataloaders, problem, datamodule), setup_kwargs)
 
     def predict(
         self,
@@ -288,7 +277,7 @@ class Trainer(Tools):
         Inputs and losses are left out, and targets may be missing from the data. Of a LightningModule: what its
         `predict_step` returned, a list with one entry a batch (a list of such lists for several loaders).
         """
-        return self._evaluate("predict", *asked(data, dataloaders, problem, datamodule), setup_kwargs)
+        return self._evaluate("predict", *opts.asked(data, dataloaders, problem, datamodule), setup_kwargs)
 
     def _evaluate(self, split: str, problem: nn.Module | None, data: Any, setup_kwargs: Any) -> dict[str, Any]:
         if (fabric := self._fabric_for_calls()) is not None:
@@ -309,4 +298,4 @@ class Trainer(Tools):
         save_weights(self.problem, path)
 
 
-Trainer.__init__.__signature__ = signature()  # pyright: ignore[reportFunctionMemberAccess]
+Trainer.__init__.__signature__ = opts.signature()  # pyright: ignore[reportFunctionMemberAccess]

@@ -62,6 +62,13 @@ def rest_of(state: RunState) -> list[Tensor]:
     return [p for p in (*state.problem.parameters(), *state.training.others.tensors.values()) if id(p) not in held]
 
 
+def clear(parameters: Iterable[Tensor]) -> None:
+    """Take the gradients of these away, where there are some."""
+    for p in parameters:
+        if p.grad is not None:
+            p.grad = None
+
+
 def clear_gradients(state: RunState) -> None:
     """Begin from no gradients: those of an earlier fit or phase, or of a look at the loss, belong to no step."""
     for p in (*state.problem.parameters(), *state.training.others.tensors.values()):
@@ -86,6 +93,9 @@ def outside_of(state: RunState) -> dict[int, tuple[Place, bool]]:
         found.setdefault(id(place.value), (place, isinstance(problem, Problem)))
     for place in places_behind([*steps, (type(trainer).__name__, type(trainer))], problem):
         found.setdefault(id(place.value), (place, False))
+    # an optimizer that a hook, a step or a trainer steps by itself (ascent on a weight, say) trains what it holds
+    others = [place.value for place, _ in found.values() if isinstance(place.value, Optimizer)]
+    trained |= {id(p) for optimizer in others for p in parameters_of(optimizer)}
     outside = {
         key: (place, of_node)
         for key, (place, of_node) in found.items()
@@ -109,17 +119,17 @@ def look(state: RunState, losses: Any) -> None:
     ValueError where a node or term of a `weft.Problem` reaches it, else one warning.
     """
     outside = state.training.outside or {}
-    if reached := [outside[key] for key in _leaves(_tensors(losses)) if key in outside]:
-        _tell(state, reached)
+    _tell(state, [outside[key] for key in _leaves(_tensors(losses)) if key in outside])
 
 
 def look_at_gradients(state: RunState) -> None:
     """The same for a loss that was not given to weft's `backward`: what it reached has a gradient."""
-    if reached := [found for found in (state.training.outside or {}).values() if found[0].value.grad is not None]:
-        _tell(state, reached)
+    _tell(state, [found for found in (state.training.outside or {}).values() if found[0].value.grad is not None])
 
 
 def _tell(state: RunState, reached: list[tuple[Place, bool]]) -> None:
+    if not reached:
+        return
     for key in [id(place.value) for place, _ in reached]:
         del state.training.outside[key]  # type: ignore[union-attr]
     reached.sort(key=lambda found: not found[1])
