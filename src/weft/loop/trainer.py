@@ -60,12 +60,12 @@ class Trainer(Tools):
 
     def __init__(self, **options: Any) -> None:
         opts.refuse_misspelt(type(self), Trainer, options.get("hooks"))
-        known = {*TrainerConfig.__dataclass_fields__, *OBJECTS}
+        known = {*TrainerConfig.__dataclass_fields__, *opts.OBJECTS}
         if unknown := [name for name in options if name not in known]:
             hint = suggest(unknown[0], known)
             raise TypeError(f"{type(self).__name__} has no option {', '.join(map(repr, unknown))}{hint or '.'}")
-        self.options = {**opts.OBJECTS, **{k: v for k, v in options.items() if k in OBJECTS}}
-        plain = {k: v for k, v in options.items() if k not in OBJECTS}
+        self.options = {**opts.OBJECTS, **{k: v for k, v in options.items() if k in opts.OBJECTS}}
+        plain = {k: v for k, v in options.items() if k not in opts.OBJECTS}
         for name in ("strategy", "profiler"):  # a name is plain data, an object is not
             if isinstance(self.options[name], str):
                 plain[name], self.options[name] = self.options[name], None
