@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weft.problem.pairs import PairWatch, has_rows, refuse_pairs
 from weft.types import WRITTEN_KEYS, Batch, suggest
 
 Side = Callable[..., Tensor] | str | float | Tensor
@@ -94,25 +95,6 @@ class _Constant(nn.Module):
 
     def forward(self) -> Tensor:
         return self.value
-
-
-def check_pairs(what: str, value: Tensor, read: Mapping[str, Any]) -> bool:
-    """Raise ValueError where (n,) met (n, 1), which makes (n, n): every row with every other.
-
-    Returns whether it could be told: of one row it cannot.
-    """
-    if value.ndim < 2:
-        return value.ndim == 0 or value.shape[0] > 1
-    rows, shapes = value.shape[0], {k: tuple(v.shape) for k, v in read.items() if isinstance(v, Tensor)}
-    flat = [key for key, shape in shapes.items() if shape == (rows,)]
-    columns = [key for key, shape in shapes.items() if shape == (rows, 1)]
-    is_pairs = tuple(value.shape) == (rows, rows) and (rows, rows) not in shapes.values()
-    if rows > 1 and is_pairs and flat and columns:
-        raise ValueError(
-            f"{what} has shape ({rows}, {rows}), every row with every other: it reads {columns[0]} ({rows}, 1) and "
-            f"{flat[0]} ({rows},). Give both the same shape (x[:, None] or x[:, 0])."
-        )
-    return rows > 1
 
 
 class Term(nn.Module):
@@ -191,17 +173,26 @@ class Objective(Term):
         Raises KeyError for a missing key, TypeError for no float tensor, ValueError for every row with every other.
         """
         try:
-            value = self.fn(*[data[k] for k in self.keys])
+            value = self.fn(*[data[k] for k in self.keys]) if self._shapes.seen else self._first(data)
         except Exception as error:
             explain(error, str(self), self.keys, data)
             raise
-        if not self._shapes.seen and isinstance(value, Tensor):
-            self._shapes.seen = check_pairs(str(self), value, {k: data[k] for k in self.keys})
         try:
             return self.weight * (value.mean() if value.ndim else value)
         except (AttributeError, TypeError, RuntimeError) as error:
             found = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"{self} returned {found}; expected a floating point tensor, which is averaged.") from error
+
+    def _first(self, data: Batch) -> Any:
+        """What the function returns; ValueError where it pairs every row with every other."""
+        read = {k: data[k] for k in self.keys}
+        if torch.compiler.is_compiling():  # to torch's compiler a watch is another program
+            return self.fn(*read.values())
+        with PairWatch(read) as watch:
+            value = self.fn(*read.values())
+        refuse_pairs(str(self), value, read, watch)
+        self._shapes.seen = has_rows(read)
+        return value
 
 
 class Constraint(Term):
@@ -257,11 +248,13 @@ class Constraint(Term):
 
     def _check_shapes(self, left: Any, right: Any, value: Tensor) -> None:
         """Once, at several rows: (n,) against (n, 1) makes (n, n), which compares every row with every other."""
-        rows = value.shape[0] if value.ndim == 2 else 0  # AttributeError: value is no tensor
-        if rows > 1 and {_shape(left), _shape(right)} == {f"({rows},)", f"({rows}, 1)"}:
+        short, long = sorted((tuple(getattr(side, "shape", ())) for side in (left, right)), key=len)
+        rows = value.shape[0] if value.ndim > 1 else 0  # AttributeError: value is no tensor
+        if rows > 1 and long == (*short, 1) and value.shape[:2] == (rows, rows):
             raise ValueError(
                 f"{self} compares left {_shape(left)} with right {_shape(right)}, every row with every other; "
-                "give both sides the same shape (x[:, None] or x[:, 0])."
+                "give both sides the same shape (x[:, None] or x[:, 0]); where this is meant, x[:, None] and "
+                "y[None, :]."
             )
         self._shapes.seen = value.ndim == 0 or value.shape[0] > 1
 

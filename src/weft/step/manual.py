@@ -21,6 +21,7 @@ from weft.step.forward import metric_of, reader
 from weft.step.instrument import watched
 from weft.step.microbatches import combiner, record, rows_of, total
 from weft.step.optimizer_step import make_step
+from weft.step.pairs import watched_for_pairs
 from weft.step.trained import look, look_at_gradients
 from weft.step.update import built_in
 
@@ -48,13 +49,14 @@ class Manual:
     def framed(self, update: Callable[[Any], Any]) -> Update:
         """The user's `update` as one step of the run. What it returns (a loss, a dict) is logged."""
         state = self.state
-        read = reader(state.problem, "train", metric_of(state, "train"), {}, ())
+        read, unseen = reader(state.problem, "train", metric_of(state, "train"), {}, ()), [True]
 
         def framed_update(batch: Any) -> Tensor:
             self.begin(batch)
             self.loss, self._framed = None, _Framed()
             try:
-                returned = update(batch)
+                returned = watched_for_pairs(state, update, batch) if unseen else update(batch)
+                unseen.clear()
                 counted = self._framed.returned
             finally:
                 self._framed = None

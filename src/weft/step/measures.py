@@ -12,6 +12,7 @@ Arguments' names are the keys that are read, from the problem's output or the ba
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
@@ -19,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.problem.terms import argument_keys, check_pairs
+from weft.problem.pairs import PairWatch, has_rows, refuse_pairs
+from weft.problem.terms import argument_keys
 
 Measure = Callable[[Any, Any], Any]
 """(What a step returned, batch) -> a number."""
@@ -66,7 +68,7 @@ def _measure(name: str, given: Any) -> Any:
             "compute and reset."
         )
     read = Keys(name, given, keys)
-    return lambda out, batch: read.checked(given(*(found := read(out, batch))), found)
+    return lambda out, batch: read.given_to(given, read(out, batch))
 
 
 class Keys:
@@ -89,10 +91,17 @@ class Keys:
             values.append(found)
         return values
 
-    def checked(self, value: Any, found: list[Any]) -> Any:
-        """`value`, if it is not made of every row with every other."""
-        if not self._shapes_seen and isinstance(value, Tensor):
-            self._shapes_seen = check_pairs(f"Metric {self.name!r}", value, dict(zip(self.keys, found, strict=False)))
+    def given_to(self, fn: Callable[..., Any], found: Sequence[Any]) -> Any:
+        """What `fn` makes of the values; says so once where it pairs every row with every other."""
+        if self._shapes_seen:
+            return fn(*found)
+        read = dict(zip(self.keys, found, strict=False))
+        with PairWatch(read) as watch:
+            value = fn(*found)
+        refuse_pairs(f"Metric {self.name!r}", value, read, watch)
+        self._shapes_seen = has_rows(read)
+        if watch.found is not None:
+            warnings.warn(f"Metric {self.name!r} computes with {watch.found}", stacklevel=2)
         return value
 
 
@@ -124,7 +133,8 @@ class Rows:
     def compute(self, name: str, gather: Gather) -> dict[str, float]:
         """The metric of all rows that any process has seen, by `name`; nothing if there were none."""
         kept = [batch for batches in zip_longest(*gather(self.kept)) for batch in batches if batch is not None]
-        return _numbers(name, self.fn(*map(_column, zip(*kept, strict=True)))) if kept else {}
+        columns = [_column(values) for values in zip(*kept, strict=True)]
+        return _numbers(name, self.keys.given_to(self.fn, columns)) if kept else {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": [list(batch) for batch in self.kept]}
