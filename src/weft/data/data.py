@@ -56,6 +56,7 @@ class Data:
             _refuse_array(split, getattr(self, split))
         check(self)
         object.__setattr__(self, "batch_size", _none_for_all(self.batch_size))
+        _refuse_idle(self)
 
     def size_of_batch(self, split: str, part: str | None = None) -> int | None:
         """The batch size of a split, or of one part of it."""
@@ -86,6 +87,44 @@ def _refuse_array(split: str, source: Any) -> None:
     raise TypeError(
         f"The {split} data is a {type(source).__name__} {found}; its rows have no keys and are not taken for batches. "
         f"Give each column its key: {line}."
+    )
+
+
+def makes_batches(source: Any) -> bool:
+    """Whether a split yields batches by itself, which nobody cuts: a list, an iterable, a DataLoader."""
+    is_rows = isinstance(source, Mapping | Dataset) or hasattr(source, "datadict") or hasattr(source, "resident")
+    return source is not None and not is_rows
+
+
+def _refuse_idle(data: Data) -> None:
+    """Raise ValueError for a batch size or `drop_last` that concerns no split: each yields batches by itself."""
+    given = {split: source for split in SPLITS if (source := getattr(data, split)) is not None}
+    own, size = [split for split, source in given.items() if makes_batches(source)], data.batch_size
+    if isinstance(size, Mapping):
+        idle = [split for split in own if size.get(split) is not None]
+    else:
+        known = {getattr(given[split], "batch_size", None) for split in own}
+        idle = own if size is not None and len(own) == len(given) and known != {size} else []
+    name, value = "batch_size", size
+    if not idle and data.drop_last and "train" in own and not getattr(data.train, "drop_last", False):
+        idle, name, value = ["train"], "drop_last", True
+    if not idle:
+        return
+    source, what = given[idle[0]], short(given[idle[0]])
+    if isinstance(source, DataLoader):
+        line = f"Give {name} to the DataLoader, or its dataset in its place"
+    else:
+        first = source[0] if isinstance(source, list | tuple) and source else None
+        columns = "{k: torch.stack([r[k] for r in rows]) for k in rows[0]}"
+        if isinstance(first, list | tuple):
+            columns = '{"x": torch.stack([r[0] for r in rows]), "y": torch.stack([r[1] for r in rows])}'
+        line = (
+            f"Where they are rows, make a dataset of them: weft.DictDataset({columns}); where they are batches, leave "
+        )
+        line += f"{name} out"
+    raise ValueError(
+        f"Data: {name}={value!r} has no effect: the {idle[0]} data is {what}, each item of which is taken as one batch, "
+        f"as it is. {line}."
     )
 
 
@@ -124,8 +163,9 @@ def evaluation_data(split: str, data: Any, setup_kwargs: Mapping[str, Any], batc
         data = as_data(data, None, setup_kwargs)
         if getattr(data, split) is None:
             raise ValueError(f"{split}: these data have no {split} split.")
-        return replace(data, **{other: None for other in SPLITS if other != split})
-    if isinstance(batch_size, Mapping) and split not in batch_size:
+        size = None if makes_batches(getattr(data, split)) else data.batch_size  # it may be that of another split
+        return replace(data, **{other: None for other in SPLITS if other != split}, batch_size=size)
+    if makes_batches(data) or (isinstance(batch_size, Mapping) and split not in batch_size):
         batch_size = None
     return Data(**{"train": None, split: data, "batch_size": batch_size})
 

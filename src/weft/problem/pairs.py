@@ -20,11 +20,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 _NAMES = """
     sub rsub add mul div true_divide pow float_power fmod remainder atan2 hypot logaddexp xlogy eq ne lt le gt ge
     maximum minimum where
-""".split()
-_LOSSES = "mse_loss l1_loss smooth_l1_loss huber_loss".split()
-_METHODS = "sub rsub add radd mul rmul truediv rtruediv pow".split()
-_FUNCTIONS = {getattr(owner, name) for owner in (torch, Tensor) for name in _NAMES if hasattr(owner, name)}
-_FUNCTIONS |= {getattr(Tensor, f"__{name}__") for name in _METHODS} | {getattr(nn.functional, n) for n in _LOSSES}
+"""
+_METHODS, _LOSSES = "sub rsub add radd mul rmul truediv rtruediv pow", "mse_loss l1_loss smooth_l1_loss huber_loss"
+_FUNCTIONS = {getattr(owner, name) for owner in (torch, Tensor) for name in _NAMES.split() if hasattr(owner, name)}
+_FUNCTIONS |= {getattr(Tensor, f"__{name}__") for name in _METHODS.split()}
+_FUNCTIONS |= {getattr(nn.functional, name) for name in _LOSSES.split()}
 
 
 class PairWatch(TorchFunctionMode):
