@@ -56,7 +56,10 @@ class Data:
             _refuse_array(split, getattr(self, split))
         check(self)
         object.__setattr__(self, "batch_size", _none_for_all(self.batch_size))
-        _refuse_idle(self)
+        if any(makes_batches(getattr(self, split)) for split in SPLITS):
+            from weft.data.idle import refuse_idle
+
+            refuse_idle(self)
 
     def size_of_batch(self, split: str, part: str | None = None) -> int | None:
         """The batch size of a split, or of one part of it."""
@@ -94,38 +97,6 @@ def makes_batches(source: Any) -> bool:
     """Whether a split yields batches by itself, which nobody cuts: a list, an iterable, a DataLoader."""
     is_rows = isinstance(source, Mapping | Dataset) or hasattr(source, "datadict") or hasattr(source, "resident")
     return source is not None and not is_rows
-
-
-def _refuse_idle(data: Data) -> None:
-    """Raise ValueError for a batch size or `drop_last` that concerns no split: each yields batches by itself."""
-    given = {split: source for split in SPLITS if (source := getattr(data, split)) is not None}
-    own, size = [split for split, source in given.items() if makes_batches(source)], data.batch_size
-    if isinstance(size, Mapping):
-        idle = [split for split in own if size.get(split) is not None]
-    else:
-        known = {getattr(given[split], "batch_size", None) for split in own}
-        idle = own if size is not None and len(own) == len(given) and known != {size} else []
-    name, value = "batch_size", size
-    if not idle and data.drop_last and "train" in own and not getattr(data.train, "drop_last", False):
-        idle, name, value = ["train"], "drop_last", True
-    if not idle:
-        return
-    source, what = given[idle[0]], short(given[idle[0]])
-    if isinstance(source, DataLoader):
-        line = f"Give {name} to the DataLoader, or its dataset in its place"
-    else:
-        first = source[0] if isinstance(source, list | tuple) and source else None
-        columns = "{k: torch.stack([r[k] for r in rows]) for k in rows[0]}"
-        if isinstance(first, list | tuple):
-            columns = '{"x": torch.stack([r[0] for r in rows]), "y": torch.stack([r[1] for r in rows])}'
-        line = (
-            f"Where they are rows, make a dataset of them: weft.DictDataset({columns}); where they are batches, leave "
-        )
-        line += f"{name} out"
-    raise ValueError(
-        f"Data: {name}={value!r} has no effect: the {idle[0]} data is {what}, each item of which is taken as one batch, "
-        f"as it is. {line}."
-    )
 
 
 def _none_for_all(size: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Clearer words for errors of torch that a step raised. Loaded when there is one."""
+"""Clearer words for what a step raised, and for why nothing can be trained. Loaded when there is an error."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from weft.places import Place, places
 from weft.problem.hardcoded import misplaced
 
 
@@ -31,3 +32,39 @@ def explained(error: Exception, batch: Any, problem: nn.Module) -> Exception | N
     return TypeError(
         f"{text}. The data has {other}, the parameters are {sorted(map(str, weights))}. Convert the data, or {way}."
     )
+
+
+def why_no_gradient(problem: nn.Module) -> str:
+    """Where to look when a loss depends on nothing that requires grad."""
+    if not is_frozen(problem):
+        return "Is it detached, or computed under no_grad?"
+    return (
+        "All parameters are frozen, by Phase(freeze=...), weft.hooks.freeze or requires_grad_(False); leave those to "
+        "train out of them."
+    )
+
+
+def why_no_parameters(owner: nn.Module) -> str:
+    """A sentence on a module without parameters that require grad: what its functions reach, or what is frozen."""
+    own = {id(p) for p in owner.parameters()}
+    for place in places(owner, everything=True):
+        if isinstance(p := place.value, Tensor) and p.requires_grad and p.is_leaf and id(p) not in own:
+            return (
+                f" The function of {place.owner} uses {place.name} of shape {tuple(p.shape)}, which is not registered "
+                f"by it. {_way_out(owner, place)}"
+            )
+    return " All its parameters are frozen; let some train (weft.hooks.unfreeze)." if own else ""
+
+
+def _way_out(owner: nn.Module, place: Place) -> str:
+    node, (name, _, of_module) = owner.get_submodule(place.path), place.name.rpartition(".")
+    keys = [list(getattr(node, kind)) for kind in ("input_keys", "output_keys") if hasattr(node, kind)]
+    if of_module and len(keys) == 2 and name.isidentifier():
+        return f"Make the node of the module itself: weft.Node({name}, {keys[0]}, {keys[1]})."
+    return "Make the node of the module that holds it, or give it to the problem: problem.k = k."
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether there are parameters, and none requires grad."""
+    required = [p.requires_grad for p in module.parameters()]
+    return bool(required) and not any(required)

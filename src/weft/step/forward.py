@@ -16,7 +16,7 @@ from weft.data.batches import disagreement
 from weft.devices.precision import in_precision
 from weft.problem.reading import term_keys
 from weft.step.instrument import watched
-from weft.step.metrics import ALL_ROWS, DENOMINATOR, add_denominators, is_scalar, named
+from weft.step.metrics import ALL_ROWS, DENOMINATOR, add_denominators, is_scalar, name_taken, named
 from weft.step.pairs import watched_for_pairs
 from weft.types import suggest
 
@@ -83,7 +83,7 @@ def reader(
     metrics = {named(name, split): fn for name, fn in metrics.items() if not getattr(fn, "of_all_rows", False)}
     keys, usual, names = term_keys(problem, split), f"{split}_loss", set(optimizers)
     loss_keys = (metric, "loss") if metric == usual else (metric, (keys or {}).get(metric, metric))
-    not_reported = {*loss_keys, "num_examples"}
+    not_reported, new = {*loss_keys, "num_examples"}, {*metrics, *whole}
 
     def read(out: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
         if isinstance(out, Tensor):
@@ -100,6 +100,8 @@ def reader(
         else:
             others = {named(k, split): v for k, v in out.items() if is_scalar(v) and k not in not_reported}
             scalars = others | scalars
+        if not new.isdisjoint(scalars):
+            raise name_taken(new.intersection(scalars), split)
         for name, fn in metrics.items():
             scalars[name] = fn(out, batch)
         add_denominators(scalars, out, split)
@@ -127,8 +129,10 @@ def checked(loss: Any, key: str, problem: nn.Module, out: Any, split: str) -> Te
     if loss.numel() != 1:
         raise ValueError(f"{who}: {key!r} has shape {tuple(loss.shape)}; expected a scalar. Take its mean or sum.")
     if split == "train" and not loss.requires_grad:
+        from weft.step.explaining import why_no_gradient
+
         raise ValueError(
             f"{who}: {key!r} does not depend on anything that requires grad, so nothing can be trained. "
-            "Is it detached, or computed under no_grad?"
+            f"{why_no_gradient(problem)}"
         )
     return loss.reshape(())

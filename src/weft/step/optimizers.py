@@ -98,7 +98,12 @@ def _build(name: str, given: Any, problem: nn.Module, named: bool) -> Optimizer:
         owner = submodule(problem, name) if named or name != DEFAULT and _has(problem, name) else problem
         params = [p for p in owner.parameters() if p.requires_grad]
         if not params:
-            raise ValueError(f"{type(owner).__name__} has no parameters that require grad: there is nothing to train.")
+            from weft.step.explaining import why_no_parameters
+
+            raise ValueError(
+                f"{type(owner).__name__} has no parameters that require grad: there is nothing to train."
+                f"{why_no_parameters(owner)}"
+            )
         made = given(params)
         if not isinstance(made, Optimizer):
             raise TypeError(f"The factory of optimizer {name!r} returned {type(made).__name__}; expected an optimizer.")

@@ -36,6 +36,7 @@ def predict(state: RunState, step: Callable[[Any], Mapping[str, Tensor]]) -> dic
     ):
         for batch in state.batches_of("predict"):
             values = step(batch) if num_examples(batch) or not processes.skips_empty else {}
+            _check_tensors(values)
             found.append({key: _rows(key, value.detach().cpu(), batch) for key, value in values.items()})
     if processes.repeats:
         found = [{} for _ in found]
@@ -43,6 +44,15 @@ def predict(state: RunState, step: Callable[[Any], Mapping[str, Tensor]]) -> dic
     parts = [part for batch in zip(*processes.gather(found), strict=True) for part in batch if part]
     joined = {key: _joined(key, parts) for key in dict.fromkeys(key for part in parts for key in part)}
     return {key: value for key, value in joined.items() if value is not None}
+
+
+def _check_tensors(values: Any) -> None:
+    """Raise TypeError for predictions that are no dict of tensors."""
+    if isinstance(values, Mapping) and all(isinstance(value, Tensor) for value in values.values()):
+        return
+    found: Any = {k: type(v).__name__ for k, v in values.items()} if isinstance(values, Mapping) else ""
+    found = found or f"{type(values).__name__} of shape {tuple(getattr(values, 'shape', ()))}"
+    raise TypeError(f'predict: the predict_step returned {found}; expected a dict of tensors by key: {{"y": ...}}.')
 
 
 def _rows(key: str, value: Tensor, batch: Any) -> Tensor | None:

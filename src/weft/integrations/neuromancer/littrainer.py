@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from weft.checkpoint import archive
 from weft.checkpoint.weights import state_of
 from weft.checkpoint.weights_files import load_weights
-from weft.data.data import Data, as_data
+from weft.data.data import Data, as_data, makes_batches
 from weft.integrations.neuromancer.lithooks import Bridge, LightningHooks, LitModel, from_configure_optimizers, takes
 from weft.integrations.neuromancer.weights_file import WeightsFile
 from weft.loop.options import asked, refuse_own_names
@@ -188,7 +188,7 @@ class LitTrainer(Trainer):
             self.lit_problem = LitModel(self, problem)
 
     def _adjusted(self, data: Data) -> Data:
-        if self._batch_size is not None:
+        if self._batch_size is not None and not makes_batches(data.train):
             data = replace(data, batch_size=self._batch_size)
         return data if self.shuffle is None else replace(data, shuffle=self.shuffle)
 
