@@ -40,9 +40,7 @@ def test_a_metric_of_the_name_of_what_a_plain_step_returns_is_refused() -> None:
 
 
 def test_other_names_stand_beside_what_the_step_reports() -> None:
-    values = fit(
-        metrics={"mae": lambda yh, y: (yh - y).abs().mean(), "top": weft.whole(lambda yh: yh.max())}
-    ).history.values
+    values = fit(metrics={"mae": lambda yh, y: (yh - y).abs().mean(), "top": weft.whole(lambda yh: yh.max())}).history
     assert {"train_loss", "train_fit", "train_mae", "train_top", "dev_mae", "dev_top"} <= values.keys()
 
 

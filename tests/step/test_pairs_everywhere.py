@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import weft
+from weft.problem.pairs import PairWatch
 
 N = 8
 X = torch.linspace(-1, 1, N)[:, None]
@@ -93,3 +94,12 @@ def test_the_ways_out_that_a_refusal_names_work() -> None:
         fitted(problem(lambda yh, y1: (yh - y1) ** 2))
     assert not fitted(problem(lambda yh, y1: (yh - y1[None, :]) ** 2))
     fitted(problem(lambda yh, y1: ((yh - y1) ** 2).mean()))
+
+
+def test_after_a_first_batch_of_several_rows_and_on_single_rows_nothing_is_watched(monkeypatch: Any) -> None:
+    watched = []
+    monkeypatch.setattr("weft.problem.terms.PairWatch", lambda read: watched.append(1) or PairWatch(read))
+    for rows, count in ((1, 0), (N, 1)):
+        watched.clear()
+        weft.Trainer(epochs=4, progress=False).fit(problem(), {key: value[:rows] for key, value in DATA.items()})
+        assert len(watched) == count

@@ -186,12 +186,12 @@ class Objective(Term):
     def _first(self, data: Batch) -> Any:
         """What the function returns; ValueError where it pairs every row with every other."""
         read = {k: data[k] for k in self.keys}
-        if torch.compiler.is_compiling():  # to torch's compiler a watch is another program
+        if torch.compiler.is_compiling() or not has_rows(read):  # to torch's compiler a watch is another program
             return self.fn(*read.values())
         with PairWatch(read) as watch:
             value = self.fn(*read.values())
         refuse_pairs(str(self), value, read, watch)
-        self._shapes.seen = has_rows(read)
+        self._shapes.seen = True
         return value
 
 

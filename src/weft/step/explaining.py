@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,6 +31,15 @@ def explained(error: Exception, batch: Any, problem: nn.Module) -> Exception | N
     way = f"give {whole} as floats (.float())" if whole else "train with precision='64-true', which casts both"
     return TypeError(
         f"{text}. The data has {other}, the parameters are {sorted(map(str, weights))}. Convert the data, or {way}."
+    )
+
+
+def name_taken(names: Iterable[str], split: str) -> ValueError:
+    """What to raise for metrics named as what a step itself reports."""
+    name = min(names)
+    return ValueError(
+        f"The metric {name.removeprefix(f'{split}_')!r} would replace {name!r}, which the {split} step reports itself, "
+        "in the history and wherever it is monitored. Give it another name in metrics={...}."
     )
 
 

@@ -16,7 +16,7 @@ from weft.data.batches import disagreement
 from weft.devices.precision import in_precision
 from weft.problem.reading import term_keys
 from weft.step.instrument import watched
-from weft.step.metrics import ALL_ROWS, DENOMINATOR, add_denominators, is_scalar, name_taken, named
+from weft.step.metrics import ALL_ROWS, DENOMINATOR, add_denominators, is_scalar, named
 from weft.step.pairs import watched_for_pairs
 from weft.types import suggest
 
@@ -101,6 +101,8 @@ def reader(
             others = {named(k, split): v for k, v in out.items() if is_scalar(v) and k not in not_reported}
             scalars = others | scalars
         if not new.isdisjoint(scalars):
+            from weft.step.explaining import name_taken
+
             raise name_taken(new.intersection(scalars), split)
         for name, fn in metrics.items():
             scalars[name] = fn(out, batch)

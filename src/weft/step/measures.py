@@ -93,13 +93,12 @@ class Keys:
 
     def given_to(self, fn: Callable[..., Any], found: Sequence[Any]) -> Any:
         """What `fn` makes of the values; says so once where it pairs every row with every other."""
-        if self._shapes_seen:
+        if self._shapes_seen or not has_rows(read := dict(zip(self.keys, found, strict=False))):
             return fn(*found)
-        read = dict(zip(self.keys, found, strict=False))
         with PairWatch(read) as watch:
             value = fn(*found)
         refuse_pairs(f"Metric {self.name!r}", value, read, watch)
-        self._shapes_seen = has_rows(read)
+        self._shapes_seen = True
         if watch.found is not None:
             warnings.warn(f"Metric {self.name!r} computes with {watch.found}", stacklevel=2)
         return value

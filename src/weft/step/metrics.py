@@ -150,15 +150,6 @@ def named(key: str, split: str) -> str:
     return key if key.startswith(f"{split}_") else f"{split}_{key}"
 
 
-def name_taken(names: Iterable[str], split: str) -> ValueError:
-    """What to raise for metrics named as what a step itself reports."""
-    name = min(names)
-    return ValueError(
-        f"The metric {name.removeprefix(f'{split}_')!r} would replace {name!r}, which the {split} step reports itself, "
-        "in the history and wherever it is monitored. Give it another name in metrics={...}."
-    )
-
-
 def is_scalar(value: Any) -> bool:
     """Whether something that a step returned is a number to report."""
     if isinstance(value, Tensor):
