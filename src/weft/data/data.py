@@ -56,10 +56,11 @@ class Data:
             _refuse_array(split, getattr(self, split))
         check(self)
         object.__setattr__(self, "batch_size", _none_for_all(self.batch_size))
-        if any(makes_batches(getattr(self, split)) for split in SPLITS):
+        given = {split: source for split in SPLITS if (source := getattr(self, split)) is not None}
+        if own := [split for split, source in given.items() if makes_batches(source)]:
             from weft.data.idle import refuse_idle
 
-            refuse_idle(self)
+            refuse_idle(given, own, self.batch_size, self.drop_last)
 
     def size_of_batch(self, split: str, part: str | None = None) -> int | None:
         """The batch size of a split, or of one part of it."""

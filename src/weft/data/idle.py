@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.utils.data import DataLoader
 
 from weft.data.datasets import short
 
-if TYPE_CHECKING:
-    from weft.data.data import Data
 
+def refuse_idle(given: Mapping[str, Any], own: list[str], size: Any, drop_last: bool) -> None:
+    """Raise ValueError for a batch size or `drop_last` that concerns no split, since they yield batches by themselves.
 
-def refuse_idle(data: Data) -> None:
-    """Raise ValueError for a batch size or `drop_last` that concerns no split: each yields batches by itself."""
-    from weft.data.data import SPLITS, makes_batches
-
-    given = {split: source for split in SPLITS if (source := getattr(data, split)) is not None}
-    own, size = [split for split, source in given.items() if makes_batches(source)], data.batch_size
+    given: the splits that there are; own: the names of those that yield batches by themselves.
+    """
     if isinstance(size, Mapping):
         idle = [split for split in own if size.get(split) is not None]
     else:
@@ -26,8 +22,8 @@ def refuse_idle(data: Data) -> None:
         idle = own if size is not None and len(own) == len(given) and known != {size} else []
     if idle:
         raise ValueError(_message("batch_size", size, idle[0], given[idle[0]]))
-    if data.drop_last and "train" in own and not getattr(data.train, "drop_last", False):
-        raise ValueError(_message("drop_last", True, "train", data.train))
+    if drop_last and "train" in own and not getattr(given["train"], "drop_last", False):
+        raise ValueError(_message("drop_last", True, "train", given["train"]))
 
 
 def _message(name: str, value: Any, split: str, source: Any) -> str:
