@@ -88,6 +88,11 @@ def a_generator_of_torch() -> Draw:
     return lambda: torch.rand((), generator=own)
 
 
+def random_numbers_of_the_system() -> Draw:
+    own = random.SystemRandom()
+    return lambda: 1.0 if own.random() < 2 else 0.0
+
+
 def an_iterator() -> Draw:
     numbers = iter(np.linspace(0, 2, 1000).tolist())
     return lambda: next(numbers)
@@ -117,6 +122,7 @@ WAYS = [
     (a_method_of_a_generator, "draws from the random generator draw:"),
     (a_generator_of_an_object, "draws from the random generator own.inner.rng:"),
     (a_generator_of_torch, "makes a constant of Generator"),
+    (random_numbers_of_the_system, "reaches own, a random.SystemRandom, "),
     (an_iterator, "reaches numbers, a list_iterator, "),
     (a_generator_function, "reaches made, a generator, "),
 ]
@@ -125,8 +131,6 @@ WAYS = [
 def fitted(way: Callable[[], Draw], compile: bool) -> tuple[dict[str, list[float]], Tensor, list[str], list[int]]:
     """History and last weights of a fit, what it warned of, and for each kind of batch how many graphs were made."""
     torch.manual_seed(0)
-    random.seed(0)
-    np.random.seed(0)
     draw, net = way(), nn.Linear(1, 1)
 
     def step(trainer: Any, batch: dict[str, Any]) -> Tensor:
@@ -134,6 +138,7 @@ def fitted(way: Callable[[], Draw], compile: bool) -> tuple[dict[str, list[float
 
     trainer = weft.Trainer(
         epochs=6,
+        seed=0,
         progress=False,
         compile=compile,
         optimizer=lambda p: torch.optim.SGD(p, lr=0.05),
@@ -198,3 +203,70 @@ def test_the_warning_says_how_many_draws_of_a_hidden_iterator_were_spent() -> No
     _, _, told, made = fitted(an_iterator_out_of_sight, True)
     assert set(made) == {-1}
     assert "done at least 4 times: an iterator or generator out of sight is now so many draws further" in told[0]
+
+
+class OfAClass(nn.Module):
+    noise = np.random.default_rng(0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(1, 1)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return (self.net(batch["x"]) - self.noise.random() * batch["x"]).square().mean()
+
+
+class OfAModule(OfAClass):
+    def __init__(self) -> None:
+        super().__init__()
+        self.noise = np.random.default_rng(0)  # type: ignore[misc]
+
+
+class OfATrainer(weft.Trainer):
+    def training_step(self, batch: dict[str, Any]) -> Tensor:
+        scale = self.noise.random()  # type: ignore[attr-defined]
+        return (self.problem(batch["x"]) - scale * batch["x"]).square().mean()
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("kind", [OfAClass, OfAModule, OfATrainer])
+def test_generators_of_classes_modules_and_trainers_are_found_and_put_back(kind: Any, accumulate: int) -> None:
+    ends, data = [], weft.Data({"x": X}, batch_size=8, shuffle=False)
+    for compile in (False, True):
+        torch.manual_seed(0)
+        OfAClass.noise = np.random.default_rng(0)
+        is_trainer = issubclass(kind, weft.Trainer)
+        make = kind if is_trainer else weft.Trainer
+        trainer = make(epochs=4, seed=0, progress=False, compile=compile, accumulate=accumulate)
+        if is_trainer:
+            trainer.noise = np.random.default_rng(0)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            ends.append(trainer.fit(nn.Linear(1, 1) if is_trainer else kind(), data).history["train_loss"])
+    assert ends[0] == ends[1]
+    assert any("draws from the random generator" in str(w.message) and "noise" in str(w.message) for w in told)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_only_the_split_whose_step_draws_stays_eager() -> None:
+    def training(trainer: Any, batch: dict[str, Any]) -> Tensor:
+        return (trainer.problem(batch["x"]) - batch["x"]).square().mean()
+
+    def validation(trainer: Any, batch: dict[str, Any]) -> Tensor:
+        return training(trainer, batch) * np.random.rand()
+
+    ends = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        steps: Any = {"training_step": training, "validation_step": validation}
+        trainer = weft.Trainer(epochs=4, seed=0, progress=False, compile=compile, **steps)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            data = weft.Data({"x": X}, {"x": X[:9]}, batch_size=8, shuffle=False)
+            ends.append(trainer.fit(nn.Linear(1, 1), data).history["dev_loss"])
+    assert ends[1] == pytest.approx(ends[0], rel=1e-5)
+    assert trainer.run is not None
+    assert trainer.run.graphs is not None
+    assert sorted(trainer.run.graphs.made.values()) == [-1, -1, 1]
+    assert ["the evaluation of 'dev'" in str(w.message) for w in told if "compile=" in str(w.message)] == [True]
