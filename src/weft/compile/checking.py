@@ -23,6 +23,7 @@ Effects = dict[tuple[str, str], Tensor]
 """What a step computes and changes, by what it is ("the gradient of parameter") and its name."""
 
 NUM_SHIFTS = 4
+NUM_TRIALS = 4  # of a step, before a graph takes over: one is traced, three are done for their side effects
 
 
 @contextmanager
@@ -56,18 +57,48 @@ def buffers_in_place(problem: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def undone(graph: Any) -> Iterator[None]:
-    """What the block does to random state, attributes and gradients is undone."""
+def undone(graph: Any) -> Iterator[dict[str, Any]]:
+    """What the block does to random state, attributes and gradients is undone. Gives the random states before it."""
     random, problem = seeding.random_state(), graph.state.problem
     gradients = {id(p): (p, p.grad) for p in (*problem.parameters(), *getattr(graph, "trained", ()))}
     try:
         with graph.watch.untouched():
-            yield
+            yield _states(graph)
     finally:
         for p, grad in gradients.values():
             if p.grad is not grad:
                 p.grad = grad
         seeding.set_random_state(random)
+
+
+def _states(graph: Any) -> dict[str, Any]:
+    """The states of all random numbers but torch's own at large, which graphs draw as eager steps do."""
+    everywhere, reached = seeding.random_state(), seeding.generator_states(graph.watch.generators)
+    found = {"python's random": everywhere["python"], "numpy's np.random": everywhere["numpy"]}
+    return found | {f"the random generator {place}": state for place, state in reached.items()}
+
+
+def _drawn(graph: Any, before: dict[str, Any]) -> str | None:
+    """What was drawn from since the states were `before`, as a reason against a graph; None if nothing was."""
+    drawn = [name for name, state in _states(graph).items() if not _same(state, before[name])]
+    return f"the step draws from {' and '.join(drawn)}: a graph would use the same number every time" if drawn else None
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two states of a generator are equal."""
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return all(_same(value, other[key]) for key, value in one.items())
+    return all(map(_same, one, other)) if isinstance(one, list) else bool(one == other)
+
+
+def out_of_reach(graph: Any) -> str | None:
+    """What a step reaches that no trial of it could put back, as a reason against trying; None if there is nothing."""
+    for place, thing in graph.watch.one_way.items():
+        kind = f"{type(thing).__module__}.{type(thing).__qualname__}".removeprefix("builtins.")
+        return f"the step reaches {place}, a {kind}, which cannot be put back after a trial (nothing was drawn from it)"
+    return None
 
 
 def effects(graph: Any, tensors: list[Tensor], act: Callable[[], Effects], shift: int = 0) -> Effects:
@@ -104,12 +135,15 @@ def difference(graph: Any, batch: Any, tensors: list[Tensor]) -> str | None:
     weights change in their last bits.
     """
 
-    def eager(shift: int = 0) -> Effects:
+    def eager(shift: int) -> Effects:
         with undone(graph):
             return effects(graph, tensors, lambda: graph.reference(batch), shift)
 
     graph.num_checks -= 1
-    expected = eager()
+    with undone(graph) as before:
+        expected = effects(graph, tensors, lambda: graph.reference(batch))
+        if (drawn := _drawn(graph, before)) is not None:
+            return drawn
     graph.refresh()
     with undone(graph):
         found = effects(graph, tensors, lambda: graph.outcome(graph.call(tensors)))
@@ -140,16 +174,23 @@ def difference(graph: Any, batch: Any, tensors: list[Tensor]) -> str | None:
 
 def side_effect(graph: Any, batch: Any, tensors: list[Tensor]) -> str | None:
     """What the eager step changes every time and a graph would not, None if there is no such thing."""
-    with undone(graph):
+    with undone(graph) as before:
         effects(graph, tensors, lambda: graph.eagerly(batch))  # what is set once and for all may be
+        if (drawn := _drawn(graph, before)) is not None:
+            return drawn
         random, once = seeding.random_state(), Watch(graph.state.problem, graph.state.trainer, [graph.forward])
         first = effects(graph, tensors, lambda: graph.eagerly(batch))
         seeding.set_random_state(random)
         second = effects(graph, tensors, lambda: graph.eagerly(batch))
+        if (drawn := _drawn(graph, before)) is not None:
+            return drawn
         if (attribute := once.changed()) is not None:
             return f"the step sets {attribute} anew every time"
     if first.keys() != second.keys() or any(_gap(second[key], value) > 0 for key, value in first.items()):
-        return "the step gives something else when it is repeated: it depends on what it did before"
+        return (
+            "the step gives something else when it is repeated: it depends on what it did before. To find this, it was "
+            f"done at least {NUM_TRIALS} times: an iterator or generator out of sight is now so many draws further"
+        )
     return None
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from weft.compile import graph as graphs
-from weft.compile.checking import Effects, buffers_in_place, tried, undone
+from weft.compile.checking import Effects, buffers_in_place, out_of_reach, tried, undone
 from weft.compile.functional import rebuild, step_in_graph
 from weft.compile.lifting import CannotCompile, NotYet
 from weft.compile.watching import Place, Watch
@@ -40,6 +40,8 @@ class EvaluationGraph:
     def __init__(self, state: RunState, forward: Forward, batch: Any, tensors: list[Tensor]) -> None:
         self.state, self.forward, self.num_checks = state, forward, 2
         self.watch = Watch(state.problem, state.trainer, [forward], self.further_places())
+        if (reason := out_of_reach(self)) is not None:
+            raise CannotCompile(reason)
         self.epoch, self.step = (torch.zeros((), dtype=torch.int64, device=state.fabric.device) for _ in range(2))
         self.names, self.logged = tuple[str, ...](), tuple[str, ...]()
 

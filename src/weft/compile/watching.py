@@ -8,25 +8,30 @@
 A graph holds numbers, flags and texts as they were when it was traced. Watched are the attributes of modules and of the
 trainer, and what functions close over, read from their module, have as defaults or find in lists, dicts and objects of
 the user's own; tensors by identity, as their values are inputs of the graph. Long containers are looked at once an
-epoch.
+epoch. Random generators that a step reaches are put back too; iterators cannot be, and are only named.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import io
+import random
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import is_, itemgetter
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, GeneratorType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from weft.devices.generators import generators_within
+from weft.devices.seeding import GENERATORS, generator_states, set_generator_states
 
 MAX_NEAR = 256  # items of a container that is looked at in every step
 MAX_PLACES = 5000
@@ -36,6 +41,7 @@ _NOT_READ = ("hooks", "callbacks", "options", "phases", "run")  # of a trainer, 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _MISSING = object()
 _PLAIN = (int, float, complex, str, bytes, np.generic, torch.dtype, torch.device, type(None))
+_EVERYWHERE = (*(getattr(draw, "__self__", None) for draw in (random.random, np.random.rand)), torch.default_generator)
 _LIBRARIES = ("torch", "weft", "numpy", "lightning", "builtins", "math", "typing")
 
 
@@ -114,6 +120,7 @@ class Watch:
         for function in functions:
             walk.into(getattr(function, "__name__", type(function).__name__), function)
         self.places, self.tensors = [*walk.places, *extra], walk.tensors
+        self.generators, self.one_way = walk.generators, walk.one_way
         self._saved = [place.read() for place in self.places]
         self._near = [place.reader() for place in walk.near()] + [p.reader() for p in extra if p.is_near]
         self._all = [place.reader() for place in self.places]
@@ -143,14 +150,17 @@ class Watch:
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
-        """Whatever the block does in these places, and to buffers and other tensors of the modules, is undone."""
-        saved = [place.read() for place in self.places]
+        """Whatever the block does in these places, to buffers and other tensors of the modules, and what it draws from
+        generators, is undone.
+        """
+        saved, drawn = [place.read() for place in self.places], generator_states(self.generators)
         with restored(self.tensors):
             try:
                 yield
             finally:
                 for place, before in zip(self.places, saved, strict=True):
                     place.write(before)
+                set_generator_states(self.generators, drawn)
 
 
 @contextmanager
@@ -207,6 +217,10 @@ class _Walk:
         self.places: list[Place] = []
         self.tensors: list[Tensor] = []
         """Buffers, and other tensors that modules hold."""
+        self.generators: dict[str, Any] = {}
+        """Random generators that can be put back, by where they were found; not those of python and numpy at large."""
+        self.one_way: dict[str, Any] = {}
+        """What gives something else each time and cannot be put back: iterators, random numbers of the system."""
         self._seen: dict[int, Any] = {}
         self._of_owner: dict[str, Any] = {}
 
@@ -223,6 +237,9 @@ class _Walk:
         self._seen |= {id(owner): owner, id(type(owner)): type(owner)}
         self._of_owner = {k: v for k, v in vars(owner).items() if k not in _NOT_READ}
         self.places.append(Place(type(owner).__name__, vars(owner)))
+        for name, value in self._of_owner.items():
+            if isinstance(value, GENERATORS):
+                self.into(name, value)
 
     def into(self, name: str, value: Any, owner: type | None = None, far: bool = False) -> None:
         """Add the places that are, or are behind, `value`.
@@ -232,7 +249,9 @@ class _Walk:
         if isinstance(value, (*_PLAIN, Tensor)) or id(value) in self._seen or len(self.places) > MAX_PLACES:
             return
         self._seen[id(value)] = value  # kept, so that its number is not used again
-        if isinstance(value, nn.Module):
+        if isinstance(value, GENERATORS):
+            self._generator(name, value)
+        elif isinstance(value, nn.Module):
             self._module(name, value)
         elif isinstance(value, FunctionType):
             self._function(name, value, owner)
@@ -263,6 +282,25 @@ class _Walk:
         ):
             self.dictionary(name, vars(value))
             self.into(type(value).__name__, type(value))
+        elif not isinstance(value, ModuleType) and not type(value).__module__.startswith("weft."):
+            self._foreign(name, value)
+
+    def _generator(self, name: str, value: Any) -> None:
+        if isinstance(value, random.SystemRandom):
+            self.one_way[name] = value
+        elif not any(value is one for one in _EVERYWHERE):
+            self.generators[f"{name} ({len(self.generators) + 1})" if name in self.generators else name] = value
+
+    def _foreign(self, name: str, value: Any) -> None:
+        """Look at an object of a library: it may be a generator's method, an iterator, or hold a generator."""
+        if isinstance(of := getattr(value, "__self__", None), GENERATORS):
+            self.into(name, of)
+        elif isinstance(value, Iterator) and not isinstance(value, io.IOBase):
+            if not isinstance(value, GeneratorType) or value.gi_frame is not None:  # not at its end
+                self.one_way[name] = value
+        else:
+            for way, generator in generators_within(value, name, depth=3).items():
+                self.into(way, generator)
 
     def dictionary(self, name: str, values: dict[Any, Any], far: bool = False) -> None:
         """Add a dict and what is behind its values."""
@@ -309,7 +347,7 @@ class _Walk:
         for method in names if owner is not None else ():
             found = inspect.getattr_static(owner, method, None)
             found = getattr(found, "fget", None) or getattr(found, "__func__", found)
-            if isinstance(found, FunctionType):
+            if isinstance(found, (FunctionType, Iterator, *GENERATORS)):
                 self.into(method, found, owner)
 
     def _some(self, name: str, held: Any, values: Any, names: Iterable[str]) -> None:
