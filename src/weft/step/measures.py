@@ -174,8 +174,9 @@ class Updated:
             device = next((v.device for v in inputs if isinstance(v, Tensor)), None)
             if device is not None and self.metric.device != device:
                 self.metric.to(device)
+        update: Any = self.metric.update
         with torch.no_grad():
-            self.metric.update(*inputs)
+            update(*inputs)
         self.count += 1
         if not self.gathers:
             self.rows.update(inputs)
