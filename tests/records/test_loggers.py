@@ -218,6 +218,16 @@ def test_a_rewound_run_has_each_point_once(tmp_path: Path, in_epoch: bool) -> No
     assert scalar_points(tmp_path, "loss/train") == [(step, float(step)) for step in range(1, 8)]
 
 
+def test_event_files_are_named_in_the_order_in_which_they_were_made(tmp_path: Path) -> None:
+    for step in range(12):  # the number behind the second gets another digit
+        logger = TensorBoardLogger(tmp_path / "other" if step % 4 else tmp_path / "run")
+        logger.log_metrics({"train_loss": float(step)}, step)
+        logger.finalize("success")
+    assert scalar_points(tmp_path / "run", "loss/train") == [(step, float(step)) for step in (0, 4, 8)]
+    files = sorted(path.name for path in (tmp_path / "run").glob("events.*"))
+    assert len({name.split(".")[3] for name in files}) == len(files) == 3
+
+
 def test_without_rewinding_points_would_be_doubled(tmp_path: Path) -> None:
     for steps in (range(1, 6), range(4, 8)):
         logger = TensorBoardLogger(tmp_path)

@@ -15,6 +15,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class TensorBoardLogger:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
+            _wait_for_a_later_name(Path(self.folder))
             self._writer = SummaryWriter(self.folder, purge_step=self._purge_step)
             self._purge_step = None
         return self._writer
@@ -171,3 +173,15 @@ class TensorBoardLogger:
             tensor=metadata.NULL_TENSOR,
         )
         self._add_summary(summary_pb2.Summary(value=[value]))
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Let the second pass in which another event file of the folder was named.
+
+    TensorBoard reads files by their names, in which a number without leading zeros follows the second: of two of one
+    second the tenth would come before the ninth, and the points that it takes back would stay.
+    """
+    names = [path.name.split(".") for path in folder.glob("events.out.tfevents.*")]
+    newest = max((name[3] for name in names if len(name) > 3), default="")
+    while newest == f"{int(time.time()):010d}":
+        time.sleep(0.02)
