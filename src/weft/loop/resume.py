@@ -32,6 +32,7 @@ from weft.checkpoint.folder import complete
 from weft.checkpoint.hidden import attributes, set_attributes
 from weft.checkpoint.weights import load_into
 from weft.config import TrainerConfig
+from weft.data.loaders import iterator_of
 from weft.devices import seeding
 from weft.devices.precision import scaler_of
 from weft.loop.compatibility import compare
@@ -128,8 +129,20 @@ def begin(
         state.call("on_epoch_start")
     _put_back(state, saved, renewal)
     put_back_hooks(state.hooks, saved)
+    _start_workers_that_stay(state)
     _put_back_random(state, saved)
     state.progress.begin_fit(num_epochs(state), state.config.max_steps, goes_on=True)
+
+
+def _start_workers_that_stay(state: RunState) -> None:
+    """Have a dev loader with persistent workers begin, if it did in the process before.
+
+    Only its first iterator draws a random number: the next epochs would begin from other ones.
+    """
+    loader = getattr(state.feed.splits.get("dev"), "loader", None)
+    measured = state.history.values.get(state.config.dev_metric, [])
+    if getattr(loader, "persistent_workers", False) and any(value == value for value in measured):
+        iterator_of(loader)
 
 
 def state_of_process(saved: Mapping[str, Any], rank: int) -> Mapping[str, Any]:
