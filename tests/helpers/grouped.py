@@ -1,6 +1,7 @@
 """The script that the tests of process groups start: `python grouped.py FOLDER KIND SIGNAL STEP`.
 
-It trains with a loader of this KIND of workers, or in two processes by this KIND of strategy. After step STEP it sends SIGNAL to its whole group, itself and its
+It trains with a loader of this KIND of workers, or in two processes by this KIND of strategy.
+After step STEP it sends SIGNAL to its whole group, itself and its
 workers, as a terminal, SLURM and Jupyter do; "" sends none. At the end it writes the digest of all weights.
 """
 

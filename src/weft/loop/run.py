@@ -79,9 +79,12 @@ class Run(Told, Seams):
         try:
             with self.state.control.interruption.caught(at_once=True):
                 self._prepare(make_data, resume, epochs)
-        except SignalExit as leave:  # nothing is lost, but SLURM asked for the job to come back
-            if self.state.config.checkpointing is not None and self.state.processes.rank == 0:
-                leave.requeue(True)
+        except BaseException as error:
+            if self._resumed is not None:
+                feeding.leave_folder(self.state)
+            saves = self.state.config.checkpointing is not None and self.state.processes.rank == 0
+            if isinstance(error, SignalExit) and saves:  # nothing is lost, but SLURM asked for the job to come back
+                error.requeue(True)
             raise
         return self
 
@@ -110,8 +113,8 @@ class Run(Told, Seams):
             raise ValueError("fit: there is no training data (train=None).")
         if state.control.is_new:
             seeding.begin(state.config.seed, state.feed.seed, state.processes.data_rank)
-        if state.kept.run_dir is None:
-            state.kept.run_dir = feeding.new_folder(state)
+        feeding.enter_folder(state)
+        self._stack.callback(feeding.leave_folder, state)
         self._stack.enter_context(self.in_use())
         self._stack.enter_context(state.control.interruption.caught())
         state.control.continues = self._resumed is not None or state.progress.interrupted
@@ -214,7 +217,7 @@ class Run(Told, Seams):
             for call in reversed(bound["on_fit_end"]):
                 last.callback(call, state.trainer, result)
             if state.kept.run_dir is not None and state.is_global_zero and control.begun:
-                last.callback(result.save, state.kept.run_dir)
+                last.callback(feeding.save_result, state, result)
             last.callback(setattr, progress, "batch", 0)  # the next fit begins this epoch again
             for call in reversed(bound["on_exception"] if error is not None and not interrupted else []):
                 last.callback(call, state.trainer, error)
@@ -408,6 +411,7 @@ class Run(Told, Seams):
         if state.kept.save_wanted:  # a loop of one's own left its batches in the step at which a hook asked for it
             self.save()
         epoch.is_open, state.control.stage = False, Stage.EPOCH_END
+        feeding.check_folder(state)
         look_back(state)
         gather = state.processes.gather
         means, logged = epoch.means.compute(gather), epoch.logged.compute(gather)
