@@ -1,6 +1,6 @@
 """Hooks that come with weft, and which of them a trainer's options ask for.
 
-    weft.Trainer(hooks=[weft.hooks.EMA(0.999), weft.hooks.ReLoBRaLo()])
+weft.Trainer(hooks=[weft.hooks.EMA(0.999), weft.hooks.ReLoBRaLo()])
 """
 
 from typing import TYPE_CHECKING
