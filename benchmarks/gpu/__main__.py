@@ -77,5 +77,3 @@ def fill(readme: Path, results: Path) -> None:
 
 if __name__ == "__main__":
     sys.exit(main())
-
-

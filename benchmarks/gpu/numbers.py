@@ -207,7 +207,8 @@ def constants(bench: Bench) -> Iterator[Row]:
     )
     result = trainer.fit(problem, weft.Data({"x": torch.rand(64, 1, 2) - 0.5}, batch_size=32))
     curve = result.history["train_loss"]
-    yield holds("a rollout through closed-over matrices learns", curve[-1] < curve[0], f"{curve[0]:.3g} to {curve[-1]:.3g}")
+    fell = f"{curve[0]:.3g} to {curve[-1]:.3g}"
+    yield holds("a rollout through closed-over matrices learns", curve[-1] < curve[0], fell)
     here = {A.device.type, b.device.type}
     yield holds("the matrices are back where they were", here == {"cpu"}, ", ".join(sorted(here)))
     moved = abs(gain.item() - 0.1)

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.checks import Check
-from benchmarks.gpu.rows import FAILED, MET, MISSED, NOT_RUN, Row
+from benchmarks.gpu.rows import FAILED, MISSED, NOT_RUN, Row
 
 ROOT = Path(__file__).resolve().parents[2]
+MODULE = "benchmarks.gpu.worker"
 STARTING = 90.0  # seconds to import torch and to start the device
 
 
@@ -117,7 +118,7 @@ def worker(checks: Sequence[Check], device: str, size: str, folder: Path) -> Ite
     At the end it is killed with all that it has started.
     """
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "benchmarks.gpu.worker", device, size, str(folder)]
+    command = [sys.executable, "-m", MODULE, device, size, str(folder)]
     command.append(",".join(check.name for check in checks))
     with open(folder / "log.txt", "ab") as log:
         process = subprocess.Popen(
@@ -143,17 +144,21 @@ def _told(process: subprocess.Popen[bytes]) -> Any:
     waiting: queue.Queue[bytes] = queue.Queue()
 
     def read() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            waiting.put(line)
+        with process.stdout as told:  # type: ignore[union-attr]
+            for line in told:
+                waiting.put(line)
         waiting.put(b"")
 
-    threading.Thread(target=read, daemon=True).start()
-    due = yield None
-    while True:
-        try:
-            line = waiting.get(timeout=max(0.0, due - time.monotonic()))
-        except queue.Empty:
-            due = yield "the time was up"
-            continue
-        due = yield json.loads(line) if line else f"the process ended with status {process.wait()}"
+    reader = threading.Thread(target=read, name="weft-gpu-lines", daemon=True)
+    reader.start()
+    try:
+        due = yield None
+        while True:
+            try:
+                line = waiting.get(timeout=max(0.0, due - time.monotonic()))
+            except queue.Empty:
+                due = yield "the time was up"
+            else:
+                due = yield json.loads(line) if line else f"the process ended with status {process.wait()}"
+    finally:
+        reader.join(10.0)
