@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 TEST_ENV := OMP_NUM_THREADS=1 NUMBA_DISABLE_JIT=1 MPLBACKEND=agg
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-long examples bench gpu gpu-tests lint clean
+.PHONY: demo test test-long examples bench docs gpu gpu-tests lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,7 +20,8 @@ help:
 	@echo "make test       run the test suite        make test-long  its slow part"
 	@echo "make examples   run all tutorials in full make bench      run the benchmarks"
 	@echo "make gpu        accept weft on a GPU          make gpu-tests  the tests that need one"
-	@echo "make lint       ruff, format, types           make clean      remove .venv"
+	@echo "make docs       build the site                make lint       ruff, format, types"
+	@echo "make clean      remove .venv"
 
 demo: $(VENV)/ready-demo
 	$(BIN)/python -m weft.demo
@@ -36,6 +37,9 @@ examples: $(VENV)/ready-test
 
 bench: $(VENV)/ready-bench
 	$(BIN)/python -m benchmarks --readme
+
+docs: $(VENV)/ready-docs
+	$(BIN)/python docs/build.py
 
 # These two run with whatever is there, as a GPU is seldom at hand and never for long: .venv, else PYTHON as it is.
 # ARGS="--out FOLDER" puts the results elsewhere.

@@ -25,7 +25,7 @@ from datetime import time as clock_time
 from enum import Enum
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -72,8 +72,10 @@ def _refuse(value: object, where: str, why: str = "", instead: str = "") -> Type
     )
 
 
-def plain(value: Any, where: str = "state", *, clone: bool = False, _inside: tuple[int, ...] = ()) -> Any:
-    """The same value in new containers, with each tensor detached, and cloned to the CPU if `clone`.
+def plain(
+    value: Any, where: str = "state", *, clone: Literal["", "cpu", "there"] = "", _inside: tuple[int, ...] = ()
+) -> Any:
+    """The same value in new containers, with each tensor detached; or cloned, to the "cpu" or "there" on its device.
 
     Holds only what loads with `weights_only=True`: tensors, None, bool, int, float, complex, str, bytes, list, tuple,
     set, dict, OrderedDict, Counter, torch.Size, dtype and device, exactly (no subclasses). Anything else raises a
@@ -112,13 +114,13 @@ def plain(value: Any, where: str = "state", *, clone: bool = False, _inside: tup
     raise _refuse(value, where)
 
 
-def _plain_tensor(tensor: Tensor, where: str, clone: bool) -> Tensor:
+def _plain_tensor(tensor: Tensor, where: str, clone: str) -> Tensor:
     unusual = tensor.is_quantized or tensor.is_nested or tensor.is_meta or tensor.dtype in _SUB_BYTE
     if unusual or tensor.layout not in _LAYOUTS:
         raise _refuse(tensor, where, f" of kind {tensor.dtype}, {tensor.layout}, {tensor.device}")
     tensor = tensor.detach()
     if clone:
-        return tensor.to("cpu", copy=True)
+        return tensor.to("cpu" if clone == "cpu" else tensor.device, copy=True)
     # A view would bring its whole storage into the file.
     is_view = tensor.layout is torch.strided and tensor.untyped_storage().nbytes() > tensor.nbytes
     return tensor.clone() if is_view else tensor

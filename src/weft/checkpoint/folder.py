@@ -14,6 +14,7 @@ it comes after all others when one is looked for, and it is the first to be dele
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -21,9 +22,11 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from weft.checkpoint.archive import CheckpointError, is_in_parts, local, plain, put, read, remove, write
 
@@ -222,11 +225,11 @@ class BackgroundWriter:
     ) -> Path:
         """The path that the checkpoint will have; see `save`. What cannot be loaded safely raises here and now."""
         self.wait()
-        kept = plain(state, clone=True)  # on the CPU: waits for the device, once
+        take = _copied(state)
 
         def run() -> None:
             try:
-                save(folder, step, kept, keep=keep, best=best)
+                save(folder, step, take(), keep=keep, best=best)
             except BaseException as error:  # noqa: BLE001, carried to the training thread
                 self._error = error
 
@@ -242,6 +245,27 @@ class BackgroundWriter:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+
+def _copied(state: Mapping[str, Any]) -> Callable[[], dict[str, Any]]:
+    """A function that gives, in another thread, a copy of `state` as it is now, on the CPU.
+
+    What is on a GPU is copied there, if there is room, which takes a thousandth of the time of the way to the CPU; that
+    it goes later, on a stream of its own, so that no step queues behind it.
+    """
+    if torch.cuda.is_initialized():
+        with contextlib.suppress(torch.OutOfMemoryError):
+            kept, device = [plain(state, clone="there")], torch.cuda.current_device()
+            ready = torch.cuda.current_stream(device).record_event()
+
+            def take() -> dict[str, Any]:
+                with torch.cuda.stream(torch.cuda.Stream(device)) as _:
+                    torch.cuda.current_stream(device).wait_event(ready)
+                    return plain(kept.pop(), clone="cpu")  # each waits for its own copy; then the GPU's are free
+
+            return take
+    on_cpu = plain(state, clone="cpu")
+    return lambda: on_cpu
 
 
 def read_any(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
