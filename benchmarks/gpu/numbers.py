@@ -125,15 +125,17 @@ def waits(bench: Bench) -> Iterator[Row]:
         "accumulate=2": {"accumulate": 2},
         "64-true": {"precision": "64-true"},
         "bf16-mixed": {"precision": "bf16-mixed"},
+        "a step that returns numbers beside tensors": {"training_step": lambda t, b: {**t.problem(b), "half": 0.5}},
         "logged numbers, EMA": {
             "hooks": [{"on_step_end": lambda trainer, *_: trainer.log({"one": 1.0})}, weft.hooks.EMA(0.99)]
         },
     }
     if bench.on_gpu:
         kinds["16-mixed"] = {"precision": "16-mixed"}
-        with waits_in(bench) as found:
-            torch.ones((), device="cuda").item()
-        yield holds("a wait is noticed", len(found) == 1, f"{len(found)} of 1")
+    one = torch.ones((), device=bench.device)
+    with waits_in(bench) as found:
+        one.item()
+    yield holds("a wait is noticed", len(found) == 1, f"{len(found)} of 1")
     for name, options in kinds.items():
         with as_on_a_gpu(bench):
             yield from _waits(bench, name, options, bench.count(1000 if name == "as it is" else 200, 40))

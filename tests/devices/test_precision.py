@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import weft
+from weft.step.nonfinite import Doubts
 
 TIMES = torch.tensor([[1000.3], [2.0], [3.5], [0.25]])  # 1000.3 is 1000 in bfloat16
 
@@ -152,3 +154,47 @@ def test_where_each_step_must_be_looked_at_it_is_said_once(options: dict[str, An
     with pytest.warns(UserWarning, match="waits for the GPU in each step") as caught:
         trained_in("32-true", **options)
     assert len(caught) == 1
+
+
+def test_a_note_of_a_step_costs_a_gpu_two_operations() -> None:
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    net, doubts, names = nn.Linear(2, 2), Doubts(torch.device("cpu")), list[str]()
+    loss = net(torch.ones(3, 2)).square().mean()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    optimizer, before = fused_adam(net.parameters()), loss._version
+    with Counted():
+        doubts.guard(7, loss.detach(), [norm], net.parameters(), [optimizer])
+        doubts.note(8, torch.tensor(True))
+    assert [name for name in names if name not in ("detach", "alias")] == [
+        "zeros_like",
+        "_amp_foreach_non_finite_check_and_unscale_",
+        "lift_fresh",  # of the flag that this test makes
+    ]
+    assert loss._version == before and doubts.look() is None
+
+
+@pytest.mark.parametrize("bad", ["loss", "norm", "gradient", "flag"])
+def test_the_first_of_many_noted_steps_that_was_not_finite_is_found(bad: str) -> None:
+    net, doubts = nn.Linear(1, 1), Doubts(torch.device("cpu"))
+    for step in range(100):
+        is_bad = step in (41, 70)
+        value = torch.tensor(float("inf") if is_bad else 1.0)
+        for p in net.parameters():
+            p.grad = torch.full_like(p, value.item() if bad == "gradient" else 1.0)
+        fine = torch.tensor(1.0)
+        if bad == "flag":
+            doubts.note(step, torch.tensor(not is_bad))
+        else:
+            doubts.guard(
+                step,
+                value if bad == "loss" else fine,
+                [value if bad == "norm" else fine],
+                net.parameters(),
+                [fused_adam(net.parameters())],
+            )
+    assert doubts.look() == 41 and doubts.look() is None

@@ -188,9 +188,25 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0].strip().rstrip('.')}"
 
 
+class _InSlices(BytesIO):
+    """Memory that takes a large write in slices: while bytes are copied no other thread runs, and one may be training.
+
+    From a write that is copied at once, 32 MiB of a weight, steps waited 30 to 80 ms.
+    """
+
+    def write(self, data: Any) -> int:
+        with memoryview(data) as view, view.cast("B") as flat:
+            for start in range(0, len(flat), SLICE):
+                super().write(flat[start : start + SLICE])
+            return len(flat)
+
+
+SLICE = 1 << 20
+
+
 def _serialised(state: Any, path: Path) -> memoryview:
     """The bytes of the file, sealed, and known to pass `read`."""
-    buffer = BytesIO()
+    buffer = _InSlices()
     with torch_files.patch("save.compute_crc32", True):  # pyright: ignore[reportAttributeAccessIssue]
         torch.save(state, buffer)
     buffer.seek(-2, os.SEEK_END)  # the length of the archive's comment, so far 0

@@ -259,7 +259,7 @@ def _copied(state: Mapping[str, Any]) -> Callable[[], dict[str, Any]]:
             ready = torch.cuda.current_stream(device).record_event()
 
             def take() -> dict[str, Any]:
-                with torch.cuda.stream(torch.cuda.Stream(device)) as _:
+                with torch.cuda.stream(torch.cuda.Stream(device)):
                     torch.cuda.current_stream(device).wait_event(ready)
                     return plain(kept.pop(), clone="cpu")  # each waits for its own copy; then the GPU's are free
 
