@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -198,3 +199,45 @@ def test_the_first_of_many_noted_steps_that_was_not_finite_is_found(bad: str) ->
                 [fused_adam(net.parameters())],
             )
     assert doubts.look() == 41 and doubts.look() is None
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_step_on_a_gpu_reads_nothing_and_queues_four_operations_more_than_one_by_hand(clip: float | None) -> None:
+    """Small steps take as long there as it takes to queue them. The four: the loss among the means, and the check."""
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    def by_hand(batch: dict[str, Any]) -> None:
+        optimizer.zero_grad()
+        problem(batch)["train_loss"].backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(problem.parameters(), clip)
+        optimizer.step()
+
+    def counted(act: Any, batch: Any) -> Counter[str]:
+        names.clear()
+        with Counted():
+            act(batch)
+        found = Counter(name for name in names if not name.startswith("_record_function"))
+        return Counter({name: n for name, n in found.items() if name not in ("detach", "alias", "view")})
+
+    problem, names = DtypeNet(), list[str]()
+    optimizer, batch = fused_adam(problem.parameters()), {"t": TIMES, "name": "train"}
+    by_hand(batch)
+    hand = counted(by_hand, batch)
+    trainer = weft.Trainer(epochs=1, optimizer=fused_adam, clip=clip, progress=False, accelerator="cpu")
+    data = weft.Data({"t": TIMES.repeat(100, 1)}, batch_size=4, shuffle=False)
+    with trainer.start(DtypeNet(), data) as run:
+        for _ in run.epochs():
+            batches = run.batches("train")
+            run.update(next(batches))
+            first = counted(run.update, next(batches))
+            others = sum((counted(run.update, batch) for batch in batches), Counter[str]())
+    assert first - hand == Counter(
+        ["stack", "zeros_like", "_amp_foreach_non_finite_check_and_unscale_", "_foreach_sub_"]
+    )
+    assert "_local_scalar_dense" not in others and others["mm"] == 98 * hand["mm"]
