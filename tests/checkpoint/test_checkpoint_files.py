@@ -31,7 +31,7 @@ from tests.helpers.crashes import die_at_every_moment, in_child, interrupted_at,
 from weft.checkpoint import archive
 from weft.checkpoint import folder as checkpoints
 from weft.checkpoint.archive import SEALED, CheckpointError
-from weft.checkpoint.folder import BackgroundWriter
+from weft.checkpoint.background import BackgroundWriter
 from weft.checkpoint.weights_files import load_weights
 
 # ---- crashes ---------------------------------------------------------------------------------------------------------
@@ -409,7 +409,7 @@ def test_an_error_of_the_background_writer_is_raised_once_in_the_training_thread
 
 def test_a_script_that_ends_without_waiting_still_finishes_its_file() -> None:
     script = (
-        "import torch; from weft.checkpoint.folder import BackgroundWriter\n"
+        "import torch; from weft.checkpoint.background import BackgroundWriter\n"
         "BackgroundWriter().save('c', 1, {'x': torch.arange(3_000_000)})\n"
     )
     source = str(Path(checkpoints.__file__).parents[2])

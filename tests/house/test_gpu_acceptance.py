@@ -14,11 +14,6 @@ import pytest
 MISSING_THERE = ("neuromancer", "optuna", "pandas", "cvxpy", "cvxpylayers", "wandb", "mlflow", "sklearn", "nbformat")
 
 
-@pytest.fixture(autouse=True)
-def importable(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(repo))
-
-
 def test_the_dry_list_fits_into_eight_minutes(capsys: pytest.CaptureFixture[str]) -> None:
     from benchmarks.gpu.__main__ import main
     from benchmarks.gpu.checks import CHECKS
