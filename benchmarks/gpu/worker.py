@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+import weft
 from benchmarks import report
 from benchmarks.gpu.checks import Check, chosen
 from benchmarks.gpu.rows import Bench
@@ -88,7 +89,8 @@ def surroundings(bench: Bench) -> dict[str, str]:
         found["device"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
         found["cuda"] = str(torch.version.cuda)  # type: ignore[attr-defined]
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-    for name in ("weft", "triton", "jax"):
+    found["weft"] = weft.__version__
+    for name in ("triton", "jax"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return {name: value for name, value in found.items() if value != "not installed"}
