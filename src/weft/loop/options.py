@@ -101,6 +101,7 @@ def objects_in(options: Mapping[str, Any]) -> dict[str, Any]:
             raise TypeError(
                 f"{name}: {kind.__module__}.{kind.__name__} is data; see help(weft.Trainer) for what it takes."
             )
+    return {**OBJECTS, **{name: value for name, value in options.items() if name in OBJECTS}}
 
 
 def as_phases(phases: Any, plain: Mapping[str, Any]) -> list[Phase]:
