@@ -43,8 +43,16 @@ def _limit(value: Any) -> str:
     limits = value if isinstance(value, Mapping) else {"train": value}
     if unknown := [k for k in limits if k not in ("train", "dev", "test", "predict")]:
         return f"no split is named {unknown}; expected train, dev, test, predict"
-    right = all(v >= 1 if isinstance(v, int) else 0 < v <= 1 for v in limits.values())
+    right = all(1 <= v < 1 << 62 if isinstance(v, int) else 0 < v <= 1 for v in limits.values())
     return "" if right else "expected a number of batches (int >= 1) or a share (0 < float <= 1)"
+
+
+def _devices(number: int) -> str:
+    return "" if number == -1 or 0 <= number <= 4096 else "expected -1 (all) or at most 4096 devices on a machine"
+
+
+def _nodes(number: int) -> str:
+    return "" if 1 <= number <= 100_000 else "must be at least 1 and at most 100000"
 
 
 def _sizes(sizes: Mapping[str, Any]) -> str:
@@ -166,9 +174,9 @@ class TrainerConfig:
     """Validate after every n epochs and after the last (>= 1)."""
     accelerator: str = "auto"
     """"auto", "cpu", "gpu", "cuda", "mps", "tpu"."""
-    devices: int | str | list[int] = 1
+    devices: Annotated[int, _devices] | str | list[int] = 1
     """How many devices, which ones ([0, 2] or "0,2"), -1 or "auto" for all."""
-    num_nodes: Count = 1
+    num_nodes: Annotated[int, _nodes] = 1
     """Machines (>= 1)."""
     strategy: str = "auto"
     """"auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook", "ddp_find_unused_parameters_true", or "fsdp": shards."""
@@ -312,6 +320,8 @@ def complaint(value: Any, kind: Any) -> str:
         return expected(kind, value)
     if isinstance(value, float) and not math.isfinite(value):
         return "expected a finite number"
+    if isinstance(value, int) and value.bit_length() > 64:
+        return "must have at most 64 bits"
     bounds = [getattr(a, "__metadata__", ()) for a in fitting]
     return min((next((wrong for b in found if (wrong := b(value))), "") for found in bounds), key=bool)
 

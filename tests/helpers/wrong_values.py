@@ -21,8 +21,8 @@ from weft.config import TrainerConfig
 from weft.loop.options import OBJECTS
 
 SOURCE = str(Path(weft.__file__).parent)
-STARTS_PROCESSES = {"devices", "num_nodes", "strategy"}
-"""Only with values that start none."""
+STARTS_PROCESSES = {"devices", "num_nodes"}
+"""Only with values that are refused before any process is started."""
 OF_DATA = ("batch_size", "shuffle", "drop_last", "pre_batch", "refresh_every", "inputs_require_grad", "num_workers")
 RETURNED = ("returned", "a metric", "a key")
 
@@ -82,7 +82,6 @@ def values(draw: random.Random) -> Any:
     ]
     objects += [
         slice(1),
-        memoryview(b"x"),
         torch.optim.SGD,
         torch.device("cpu"),
         weft.DictDataset({"x": torch.ones(4, 2)}),
@@ -112,11 +111,11 @@ class Fits(nn.Module):
 
 def attempt(draw: random.Random) -> tuple[str, Any, Callable[[], Any]]:
     """A place for a random value, the value, and a fit with it there."""
-    options = [*TrainerConfig.__dataclass_fields__, *OBJECTS]
+    options = [name for name in (*TrainerConfig.__dataclass_fields__, *OBJECTS) if name != "strategy"]
     place = draw.choice([*options, *OF_DATA, *["train", "dev", "data", "column", *RETURNED] * 4])
     value = values(draw)
-    if place in STARTS_PROCESSES and (isinstance(value, str) or _is_one_of(value, 2, 3)):
-        value = -1
+    if place in STARTS_PROCESSES and _is_accepted(place, value):
+        value = 0
     if (place == "compile" and _is_one_of(value, True, "auto")) or (
         place == "num_workers" and not _is_one_of(value, 0, -1, None)
     ):
@@ -142,6 +141,14 @@ def attempt(draw: random.Random) -> tuple[str, Any, Callable[[], Any]]:
         return weft.Trainer(**trainer).fit(Fits(), whole[0] if whole else weft.Data(**data))
 
     return place, value, fit
+
+
+def _is_accepted(name: str, value: Any) -> bool:
+    try:
+        TrainerConfig(**{name: value})
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _is_one_of(value: Any, *others: Any) -> bool:

@@ -18,6 +18,6 @@ def test_a_raw_error_is_told_from_one_of_ours() -> None:
 
     with pytest.raises(ValueError) as ours:
         weft.TrainerConfig(epochs=-1)
-    with pytest.raises(TypeError) as raw:
+    with pytest.raises(AttributeError) as raw:
         weft.config.complaints(int, 3)  # type: ignore[arg-type]
     assert is_own(ours.value) and not is_own(raw.value)

@@ -168,7 +168,7 @@ def add_denominators(scalars: dict[str, Any], out: Mapping[str, Any], split: str
     if "num_examples" in out:
         scalars[DENOMINATOR] = _count("num_examples", out["num_examples"])
     for key in out:
-        if key[-7:] == "_weight" and (name := named(key[:-7], split)) in scalars:
+        if isinstance(key, str) and key[-7:] == "_weight" and (name := named(key[:-7], split)) in scalars:
             scalars[DENOMINATOR + name] = _count(key, out[key])
 
 
