@@ -214,6 +214,25 @@ def _sweep(call: Call) -> int:
     return OK
 
 
+def _submit(call: Call) -> int:
+    from weft.slurm.submitting import Submitted, submit
+
+    if call.wrong:
+        raise ConfigError(call.wrong)
+    slurm = {key.removeprefix("slurm."): value for key, value in call.others.items() if key.startswith("slurm.")}
+    own: dict[str, Any] = {key: value for key, value in call.others.items() if not key.startswith("slurm.")}
+    own |= {key: yamlfile.load(own[key]) for key in ("grace", "dry_run") if key in own}
+    own |= {"setup": own["setup"].split(";")} if "setup" in own else {}
+    try:
+        job = submit(call.config, slurm=slurm, **own)
+    except FileExistsError as error:
+        raise ConfigError([str(error)]) from None
+    print(
+        f"job {job.job}\n{job.folder}" if isinstance(job, Submitted) else job, end="" if isinstance(job, str) else "\n"
+    )
+    return OK
+
+
 def _completion(call: Call) -> int:
     if call.wrong:
         raise ConfigError(call.wrong)
@@ -264,6 +283,21 @@ COMMANDS = {
             "seed": "of the sampler",
             "take_over": "true: trials of lost machines are run again",
         },
+    ),
+    "submit": Command(
+        _submit,
+        "run a config as a job of SLURM, which survives time limits and preemption",
+        own={
+            "name": "of the run's folder (default: trainer.run_name, or the time)",
+            "setup": "lines of bash before Python starts, separated by ; (modules, conda)",
+            "python": "what starts Python (default: this one)",
+            "grace": "seconds before the time limit at which the run saves and is requeued (default: 300)",
+            "dry_run": "print the batch script, and submit nothing",
+            "slurm.OPTION": "any option of sbatch: --slurm.partition gpu --slurm.time 4:00:00 --slurm.gres gpu:1",
+        },
+        switches=("dry_run",),
+        takes_config=True,
+        prefix="slurm.",
     ),
     "completion": Command(_completion, 'completion for your shell: eval "$(weft completion bash)"', ("SHELL",)),
 }
