@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,7 +66,7 @@ class LoaderBatches:
             self.sampler.epoch = number
         if self._workers is not None:
             self._workers.begin(number)
-        batches = iter(self.loader)
+        batches = iterator_of(self.loader)
         for _ in range(start):
             next(batches)
         sampler: Any = getattr(self.loader, "batch_sampler", None)
@@ -90,6 +90,15 @@ class LoaderBatches:
         if name != self.split and self.split != "predict":
             raise ValueError(wrong_name(name, self.split))
         return {**batch, "name": self.split, "epoch": number}
+
+
+def iterator_of(loader: Any) -> Iterator[Any]:
+    """`iter(loader)`; the workers of a DataLoader do not die of a signal to all processes of the run."""
+    if not getattr(loader, "num_workers", 0) or not isinstance(loader, DataLoader):
+        return iter(loader)
+    from weft.data.workers import iterate
+
+    return iterate(loader)
 
 
 class WorkerSeeds:

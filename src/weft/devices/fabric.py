@@ -9,11 +9,12 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import subprocess
 import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -119,6 +120,18 @@ def start_processes(fabric: Fabric, timeout: float | None) -> None:
         atexit.register(_leave_group)  # else a process may abort when it ends after the first one
     if fabric.local_rank and os.environ.get("LOCAL_RANK") and isinstance(_environment(fabric), LightningEnvironment):
         _end_after_parent(timeout)
+
+
+def let_others_end(fabric: Fabric) -> None:
+    """Wait for the processes that this script started, which leave because of a signal, too.
+
+    Fabric's watcher would take that for a failure, and kill this one. It watches the list that is emptied here.
+    """
+    started = getattr(getattr(fabric.strategy, "launcher", None), "procs", None) or []
+    others, started[:] = list(started), []
+    for process in others:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(30)
 
 
 def _leave_group() -> None:

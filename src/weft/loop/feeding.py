@@ -67,6 +67,48 @@ def forget_best_of_other_data(state: RunState, before: Mapping[str, Any]) -> Non
     state.warn_once(f"The {split} data are others than in the fit before: the best epoch is one of this fit.")
 
 
+def enter_folder(state: RunState) -> None:
+    """Own the folder of the run, if it has one: a new one, that of the fit before, or that of the run it resumes.
+
+    Raises RunInUseError, in every process, where another run is under way in it.
+    """
+    if state.kept.run_dir is None:
+        state.kept.run_dir = new_folder(state)
+    else:
+        from weft.records import lease
+
+        state.processes.first(partial(lease.acquire, state.kept.run_dir))
+    if state.kept.run_dir is not None and state.is_global_zero:
+        from weft.records import lease
+
+        lease.enter(state.kept.run_dir)
+
+
+def leave_folder(state: RunState) -> None:
+    """Let others have the folder of the run."""
+    if state.kept.run_dir is not None and state.is_global_zero:
+        from weft.records import lease
+
+        lease.release(state.kept.run_dir)
+
+
+def check_folder(state: RunState) -> None:
+    """Raise RunInUseError if it is known that another process has taken the folder over."""
+    if state.kept.run_dir is not None and state.is_global_zero:
+        from weft.records import lease
+
+        lease.check(state.kept.run_dir, look=False)
+
+
+def save_result(state: RunState, result: Any) -> None:
+    """Write what came out into the folder of the run, unless it is another's by now."""
+    from weft.records import lease
+
+    assert state.kept.run_dir is not None
+    lease.check(state.kept.run_dir)
+    result.save(state.kept.run_dir)
+
+
 def new_folder(state: RunState) -> Path | None:
     """The folder of a new run, None if nothing asks for one."""
     config, options = state.config, state.trainer.options
