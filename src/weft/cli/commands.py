@@ -209,8 +209,11 @@ def _sweep(call: Call) -> int:
     if call.wrong:
         raise ConfigError(call.wrong)
 
-    result = sweep_from_file(call.places[0], {k: yamlfile.load(v) for k, v in call.others.items()})
-    print(result)
+    slurm = {key.removeprefix("slurm."): value for key, value in call.others.items() if key.startswith("slurm.")}
+    own = {key: yamlfile.load(value) for key, value in call.others.items() if not key.startswith("slurm.")}
+    own |= {"setup": own["setup"].split(";")} if "setup" in own else {}
+    found = sweep_from_file(call.places[0], {**own, **({"slurm": slurm} if slurm else {})})
+    print(f"job {found.job}\n{found.folder}" if hasattr(found, "job") else found)
     return OK
 
 
@@ -282,7 +285,12 @@ COMMANDS = {
             "name": "the sweep's name: its folder, and its study in the database",
             "seed": "of the sampler",
             "take_over": "true: trials of lost machines are run again",
+            "on": "local (default), or slurm: the workers are jobs",
+            "setup": "with slurm: lines of bash before Python starts, separated by ;",
+            "grace": "with slurm: seconds before the time limit at which a trial is saved (default: 300)",
+            "slurm.OPTION": "any option of sbatch: --slurm.partition gpu --slurm.time 4:00:00",
         },
+        prefix="slurm.",
     ),
     "submit": Command(
         _submit,

@@ -46,8 +46,11 @@ def events(folder: Path) -> list[dict[str, Any]]:
 
 def state(folder: Path) -> str | None:
     """ "queued", "running", "preempted", "finished", "failed", "stuck" or "cancelled"; None if it was not submitted."""
-    said = events(folder)
-    return _STATES.get(said[-1]["event"], said[-1]["event"]) if said else None
+    said = [e["event"] for e in events(folder)]
+    if not said:
+        return None
+    ours = said[len(said) - said[::-1].index("submitted") :] if "submitted" in said else said
+    return "cancelled" if "cancelled" in ours else _STATES.get(said[-1], said[-1])  # what ends by it says so later
 
 
 def job_of(folder: Path) -> str | None:

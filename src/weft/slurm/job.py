@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
+from weft.devices.signals import BY_SCRIPT, SignalExit
 from weft.slurm import events
 
-OK, FAILED, STUCK = 0, 1, 4
+OK, FAILED, STUCK, REQUEUE, TERMINATED = 0, 1, 4, 138, 143
 
 
 class Job:
@@ -42,6 +44,7 @@ def main(folder: Path) -> int:
         events.note(
             folder, "started", job=os.environ.get("SLURM_JOB_ID"), restart=restart, step=events.last_step(folder)
         )
+    os.environ[BY_SCRIPT] = "1"
     status = FAILED
     try:
         status = _run(folder)
@@ -50,8 +53,10 @@ def main(folder: Path) -> int:
     except KeyboardInterrupt:
         status = 130
     finally:
+        if status == TERMINATED and SignalExit(signal.SIGTERM).comes_back:
+            status = REQUEUE
         if is_first:
-            how = {0: "finished", 138: "requeued", 143: "preempted"}.get(status, "failed")
+            how = {OK: "finished", REQUEUE: "requeued", TERMINATED: "preempted"}.get(status, "failed")
             events.note(folder, how, restart=restart, step=events.last_step(folder), status=status)
     return status
 

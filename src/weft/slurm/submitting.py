@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from weft import yamlfile
 from weft.recipes.schema import ConfigError
@@ -75,6 +75,38 @@ class Submitted:
         return load_result(self.folder)
 
 
+@overload
+def submit(
+    run: Mapping[str, Any] | str | Path | Callable[..., Any],
+    *,
+    slurm: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    root_dir: str | Path = "runs",
+    devices: int | None = None,
+    num_nodes: int | None = None,
+    setup: Sequence[str] | str = (),
+    python: str | None = None,
+    grace: int = 300,
+    dry_run: Literal[False] = False,
+) -> Submitted: ...
+
+
+@overload
+def submit(
+    run: Mapping[str, Any] | str | Path | Callable[..., Any],
+    *,
+    slurm: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    root_dir: str | Path = "runs",
+    devices: int | None = None,
+    num_nodes: int | None = None,
+    setup: Sequence[str] | str = (),
+    python: str | None = None,
+    grace: int = 300,
+    dry_run: Literal[True],
+) -> str: ...
+
+
 def submit(
     run: Mapping[str, Any] | str | Path | Callable[..., Any],
     *,
@@ -95,11 +127,11 @@ def submit(
     (partition, time, gres, mem, account, cpus_per_task, ...). `name`: of the run's folder below `root_dir`; None: the
     config's `run_name`, or the time. `devices` and `num_nodes`: tasks a node, and nodes; None: what the config says.
     `setup`: lines of bash before Python starts (modules, conda). `python`: what starts it. `grace`: seconds
-    (>= 60) before the time limit at which the run saves and goes back into the queue; give it the slowest step and save.
+    (>= 60) before the time limit at which the run saves and is requeued; give it the slowest step and save.
 
     The job runs in a copy of the code below the working folder, in `submit/code` of the run's folder, with links to
-    what is no code: what is edited later changes nothing. It is requeued after the time limit and after preemption, and goes
-    on from its last checkpoint with the same bits, until it is done or a restart made no step. No variable of the
+    what is no code: what is edited later changes nothing. It is requeued after the time limit and after preemption, and
+    goes on from its last checkpoint with the same bits, until it is done or a restart made no step. No variable of the
     environment is written into a file.
 
     Raises ConfigError for a wrong config or option, FileExistsError where a run of this name is queued or running,
@@ -109,14 +141,14 @@ def submit(
     if not isinstance(grace, int) or grace < 60:
         raise ConfigError([f"grace={grace!r}: expected whole seconds, at least 60"])
     config = None if callable(run) else _checked(run)
-    trainer = (config or {}).get("trainer", {})
+    trainer: dict[str, Any] = (config or {}).get("trainer", {})
     devices = devices if devices is not None else trainer.get("devices", 1)
-    num_nodes = num_nodes if num_nodes is not None else trainer.get("num_nodes", 1)
+    nodes: int = num_nodes if num_nodes is not None else trainer.get("num_nodes", 1)
     if not isinstance(devices, int) or devices < 1:
         raise ConfigError(
             [f"devices={devices!r}: expected a number of devices a node, as SLURM starts a task for each"]
         )
-    name = name or trainer.get("run_name") or f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    name = str(name or trainer.get("run_name") or f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
     if not re.fullmatch(r"[\w][\w.\-+=]*", name):
         raise ConfigError([f"name={name!r}: expected letters, digits and ._-+= only"])
     folder = (Path(root_dir) if root_dir != "runs" else Path(trainer.get("root_dir") or root_dir)).resolve() / name
@@ -128,7 +160,7 @@ def submit(
         code=place / "code",
         slurm=slurm or {},
         tasks=devices,
-        nodes=num_nodes,
+        nodes=nodes,
         setup=lines,
         python=python,
         grace=grace,
@@ -140,7 +172,7 @@ def submit(
         _keep_function(run, place)
     else:
         own = {"root_dir": str(folder.parent), "run_name": name, "resume": "auto"}
-        kept = {"checkpoint": True, **trainer, **own, "devices": devices, "num_nodes": num_nodes}
+        kept = {"checkpoint": True, **trainer, **own, "devices": devices, "num_nodes": nodes}
         (place / "config.yaml").write_text(yamlfile.dump(_in_copy({**(config or {}), "trainer": kept}, place / "code")))
     freeze(Path.cwd(), place / "code", leave_out=folder.parent)
     (place / "job.sh").write_text(text)

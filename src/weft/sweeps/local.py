@@ -5,13 +5,12 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from weft.devices.signals import SignalExit
+from weft.devices.signals import SignalExit, handled_by
 from weft.sweeps.study import Study
 from weft.sweeps.worker import Worker
 
@@ -54,9 +53,7 @@ def _watch(study: Study, workers: list[Worker]) -> str:
                 continue
             deaths, last_words = deaths + 1, worker.log()
             if deaths > MOST_DEATHS * study.config.workers:
-                raise RuntimeError(
-                    f"workers die before they finish a trial; the end of the last one's log:\n{last_words}"
-                )
+                raise RuntimeError(f"workers die before they finish a trial; the end of a log:\n{last_words}")
             if not study.too_many_failures():
                 workers.append(Worker(worker.number, study.config.workers, study.folder))
     return last_words
@@ -88,23 +85,18 @@ def _end(workers: list[Worker]) -> None:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Within: SIGTERM and SIGUSR1 raise, so that the workers are ended, and a SLURM job is requeued for the latter."""
-    ours = [s for s in (signal.SIGTERM, getattr(signal, "SIGUSR1", None)) if s is not None]
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Within: a signal to leave ends the workers first; a SLURM job that is to come back is requeued."""
+    asked: list[int] = []
 
     def leave(number: int, frame: Any) -> None:
-        for s in ours:
-            signal.signal(s, signal.SIG_IGN)  # one is enough
-        raise SignalExit(number)
+        asked.append(number)
+        if len(asked) > 1:  # the workers are ended already
+            return
+        raise KeyboardInterrupt if number == signal.SIGINT else SignalExit(number)
 
-    before = {s: signal.signal(s, leave) for s in ours if signal.getsignal(s) is signal.SIG_DFL}
-    try:
-        yield
-    except SignalExit as error:
-        error.requeue(is_saved=True)
-        raise
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+    with handled_by(leave):
+        try:
+            yield
+        except SignalExit as error:
+            error.requeue(is_saved=True)
+            raise

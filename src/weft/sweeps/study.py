@@ -1,8 +1,8 @@
 """The study that the workers of a sweep share, through a file or a database: there is nobody else to ask.
 
 Each worker takes a trial, runs it, tells how it went, and takes the next. It holds a lease for its trial: one that
-died, or left because its job goes back into the queue, leaves a trial that is running for nobody, and whoever finds it takes
-it over, with its number and its folder, where its run can be gone on with.
+died, or left because its job goes back into the queue, leaves a trial that is running for nobody, and whoever finds
+it takes it over, with its number and its folder, where its run can be gone on with.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ gone on with by another one. So is a sweep that was killed, when it is started a
 from __future__ import annotations
 
 import os
-import warnings
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,9 @@ def sweep(run: Callable[[Any], Any] | Mapping[str, Any] | str | Path, space: Spa
     a FitResult or a number. `space`: by name, a list of choices or {low, high} with `log` or `step`; whole numbers if
     both ends are. `options` are the fields of `SweepConfig`. A trial whose numbers stop being finite counts as pruned.
 
-    With `on="slurm"` the workers are `workers` jobs, and what comes back at once is a handle: `result()` waits for
-    what was found, `state`, `log()` and `cancel()` are as for `weft.submit`. More workers may join a sweep that is under way,
-    by another call from anywhere that sees the folder.
+    With `on="slurm"` the workers are `workers` jobs, and what comes back at once is a handle: `result()` waits
+    for what was found, `state`, `log()` and `cancel()` are as for `weft.submit`. More workers may join a sweep that is
+    under way, by another call from anywhere that sees the folder.
 
     Raises ConfigError for a wrong space or option, RuntimeError if more than `max_failures` trials failed. Needs
     Optuna.
@@ -55,7 +55,7 @@ def sweep(run: Callable[[Any], Any] | Mapping[str, Any] | str | Path, space: Spa
     study.begin()
     _keep_work((function, config, dict(space), metric), folder)
     for number, owner in study.held():
-        warnings.warn(f"trial {number} is run by {owner}; take_over=True treats it as lost.", stacklevel=2)
+        print(f"trial {number} is run by {owner}; take_over=True treats it as lost.", file=sys.stderr)
     if config.on == "slurm":
         from weft.slurm.sweeping import submit_workers
 
