@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -413,3 +414,33 @@ def test_a_script_that_ends_without_waiting_still_finishes_its_file() -> None:
     source = str(Path(checkpoints.__file__).parents[2])
     subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": source})
     assert same(checkpoints.load("c")[0], {"x": torch.arange(3_000_000)})
+
+
+def test_a_checkpoint_is_summed_once_while_it_is_written_and_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, summed, sizes = {"weights": [torch.rand(50_000) for _ in range(4)]}, [0], []
+    real = zlib.crc32
+
+    def counting(data: Any, start: int = 0) -> int:
+        summed[0] += len(data)
+        sizes.append(len(data))
+        return real(data, start)
+
+    monkeypatch.setattr(archive.zlib, "crc32", counting)
+    archive.write(tmp_path / "a.ckpt", state)
+    size = (tmp_path / "a.ckpt").stat().st_size
+    assert summed[0] == size - archive.SEALED and max(sizes) < 250_000  # each tensor as it comes, no whole in memory
+    assert same(archive.read(tmp_path / "a.ckpt"), state) and summed[0] == 2 * (size - archive.SEALED)
+
+
+def test_copies_for_a_save_in_the_background_are_written_over_by_the_next(tmp_path: Path) -> None:
+    weights, copies = {"a": torch.rand(3, 4), "b": torch.rand(4, 3).t()}, {}
+    first = archive.plain(weights, clone=copies)
+    places = {name: tensor.data_ptr() for name, tensor in first.items()}
+    weights["a"] += 1
+    weights["b"] = torch.rand(5)
+    second = archive.plain(weights, clone=copies)
+    assert same(second, weights) and second["a"].data_ptr() == places["a"] and second["b"].data_ptr() != places["b"]
+    weights["a"] += 1
+    assert not same(second, weights)

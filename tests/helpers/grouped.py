@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 import weft
 
 
-class Noisy(torch.utils.data.Dataset):
+class NoisyRows(torch.utils.data.Dataset):
     """Rows with noise from each worker's own random numbers, which take a moment to make."""
 
     def __len__(self) -> int:
@@ -33,7 +33,7 @@ class Noisy(torch.utils.data.Dataset):
         return {"x": torch.tensor([i / 24.0, 1.0]) + 0.1 * torch.randn(2)}
 
 
-class Line(nn.Module):
+class NoisyLine(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -44,12 +44,12 @@ class Line(nn.Module):
         return {f"{batch['name']}_loss": loss}
 
 
-def data_of(kind: str) -> weft.Data:
+def grouped_data(kind: str) -> weft.Data:
     """`kind`: none, fork, spawn, forkserver, or persistent (workers of the dev set that stay)."""
     if kind == "none":
-        return weft.Data(Noisy(), {"x": torch.ones(4, 2)}, batch_size=4)
+        return weft.Data(NoisyRows(), {"x": torch.ones(4, 2)}, batch_size=4)
     method = "fork" if kind == "persistent" else kind
-    loader: Any = DataLoader(Noisy(), batch_size=4, shuffle=True, num_workers=2, multiprocessing_context=method)
+    loader: Any = DataLoader(NoisyRows(), batch_size=4, shuffle=True, num_workers=2, multiprocessing_context=method)
     dev: Any = {"x": torch.ones(4, 2)}
     if kind == "persistent":
         dev = DataLoader(
@@ -58,7 +58,7 @@ def data_of(kind: str) -> weft.Data:
     return weft.Data(loader, dev)
 
 
-def main(folder: str, kind: str, name: str, step: str) -> None:
+def train_in_group(folder: str, kind: str, name: str, step: str) -> None:
     def strike(trainer: Any, batch: Any, loss: Any) -> None:
         if name and trainer.global_step == int(step) and trainer.run.is_global_zero:
             os.killpg(0, getattr(signal, name))
@@ -73,12 +73,12 @@ def main(folder: str, kind: str, name: str, step: str) -> None:
     trainer = weft.Trainer(
         epochs=3, seed=3, progress=False, resume="auto", hooks={"on_step_end": strike}, accelerator="cpu", **options
     )
-    problem = Line()
-    trainer.fit(problem, data_of("none" if kind.startswith("ddp") else kind))
+    problem = NoisyLine()
+    trainer.fit(problem, grouped_data("none" if kind.startswith("ddp") else kind))
     flat = torch.cat([p.detach().flatten() for p in problem.parameters()])
     if trainer.run is not None and trainer.run.is_global_zero:
         Path(folder, "digest").write_text(hashlib.sha256(flat.numpy().tobytes()).hexdigest())
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    train_in_group(*sys.argv[1:])

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 import weft
-from tests.helpers.grouped import Line
+from tests.helpers.grouped import NoisyLine
 
 
-def main(root: str, seed: str, options: str = "{}") -> None:
+def train_slowly(root: str, seed: str, options: str = "{}") -> None:
     given: dict[str, Any] = json.loads(options)
     seconds, until = given.pop("sleep", 0.05), given.pop("until", None)
 
@@ -32,9 +32,9 @@ def main(root: str, seed: str, options: str = "{}") -> None:
         optimizer=lambda params: torch.optim.SGD(params, lr=0.01 * int(seed)),
         hooks={"on_step_end": dawdle},
     )
-    result = trainer.fit(Line(), {"x": torch.ones(4, 2)})
+    result = trainer.fit(NoisyLine(), {"x": torch.ones(4, 2)})
     print(result.run_dir, result.epochs)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    train_slowly(*sys.argv[1:])

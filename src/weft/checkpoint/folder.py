@@ -216,13 +216,15 @@ class BackgroundWriter:
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._copies: dict[str, Any] = {}
+        """The tensors of the last save, written over by the next: new memory costs more than what is copied."""
 
     def save(
         self, folder: str | os.PathLike[str], step: int, state: Mapping[str, Any], *, keep: int = 2, best: bool = False
     ) -> Path:
         """The path that the checkpoint will have; see `save`. What cannot be loaded safely raises here and now."""
         self.wait()
-        kept = plain(state, clone=True)  # on the CPU: waits for the device, once
+        kept = plain(state, clone=self._copies)  # on the CPU: waits for the device, once
 
         def run() -> None:
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,7 +94,22 @@ def _resume(call: Call) -> int:
         if not any(checkpoints.glob("step-*.ckpt")):
             call.wrong.append(f"{place}: has no checkpoints to resume from (train with --trainer.checkpoint true)")
         call.config = merge(call.config, {"trainer": {"resume": str(checkpoints)}})
+        _refuse_foreign(call)
     return _fit(call)
+
+
+def _refuse_foreign(call: Call) -> None:
+    """Note as wrong that a run's folder is another user's: what its config names would be run."""
+    place = Path(call.places[0])
+    if "trust" in call.flags or "print_config" in call.flags or not hasattr(os, "geteuid"):
+        return
+    for path in (place, place / "config.yaml"):
+        if path.exists() and path.stat().st_uid != os.geteuid():
+            call.wrong.append(
+                f"{path}: belongs to another user (number {path.stat().st_uid}), and its config names code that would "
+                f"be run; look at it (weft {call.command} {place} --print_config), then add --trust"
+            )
+            return
 
 
 def _evaluate(call: Call) -> int:
@@ -157,6 +173,8 @@ def _for_evaluation(call: Call) -> tuple[Any, Any, dict[str, Any]]:
         folder = Path(call.places[0])
         kept = folder / "weights.pt"
         call.config["weights"] = {"path": str(kept.resolve() if kept.is_file() else folder.resolve())}
+    if call.places:
+        _refuse_foreign(call)
     if "weights" not in call.config and not call.wrong:
         call.wrong.append("weights: missing; name a run's folder, or give --weights FILE")
     checked = _checked(call, needed=("problem", "data"))
@@ -200,7 +218,7 @@ def _compare(call: Call) -> int:
         print(report.compare(a, b))
         if "html" in call.others:
             print(report.write_comparison(a, b, call.others["html"]))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         raise ConfigError([str(error)]) from None
     return OK
 

@@ -10,7 +10,7 @@ from typing import Any
 from weft.recipes.schema import ConfigError, merge, with_option
 from weft.types import suggest
 
-FLAGS = ("help", "debug", "print_config")
+FLAGS = ("help", "debug", "print_config", "trust")
 SHORT = {
     "seed": "trainer.seed",
     "devices": "trainer.devices",

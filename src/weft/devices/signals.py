@@ -104,6 +104,7 @@ class Interruption:
             try:
                 yield
             finally:
+                self.between = None
                 self._forget_alarm()
 
     def _heed(self, at_once: bool, number: int, frame: FrameType | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,21 +68,23 @@ def forget_best_of_other_data(state: RunState, before: Mapping[str, Any]) -> Non
     state.warn_once(f"The {split} data are others than in the fit before: the best epoch is one of this fit.")
 
 
-def enter_folder(state: RunState) -> None:
-    """Own the folder of the run, if it has one: a new one, that of the fit before, or that of the run it resumes.
+def enter_folder(state: RunState, until: ExitStack) -> Path | None:
+    """The folder of the run, which the first process owns `until` then: new, of the fit before, or of the resumed run.
 
-    Raises RunInUseError, in every process, where another run is under way in it.
+    None if nothing asks for one. Raises RunInUseError, in every process, where another run is under way in it.
     """
-    if state.kept.run_dir is None:
-        state.kept.run_dir = new_folder(state)
-    else:
+    folder, is_new = state.kept.run_dir, state.kept.run_dir is None
+    if is_new:
+        folder = new_folder(state)
+    if folder is not None:
         from weft.records import lease
 
-        state.processes.first(partial(lease.acquire, state.kept.run_dir))
-    if state.kept.run_dir is not None and state.is_global_zero:
-        from weft.records import lease
-
-        lease.enter(state.kept.run_dir)
+        if not is_new:
+            state.processes.first(partial(lease.acquire, folder))
+        if state.is_global_zero:
+            lease.enter(folder)
+            until.callback(lease.release, folder)
+    return folder
 
 
 def leave_folder(state: RunState) -> None:

@@ -12,9 +12,8 @@ What a run has learned and measured so far is its `state` (`weft.step.state`); h
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -27,12 +26,12 @@ from weft.checkpoint.weights import state_of
 from weft.data.batches import in_lists, num_examples
 from weft.data.data import Data
 from weft.devices import seeding
-from weft.devices.fabric import let_others_end, make_fabric, start_processes
+from weft.devices.fabric import make_fabric, start_processes
 from weft.devices.signals import SignalExit, interactive
 from weft.events import AT_REST, Hook, listeners
 from weft.loop import feeding, phases
 from weft.loop.adapters import Seams, Told
-from weft.loop.order import train_batches
+from weft.loop.leaving import batches_unless_left, before_training, come_back, heed_early, heed_late, rest_if_waiting
 from weft.loop.remarks import tell_of_no_best, tell_of_options, tell_of_used_up
 from weft.loop.result import FitResult, result_of
 from weft.step.evaluation import evaluate, monitored_metric
@@ -76,36 +75,25 @@ class Run(Told, Seams):
     ) -> Self:
         """Devices first, then the data: all that evaluation alone needs. `make_data` is called again at a refresh."""
         self._renew, self.state.control.epochs = renew, epochs
-        try:
-            with self.state.control.interruption.caught(at_once=True):
-                self._prepare(make_data, resume, epochs)
-        except BaseException as error:
-            if self._resumed is not None:
-                feeding.leave_folder(self.state)
-            saves = self.state.config.checkpointing is not None and self.state.processes.rank == 0
-            if isinstance(error, SignalExit) and saves:  # nothing is lost, but SLURM asked for the job to come back
-                error.requeue(True)
-            raise
-        return self
-
-    def _prepare(self, make_data: Callable[[], Data], resume: str | None, epochs: int | None) -> None:
         state, options = self.state, self.state.trainer.options
-        state.fabric = state.trainer.launched or make_fabric(state.config, options["strategy"], options["plugins"])
-        start_processes(state.fabric, state.config.timeout)
-        state.processes = self.meet()
-        state.problem = self.place(state.problem)
-        state.processes.share_weights(state.problem)
-        state.feed.seed = state.processes.first(lambda: state.feed.seed)
-        if resume is not None:
-            from weft.loop.resume import find_state
+        with before_training(state):
+            state.fabric = state.trainer.launched or make_fabric(state.config, options["strategy"], options["plugins"])
+            start_processes(state.fabric, state.config.timeout)
+            state.processes = self.meet()
+            state.problem = self.place(state.problem)
+            state.processes.share_weights(state.problem)
+            state.feed.seed = state.processes.first(lambda: state.feed.seed)
+            if resume is not None:
+                from weft.loop.resume import find_state
 
-            self._resumed = find_state(state, resume)
-        goes_on = self._resumed is not None
-        if epochs is not None and not goes_on:
-            state.progress.interrupted = False  # so many, not those that were left of an interrupted fit
-        state.progress.begin_fit(phases.num_epochs(state), state.config.max_steps, goes_on=goes_on)
-        state.feed.make = make_data
-        feeding.make_data(state, None if self._resumed is None else self._resumed["random_before_data"])
+                self._resumed = find_state(state, resume)
+            goes_on = self._resumed is not None
+            if epochs is not None and not goes_on:
+                state.progress.interrupted = False  # so many, not those that were left of an interrupted fit
+            state.progress.begin_fit(phases.num_epochs(state), state.config.max_steps, goes_on=goes_on)
+            state.feed.make = make_data
+            feeding.make_data(state, None if self._resumed is None else self._resumed["random_before_data"])
+        return self
 
     def __enter__(self) -> Self:
         state, trainer = self.state, self.state.trainer
@@ -113,8 +101,7 @@ class Run(Told, Seams):
             raise ValueError("fit: there is no training data (train=None).")
         if state.control.is_new:
             seeding.begin(state.config.seed, state.feed.seed, state.processes.data_rank)
-        feeding.enter_folder(state)
-        self._stack.callback(feeding.leave_folder, state)
+        state.kept.run_dir = feeding.enter_folder(state, self._stack)
         self._stack.enter_context(self.in_use())
         self._stack.enter_context(state.control.interruption.caught())
         state.control.continues = self._resumed is not None or state.progress.interrupted
@@ -136,8 +123,7 @@ class Run(Told, Seams):
             self._start()
             if is_second:
                 tell_of_used_up(state.training.schedules, state)
-            self._heed_signals()
-            state.control.interruption.between = self._leave_between
+            heed_early(state, lambda: rest_if_waiting(state, self._in_batches, self._rest))
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
@@ -174,33 +160,13 @@ class Run(Told, Seams):
         finally:
             with self._stack:
                 self._finish(error)
-        if error is None:
-            self._heed_signals(ended=True)
+        heed_late(self.state, error)
         return isinstance(error, KeyboardInterrupt) and interactive()
-
-    def _heed_signals(self, ended: bool = False) -> None:
-        """Leave, if a signal came before the first step, or when the last one was over."""
-        state, interruption = self.state, self.state.control.interruption
-        agreed = ended or state.processes.agree(interruption)
-        if not agreed or not interruption.asked or (ended and interactive() and interruption.asked == signal.SIGINT):
-            return
-        try:
-            interruption.leave(interruption.asked)
-        except SignalExit as leave:
-            if ended and state.is_global_zero:
-                leave.requeue(state.saves)
-            raise
-
-    def _leave_between(self) -> None:
-        """At a signal while code around this run is at work: leave, unless that may be in the middle of a step."""
-        if self.state.processes.world == 1 and self.state.control.stage is Stage.REST and not self._in_batches:
-            self._rest(epoch_over=True)
 
     def _finish(self, error: BaseException | None) -> None:
         """Put the best weights back, make the result, call the last hooks. Called always, exactly once."""
         state, progress, control = self.state, self.state.progress, self.state.control
         state.processes.leave(error)
-        control.interruption.between = None
         interrupted = isinstance(error, KeyboardInterrupt | SignalExit)
         progress.interrupted, progress.seconds, state.epoch.is_open = interrupted, state.seconds, False
         if error is None:
@@ -223,10 +189,7 @@ class Run(Told, Seams):
                 last.callback(call, state.trainer, error)
             if error is not None:
                 last.callback(self._finish_saving, error)
-        if isinstance(error, SignalExit) and state.is_global_zero:
-            error.requeue(state.saves)
-        if interrupted and state.processes.world > 1:
-            let_others_end(state.fabric)
+        come_back(state, error)
 
     def put_in_eval_mode(self) -> None:
         """Whoever uses the problem now wants its predictions; the last hooks see it so."""
@@ -319,10 +282,7 @@ class Run(Told, Seams):
             self.leave_open()
             return  # it was told to stop in the last step before it was resumed
         is_empty = progress.batch == 0
-        made = (
-            train_batches(state) if state.source("train").resident else self._unless_interrupted(train_batches(state))
-        )
-        found = watched_batches(state.hooks, state.epoch.throughput.timed(made))
+        found = watched_batches(state.hooks, state.epoch.throughput.timed(batches_unless_left(state, self._rest)))
         for batch in found if size == 1 else in_lists(found, size):
             is_empty = False
             progress.batch += 1 if size == 1 else len(batch)
@@ -337,15 +297,6 @@ class Run(Told, Seams):
                 return
         if is_empty:
             raise ValueError("The training data yielded no batch: there is nothing to train on.")
-
-    def _unless_interrupted(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """`batches`; an error in making one, after a signal that its processes heeded too, is that interruption."""
-        try:
-            yield from batches
-        except Exception:
-            if self.state.processes.world == 1 and self.state.control.interruption.asked:
-                self._rest()
-            raise
 
     def leave_open(self) -> None:
         """The run stops here. Within an epoch, the checkpoint to go on from is the state of now, before it closes."""
