@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -234,3 +235,35 @@ def test_a_damaged_lease_counts_as_a_process_that_is_not_named(content: str, tmp
         lease.acquire(tmp_path)
     os.utime(path, (time.time() - 200, time.time() - 200))
     lease.acquire(tmp_path)
+
+
+def start_twice(root: Path, draw: random.Random) -> None:
+    """Two processes, one some time after the other, of one name: both start, both resume, or the first is killed."""
+    kind = draw.choice(["same name", "auto", "resume while it runs", "the owner is killed"])
+    second = {"same name": {}, "auto": {"resume": "auto"}}.get(kind, {"resume": "auto"})
+    first = start_owner(root, 1, sleep=0.1)
+    if kind in ("resume while it runs", "the owner is killed"):
+        wait_for_file(root / "a/checkpoints/last")
+        time.sleep(draw.uniform(0.0, 1.0))
+        if kind == "the owner is killed":
+            first.kill()
+    else:
+        time.sleep(draw.uniform(0.0, 1.0))
+    other = start_owner(root, 1, sleep=0.1, **second)
+    told = [process.communicate(timeout=patience()) for process in (first, other)]
+    codes = (first.returncode, other.returncode)
+    if kind == "the owner is killed":
+        assert codes in ((-9, 0), (0, 0)), (kind, told)
+    else:
+        assert 0 in codes, (kind, told)
+        for process, (_, errors) in zip((first, other), told, strict=True):
+            assert process.returncode == 0 or "is in use by process" in errors, (kind, errors)
+    assert epochs_of_train_loss(root / "a") == [str(epoch) for epoch in range(20)], kind
+    assert weft.load_result(root / "a").epochs == 20
+
+
+@pytest.mark.parametrize("size", [1, pytest.param(200, marks=pytest.mark.long)])
+def test_double_starts_at_random_moments_mix_no_files_and_lose_no_result(size: int, tmp_path: Path) -> None:
+    draw = random.Random(3)
+    for number in range(size):
+        start_twice(tmp_path / str(number), draw)

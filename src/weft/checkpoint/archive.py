@@ -24,7 +24,7 @@ from datetime import date, timedelta
 from datetime import time as clock_time
 from enum import Enum
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -72,11 +72,16 @@ def _refuse(value: object, where: str, why: str = "", instead: str = "") -> Type
 
 
 def plain(
-    value: Any, where: str = "state", *, clone: dict[str, Tensor] | None = None, _inside: tuple[int, ...] = ()
+    value: Any,
+    where: str = "state",
+    *,
+    clone: Literal["", "cpu", "there"] = "",
+    kept: dict[str, Tensor] | None = None,
+    _inside: tuple[int, ...] = (),
 ) -> Any:
-    """The same value in new containers, with each tensor detached, and copied to the CPU if `clone` is given.
+    """The same value in new containers, with each tensor detached; or cloned, to the "cpu" or "there" on its device.
 
-    `clone` holds the copies by their place: those of the call before are written over, which costs a tenth of new ones.
+    `kept`: the copies of the call before by their place, which are written over; that costs a tenth of new ones.
 
     Holds only what loads with `weights_only=True`: tensors, None, bool, int, float, complex, str, bytes, list, tuple,
     set, dict, OrderedDict, Counter, torch.Size, dtype and device, exactly (no subclasses). Anything else raises a
@@ -86,7 +91,7 @@ def plain(
     if kind in _SIMPLE:
         return value
     if kind is Tensor or kind is torch.nn.Parameter:
-        return _plain_tensor(value, where, clone)
+        return _plain_tensor(value, where, clone, kept)
     if kind is int:
         if value.bit_length() > 2039:  # longer ones are written with an opcode that the safe loader does not know
             raise _refuse(value, where, " of more than 2039 bits", "use str(...)")
@@ -101,31 +106,35 @@ def plain(
     if kind is list or kind is tuple or kind is set:
         if kind is list and set(map(type, value)) <= _SIMPLE:  # a history of many floats
             return list(value)
-        return kind([plain(item, f"{where}[{i}]", clone=clone, _inside=inside) for i, item in enumerate(value)])
+        return kind(
+            [plain(item, f"{where}[{i}]", clone=clone, kept=kept, _inside=inside) for i, item in enumerate(value)]
+        )
     if kind is dict or kind is OrderedDict or kind is Counter:
         result = kind()
         for key, item in value.items():
             if isinstance(key, Tensor):
                 raise _refuse(key, f"a key of {where}", instead="use a string")
             new_key = key if type(key) is str else plain(key, f"key {key!r} of {where}", _inside=inside)
-            result[new_key] = plain(item, f"{where}[{key!r}]", clone=clone, _inside=inside)
+            result[new_key] = plain(item, f"{where}[{key!r}]", clone=clone, kept=kept, _inside=inside)
         if kind is OrderedDict and vars(value):  # module.state_dict() carries the modules' versions as `_metadata`
-            vars(result).update(plain(vars(value), f"{where}.__dict__", clone=clone, _inside=inside))
+            vars(result).update(plain(vars(value), f"{where}.__dict__", clone=clone, kept=kept, _inside=inside))
         return result
     raise _refuse(value, where)
 
 
-def _plain_tensor(tensor: Tensor, where: str, clone: dict[str, Tensor] | None) -> Tensor:
+def _plain_tensor(tensor: Tensor, where: str, clone: str, kept: dict[str, Tensor] | None) -> Tensor:
     unusual = tensor.is_quantized or tensor.is_nested or tensor.is_meta or tensor.dtype in _SUB_BYTE
     if unusual or tensor.layout not in _LAYOUTS:
         raise _refuse(tensor, where, f" of kind {tensor.dtype}, {tensor.layout}, {tensor.device}")
     tensor = tensor.detach()
-    if clone is not None:
-        kept = clone.get(where)
-        if kept is not None and tensor.layout is torch.strided and _alike(kept, tensor):
-            return kept.copy_(tensor)
-        clone[where] = tensor.to("cpu", copy=True)
-        return clone[where]
+    if clone:
+        before = None if kept is None else kept.get(where)
+        if before is not None and tensor.layout is torch.strided and _alike(before, tensor):
+            return before.copy_(tensor)
+        copy = tensor.to("cpu" if clone == "cpu" else tensor.device, copy=True)
+        if kept is not None:
+            kept[where] = copy
+        return copy
     # A view would bring its whole storage into the file.
     is_view = tensor.layout is torch.strided and tensor.untyped_storage().nbytes() > tensor.nbytes
     return tensor.clone() if is_view else tensor
@@ -199,6 +208,8 @@ def _reason(error: Exception) -> str:
 
 class _Sealed:
     """The file that torch writes a state to: its checksum is taken on the way, and put at its end.
+
+    Nothing is copied in memory, so that no thread that trains meanwhile waits for the interpreter's lock.
 
     Torch writes once from front to back. What its writer is told must not raise: it goes on writing while it is taken
     down, where a second error would end the process. So an error waits until it is through.

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from weft.data.data import Data
 
 
+_NO_BATCHES = (str, bytes, int, float, complex, type(None), type, set, memoryview, BaseException)
+
+
 class LoaderBatches:
     """The batches of a DataLoader or of any iterable, exactly as it yields them (its order, its random numbers).
 
@@ -78,6 +81,11 @@ class LoaderBatches:
 
     def _named(self, batch: Any, number: int) -> Any:
         if not isinstance(batch, dict):
+            if isinstance(batch, _NO_BATCHES):
+                raise TypeError(
+                    f"The {self.split} data yields {str(batch)[:60]!r} ({type(batch).__name__}) as a batch; expected a "
+                    "dict of tensors, or what your step takes as one."
+                )
             return batch
         name = batch.get("name", self.split)
         if "epoch" in batch or not isinstance(name, str):

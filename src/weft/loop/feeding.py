@@ -84,6 +84,9 @@ def enter_folder(state: RunState, until: ExitStack) -> Path | None:
         if state.is_global_zero:
             lease.enter(folder)
             until.callback(lease.release, folder)
+        if state.processes.world > 1:
+            watch: Any = state.processes
+            until.callback(watch.watch(folder, lambda: state.progress.step, state.config.timeout))
     return folder
 
 
