@@ -161,8 +161,8 @@ class TrainerConfig:
     """Seeds python, numpy and torch, and the order of the data (>= 0); None: random state is left alone."""
     deterministic: bool = False
     """Only deterministic algorithms (torch.use_deterministic_algorithms) during the fit."""
-    on_nonfinite: Literal["raise", "skip", "stop"] = "raise"
-    """What happens when a loss or gradient is NaN or infinite, before the optimizer steps."""
+    on_nonfinite: Literal["raise", "skip", "stop", "ignore"] = "raise"
+    """What happens when a loss or gradient is NaN or infinite, before the optimizer steps; "ignore": it steps."""
     strict_data: bool = False
     """NaN or Inf in the data is an error instead of a warning."""
     root_dir: str | None = None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from weft.integrations.lightning.data import STEPS, Source, Transfer
-from weft.integrations.lightning.names import is_a, names_explicitly, overrides, refuse_log_dict, takes
+from weft.integrations.lightning.names import is_a, names_explicitly, overrides, takes, tell_of_log_dict
 from weft.integrations.lightning.update import step_of
 from weft.problem.reading import needs_grad_in_eval
 
@@ -50,7 +50,7 @@ def evaluate(run: Context, source: Source) -> dict[str, float]:
                 on_start(batch, number, *which)
             output = step(batch, number, *which)
             if isinstance(output, dict):
-                refuse_log_dict(output, run.module, STEPS[source.split])
+                tell_of_log_dict(run, output, STEPS[source.split])
             if on_end is not None:
                 on_end(output, batch, number, *which)
             results.end_batch()

@@ -101,13 +101,13 @@ def refuse_legacy(module: Any) -> None:
             )
 
 
-def refuse_log_dict(returned: Any, module: Any, step: str) -> None:
-    """Raise TypeError for a returned `{"log": {...}}`, a form that Lightning 1 took."""
+def tell_of_log_dict(run: Any, returned: Any, step: str) -> None:
+    """Warn once of a returned `{"log": {...}}`, a form that Lightning 1 took."""
     for key in ("log", "progress_bar"):
         if isinstance(returned.get(key), dict):
             values = ", ".join(f"{name!r}: ..." for name in returned[key])
-            raise TypeError(
-                f"{type(module).__name__}.{step} returned {key!r}: {{{values}}}, which Lightning 2 does not read. "
+            run.state.warn_once(
+                f"{type(run.module).__name__}.{step} returned {key!r}: {{{values}}}, which Lightning 2 does not read. "
                 f"Today: self.log_dict({{{values}}}{', prog_bar=True' if key == 'progress_bar' else ''})."
             )
 

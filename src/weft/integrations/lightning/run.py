@@ -14,6 +14,7 @@ There is no sanity check before training, as with `num_sanity_val_steps=0`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -31,7 +32,7 @@ from weft.integrations.lightning.loops import evaluate, predict, restore_modes
 from weft.integrations.lightning.names import overrides, refuse_legacy
 from weft.integrations.lightning.optimizers import Schedulers, configured
 from weft.integrations.lightning.states import resume_module, resume_training, state_of, unsupported
-from weft.integrations.lightning.strategy import Strategy
+from weft.integrations.lightning.strategy import Strategy, step_context
 from weft.integrations.lightning.update import make_update
 from weft.integrations.lightning.view import TrainerView
 from weft.loop.run import Run
@@ -54,6 +55,8 @@ class LightningRun(Run):
     monitors_by_default = False  # nothing is monitored unless it is named
     strategy: Strategy
     schedulers: Schedulers
+    training_step, skips_backward = None, False
+    unsynced = staticmethod(nullcontext)
 
     def __init__(self, trainer: Trainer, problem: nn.Module, previous: Run | None = None) -> None:
         super().__init__(trainer, problem, previous)
@@ -313,6 +316,11 @@ class LightningRun(Run):
             self.tape.states = []
             stream = self.sources["train"].open(self.tape)
         return stream
+
+    @property
+    def step_context(self) -> Callable[[], Any] | None:
+        """What a step is called in, in the run's precision."""
+        return step_context(self.fabric)
 
     @property
     def is_accumulating(self) -> bool:

@@ -1,0 +1,242 @@
+"""The training loop of `weft.integrations.lightning.Trainer`: weft's run, with Lightning's data, counters and rows.
+
+    for _ in run.epochs():
+        for batch in run.batches("train"):
+            run.update(batch)
+
+Lightning's own objects do what surrounds the update: they ask for loaders, count, validate, write rows, save and resume.
+They are called at the moments at which Lightning calls them, so checkpoints of one trainer are those of the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import weft
+from weft.data.batches import num_examples
+from weft.data.data import Data
+from weft.devices.signals import Interruption
+from weft.integrations.lightning.hooks import Hooks
+from weft.integrations.lightning.strategy import Strategy
+from weft.integrations.lightning.update import automatic, manual
+from weft.loop.run import Run
+from weft.step.optimizers import DEFAULT
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+
+class FitRun(Run):
+    """The run of a LightningModule within a fit of Lightning's Trainer (`view`), from `on_train_start` on."""
+
+    takes_callbacks = brings_data = True
+    names_are_apart = monitors_by_default = False
+
+    def __init__(self, view: Trainer) -> None:
+        core = weft.Trainer(epochs=max(view.max_epochs or 0, 0), progress=False, on_nonfinite="ignore")
+        super().__init__(core, view.lightning_module)
+        core.run = self
+        self.view, self.module = view, view.lightning_module
+        self.loop: Any = view.fit_loop
+        self.callbacks: list[Any] = view.callbacks  # type: ignore[attr-defined]
+        self.hooks_of = Hooks(view, self.module, self.callbacks)  # type: ignore[arg-type]
+        self.skip_rest_of_epoch = False
+        state = self.state
+        state.fabric = fabric_of(view)
+        state.processes.rank = view.global_rank
+        state.feed.data = Data(train=self.loop._combined_loader)
+        state.feed.splits = {"train": self.loop._combined_loader, "dev": None, "test": None, "predict": None}
+        state.progress.epoch, state.progress.step = view.current_epoch, view.global_step
+        state.control.interruption = Uncaught()
+        optimizers = view.strategy.optimizers
+        state.training.optimizers = {DEFAULT if len(optimizers) == 1 else str(i): o for i, o in enumerate(optimizers)}
+        self.strategy = Strategy(self)  # type: ignore[arg-type]
+        self.step_context, self.training_step = step_in_strategy(view)
+
+    # ---- begin and end
+
+    def has(self, split: str) -> bool:
+        """There is training data, else the loop would not be entered; all else Lightning's loops know."""
+        return split == "train"
+
+    def in_use(self) -> AbstractContextManager[None]:
+        """Lightning has put everything in its place."""
+        return nullcontext()
+
+    def begin_phases(self, resumed: bool) -> None:
+        """The update, with Lightning's optimizers; modules stay in the modes that they were put into."""
+        self.strategy.use(list(self.optimizers.values()), self.view.strategy._lightning_optimizers)
+        self.strategy.bind()
+        self.update = make_update(self)
+
+    def put_in_eval_mode(self) -> None:
+        """Lightning leaves the modes of training."""
+
+    # ---- the loop's pieces
+
+    def _begin_epoch(self) -> bool:
+        self._close_epoch()
+        if self.loop.done:
+            return False
+        self.state.epoch.is_open, self.skip_rest_of_epoch = True, False
+        self.loop.on_advance_start()
+        self.state.call("on_epoch_start")
+        return True
+
+    def _close_epoch(self) -> None:
+        if self.state.epoch.is_open and not self.state.control.ending:
+            self.loop.on_advance_end()
+            self.loop.on_iteration_done()
+            logged = {name: float(value) for name, value in self.view.callback_metrics.items()}
+            self.state.epoch.logged.add(logged, 1)
+            super()._close_epoch()
+
+    def batches(self, split: str = "train") -> Iterator[Any]:
+        """The batches of this epoch as Lightning fetches them; what follows each of them is done when asked for more."""
+        loop, fetcher = self.loop.epoch_loop, self.loop._data_fetcher
+        loop.reset()
+        loop.on_run_start(fetcher)
+        while not loop.done:
+            if not self._validates_first(loop, fetcher):
+                try:
+                    batch = self._fetch(loop, fetcher)
+                except StopIteration:
+                    break
+                self.progress.batch += 1
+                yield batch
+                if self.skip_rest_of_epoch:
+                    break
+            loop.on_advance_end(fetcher)  # validation, and schedulers that wait for it
+            loop.on_iteration_done()
+        loop.on_iteration_done()
+
+    def _validates_first(self, loop: Any, fetcher: Any) -> bool:
+        """Whether a fit resumed from a checkpoint of the middle of a validation ends that one first."""
+        validates = loop.restarting and loop._should_check_val_fx(fetcher)
+        if validates and (loop.val_loop.restarted_mid_evaluation or loop.restarted_on_last):
+            loop._skip_next_val = not loop.val_loop.restarted_mid_evaluation
+            return True
+        if validates:
+            loop.val_loop.increment_progress_to_evaluation_end()
+        loop.val_loop.restarting = False
+        return False
+
+    def _fetch(self, loop: Any, fetcher: Any) -> Any:
+        view = self.view
+        batch, _, _ = next(fetcher)
+        loop.batch_progress.is_last_batch = fetcher.done
+        batch = view.precision_plugin.convert_input(batch)
+        batch = self.module._on_before_batch_transfer(batch, dataloader_idx=0)
+        batch = view.strategy.batch_to_device(batch, dataloader_idx=0)
+        loop.batch_progress.increment_ready()
+        view._logger_connector.on_batch_start(batch)
+        return batch
+
+    @property
+    def batch_idx(self) -> int:
+        """The number of the batch in its epoch."""
+        return self.loop.epoch_loop.batch_idx
+
+    @property
+    def is_accumulating(self) -> bool:
+        """Whether the optimizer waits for further batches."""
+        return self.loop._should_accumulate()
+
+    @property
+    def skips_backward(self) -> bool:
+        """Whether a callback wants forward passes only (the last epoch of averaged weights)."""
+        return self.loop._skip_backward
+
+    def unsynced(self) -> AbstractContextManager[Any]:
+        """Without summing gradients over the processes: there is more to come before the optimizer steps."""
+        block = getattr(self.view.strategy, "block_backward_sync", nullcontext)
+        return block()
+
+    def count_optimizer_step(self) -> None:
+        """An optimizer stepped: Lightning's counters and weft's."""
+        self.progress.step += 1
+        if self.module.automatic_optimization:
+            progress = self.loop.epoch_loop.automatic_optimization.optim_progress.optimizer
+            progress.step.increment_ready()
+            progress.step.increment_completed()
+            for count in (progress.zero_grad.increment_ready, progress.zero_grad.increment_started):
+                count()
+            progress.zero_grad.increment_completed()
+        else:
+            progress = self.loop.epoch_loop.manual_optimization.optim_step_progress
+            progress.increment_ready()
+            progress.increment_completed()
+
+
+def make_update(run: FitRun) -> Callable[[Any], Tensor]:
+    """The function that takes one batch through the module, as `weft.integrations.lightning.update` has it."""
+    optimize = automatic(run) if run.module.automatic_optimization else manual(run)  # type: ignore[arg-type]
+    on_start, on_end = run.hooks_of.bind("on_train_batch_start"), run.hooks_of.bind("on_train_batch_end")
+    loop, connector, progress = run.loop.epoch_loop, run.view._logger_connector, run.progress
+    counted, nothing = loop.batch_progress, torch.zeros(())
+
+    def update(batch: Any) -> Tensor:
+        run.begin_step(batch)
+        number, steps_before = run.batch_idx, progress.step
+        loss, outputs = None, None
+        if batch is None:
+            loop._warning_cache.warn("train_dataloader yielded None.")
+        elif on_start is not None and on_start(batch, number) == -1:
+            run.skip_rest_of_epoch = True  # the module said so
+            counted.increment_by(0, is_last_batch=True)
+        else:
+            counted.increment_started()
+            loss, outputs = optimize(batch, number)
+        counted.increment_processed()
+        loop.update_lr_schedulers("step", update_plateau_schedulers=False)
+        if loop._num_ready_batches_reached():
+            loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
+        if not run.skip_rest_of_epoch:
+            if on_end is not None:
+                on_end(outputs, batch, number)
+            connector.on_batch_end()
+            counted.increment_completed()
+            connector.update_train_step_metrics()
+        if loss is not None:
+            run.state.epoch.means.add({run.state.config.train_metric: loss}, num_examples(batch))
+        loss = nothing if loss is None else loss
+        if progress.step > steps_before or not run.module.automatic_optimization:
+            progress.step -= 1  # it was counted when the optimizer stepped
+            run.end_step(batch, loss)
+        return loss
+
+    return update
+
+
+class Uncaught(Interruption):
+    """Signals are Lightning's to catch."""
+
+    def caught(self) -> AbstractContextManager[None]:
+        """Nothing is caught here."""
+        return nullcontext()
+
+
+def fabric_of(view: Trainer) -> Any:
+    """A Fabric for the device on which Lightning's strategy has put this process's module; it starts nothing."""
+    from lightning.fabric import Fabric
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+
+    device = view.strategy.root_device
+    devices: Any = 1 if device.index is None else [device.index]
+    fabric = Fabric(accelerator=device.type, devices=devices, plugins=[LightningEnvironment()])
+    fabric._launched = True
+    return fabric
+
+
+def step_in_strategy(view: Trainer) -> tuple[Callable[[], Any] | None, Callable[..., Any]]:
+    """(What a step is called in, the training step): through the wrapped module where there are several processes."""
+    strategy, module = view.strategy, view.lightning_module
+    if strategy.model is not module:
+        return None, strategy.training_step
+    plain = view.precision_plugin.precision == "32-true"
+    return None if plain else view.precision_plugin.train_step_context, module.training_step

@@ -1,0 +1,53 @@
+"""Lightning's Trainer with weft's training loop: `from weft.integrations.lightning import Trainer`, and nothing else."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from weft.integrations.lightning.fitting import FitRun
+from weft.integrations.lightning.names import PACKAGES
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from lightning.pytorch.loops.fit_loop import _FitLoop
+else:  # a script has modules of one of the two packages: the trainer is of the one that it has imported
+    package = PACKAGES[1] if PACKAGES[1] in sys.modules and PACKAGES[0] not in sys.modules else PACKAGES[0]
+    pl, _FitLoop = import_module(package), import_module(f"{package}.loops.fit_loop")._FitLoop
+
+
+class FitLoop(_FitLoop):
+    """Lightning's counters, limits and loaders of a fit; the loop over epochs and batches is weft's."""
+
+    def run(self) -> None:
+        """Train until `done`."""
+        self.setup_data()
+        if self.skip:
+            return
+        self.reset()
+        self.on_run_start()
+        run = FitRun(self.trainer)
+        self.trainer.run = run
+        with run:
+            for _ in run.epochs():
+                for batch in run.batches("train"):
+                    run.update(batch)
+        self._restarting = False
+        self.on_run_end()
+
+
+class Trainer(pl.Trainer):
+    """Lightning's Trainer: its keywords, defaults, methods, attributes and files; the training loop is weft's.
+
+    It is a subclass, so callbacks, loggers, `LightningCLI` and a script's own subclasses take it for what it is.
+    """
+
+    run: Any = None
+    """weft's run of the last fit: `trainer.run.result` has the history by epoch."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        plain = self.fit_loop
+        self.fit_loop = FitLoop(self, plain.min_epochs, plain.max_epochs)
+        self.fit_loop.epoch_loop = plain.epoch_loop
