@@ -78,6 +78,10 @@ class Context(Protocol):
         """In a batch after which the optimizer does not step yet."""
         ...
 
+    def count_zero_grad(self) -> None:
+        """Gradients are cleared."""
+        ...
+
     def begin_step(self, batch: Any) -> None:
         """What every update does first."""
         ...

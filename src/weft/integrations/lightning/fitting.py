@@ -22,6 +22,7 @@ from weft.data.batches import num_examples
 from weft.data.data import Data
 from weft.devices.signals import Interruption
 from weft.integrations.lightning.hooks import Hooks
+from weft.integrations.lightning.names import names_explicitly
 from weft.integrations.lightning.strategy import Strategy
 from weft.integrations.lightning.update import automatic, manual
 from weft.loop.run import Run
@@ -46,6 +47,8 @@ class FitRun(Run):
         self.callbacks: list[Any] = view.callbacks  # type: ignore[attr-defined]
         self.hooks_of = Hooks(view, self.module, self.callbacks)  # type: ignore[arg-type]
         self.skip_rest_of_epoch = False
+        if names_explicitly(self.module.training_step, "dataloader_iter"):
+            raise NotImplementedError("training_step takes 'dataloader_iter', which weft does not support; take `batch`.")
         state = self.state
         state.fabric = fabric_of(view)
         state.processes.rank = view.global_rank
@@ -157,6 +160,13 @@ class FitRun(Run):
         block = getattr(self.view.strategy, "block_backward_sync", nullcontext)
         return block()
 
+    def count_zero_grad(self) -> None:
+        """Gradients are cleared: Lightning's counters."""
+        count = self.loop.epoch_loop.automatic_optimization.optim_progress.optimizer.zero_grad
+        count.increment_ready()
+        count.increment_started()
+        count.increment_completed()
+
     def count_optimizer_step(self) -> None:
         """An optimizer stepped: Lightning's counters and weft's."""
         self.progress.step += 1
@@ -164,9 +174,6 @@ class FitRun(Run):
             progress = self.loop.epoch_loop.automatic_optimization.optim_progress.optimizer
             progress.step.increment_ready()
             progress.step.increment_completed()
-            for count in (progress.zero_grad.increment_ready, progress.zero_grad.increment_started):
-                count()
-            progress.zero_grad.increment_completed()
         else:
             progress = self.loop.epoch_loop.manual_optimization.optim_step_progress
             progress.increment_ready()

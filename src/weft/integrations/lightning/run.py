@@ -57,6 +57,7 @@ class LightningRun(Run):
     schedulers: Schedulers
     training_step, skips_backward = None, False
     unsynced = staticmethod(nullcontext)
+    count_zero_grad = staticmethod(lambda: None)
 
     def __init__(self, trainer: Trainer, problem: nn.Module, previous: Run | None = None) -> None:
         super().__init__(trainer, problem, previous)

@@ -93,6 +93,7 @@ def automatic(run: Context) -> Callable[[Any, int], tuple[Tensor | None, dict[st
             return state["loss"]
         every = view.accumulate_grad_batches
         if state["number"] % every == 0:
+            run.count_zero_grad()
             if before_zero_grad is not None:
                 before_zero_grad(optimizer)
             if own_zero_grad is not None:
