@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from weft.devices.seeding import seed_everything
 from weft.integrations.lightning import Trainer
 
 Script = Callable[[Any], Any]
@@ -21,19 +22,22 @@ Script = Callable[[Any], Any]
 
 
 def twins(script: Script, folder: Path, seed: int = 5) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What Lightning's Trainer left, and what weft's did, after `script` from the same seed in the same empty folder."""
+    """What Lightning's Trainer left, and what weft's did, after `script` from the same seed in the same folder."""
     left, here = [], folder / "here"
     for name, kind in (("lightning", pl.Trainer), ("weft", Trainer)):
         here.mkdir()
-        before = os.getcwd()
+        before, environment = os.getcwd(), dict(os.environ)
         os.chdir(here)
         try:
-            pl.seed_everything(seed, verbose=False)
+            seed_everything(seed)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 left.append(remains(*script(kind)))
         finally:
             os.chdir(before)
+            os.environ.clear()
+            os.environ.update(environment)
+            torch.use_deterministic_algorithms(False)  # Lightning leaves it on
             here.rename(folder / name)
     return left[0], left[1]
 

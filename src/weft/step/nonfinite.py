@@ -103,7 +103,7 @@ def look_back(state: RunState) -> None:
 def finite_check(
     params: Sequence[Tensor], scaled: bool, ignore: bool = False
 ) -> Callable[[Tensor | None, Sequence[Tensor | None]], bool]:
-    """A function (loss, gradient norms where known) -> whether loss and all gradients are finite, exactly (or `ignore`).
+    """A function (loss, gradient norms where known) -> whether loss and all gradients are finite, exactly.
 
     With known norms these are looked at; else torch's own multi-tensor check, which costs about 2 % of a small
     step. Under a gradient scaler the scaler decides about gradients (an overflow skips the step by design).
@@ -152,7 +152,9 @@ def not_finite(state: RunState, loss: Tensor | None, read: Sequence, step: int |
     what = what or ("a gradient is not finite" if math.isfinite(values[-1][1]) else f"the loss is {values[-1][1]}")
     message = f"{what} in step {progress.step if step is None else step} (epoch {progress.epoch}, rank {rank})"
     if policy == "raise":
-        raise FloatingPointError(f"{message}; the weights are as they were. on_nonfinite='skip', 'stop' or 'ignore' goes on.")
+        raise FloatingPointError(
+            f"{message}; the weights are as they were. on_nonfinite='skip', 'stop' or 'ignore' goes on."
+        )
     if policy == "stop":
         state.warn_once(f"{message}; training stops (on_nonfinite='stop').")
         state.decide_to_stop("nonfinite")

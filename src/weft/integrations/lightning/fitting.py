@@ -4,7 +4,7 @@
         for batch in run.batches("train"):
             run.update(batch)
 
-Lightning's own objects do what surrounds the update: they ask for loaders, count, validate, write rows, save and resume.
+Lightning's own objects do what surrounds the update: ask for loaders, count, validate, write rows, save and resume.
 They are called at the moments at which Lightning calls them, so checkpoints of one trainer are those of the other.
 """
 
@@ -12,20 +12,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import weft
 from weft.data.batches import num_examples
 from weft.data.data import Data
 from weft.devices.signals import Interruption
 from weft.integrations.lightning.hooks import Hooks
-from weft.integrations.lightning.names import names_explicitly
+from weft.integrations.lightning.names import is_a, lightning_class, names_explicitly
 from weft.integrations.lightning.strategy import Strategy
 from weft.integrations.lightning.update import automatic, manual
+from weft.loop.result import result_of
 from weft.loop.run import Run
+from weft.step.nonfinite import RunningStatistics
 from weft.step.optimizers import DEFAULT
 
 if TYPE_CHECKING:
@@ -48,7 +51,9 @@ class FitRun(Run):
         self.hooks_of = Hooks(view, self.module, self.callbacks)  # type: ignore[arg-type]
         self.skip_rest_of_epoch = False
         if names_explicitly(self.module.training_step, "dataloader_iter"):
-            raise NotImplementedError("training_step takes 'dataloader_iter', which weft does not support; take `batch`.")
+            raise NotImplementedError(
+                "training_step takes 'dataloader_iter', which weft does not support; take `batch`."
+            )
         state = self.state
         state.fabric = fabric_of(view)
         state.processes.rank = view.global_rank
@@ -58,7 +63,7 @@ class FitRun(Run):
         state.control.interruption = Uncaught()
         optimizers = view.strategy.optimizers
         state.training.optimizers = {DEFAULT if len(optimizers) == 1 else str(i): o for i, o in enumerate(optimizers)}
-        self.strategy = Strategy(self)  # type: ignore[arg-type]
+        self.strategy: Any = None
         self.step_context, self.training_step = step_in_strategy(view)
 
     # ---- begin and end
@@ -73,9 +78,16 @@ class FitRun(Run):
 
     def begin_phases(self, resumed: bool) -> None:
         """The update, with Lightning's optimizers; modules stay in the modes that they were put into."""
-        self.strategy.use(list(self.optimizers.values()), self.view.strategy._lightning_optimizers)
-        self.strategy.bind()
+        self.state.training.outside = {}  # what else a loss reaches is the script's affair
+        self.state.step.statistics = RunningStatistics(nn.Module())  # nothing is put back
+        self.strategy = strategy_of(self)
         self.update = make_update(self)
+
+    def _finish(self, error: BaseException | None) -> None:
+        progress = self.state.progress
+        progress.seconds, self.state.epoch.is_open = self.state.seconds, False
+        self.state.control.stop_reason = "error" if error else "epochs" if self.loop.done else "stopped"
+        self.result = result_of(self.state, self.module.state_dict())  # no copies: they may be large
 
     def put_in_eval_mode(self) -> None:
         """Lightning leaves the modes of training."""
@@ -100,7 +112,7 @@ class FitRun(Run):
             super()._close_epoch()
 
     def batches(self, split: str = "train") -> Iterator[Any]:
-        """The batches of this epoch as Lightning fetches them; what follows each of them is done when asked for more."""
+        """The batches of this epoch as Lightning fetches them; what follows one is done when the next is asked for."""
         loop, fetcher = self.loop.epoch_loop, self.loop._data_fetcher
         loop.reset()
         loop.on_run_start(fetcher)
@@ -131,6 +143,8 @@ class FitRun(Run):
 
     def _fetch(self, loop: Any, fetcher: Any) -> Any:
         view = self.view
+        if view.world_size > 1:
+            loop._broadcast_sigterm_tensor()
         batch, _, _ = next(fetcher)
         loop.batch_progress.is_last_batch = fetcher.done
         batch = view.precision_plugin.convert_input(batch)
@@ -182,10 +196,10 @@ class FitRun(Run):
 
 def make_update(run: FitRun) -> Callable[[Any], Tensor]:
     """The function that takes one batch through the module, as `weft.integrations.lightning.update` has it."""
-    optimize = automatic(run) if run.module.automatic_optimization else manual(run)  # type: ignore[arg-type]
+    optimize = automatic(run) if run.module.automatic_optimization else counted(run, manual(run))  # type: ignore[arg-type]
     on_start, on_end = run.hooks_of.bind("on_train_batch_start"), run.hooks_of.bind("on_train_batch_end")
     loop, connector, progress = run.loop.epoch_loop, run.view._logger_connector, run.progress
-    counted, nothing = loop.batch_progress, torch.zeros(())
+    count, nothing = loop.batch_progress, torch.zeros(())
 
     def update(batch: Any) -> Tensor:
         run.begin_step(batch)
@@ -195,11 +209,11 @@ def make_update(run: FitRun) -> Callable[[Any], Tensor]:
             loop._warning_cache.warn("train_dataloader yielded None.")
         elif on_start is not None and on_start(batch, number) == -1:
             run.skip_rest_of_epoch = True  # the module said so
-            counted.increment_by(0, is_last_batch=True)
+            count.increment_by(0, is_last_batch=True)
         else:
-            counted.increment_started()
+            count.increment_started()
             loss, outputs = optimize(batch, number)
-        counted.increment_processed()
+        count.increment_processed()
         loop.update_lr_schedulers("step", update_plateau_schedulers=False)
         if loop._num_ready_batches_reached():
             loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
@@ -207,7 +221,7 @@ def make_update(run: FitRun) -> Callable[[Any], Tensor]:
             if on_end is not None:
                 on_end(outputs, batch, number)
             connector.on_batch_end()
-            counted.increment_completed()
+            count.increment_completed()
             connector.update_train_step_metrics()
         if loss is not None:
             run.state.epoch.means.add({run.state.config.train_metric: loss}, num_examples(batch))
@@ -220,12 +234,64 @@ def make_update(run: FitRun) -> Callable[[Any], Tensor]:
     return update
 
 
+def counted(run: FitRun, optimize: Callable[[Any, int], Any]) -> Callable[[Any, int], Any]:
+    """`optimize` of manual optimization: steps within it are counted, those of hooks are not."""
+    wrapped = run.view.strategy._lightning_optimizers
+
+    def call(batch: Any, number: int) -> Any:
+        for optimizer in wrapped:
+            optimizer._on_after_step = run.count_optimizer_step
+        outputs = optimize(batch, number)
+        for optimizer in wrapped:
+            optimizer._on_after_step = _nothing
+        return outputs
+
+    return call
+
+
+def _nothing() -> None: ...
+
+
 class Uncaught(Interruption):
     """Signals are Lightning's to catch."""
 
     def caught(self) -> AbstractContextManager[None]:
         """Nothing is caught here."""
         return nullcontext()
+
+
+class TheirStrategy:
+    """A strategy or precision plugin that does more around gradients and steps than weft's: it does so itself."""
+
+    steps_plainly = False
+
+    def __init__(self, run: FitRun) -> None:
+        theirs = run.view.strategy
+        self.optimizers, self._lightning_optimizers = theirs.optimizers, theirs._lightning_optimizers
+        self.optimizer_step = theirs.optimizer_step
+        self.take_gradients = lambda loss: theirs.backward(loss, self.optimizers[0] if self.optimizers else None)
+
+
+def strategy_of(run: FitRun) -> Any:
+    """What takes gradients and steps: weft's, or where Lightning's does more than to call torch, that one.
+
+    Raises NotImplementedError for strategies that cut a module into pieces.
+    """
+    theirs, plugin = run.view.strategy, run.view.precision_plugin
+    name, kinds = type(theirs).__name__, ("SingleDeviceStrategy", "DDPStrategy")
+    if not any(is_a(theirs, kind) for kind in kinds):
+        raise NotImplementedError(
+            f"strategy={name}: with weft's loop a module trains as a whole in each process; use 'ddp', or train it "
+            "with lightning.pytorch.Trainer."
+        )
+    averages = getattr(theirs, "_model_averager", None) is not None or getattr(plugin, "scaler", None) is not None
+    plugins = ("Precision", "MixedPrecision", "DoublePrecision", "HalfPrecision")
+    if averages or name not in kinds or type(plugin).__name__ not in plugins:
+        return TheirStrategy(run)
+    ours = Strategy(run)  # type: ignore[arg-type]
+    ours.use(theirs.optimizers, theirs._lightning_optimizers)
+    ours.bind()
+    return ours
 
 
 def fabric_of(view: Trainer) -> Any:
@@ -241,9 +307,10 @@ def fabric_of(view: Trainer) -> Any:
 
 
 def step_in_strategy(view: Trainer) -> tuple[Callable[[], Any] | None, Callable[..., Any]]:
-    """(What a step is called in, the training step): through the wrapped module where there are several processes."""
-    strategy, module = view.strategy, view.lightning_module
+    """(What a step is called in, the training step): by the strategy where it wraps the module or is profiled."""
+    strategy, module, plugin = view.strategy, view.lightning_module, view.precision_plugin
+    if not is_a(view.profiler, "PassThroughProfiler"):
+        return None, partial(lightning_class(module, "trainer.call._call_strategy_hook"), view, "training_step")
     if strategy.model is not module:
         return None, strategy.training_step
-    plain = view.precision_plugin.precision == "32-true"
-    return None if plain else view.precision_plugin.train_step_context, module.training_step
+    return None if type(plugin).__name__ == "Precision" else plugin.train_step_context, module.training_step

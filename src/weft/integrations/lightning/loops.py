@@ -77,7 +77,10 @@ def predict(run: Context, source: Source) -> list[Any]:
     """What `predict_step` returned for each batch, on the CPU; with several loaders a list of such lists."""
     hooks = run.hooks_of
     if writers := [type(c).__name__ for c in run.callbacks if is_a(c, "BasePredictionWriter")]:
-        raise NotImplementedError(f"{writers} ask the trainer for the rows of each batch, which weft does not track.")
+        raise NotImplementedError(
+            f"{writers} ask the trainer for the rows of each batch, which weft.Trainer does not track; "
+            "`from weft.integrations.lightning import Trainer` runs them as they are."
+        )
     with torch.set_grad_enabled(needs_grad_in_eval(run.module.modules())):
         source.load()
         stream, several = source.open(), _several(run, source)

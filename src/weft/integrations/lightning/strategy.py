@@ -43,16 +43,21 @@ class Strategy:
         self.optimizers: list[Optimizer] = []
         self._lightning_optimizers: list[Any] = []
 
+    @property
+    def steps_plainly(self) -> bool:
+        """Whether a step is the optimizer's own, without a gradient scaler."""
+        return self.precision_plugin.scaler is None
+
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
             f"trainer.strategy has no {name!r} under weft; it has {sorted(n for n in dir(self) if n[0] != '_')}."
         )
 
-    def use(self, optimizers: list[Optimizer], wrapped: list[Any] | None = None) -> None:
-        """Hand these optimizers to the module, `wrapped` as Lightning wraps them."""
+    def use(self, optimizers: list[Optimizer], as_wrapped: list[Any] | None = None) -> None:
+        """Hand these optimizers to the module, wrapped as Lightning wraps them (where they are: `as_wrapped`)."""
         wrapper = lightning_class(self._run.module, "core.optimizer.LightningOptimizer")
         self.optimizers = optimizers
-        self._lightning_optimizers = wrapped or [o if isinstance(o, wrapper) else wrapper(o) for o in optimizers]
+        self._lightning_optimizers = as_wrapped or [o if isinstance(o, wrapper) else wrapper(o) for o in optimizers]
         for wrapped in self._lightning_optimizers:
             wrapped._strategy = self
             if not self._run.module.automatic_optimization:

@@ -1,4 +1,7 @@
-"""Lightning's Trainer with weft's training loop: `from weft.integrations.lightning import Trainer`, and nothing else."""
+"""Lightning's Trainer with weft's training loop.
+
+from weft.integrations.lightning import Trainer     # the one line of a script that changes
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,8 @@ class FitLoop(_FitLoop):
             return
         self.reset()
         self.on_run_start()
-        run = FitRun(self.trainer)
-        self.trainer.run = run
-        with run:
+        self.trainer.weft_run = run = FitRun(self.trainer)
+        with run, self.trainer.profiler.profile("run_training_epoch"):
             for _ in run.epochs():
                 for batch in run.batches("train"):
                     run.update(batch)
@@ -43,8 +45,8 @@ class Trainer(pl.Trainer):
     It is a subclass, so callbacks, loggers, `LightningCLI` and a script's own subclasses take it for what it is.
     """
 
-    run: Any = None
-    """weft's run of the last fit: `trainer.run.result` has the history by epoch."""
+    weft_run: Any = None
+    """weft's run of the last fit: `trainer.weft_run.result` has the history by epoch."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -78,7 +78,7 @@ def automatic(run: Context) -> Callable[[Any, int], tuple[Tensor | None, dict[st
     )
     own_step = hooks.bind("optimizer_step", callbacks=False)
     progress, take_gradients, params = run.progress, strategy.take_gradients, _parameter_lists(optimizer)
-    quick = optimizer is not None and strategy.precision_plugin.scaler is None and not needs_closure(optimizer)
+    quick = optimizer is not None and strategy.steps_plainly and not needs_closure(optimizer)
     state: dict[str, Any] = {"batch": None, "number": 0, "loss": None, "extra": {}}
 
     @torch.enable_grad()  # an optimizer may call it in a step that is under no_grad
