@@ -58,7 +58,7 @@ def remains(trainer: Any, module: Any, *found: Any) -> dict[str, Any]:
 
 def contents(path: Path) -> Any:
     """A checkpoint as what is in it, another file as its bytes."""
-    return torch.load(path, weights_only=False) if path.suffix == ".ckpt" else path.read_bytes()
+    return torch.load(path, weights_only=False) if path.suffix in (".ckpt", ".pt") else path.read_bytes()
 
 
 def differences(one: Any, other: Any, where: str = "") -> list[str]:
