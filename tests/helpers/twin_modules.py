@@ -15,18 +15,18 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 QUIET: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
 
 
-def rows(n: int = 24, seed: int = 0) -> TensorDataset:
+def two_classes(n: int = 24, seed: int = 0) -> TensorDataset:
     """`n` points in eight dimensions, of one of two classes."""
     x = torch.randn(n, 8, generator=torch.Generator().manual_seed(seed))
     return TensorDataset(x, (x.sum(1) > 0).long())
 
 
-def loader(n: int = 24, seed: int = 0, **options: Any) -> DataLoader:
+def class_loader(n: int = 24, seed: int = 0, **options: Any) -> DataLoader:
     """Batches of four of them."""
-    return DataLoader(rows(n, seed), **{"batch_size": 4, **options})
+    return DataLoader(two_classes(n, seed), **{"batch_size": 4, **options})
 
 
-class Stream(IterableDataset):
+class NoLength(IterableDataset):
     """Nine points, without a length."""
 
     def __iter__(self) -> Any:
@@ -47,7 +47,7 @@ class Data(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         self.notes.append(("setup", stage))
-        self.parts = [rows(22), rows(10, 1), rows(9, 2)]
+        self.parts = [two_classes(22), two_classes(10, 1), two_classes(9, 2)]
 
     def train_dataloader(self) -> Any:
         return DataLoader(self.parts[0], batch_size=self.hparams["batch_size"], shuffle=True, drop_last=True)
@@ -189,8 +189,8 @@ class Thorough(Classifier):
             group["lr"] = 0.001 * min(1 + self.trainer.global_step, 5)
         optimizer.step(closure=optimizer_closure)
 
-    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any, gradient_clip_algorithm: Any) -> None:  # type: ignore[override]
-        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        self.clip_gradients(optimizer, kwargs["gradient_clip_val"], kwargs["gradient_clip_algorithm"])
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         self.log("norm", sum(p.grad.norm() for p in self.parameters() if p.grad is not None))

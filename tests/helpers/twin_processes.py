@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.nn import functional as F
 
-from tests.helpers.twin_modules import QUIET, loader
+from tests.helpers.twin_modules import QUIET, class_loader
 from weft.integrations.lightning import Trainer
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -72,7 +72,7 @@ class Shared(pl.LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
-def main(who: str, strategy: str, way: str, folder: str) -> None:
+def train_in_processes(who: str, strategy: str, way: str, folder: str) -> None:
     """Train, validate and test; the first process writes what it has to `FOLDER/out.pt`."""
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)
@@ -82,14 +82,14 @@ def main(who: str, strategy: str, way: str, folder: str) -> None:
     saves = [cb.ModelCheckpoint(monitor="val_loss", save_last=True), cb.LearningRateMonitor()]
     options = {**QUIET, "max_epochs": 2, "log_every_n_steps": 1, "logger": CSVLogger("."), **WAYS[way]}
     trainer, module = kind(devices=2, strategy=strategy, callbacks=saves, **options), Shared(way == "manual")
-    data = loader(28, shuffle=True), loader(10, 1)
+    data = class_loader(28, shuffle=True), class_loader(10, 1)
     trainer.fit(module, *data)
     found = [trainer.current_epoch, trainer.global_step, dict(trainer.callback_metrics)]
     found += [trainer.validate(module, data[1], verbose=False)]
-    found += [trainer.test(module, loader(11, 2), ckpt_path="best", verbose=False)]
+    found += [trainer.test(module, class_loader(11, 2), ckpt_path="best", verbose=False)]
     if trainer.is_global_zero and os.environ.get("LOCAL_RANK", "0") == "0":
         torch.save({"weights": module.state_dict(), "found": found}, "out.pt")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    train_in_processes(*sys.argv[1:])

@@ -61,16 +61,16 @@ def contents(path: Path) -> Any:
     return torch.load(path, weights_only=False) if path.suffix in (".ckpt", ".pt") else path.read_bytes()
 
 
-def differences(one: Any, other: Any, where: str = "") -> list[str]:
+def differing(one: Any, other: Any, where: str = "") -> list[str]:
     """Where two nested values differ; tensors are compared bit for bit."""
     if isinstance(one, dict) and isinstance(other, dict):
         keys = [k for k in one if k not in other] + [k for k in other if k not in one]
         found = [f"{where}: only one has {keys}"] if keys else []
-        return found + [d for k in one if k in other for d in differences(one[k], other[k], f"{where}.{k}")]
+        return found + [d for k in one if k in other for d in differing(one[k], other[k], f"{where}.{k}")]
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         if len(one) != len(other):
             return [f"{where}: {len(one)} and {len(other)} entries: {one!r:.300} | {other!r:.300}"]
-        return [d for i, pair in enumerate(zip(one, other, strict=True)) for d in differences(*pair, f"{where}[{i}]")]
+        return [d for i, pair in enumerate(zip(one, other, strict=True)) for d in differing(*pair, f"{where}[{i}]")]
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         same = one.dtype == other.dtype and torch.equal(one.nan_to_num(7.5), other.nan_to_num(7.5))
     elif isinstance(one, np.ndarray):

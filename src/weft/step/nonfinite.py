@@ -153,7 +153,7 @@ def not_finite(state: RunState, loss: Tensor | None, read: Sequence, step: int |
     message = f"{what} in step {progress.step if step is None else step} (epoch {progress.epoch}, rank {rank})"
     if policy == "raise":
         raise FloatingPointError(
-            f"{message}; the weights are as they were. on_nonfinite='skip', 'stop' or 'ignore' goes on."
+            f"{message}; the weights are as they were. on_nonfinite='skip' or 'stop' goes on, 'ignore' steps with it."
         )
     if policy == "stop":
         state.warn_once(f"{message}; training stops (on_nonfinite='stop').")

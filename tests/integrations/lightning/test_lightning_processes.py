@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.twins import contents, differences
+from tests.helpers.twins import contents, differing
 
 ROOT = Path(__file__).parents[3]
 STARTS = [("ddp", "plain"), ("ddp", "manual"), ("torchrun", "accumulated"), ("ddp_spawn", "to a step")]
@@ -40,4 +40,4 @@ def test_two_processes_end_where_those_of_lightnings_trainer_end(strategy: str, 
     theirs = left_by("lightning", strategy, way, tmp_path / "lightning")
     ours = left_by("weft", strategy, way, tmp_path / "weft")
     assert len(ours["files"]) >= 3 and "prepared" in ours["files"]
-    assert not differences(theirs, ours)
+    assert not differing(theirs, ours)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Callable
@@ -19,9 +20,21 @@ from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader
 
+from tests.helpers import trainer_table
 from tests.helpers.lightning_tools import LIGHTNING_WARNINGS
-from tests.helpers.twin_modules import QUIET, Adversaries, Classifier, Data, Order, Stream, Thorough, loader, rows
-from tests.helpers.twins import Script, differences, twins
+from tests.helpers.trainer_table import BEGIN, END, OTHER, OURS, PAGE
+from tests.helpers.twin_modules import (
+    QUIET,
+    Adversaries,
+    Classifier,
+    Data,
+    NoLength,
+    Order,
+    Thorough,
+    class_loader,
+    two_classes,
+)
+from tests.helpers.twins import Script, differing, twins
 from weft.integrations.lightning import Trainer
 from weft.integrations.lightning.fitting import FitRun, strategy_of
 
@@ -38,12 +51,12 @@ def _quiet() -> Any:
     logging.disable(logging.NOTSET)
 
 
-def same(script: Script, folder: Path) -> None:
+def ends_alike(script: Script, folder: Path) -> None:
     theirs, ours = twins(script, folder)
-    assert not differences(theirs, ours)
+    assert not differing(theirs, ours)
 
 
-def everything(schedule: str | None = None, **options: Any) -> Script:
+def whole_script(schedule: str | None = None, **options: Any) -> Script:
     """fit, validate, test and predict with a data module; objects among the options are made anew for each trainer."""
 
     def script(kind: Any) -> Any:
@@ -108,12 +121,12 @@ SCHEDULES = ("step", "plateau", "plateau by step", "one cycle", "lbfgs")
 
 @pytest.mark.parametrize("named", OPTIONS)
 def test_with_these_keywords_a_script_leaves_what_lightnings_trainer_leaves(named: str, tmp_path: Path) -> None:
-    same(everything(**OPTIONS[named]), tmp_path)
+    ends_alike(whole_script(**OPTIONS[named]), tmp_path)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_with_this_schedule_a_script_leaves_what_lightnings_trainer_leaves(schedule: str, tmp_path: Path) -> None:
-    same(everything(schedule, logger=CSV, callbacks=[BEST, cb.LearningRateMonitor]), tmp_path)
+    ends_alike(whole_script(schedule, logger=CSV, callbacks=[BEST, cb.LearningRateMonitor]), tmp_path)
 
 
 def test_the_comparison_sees_another_seed_and_weft_has_run_the_loop(tmp_path: Path) -> None:
@@ -121,13 +134,13 @@ def test_the_comparison_sees_another_seed_and_weft_has_run_the_loop(tmp_path: Pa
         if kind is Trainer:
             torch.manual_seed(1)
         module, trainer = Classifier(), kind(max_epochs=2, logger=False, enable_checkpointing=False, **QUIET)
-        trainer.fit(module, loader(), loader(8))
+        trainer.fit(module, class_loader(), class_loader(8))
         if kind is Trainer:
             run = trainer.weft_run
             assert isinstance(run, FitRun) and run.result.steps == 12 and len(run.result.history["val_loss"]) == 2
         return trainer, module
 
-    found = differences(*twins(script, tmp_path))
+    found = differing(*twins(script, tmp_path))
     assert any("weights" in d for d in found) and not any("counters" in d for d in found)
 
 
@@ -139,21 +152,21 @@ def test_tensorboard_gets_the_same_rows(tmp_path: Path) -> None:
         trainer = kind(max_epochs=2, log_every_n_steps=2, logger=logger, **QUIET)
         module, order = Classifier(), cb.LearningRateMonitor("step")
         trainer.callbacks.append(order)
-        trainer.fit(module, loader(), loader(8))
-        trainer.test(module, loader(8))
+        trainer.fit(module, class_loader(), class_loader(8))
+        trainer.test(module, class_loader(8))
         read = EventAccumulator(logger.log_dir).Reload()
         scalars = {tag: [(e.step, e.value) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
         assert {"accuracy_step", "accuracy_epoch", "val_loss", "test_loss", "epoch", "lr-AdamW"} <= set(scalars)
         assert "quiet" not in scalars
         return trainer, module, scalars
 
-    same(script, tmp_path)
+    ends_alike(script, tmp_path)
 
 
 # ------------------------------------------------------------------ styles of modules
 
 
-def fitted(make: Callable[[], Any], *data: Callable[[], Any], **options: Any) -> Script:
+def one_fit(make: Callable[[], Any], *data: Callable[[], Any], **options: Any) -> Script:
     """One fit with these loaders, and the order of all calls."""
 
     def script(kind: Any) -> Any:
@@ -173,22 +186,22 @@ class NoGrad(torch.optim.SGD):
         return loss
 
 
-class OfTwo(Classifier):
+class OfTwoLoaders(Classifier):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         parts = batch.values() if isinstance(batch, dict) else batch
         return sum(self.shared(part)[0] for part in parts)
 
 
-def boring(**members: Any) -> Callable[[], Any]:
+def boring_with(**members: Any) -> Callable[[], Any]:
     return lambda: type("Boring", (BoringModel,), members)()
 
 
-def scaled(module: Any, batch: Any, batch_idx: int, factor: float = 1.0) -> Any:
+def scaled_loss(module: Any, batch: Any, batch_idx: int, factor: float = 1.0) -> Any:
     return BoringModel.training_step(module, batch, batch_idx)["loss"] * factor
 
 
 def with_log(module: Any, batch: Any, batch_idx: int) -> Any:
-    loss = scaled(module, batch, batch_idx)
+    loss = scaled_loss(module, batch, batch_idx)
     return {"loss": loss, "log": {"a": loss}, "progress_bar": {"a": loss}}
 
 
@@ -199,37 +212,44 @@ def without_validation_step() -> Any:
 
 
 SCRIPTS: dict[str, Script] = {
-    "manual optimization": fitted(Adversaries, loader, loader, log_every_n_steps=1),
-    "manual, to a step": fitted(Adversaries, loader, max_steps=7, log_every_n_steps=1),
-    "every hook": fitted(lambda: Thorough(schedule="step"), loader, loader, gradient_clip_val=0.2, max_epochs=3),
-    "several validation loaders": fitted(Classifier, loader, lambda: [loader(8), loader(12, 1)]),
-    "a dict of loaders": fitted(OfTwo, lambda: {"a": loader(), "b": loader(8, 3, shuffle=True)}),
-    "a CombinedLoader": fitted(OfTwo, lambda: CombinedLoader([loader(), loader(8, 3)], "min_size")),
-    "data without length": fitted(
-        Classifier, lambda: DataLoader(Stream(), batch_size=3), lambda: DataLoader(Stream(), 4), val_check_interval=2
+    "manual optimization": one_fit(Adversaries, class_loader, class_loader, log_every_n_steps=1),
+    "manual, to a step": one_fit(Adversaries, class_loader, max_steps=7, log_every_n_steps=1),
+    "every hook": one_fit(
+        lambda: Thorough(schedule="step"), class_loader, class_loader, gradient_clip_val=0.2, max_epochs=3
     ),
-    "persistent workers": fitted(Classifier, lambda: loader(8, num_workers=1, persistent_workers=True)),
-    "no validation_step": fitted(without_validation_step, limit_train_batches=3),
-    "an optimizer under no_grad": fitted(
-        boring(configure_optimizers=lambda self: NoGrad(self.parameters(), lr=0.1)), limit_train_batches=3
+    "several validation loaders": one_fit(Classifier, class_loader, lambda: [class_loader(8), class_loader(12, 1)]),
+    "a dict of loaders": one_fit(OfTwoLoaders, lambda: {"a": class_loader(), "b": class_loader(8, 3, shuffle=True)}),
+    "a CombinedLoader": one_fit(OfTwoLoaders, lambda: CombinedLoader([class_loader(), class_loader(8, 3)], "min_size")),
+    "data without length": one_fit(
+        Classifier,
+        lambda: DataLoader(NoLength(), batch_size=3),
+        lambda: DataLoader(NoLength(), 4),
+        val_check_interval=2,
     ),
-    "an infinite loss": fitted(
-        boring(training_step=lambda self, batch, batch_idx: scaled(self, batch, batch_idx, float("inf"))),
+    "persistent workers": one_fit(Classifier, lambda: class_loader(8, num_workers=1, persistent_workers=True)),
+    "no validation_step": one_fit(without_validation_step, limit_train_batches=3),
+    "an optimizer under no_grad": one_fit(
+        boring_with(configure_optimizers=lambda self: NoGrad(self.parameters(), lr=0.1)), limit_train_batches=3
+    ),
+    "an infinite loss": one_fit(
+        boring_with(training_step=lambda self, batch, batch_idx: scaled_loss(self, batch, batch_idx, float("inf"))),
         limit_train_batches=3,
     ),
-    "a returned log": fitted(boring(training_step=with_log), limit_train_batches=3),
-    "some steps without a loss": fitted(
-        boring(training_step=lambda self, batch, batch_idx: scaled(self, batch, batch_idx) if batch_idx else None),
+    "a returned log": one_fit(boring_with(training_step=with_log), limit_train_batches=3),
+    "some steps without a loss": one_fit(
+        boring_with(
+            training_step=lambda self, batch, batch_idx: scaled_loss(self, batch, batch_idx) if batch_idx else None
+        ),
         limit_train_batches=3,
     ),
-    "no batches": fitted(boring(train_dataloader=lambda self: DataLoader([]))),
-    "no optimizer": fitted(boring(configure_optimizers=lambda self: None), limit_train_batches=3),
-    "an early look": fitted(
-        boring(setup=lambda self, stage: setattr(self, "seen", list(self.trainer.lr_scheduler_configs))),
+    "no batches": one_fit(boring_with(train_dataloader=lambda self: DataLoader([]))),
+    "no optimizer": one_fit(boring_with(configure_optimizers=lambda self: None), limit_train_batches=3),
+    "an early look": one_fit(
+        boring_with(setup=lambda self, stage: setattr(self, "seen", list(self.trainer.lr_scheduler_configs))),
         limit_train_batches=3,
     ),
-    "stopped by hand": fitted(
-        boring(on_train_batch_end=lambda self, *args: setattr(self.trainer, "should_stop", self.global_step == 5)),
+    "stopped by hand": one_fit(
+        boring_with(on_train_batch_end=lambda self, *args: setattr(self.trainer, "should_stop", self.global_step == 5)),
         limit_train_batches=4,
         max_epochs=3,
     ),
@@ -238,11 +258,11 @@ SCRIPTS: dict[str, Script] = {
 
 @pytest.mark.parametrize("named", SCRIPTS)
 def test_a_module_of_this_style_ends_where_lightnings_trainer_ends(named: str, tmp_path: Path) -> None:
-    same(SCRIPTS[named], tmp_path)
+    ends_alike(SCRIPTS[named], tmp_path)
 
 
 def test_an_optimizer_step_without_its_closure_is_named() -> None:
-    module = boring(optimizer_step=lambda self, epoch, batch_idx, optimizer, closure: optimizer.step())()
+    module = boring_with(optimizer_step=lambda self, epoch, batch_idx, optimizer, closure: optimizer.step())()
     trainer = Trainer(max_epochs=1, limit_train_batches=1, logger=False, enable_checkpointing=False, **QUIET)
     with pytest.raises(RuntimeError, match=r"did not execute the closure: it trains by `optimizer\."):
         trainer.fit(module)
@@ -255,25 +275,27 @@ def test_fits_go_on_from_their_checkpoints_alike(tmp_path: Path) -> None:
     def script(kind: Any) -> Any:
         kept = {"logger": False, **QUIET}
         first = kind(max_epochs=2, callbacks=[cb.ModelCheckpoint("files", save_last=True)], **kept)
-        first.fit(Classifier(schedule="step"), loader(shuffle=True), loader(8))
+        first.fit(Classifier(schedule="step"), class_loader(shuffle=True), class_loader(8))
         second = kind(max_epochs=4, callbacks=[cb.ModelCheckpoint("files", save_last=True)], **kept)
-        second.fit(Classifier(schedule="step"), loader(shuffle=True), loader(8), ckpt_path="files/last.ckpt")
+        second.fit(
+            Classifier(schedule="step"), class_loader(shuffle=True), class_loader(8), ckpt_path="files/last.ckpt"
+        )
         third, module = kind(max_epochs=5, callbacks=[cb.ModelCheckpoint("files")], **kept), Classifier(schedule="step")
-        third.fit(module, loader(shuffle=True), loader(8), ckpt_path="last")
+        third.fit(module, class_loader(shuffle=True), class_loader(8), ckpt_path="last")
         return third, module, second.callback_metrics
 
-    same(script, tmp_path)
+    ends_alike(script, tmp_path)
 
 
 @pytest.mark.parametrize("others", [pl.Trainer, Trainer])
 def test_a_checkpoint_of_one_trainer_is_gone_on_from_by_the_other(others: Any, tmp_path: Path) -> None:
-    """From the end of an epoch, from its middle (the format keeps no place in a loader), and from a validation."""
+    """From the end of an epoch, from its middle (no place in a loader is kept), and from a validation."""
 
     def saved_by(kind: Any) -> None:
         files = cb.ModelCheckpoint("files", every_n_train_steps=1, filename="{step}", save_top_k=-1)
         during = cb.ModelCheckpoint("during", monitor="val_loss", filename="{step}", save_top_k=-1)
         trainer = kind(max_epochs=2, callbacks=[files, during], val_check_interval=3, logger=False, **QUIET)
-        trainer.fit(Classifier(schedule="one cycle"), loader(), loader(8))
+        trainer.fit(Classifier(schedule="one cycle"), class_loader(), class_loader(8))
 
     def script(kind: Any) -> Any:
         torch.manual_seed(1)
@@ -282,39 +304,42 @@ def test_a_checkpoint_of_one_trainer_is_gone_on_from_by_the_other(others: Any, t
         for path in ("files/step=6.ckpt", "files/step=8.ckpt", "during/step=9.ckpt", "during/step=6.ckpt"):
             order, module = Order(), Classifier(schedule="one cycle")
             trainer = kind(max_epochs=2, callbacks=[order], logger=CSV(), val_check_interval=3, **QUIET)
-            trainer.fit(module, loader(), loader(8), ckpt_path=path)
+            trainer.fit(module, class_loader(), class_loader(8), ckpt_path=path)
             ends.append((module.state_dict(), order.calls))
         return trainer, module, ends
 
-    same(script, tmp_path)
+    ends_alike(script, tmp_path)
 
 
 def test_a_second_fit_counts_on_to_the_total(tmp_path: Path) -> None:
     def script(kind: Any) -> Any:
         trainer, module = kind(max_epochs=2, logger=CSV(), **QUIET), Classifier(schedule="step")
-        trainer.fit(module, loader(), loader(8))
-        trainer.fit(module, loader(), loader(8))
+        trainer.fit(module, class_loader(), class_loader(8))
+        trainer.fit(module, class_loader(), class_loader(8))
         trainer.fit_loop.max_epochs = 3
-        trainer.fit(module, loader(), loader(8))
+        trainer.fit(module, class_loader(), class_loader(8))
         other = Classifier()
         trainer.fit_loop.max_epochs = 4
-        trainer.fit(other, loader(), loader(8))
+        trainer.fit(other, class_loader(), class_loader(8))
         return trainer, other, module.state_dict()
 
-    same(script, tmp_path)
+    ends_alike(script, tmp_path)
 
 
 def test_weights_of_a_checkpoint_serve_evaluation(tmp_path: Path) -> None:
     def script(kind: Any) -> Any:
         trainer, module = kind(max_epochs=1, logger=False, **QUIET), Classifier(lr=0.3)
-        trainer.fit(module, loader(), loader(8))
+        trainer.fit(module, class_loader(), class_loader(8))
         trainer.save_checkpoint("all.ckpt")
         trainer.save_checkpoint("weights.ckpt", weights_only=True)
         other, loaded = kind(logger=False, **QUIET), Classifier.load_from_checkpoint("all.ckpt")
-        found = [other.validate(loaded, loader(8)), other.test(Classifier(), loader(8), ckpt_path="weights.ckpt")]
+        found = [
+            other.validate(loaded, class_loader(8)),
+            other.test(Classifier(), class_loader(8), ckpt_path="weights.ckpt"),
+        ]
         return trainer, loaded, found, dict(loaded.hparams)
 
-    same(script, tmp_path)
+    ends_alike(script, tmp_path)
 
 
 # ------------------------------------------------------------------ what stands around a fit
@@ -327,7 +352,7 @@ def test_an_own_trainer_with_attributes_is_what_the_module_sees(tmp_path: Path) 
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
 
         def train_dataloader(self) -> Any:
-            return loader(8)
+            return class_loader(8)
 
     class Solver(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -348,7 +373,7 @@ def test_an_own_trainer_with_attributes_is_what_the_module_sees(tmp_path: Path) 
         trainer.train()
         return trainer, module
 
-    same(script, tmp_path)
+    ends_alike(script, tmp_path)
 
 
 def test_errors_and_interrupts_reach_callbacks_and_loggers(tmp_path: Path) -> None:
@@ -377,7 +402,7 @@ def test_errors_and_interrupts_reach_callbacks_and_loggers(tmp_path: Path) -> No
             notes.append(str(found.value))
         return trainer, module, notes, order.calls
 
-    same(script, tmp_path)
+    ends_alike(script, tmp_path)
 
 
 def test_the_tuner_finds_the_same(tmp_path: Path) -> None:
@@ -390,10 +415,10 @@ def test_the_tuner_finds_the_same(tmp_path: Path) -> None:
             return torch.optim.SGD(self.parameters(), lr=self.lr)
 
         def train_dataloader(self) -> Any:
-            return DataLoader(rows(64), batch_size=self.batch_size)
+            return DataLoader(two_classes(64), batch_size=self.batch_size)
 
         def val_dataloader(self) -> Any:
-            return loader(8)
+            return class_loader(8)
 
     def script(kind: Any) -> Any:
         trainer, module = kind(max_epochs=1, logger=CSV(), **QUIET), Tuned()
@@ -402,7 +427,7 @@ def test_the_tuner_finds_the_same(tmp_path: Path) -> None:
         trainer.fit(module)
         return trainer, module, found.results, found.suggestion(), size, module.lr  # type: ignore[union-attr]
 
-    same(script, tmp_path)
+    ends_alike(script, tmp_path)
 
 
 def test_writers_get_rows_and_predictions(tmp_path: Path) -> None:
@@ -418,10 +443,10 @@ def test_writers_get_rows_and_predictions(tmp_path: Path) -> None:
     def script(kind: Any) -> Any:
         kept.clear()
         trainer, module = kind(logger=False, callbacks=[Writer("batch_and_epoch")], **QUIET), Classifier()
-        found = trainer.predict(module, loader(10), return_predictions=True)
+        found = trainer.predict(module, class_loader(10), return_predictions=True)
         return trainer, module, found, list(kept)
 
-    same(script, tmp_path)
+    ends_alike(script, tmp_path)
 
 
 def test_a_finetuning_callback_adds_parameters(tmp_path: Path) -> None:
@@ -437,7 +462,7 @@ def test_a_finetuning_callback_adds_parameters(tmp_path: Path) -> None:
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
 
-    same(lambda kind: fitted(Part, loader, loader, callbacks=[Thaw()], max_epochs=3)(kind), tmp_path)
+    ends_alike(lambda kind: one_fit(Part, class_loader, class_loader, callbacks=[Thaw()], max_epochs=3)(kind), tmp_path)
 
 
 def test_lightnings_command_line_takes_it(tmp_path: Path) -> None:
@@ -449,7 +474,7 @@ def test_lightnings_command_line_takes_it(tmp_path: Path) -> None:
         done = LightningCLI(BoringModel, BoringDataModule, trainer_class=kind, save_config_callback=None, args=args)
         return done.trainer, done.model
 
-    same(script, tmp_path)
+    ends_alike(script, tmp_path)
 
 
 ATTRIBUTES = (
@@ -520,7 +545,17 @@ def test_attributes_are_there_before_and_after_a_fit(tmp_path: Path) -> None:
         trainer.fit(module)
         return trainer, module, before, seen()
 
-    same(script, tmp_path)
+    ends_alike(script, tmp_path)
+
+
+def test_the_table_says_of_every_keyword_and_member_what_is_so() -> None:
+    keywords = {name for name in inspect.signature(pl.Trainer.__init__).parameters if name != "self"}
+    shown = keywords & {name for options in (QUIET, *OPTIONS.values()) for name in options}
+    assert shown == keywords  # what the table calls the same is compared above
+    own = {name for name in vars(Trainer) if not name.startswith("_")}
+    assert own == set(OURS)  # every other member is Lightning's own code
+    assert trainer_table.table() == PAGE.read_text().split(BEGIN)[1].split(END)[0]
+    assert set(OTHER) <= keywords | set(dir(pl.Trainer(barebones=True, logger=False)))
 
 
 def test_what_weft_cannot_do_is_refused_by_name() -> None:

@@ -10,26 +10,30 @@ They are called at the moments at which Lightning calls them, so checkpoints of 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import weft
 from weft.data.batches import num_examples
-from weft.data.data import Data
+from weft.data.data import SPLITS, Data
+from weft.devices.processes import Processes
 from weft.devices.signals import Interruption
 from weft.integrations.lightning.hooks import Hooks
 from weft.integrations.lightning.names import is_a, lightning_class, names_explicitly
 from weft.integrations.lightning.strategy import Strategy
 from weft.integrations.lightning.update import automatic, manual
-from weft.loop.result import result_of
 from weft.loop.run import Run
-from weft.step.nonfinite import RunningStatistics
+from weft.step.history import Progress
 from weft.step.optimizers import DEFAULT
+from weft.step.state import Control, Feed
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -42,29 +46,31 @@ class FitRun(Run):
     names_are_apart = monitors_by_default = False
 
     def __init__(self, view: Trainer) -> None:
-        core = weft.Trainer(epochs=max(view.max_epochs or 0, 0), progress=False, on_nonfinite="ignore")
+        core = weft.Trainer(progress=False, on_nonfinite="ignore")
         super().__init__(core, view.lightning_module)
         core.run = self
         self.view, self.module = view, view.lightning_module
         self.loop: Any = view.fit_loop
         self.callbacks: list[Any] = view.callbacks  # type: ignore[attr-defined]
         self.hooks_of = Hooks(view, self.module, self.callbacks)  # type: ignore[arg-type]
-        self.skip_rest_of_epoch = False
+        self.skip_rest_of_epoch, self.strategy = False, None
         if names_explicitly(self.module.training_step, "dataloader_iter"):
-            raise NotImplementedError(
-                "training_step takes 'dataloader_iter', which weft does not support; take `batch`."
-            )
-        state = self.state
-        state.fabric = fabric_of(view)
-        state.processes.rank = view.global_rank
-        state.feed.data = Data(train=self.loop._combined_loader)
-        state.feed.splits = {"train": self.loop._combined_loader, "dev": None, "test": None, "predict": None}
-        state.progress.epoch, state.progress.step = view.current_epoch, view.global_step
-        state.control.interruption = Uncaught()
-        optimizers = view.strategy.optimizers
-        state.training.optimizers = {DEFAULT if len(optimizers) == 1 else str(i): o for i, o in enumerate(optimizers)}
-        self.strategy: Any = None
+            raise NotImplementedError("training_step takes 'dataloader_iter', which weft does not support.")
         self.step_context, self.training_step = step_in_strategy(view)
+        before, loader, optimizers = self.state, self.loop._combined_loader, view.strategy.optimizers
+        self.state = replace(
+            before,
+            fabric=fabric_of(view),
+            processes=OneOf(view.global_rank),
+            control=Control(interruption=Uncaught()),
+            progress=Progress(epoch=view.current_epoch, step=view.global_step, last_epoch=sys.maxsize),
+            feed=Feed(before.feed.seed, Data(train=loader), {**dict.fromkeys(SPLITS), "train": loader}),
+            training=replace(
+                before.training,
+                optimizers={DEFAULT if len(optimizers) == 1 else str(i): o for i, o in enumerate(optimizers)},
+                outside={},  # what else a loss reaches is the script's affair
+            ),
+        )
 
     # ---- begin and end
 
@@ -78,16 +84,18 @@ class FitRun(Run):
 
     def begin_phases(self, resumed: bool) -> None:
         """The update, with Lightning's optimizers; modules stay in the modes that they were put into."""
-        self.state.training.outside = {}  # what else a loss reaches is the script's affair
-        self.state.step.statistics = RunningStatistics(nn.Module())  # nothing is put back
         self.strategy = strategy_of(self)
         self.update = make_update(self)
 
-    def _finish(self, error: BaseException | None) -> None:
-        progress = self.state.progress
-        progress.seconds, self.state.epoch.is_open = self.state.seconds, False
-        self.state.control.stop_reason = "error" if error else "epochs" if self.loop.done else "stopped"
-        self.result = result_of(self.state, self.module.state_dict())  # no copies: they may be large
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        super().__exit__(kind, error, trace)
+        return False  # an interrupt is Lightning's to handle
+
+    def last_weights(self) -> dict[str, Tensor]:
+        """The weights themselves: a copy of a large module may be too much."""
+        return self.module.state_dict()
 
     def put_in_eval_mode(self) -> None:
         """Lightning leaves the modes of training."""
@@ -98,10 +106,9 @@ class FitRun(Run):
         self._close_epoch()
         if self.loop.done:
             return False
-        self.state.epoch.is_open, self.skip_rest_of_epoch = True, False
+        self.skip_rest_of_epoch = False
         self.loop.on_advance_start()
-        self.state.call("on_epoch_start")
-        return True
+        return super()._begin_epoch()
 
     def _close_epoch(self) -> None:
         if self.state.epoch.is_open and not self.state.control.ending:
@@ -196,7 +203,8 @@ class FitRun(Run):
 
 def make_update(run: FitRun) -> Callable[[Any], Tensor]:
     """The function that takes one batch through the module, as `weft.integrations.lightning.update` has it."""
-    optimize = automatic(run) if run.module.automatic_optimization else counted(run, manual(run))  # type: ignore[arg-type]
+    context: Any = run
+    optimize = automatic(context) if run.module.automatic_optimization else counted(run, manual(context))
     on_start, on_end = run.hooks_of.bind("on_train_batch_start"), run.hooks_of.bind("on_train_batch_end")
     loop, connector, progress = run.loop.epoch_loop, run.view._logger_connector, run.progress
     count, nothing = loop.batch_progress, torch.zeros(())
@@ -252,6 +260,14 @@ def counted(run: FitRun, optimize: Callable[[Any, int], Any]) -> Callable[[Any, 
 def _nothing() -> None: ...
 
 
+class OneOf(Processes):
+    """This process; what it has to do with others is Lightning's strategy's affair."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+
+
 class Uncaught(Interruption):
     """Signals are Lightning's to catch."""
 
@@ -269,7 +285,7 @@ class TheirStrategy:
         theirs = run.view.strategy
         self.optimizers, self._lightning_optimizers = theirs.optimizers, theirs._lightning_optimizers
         self.optimizer_step = theirs.optimizer_step
-        self.take_gradients = lambda loss: theirs.backward(loss, self.optimizers[0] if self.optimizers else None)
+        self.take_gradients = partial(theirs.backward, optimizer=self.optimizers[0] if self.optimizers else None)
 
 
 def strategy_of(run: FitRun) -> Any:

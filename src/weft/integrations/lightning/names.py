@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from pkgutil import resolve_name
 from typing import Any
 
@@ -42,6 +43,12 @@ def package_of(thing: Any) -> str:
             if cls.__module__.startswith(f"{package}."):
                 return package
     raise TypeError(f"{type(thing).__name__} comes from none of {PACKAGES}.")
+
+
+def package_in_use() -> str:
+    """The package that a script has imported: the older one where it is there alone."""
+    is_older = PACKAGES[1] in sys.modules and PACKAGES[0] not in sys.modules
+    return PACKAGES[1] if is_older else PACKAGES[0]
 
 
 def lightning_class(thing: Any, path: str) -> Any:

@@ -5,19 +5,18 @@ from weft.integrations.lightning import Trainer     # the one line of a script t
 
 from __future__ import annotations
 
-import sys
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from weft.integrations.lightning.fitting import FitRun
-from weft.integrations.lightning.names import PACKAGES
+from weft.integrations.lightning.names import package_in_use
 
 if TYPE_CHECKING:
-    import lightning.pytorch as pl
+    from lightning.pytorch import Trainer as TheirTrainer
     from lightning.pytorch.loops.fit_loop import _FitLoop
-else:  # a script has modules of one of the two packages: the trainer is of the one that it has imported
-    package = PACKAGES[1] if PACKAGES[1] in sys.modules and PACKAGES[0] not in sys.modules else PACKAGES[0]
-    pl, _FitLoop = import_module(package), import_module(f"{package}.loops.fit_loop")._FitLoop
+else:
+    TheirTrainer = resolve_name(f"{package_in_use()}:Trainer")
+    _FitLoop = resolve_name(f"{package_in_use()}.loops.fit_loop:_FitLoop")
 
 
 class FitLoop(_FitLoop):
@@ -39,7 +38,7 @@ class FitLoop(_FitLoop):
         self.on_run_end()
 
 
-class Trainer(pl.Trainer):
+class Trainer(TheirTrainer):
     """Lightning's Trainer: its keywords, defaults, methods, attributes and files; the training loop is weft's.
 
     It is a subclass, so callbacks, loggers, `LightningCLI` and a script's own subclasses take it for what it is.
