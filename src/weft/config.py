@@ -250,9 +250,23 @@ _LISTS = (list, tuple, Sequence)
 
 
 def check(config: Any) -> None:
-    """Raise one ValueError that names every field of the dataclass `config` with a wrong type or value."""
+    """Raise one ValueError that names every field of the dataclass `config` with a wrong type or value.
+
+    Containers of other libraries (OmegaConf's) become lists and dicts.
+    """
+    for name, value in vars(config).items():
+        if (plain := _plain(value)) is not value:
+            object.__setattr__(config, name, plain)
     if wrong := complaints(type(config), vars(config)):
         raise ValueError(f"{type(config).__name__}: " + "; ".join(wrong))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping) and not isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes | list | tuple):
+        return [_plain(part) for part in value]
+    return value
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 import torchmetrics
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -218,6 +219,39 @@ class Thorough(Classifier):
 
     def on_validation_epoch_end(self) -> None:
         self.log("of the validation", 2.0, prog_bar=True)
+
+
+class Logs(BoringModel):
+    """Logs wherever one may, also under names of columns and by the logger itself; some of its weights are hidden."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outside = [nn.Linear(2, 2)]
+
+    def on_train_start(self) -> None:
+        self.log("start", 1.0)
+
+    def on_train_epoch_start(self) -> None:
+        self.log("time", 2.0)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.log("batch", batch_idx)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.outside[0](self.layer(batch)).sum()
+        self.log("a/b", loss, on_step=True, on_epoch=True, batch_size=3, reduce_fx="min")
+        self.logger.log_metrics({"own": float(loss.detach())}, step=self.global_step)  # type: ignore[union-attr]
+        self.logger.experiment.log_metrics({"raw": 1.0}, step=5)  # type: ignore[union-attr]
+        return loss
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.log("largest", args[-1], on_epoch=True, reduce_fx="max")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("step", torch.tensor(10.0 * self.current_epoch))
+
+    def on_validation_batch_end(self, *args: Any) -> None:
+        self.log("sum", float(args[2]), reduce_fx=torch.sum)
 
 
 class Order(Callback):

@@ -35,6 +35,8 @@ def twins(script: Script, folder: Path, seed: int = 5) -> tuple[dict[str, Any], 
                 left.append(remains(*script(kind)))
         finally:
             os.chdir(before)
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
             os.environ.clear()
             os.environ.update(environment)
             torch.use_deterministic_algorithms(False)  # Lightning leaves it on

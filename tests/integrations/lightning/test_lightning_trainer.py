@@ -28,6 +28,7 @@ from tests.helpers.twin_modules import (
     Adversaries,
     Classifier,
     Data,
+    Logs,
     NoLength,
     Order,
     Thorough,
@@ -214,6 +215,8 @@ def without_validation_step() -> Any:
 SCRIPTS: dict[str, Script] = {
     "manual optimization": one_fit(Adversaries, class_loader, class_loader, log_every_n_steps=1),
     "manual, to a step": one_fit(Adversaries, class_loader, max_steps=7, log_every_n_steps=1),
+    "every place to log": one_fit(Logs, limit_train_batches=4, limit_val_batches=3, log_every_n_steps=1),
+    "one process of ddp": one_fit(Classifier, class_loader, class_loader, strategy="ddp", devices=1),
     "every hook": one_fit(
         lambda: Thorough(schedule="step"), class_loader, class_loader, gradient_clip_val=0.2, max_epochs=3
     ),
@@ -307,6 +310,28 @@ def test_a_checkpoint_of_one_trainer_is_gone_on_from_by_the_other(others: Any, t
             trainer.fit(module, class_loader(), class_loader(8), ckpt_path=path)
             ends.append((module.state_dict(), order.calls))
         return trainer, module, ends
+
+    ends_alike(script, tmp_path)
+
+
+def test_checkpoints_are_named_and_found_alike(tmp_path: Path) -> None:
+    def script(kind: Any) -> Any:
+        best = cb.ModelCheckpoint(
+            "best", "m-{epoch:02d}-{val_loss:.3f}", "val_loss", mode="max", save_weights_only=True, save_top_k=2
+        )
+        last = cb.ModelCheckpoint("last", save_last="link")
+        trainer, module = kind(max_epochs=3, callbacks=[best, last], logger=False, **QUIET), Classifier()
+        trainer.fit(module, class_loader(), class_loader(8))
+        found = trainer.validate(ckpt_path="best", dataloaders=class_loader(8), verbose=False)
+        return (
+            trainer,
+            module,
+            found,
+            best.best_k_models,
+            best.best_model_score,
+            best.best_model_path,
+            last.last_model_path,
+        )
 
     ends_alike(script, tmp_path)
 

@@ -91,7 +91,7 @@ class Source:
     def end_workers(self) -> None:
         """End the processes of loaders with persistent workers, as Lightning does."""
         for loader in self.flat:
-            iterator = getattr(loader, "_iterator", None)
+            iterator: Any = getattr(loader, "_iterator", None)
             if hasattr(iterator, "_shutdown_workers"):
                 iterator._shutdown_workers()
                 loader._iterator = None

@@ -33,7 +33,7 @@ from weft.integrations.lightning.update import automatic, manual
 from weft.loop.run import Run
 from weft.step.history import Progress
 from weft.step.optimizers import DEFAULT
-from weft.step.state import Control, Feed
+from weft.step.state import ROW_NAMES, Control, Feed
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -78,7 +78,7 @@ class FitRun(Run):
         """There is training data, else the loop would not be entered; all else Lightning's loops know."""
         return split == "train"
 
-    def in_use(self) -> AbstractContextManager[None]:
+    def in_use(self) -> Any:
         """Lightning has put everything in its place."""
         return nullcontext()
 
@@ -114,8 +114,9 @@ class FitRun(Run):
         if self.state.epoch.is_open and not self.state.control.ending:
             self.loop.on_advance_end()
             self.loop.on_iteration_done()
-            logged = {name: float(value) for name, value in self.view.callback_metrics.items()}
-            self.state.epoch.logged.add(logged, 1)
+            metrics: dict[str, Tensor] = self.view.callback_metrics
+            plain = {name: value for name, value in metrics.items() if name not in ROW_NAMES and value.numel() == 1}
+            self.state.epoch.logged.add({name: float(value) for name, value in plain.items()}, 1)
             super()._close_epoch()
 
     def batches(self, split: str = "train") -> Iterator[Any]:
@@ -271,7 +272,7 @@ class OneOf(Processes):
 class Uncaught(Interruption):
     """Signals are Lightning's to catch."""
 
-    def caught(self) -> AbstractContextManager[None]:
+    def caught(self) -> Any:
         """Nothing is caught here."""
         return nullcontext()
 
@@ -325,7 +326,8 @@ def fabric_of(view: Trainer) -> Any:
 def step_in_strategy(view: Trainer) -> tuple[Callable[[], Any] | None, Callable[..., Any]]:
     """(What a step is called in, the training step): by the strategy where it wraps the module or is profiled."""
     strategy, module, plugin = view.strategy, view.lightning_module, view.precision_plugin
-    if not is_a(view.profiler, "PassThroughProfiler"):
+    profiler: Any = view.profiler  # type: ignore[attr-defined]
+    if not is_a(profiler, "PassThroughProfiler"):
         return None, partial(lightning_class(module, "trainer.call._call_strategy_hook"), view, "training_step")
     if strategy.model is not module:
         return None, strategy.training_step

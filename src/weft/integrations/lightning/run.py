@@ -54,7 +54,7 @@ class LightningRun(Run):
     names_are_apart = False  # what the module logs replaces the core's
     monitors_by_default = False  # nothing is monitored unless it is named
     strategy: Strategy
-    schedulers: Schedulers | None
+    schedulers: Schedulers
     training_step, skips_backward = None, False
     unsynced = staticmethod(nullcontext)
     count_zero_grad = staticmethod(lambda: None)
@@ -75,7 +75,7 @@ class LightningRun(Run):
         self.generators_to_resume: list[Tensor] = []
         self.batch_idx, self.is_last_batch, self.skip_rest_of_epoch = 0, False, False
         self.began = self.at_epoch_end = False
-        self.schedulers = None  # not made yet
+        self.schedulers = Schedulers(self, [])
         self._schedules_before = previous.schedulers.configs if isinstance(previous, LightningRun) else []
         self._stream: Stream | None = None
         self._in_fit = self._is_training = self._plateau_waits = False

@@ -29,8 +29,9 @@ class FitLoop(_FitLoop):
             return
         self.reset()
         self.on_run_start()
-        self.trainer.weft_run = run = FitRun(self.trainer)
-        with run, self.trainer.profiler.profile("run_training_epoch"):
+        trainer: Any = self.trainer
+        trainer.weft_run = run = FitRun(trainer)
+        with run, trainer.profiler.profile("run_training_epoch"):
             for _ in run.epochs():
                 for batch in run.batches("train"):
                     run.update(batch)

@@ -85,7 +85,7 @@ def automatic(run: Context) -> Callable[[Any, int], tuple[Tensor | None, dict[st
     def closure() -> Tensor | None:
         returned = step(state["batch"], state["number"])
         loss, extra = _loss_of(run, returned)
-        state["raw"] = None if loss is None else loss.detach()
+        state["called"], state["raw"] = True, None if loss is None else loss.detach()
         state["loss"], state["extra"] = state["raw"], extra
         if loss is None:
             run.state.warn_once("`training_step` returned `None`: nothing is learned from such batches.")
@@ -116,7 +116,7 @@ def automatic(run: Context) -> Callable[[Any, int], tuple[Tensor | None, dict[st
     step_quickly = watched(run.state.hooks, "optimizer", lambda: step_with(closure=guarded))
 
     def optimize(batch: Any, number: int) -> tuple[Tensor | None, dict[str, Any]]:
-        state["batch"], state["number"], state["raw"] = batch, number, closure
+        state["batch"], state["number"], state["called"] = batch, number, False
         if run.is_accumulating:
             with run.unsynced():
                 closure()
@@ -134,7 +134,7 @@ def automatic(run: Context) -> Callable[[Any, int], tuple[Tensor | None, dict[st
                 run.module.zero_grad()
                 not_finite(run.state, found.args[0], ())
             run.count_optimizer_step()
-        if state["raw"] is closure:
+        if not state["called"]:
             raise RuntimeError(
                 f"{type(module).__name__}.optimizer_step did not execute the closure: it trains by "
                 "`optimizer.step(closure=optimizer_closure)`, or calls `optimizer_closure()` itself before."
@@ -200,16 +200,16 @@ def training_step(run: Context) -> Callable[[Any, int], Any]:
 def step_of(run: Context, name: str, function: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """A step of the module (or `function`, which calls it) as one of (batch, its number[, number of the loader])."""
     own, state = getattr(run.module, name), vars(run.module)
-    numbered, context, function = takes(own, "batch_idx", at_least=2), run.step_context, function or own
+    numbered, context, called = takes(own, "batch_idx", at_least=2), run.step_context, function or own
 
     def step(batch: Any, number: int, *loader: int) -> Any:
         before, state["_current_fx_name"] = state["_current_fx_name"], name
         args = (batch, number, *loader) if numbered else (batch, *loader)
         if context is None:
-            returned = function(*args)
+            returned = called(*args)
         else:
             with context():
-                returned = function(*args)
+                returned = called(*args)
         state["_current_fx_name"] = before
         return returned
 

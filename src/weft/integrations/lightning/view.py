@@ -271,7 +271,7 @@ class TrainerView:
     @property
     def lr_scheduler_configs(self) -> list[Any]:
         """The schedulers with when they step."""
-        return self._run.schedulers.configs if self._run.schedulers is not None else []
+        return self._run.schedulers.configs
 
     # ------------------------------------------------------------------ processes
 
