@@ -22,7 +22,6 @@ from typing import Any, Self
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from weft.checkpoint.weights import state_of
 from weft.data.batches import in_lists, num_examples
 from weft.data.data import Data
 from weft.devices import seeding
@@ -38,7 +37,7 @@ from weft.step.evaluation import evaluate, monitored_metric
 from weft.step.forward import Forward, forward_of
 from weft.step.instrument import bind_watched, watched, watched_batches
 from weft.step.manual import Manual
-from weft.step.nonfinite import RunningStatistics, look_back
+from weft.step.nonfinite import RunningStatistics, ignores, look_back
 from weft.step.state import Listeners, Owner, RunState, Stage, Update
 from weft.step.trained import clear, clear_gradients, prepare_look
 from weft.step.update import built_in
@@ -111,7 +110,7 @@ class Run(Told, Seams):
             of_problem = [m for m in state.problem.modules() if isinstance(m, Hook)]
             self.listen(listeners([*of_problem, *trainer.hooks, *trainer.default_hooks(state)]))
             state.problem.train()
-            state.step.statistics = RunningStatistics(state.problem)
+            state.step.statistics = RunningStatistics(nn.Module() if ignores(state) else state.problem)
             self.begin_phases(resumed=self._resumed is not None)
             if state.saves:
                 from weft.loop.saving import prepare_folder
@@ -172,7 +171,7 @@ class Run(Told, Seams):
         if error is None:
             tell_of_no_best(state)
         control.stop_reason = "interrupted" if interrupted else "error" if error else control.stop_reason or "epochs"
-        last_weights = state.processes.whole(state_of(state.problem))
+        last_weights = self.last_weights()
         if error is None or interrupted:
             state.best.restore(state.problem, state.training.others)
         phases.unfreeze(state.training.frozen)
