@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     from weft.step.measures import whole as whole
     from weft.step.phase import Phase as Phase
     from weft.step.phase import Schedule as Schedule
-    from weft.step.phase import Until as Until
+    from weft.step.until import Until as Until
     from weft.sweeps.sweep import sweep as sweep
 else:
     __getattr__, __dir__, __all__ = _face(__name__)

@@ -15,7 +15,7 @@ from tests.helpers.bitwise import same
 from tests.helpers.problems import Clock, adam, plant_and_policy, tanh_points
 
 
-class Script(nn.Module):
+class WrittenDown(nn.Module):
     """A dev loss that is written down beforehand, by epoch."""
 
     def __init__(self, losses: list[float]) -> None:
@@ -26,10 +26,10 @@ class Script(nn.Module):
         return self.p.square().sum() * 0 + (self.losses[int(batch["epoch"])] if batch["name"] == "dev" else 1.0)
 
 
-def run(losses: list[float], *phases: weft.Phase, **options: Any) -> weft.FitResult:
-    script = Script([*losses, *[losses[-1]] * 50])
+def ended_by(losses: list[float], *phases: weft.Phase, **options: Any) -> weft.FitResult:
+    problem = WrittenDown([*losses, *[losses[-1]] * 50])
     trainer = weft.Trainer(phases=list(phases), progress=False, **options)
-    return trainer.fit(script, weft.Data({"x": torch.zeros(2, 1)}, dev={"x": torch.zeros(2, 1)}))
+    return trainer.fit(problem, weft.Data({"x": torch.zeros(2, 1)}, dev={"x": torch.zeros(2, 1)}))
 
 
 @pytest.mark.parametrize(
@@ -51,12 +51,12 @@ def run(losses: list[float], *phases: weft.Phase, **options: Any) -> weft.FitRes
 def test_a_phase_ends_at_its_target_or_on_a_plateau(
     losses: list[float], until: dict[str, Any], epochs: int, reason: str
 ) -> None:
-    result = run(losses, weft.Phase(epochs=9, until=until))
+    result = ended_by(losses, weft.Phase(epochs=9, until=until))
     assert (result.epochs, result.stop_reason) == (epochs, reason)
 
 
 def test_larger_may_be_better() -> None:
-    result = run([1.0, 2.0, 3.0, 4.0], weft.Phase(9, until=weft.Until(target=3.0)), monitor_mode="max")
+    result = ended_by([1.0, 2.0, 3.0, 4.0], weft.Phase(9, until=weft.Until(target=3.0)), monitor_mode="max")
     assert (result.epochs, result.stop_reason) == (3, "target")
 
 
@@ -68,7 +68,7 @@ def test_each_phase_counts_by_itself_and_the_next_one_begins() -> None:
         weft.Phase(epochs=20, optimizer=lambda params: torch.optim.SGD(params, lr=0.1), until={"plateau": 1}),
         weft.Phase(epochs=2, optimizer=adam),
     ]
-    result = run([4.0, 2.0, 1.9, 3.0, 1.0, 0.95], *phases, hooks=hooks)
+    result = ended_by([4.0, 2.0, 1.9, 3.0, 1.0, 0.95], *phases, hooks=hooks)
     assert kinds == ["Adam"] * 3 + ["SGD"] * 3 + ["Adam"] * 2
     assert result.stop_reason == "epochs"
 
@@ -81,7 +81,7 @@ def test_a_phase_ends_after_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
         clock.now += 10.0
 
     phases = [weft.Phase(20, until={"time": 35.0}), weft.Phase(20, until={"time": "00:00:01:00"})]
-    result = run([1.0], *phases, hooks={"on_epoch_end": pass_time})
+    result = ended_by([1.0], *phases, hooks={"on_epoch_end": pass_time})
     assert (result.epochs, result.stop_reason) == (4 + 6, "time")
 
 
@@ -90,15 +90,17 @@ def test_wrong_words_and_values_are_named() -> None:
         weft.Phase(2, until={"plateu": 3})
     with pytest.raises(ValueError, match="plateau=0"):
         weft.Phase(2, until={"plateau": 0})
+    with pytest.raises(TypeError, match="got 3"):
+        weft.Phase(2, until=3)
     with pytest.raises(ValueError, match="time=-1"):
         weft.Until(time=-1.0)
     with pytest.raises(ValueError, match="'nowhere' never appears"):
-        run([1.0], weft.Phase(3, until={"target": 0.0}), monitor_metric="nowhere")
+        ended_by([1.0], weft.Phase(3, until={"target": 0.0}), monitor_metric="nowhere")
 
 
-def train(folder: Path, epochs: int | None = None, **options: Any) -> weft.FitResult:
+def in_two_phases(folder: Path, epochs: int | None = None, **options: Any) -> weft.FitResult:
     phases = [
-        weft.Phase(epochs=30, optimizer=adam, until={"plateau": 3, "gain": 0.3}),
+        weft.Phase(epochs=30, optimizer=adam, until={"plateau": 3, "gain": 0.2}),
         weft.Phase(epochs=3, optimizer=lambda params: torch.optim.SGD(params, lr=0.01)),
     ]
     options = {"root_dir": str(folder), "run_name": "run", "checkpoint": True} | options
@@ -107,9 +109,9 @@ def train(folder: Path, epochs: int | None = None, **options: Any) -> weft.FitRe
 
 
 def test_a_resumed_phase_ends_where_the_undisturbed_one_does(tmp_path: Path) -> None:
-    whole = train(tmp_path / "whole")
+    whole = in_two_phases(tmp_path / "whole")
     ended = whole.epochs - 3
     assert 4 < ended < 30
-    train(tmp_path / "torn", epochs=ended - 1)
-    resumed = train(tmp_path / "torn", resume="last")
+    in_two_phases(tmp_path / "torn", epochs=ended - 1)
+    resumed = in_two_phases(tmp_path / "torn", resume="last")
     assert resumed.epochs == whole.epochs and same(resumed.last_weights, whole.last_weights)

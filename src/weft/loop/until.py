@@ -7,7 +7,7 @@ from typing import Any
 
 from weft.events import Hook
 from weft.step.history import is_better
-from weft.step.phase import Until
+from weft.step.until import Until
 
 
 class Ending(Hook):
@@ -29,7 +29,8 @@ class Ending(Hook):
             self._begin(trainer.run.state)
 
     def on_epoch_end(self, trainer: Any, metrics: dict[str, float]) -> None:
-        state, until = trainer.run.state, trainer.run.state.phase.ending
+        state = trainer.run.state
+        until = state.phase.until or Until()
         value = metrics.get(state.epoch.monitor or "")
         if value is not None and until.watches:
             reason = self._of_metric(until, value, trainer.config.monitor_mode)

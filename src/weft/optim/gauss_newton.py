@@ -191,8 +191,8 @@ class NaturalGradient(GaussNewton):
     """Natural gradient steps of a least-squares loss: Gauss-Newton directions with a search along each.
 
     The direction is that of (J'J + damping I) d = -J'r; for a loss that is a squared norm of functions it is the energy
-    natural gradient. How far is the best of powers of two; the damping falls where long steps do well, and rises where
-    they do not.
+    natural gradient. How far is the best of powers of two; the damping falls where the loss falls by what the linear
+    model promised, and rises where it does not.
 
     Arguments as for LevenbergMarquardt.
     Source: Mueller and Zeinhofer, ICML 2023 (arXiv:2302.13163), with its search; in the space of residuals as in
@@ -205,23 +205,24 @@ class NaturalGradient(GaussNewton):
             found = self._direction(system, damping, near)
             best = None if found is None else _along(*found, value, near)
             if best is not None:
-                new, step, length = best
-                factor = 0.1 if length >= 0.5 else 4.0 if length < 0.1 else 1.0
+                new, step = best
+                kept_its_word = (value - new) / system.promised(found[0], damping)
+                factor = 0.2 if kept_its_word > 0.75 else 1.0 if kept_its_word > 0.25 else 4.0
                 self.kept["damping"] = max(damping * factor, system.scale * self.epsilon)
                 return new, step
             damping *= 10.0
         return None
 
 
-def _along(d: Tensor, a: Tensor, value: float, near: Near) -> tuple[float, Tensor, float] | None:
-    """Loss, step and t of the best t d + t^2 a below `value`, t = 1, 1/2, 1/4, ..., until it rises again."""
-    best: tuple[float, Tensor, float] | None = None
+def _along(d: Tensor, a: Tensor, value: float, near: Near) -> tuple[float, Tensor] | None:
+    """Loss and step of the best t d + t^2 a below `value`, t = 1, 1/2, 1/4, ..., until it rises again."""
+    best: tuple[float, Tensor] | None = None
     for i in range(24):
         t = 2.0**-i
         step = d * t + a * t**2
         new = _square(near(step))
         if new < (value if best is None else best[0]):
-            best = new, step, t
+            best = new, step
         elif best is not None:
             break
     return best

@@ -93,7 +93,7 @@ def monitored_metric(state: RunState, metrics: Mapping[str, float], by_default: 
     """
     config, has_dev = state.config, state.has("dev")
     asked = config.monitor_metric is not None or any(
-        (config.patience, *(phase.patience or phase.ending.watches for phase in state.training.phases))
+        (config.patience, *(phase.patience or (phase.until and phase.until.watches) for phase in state.training.phases))
     )
     name = config.monitor_metric or (config.dev_metric if has_dev else config.train_metric)
     if not asked and not by_default:

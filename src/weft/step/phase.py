@@ -6,34 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from weft.config import Count, Positive, Time, check, parse_time
-
-
-@dataclass(frozen=True)
-class Until:
-    """What ends a phase before its epochs are over: whichever comes first. What is None ends nothing.
-
-    `target`: the monitored metric is at least as good. `plateau`: over so many validations (>= 1) its best got better
-    by less than a share `gain` of what it was: 0.1, a tenth. `time`: seconds (> 0) in this phase, or "DD:HH:MM:SS".
-    """
-
-    target: float | None = None
-    plateau: Count | None = None
-    gain: Positive = 0.1
-    time: Positive | Time | None = None
-
-    def __post_init__(self) -> None:
-        check(self)
-
-    @property
-    def seconds(self) -> float | None:
-        """`time` in seconds."""
-        return parse_time(self.time) if isinstance(self.time, str) else self.time
-
-    @property
-    def watches(self) -> bool:
-        """Whether it looks at the monitored metric."""
-        return self.target is not None or self.plateau is not None
+from weft.config import Count, check
 
 
 @dataclass(frozen=True)
@@ -59,17 +32,14 @@ class Phase:
     weights: Mapping[str, Any] | None = None
     patience: Count | None = None
     setup: Callable[[Any], Any] | None = None
-    until: Until | dict[str, Any] | None = None
+    until: Any = None
 
     def __post_init__(self) -> None:
         check(self)
-        if isinstance(self.until, dict):
-            object.__setattr__(self, "until", Until(**self.until))
+        if self.until is not None:
+            from weft.step.until import Until
 
-    @property
-    def ending(self) -> Until:
-        """What ends it early."""
-        return self.until if isinstance(self.until, Until) else Until()
+            object.__setattr__(self, "until", Until.of(self.until))
 
 
 @dataclass(frozen=True)
