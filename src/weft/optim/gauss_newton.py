@@ -247,6 +247,10 @@ class System:
         """-(J'J + damping I)^-1 J'w, w = r for None; None where rounding makes the matrix singular."""
         raise NotImplementedError
 
+    def promised(self, d: Tensor, damping: float) -> float:
+        """By how much the linear model falls along the solution d: -2 d'J'r - d'J'J d."""
+        return float(damping * (d @ d) - self.gradient @ d)
+
 
 class _Dense(System):
     """A matrix that is factored once for a damping."""

@@ -59,6 +59,7 @@ def evaluate(state: RunState, split: str, forward: Forward, measure: Measuring |
 
     `measure`: how the split is gone through; None: batch by batch. ValueError if there is nothing to report.
     """
+    state.training.turn("eval")
     state.processes.average_buffers(state.problem)
     with evaluating(state.problem), state.processes.gathered(state.problem):
         try:
