@@ -190,8 +190,8 @@ class TrainerConfig:
     """Seeds python, numpy and torch, and the order of the data (>= 0); None: random state is left alone."""
     deterministic: bool = False
     """Only deterministic algorithms (torch.use_deterministic_algorithms) during the fit."""
-    on_nonfinite: Literal["raise", "skip", "stop"] = "raise"
-    """What happens when a loss or gradient is NaN or infinite, before the optimizer steps."""
+    on_nonfinite: Literal["raise", "skip", "stop", "ignore"] = "raise"
+    """What happens when a loss or gradient is NaN or infinite, before the optimizer steps; "ignore": it steps."""
     strict_data: bool = False
     """NaN or Inf in the data is an error instead of a warning."""
     root_dir: Path | None = None
@@ -279,9 +279,23 @@ _LISTS = (list, tuple, Sequence)
 
 
 def check(config: Any) -> None:
-    """Raise one ValueError that names every field of the dataclass `config` with a wrong type or value."""
+    """Raise one ValueError that names every field of the dataclass `config` with a wrong type or value.
+
+    Containers of other libraries (OmegaConf's) become lists and dicts.
+    """
+    for name, value in vars(config).items():
+        if (plain := _plain(value)) is not value:
+            object.__setattr__(config, name, plain)
     if wrong := complaints(type(config), vars(config)):
         raise ValueError(f"{type(config).__name__}: " + "; ".join(wrong))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping) and not isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes | list | tuple):
+        return [_plain(part) for part in value]
+    return value
 
 
 @functools.cache

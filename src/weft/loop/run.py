@@ -22,7 +22,6 @@ from typing import Any, Self
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from weft.checkpoint.weights import state_of
 from weft.data.batches import in_lists, num_examples
 from weft.data.data import Data
 from weft.devices import seeding
@@ -38,7 +37,7 @@ from weft.step.evaluation import evaluate, monitored_metric
 from weft.step.forward import Forward, forward_of
 from weft.step.instrument import bind_watched, watched, watched_batches
 from weft.step.manual import Manual
-from weft.step.nonfinite import RunningStatistics, look_back
+from weft.step.nonfinite import RunningStatistics, ignores, look_back
 from weft.step.state import Listeners, Owner, RunState, Stage, Update
 from weft.step.trained import clear, clear_gradients, prepare_look
 from weft.step.update import built_in
@@ -111,7 +110,7 @@ class Run(Told, Seams):
             of_problem = [m for m in state.problem.modules() if isinstance(m, Hook)]
             self.listen(listeners([*of_problem, *trainer.hooks, *trainer.default_hooks(state)]))
             state.problem.train()
-            state.step.statistics = RunningStatistics(state.problem)
+            state.step.statistics = RunningStatistics(nn.Module() if ignores(state) else state.problem)
             self.begin_phases(resumed=self._resumed is not None)
             if state.saves:
                 from weft.loop.saving import prepare_folder
@@ -172,11 +171,11 @@ class Run(Told, Seams):
         if error is None:
             tell_of_no_best(state)
         control.stop_reason = "interrupted" if interrupted else "error" if error else control.stop_reason or "epochs"
-        last_weights = state.processes.whole(state_of(state.problem))
+        self.put_in_eval_mode()
+        last_weights = self.last_weights()
         if error is None or interrupted:
             state.best.restore(state.problem, state.training.others)
         phases.unfreeze(state.training.frozen)
-        self.put_in_eval_mode()
         self.result = result = result_of(state, last_weights)
         bound, state.hooks = state.hooks.bound, Listeners(state.hooks.hooks)
         with ExitStack() as last:  # each is called, even if one before it raises
@@ -193,6 +192,7 @@ class Run(Told, Seams):
 
     def put_in_eval_mode(self) -> None:
         """Whoever uses the problem now wants its predictions; the last hooks see it so."""
+        self.state.training.turn("eval")
         self.state.problem.eval()
 
     def _finish_saving(self, error: BaseException | None = None) -> None:
@@ -364,8 +364,8 @@ class Run(Told, Seams):
         epoch.is_open, state.control.stage = False, Stage.EPOCH_END
         feeding.check_folder(state)
         look_back(state)
-        gather = state.processes.gather
-        means, logged = epoch.means.compute(gather), epoch.logged.compute(gather)
+        state.training.turn("eval")  # the best weights are those that an evaluation sees
+        means, logged = (of.compute(state.processes.gather) for of in (epoch.means, epoch.logged))
         epoch.measured = {*means, *epoch.evaluated} if self.names_are_apart and state.trainer.names_are_apart else set()
         state.refuse_taken(logged)
         metrics = {**means, **logged, **epoch.evaluated}
@@ -415,6 +415,7 @@ class Run(Told, Seams):
         if batch is not state.step.batch:
             state.step.batch = batch
             prepare_look(state)
+            state.training.turn("train")
             state.step.statistics.take()
             state.call("on_step_start", batch)
 

@@ -134,6 +134,11 @@ def owner(folder: Path) -> str | None:
     return _name(told) if path is not None and _is_alive(path, told) else None
 
 
+def was_given_back(folder: Path) -> bool:
+    """Whether the last owner of the folder let go of it, and did not die with it."""
+    return bool(_latest(folder)[1].get("released"))
+
+
 def is_of_this_job(folder: Path) -> bool:
     """Whether the last owner of the folder was in this SLURM job (or this task of an array), before a requeue too."""
     job = os.environ.get("SLURM_JOB_ID")

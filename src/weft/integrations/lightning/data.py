@@ -89,6 +89,14 @@ class Source:
         """Ask anew the next time."""
         self.loaders, self.flat, self.combined = None, [], None
 
+    def end_workers(self) -> None:
+        """End the processes of loaders with persistent workers, as Lightning does."""
+        for loader in self.flat:
+            iterator: Any = getattr(loader, "_iterator", None)
+            if hasattr(iterator, "_shutdown_workers"):
+                iterator._shutdown_workers()
+                loader._iterator = None
+
     def _provider(self) -> Any:
         """The data module or module that has this dataloader method, None if neither does."""
         name = f"{STAGES[self.split]}_dataloader"
