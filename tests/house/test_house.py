@@ -41,7 +41,7 @@ ROOMS = {"problem", "data", "devices", "checkpoint", "step", "loop", "loggers", 
 # all rows (150); then signals to groups of processes (devices/signals, loop/leaving: 130). With a folder also its owner
 # (records/lease: 210), files that others wrote (records/foreign and its readers: 110), the sealed writer (30). Then
 # optimizers that train at other weights than they evaluate, and phases that end by themselves (20).
-PLAIN_FIT, FIT_WITH_CHECKPOINTS = 5350, 7540
+PLAIN_FIT, FIT_WITH_CHECKPOINTS = 5440, 7620
 TOUR = ("loop/trainer.py", "loop/run.py", "step/update.py", "step/forward.py", "problem/problem.py")
 
 # ---- who may know whom
