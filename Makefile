@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 TEST_ENV := OMP_NUM_THREADS=1 NUMBA_DISABLE_JIT=1 MPLBACKEND=agg
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-long examples bench docs gpu gpu-tests lint clean
+.PHONY: demo test test-long examples bench papers docs gpu gpu-tests lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -37,6 +37,10 @@ examples: $(VENV)/ready-test
 
 bench: $(VENV)/ready-bench
 	$(BIN)/python -m benchmarks --readme
+
+papers: $(VENV)/ready-bench
+	$(BIN)/python -m benchmarks.papers.hamiltonian_networks
+	$(BIN)/python -m benchmarks.papers.energy_natural_gradient
 
 docs: $(VENV)/ready-docs
 	$(BIN)/python docs/build.py

@@ -5,7 +5,6 @@
             for batch in run.batches("train"):
                 run.update(batch)
             run.evaluate("dev")
-    run.result
 
 What a run has learned and measured so far is its `state` (`weft.step.state`); here stands when it changes.
 """

@@ -204,7 +204,7 @@ class NaturalGradient(GaussNewton):
         for _ in range(40):
             found = self._direction(system, damping, near)
             best = None if found is None else _along(*found, value, near)
-            if best is not None:
+            if found is not None and best is not None:
                 new, step = best
                 kept_its_word = (value - new) / system.promised(found[0], damping)
                 factor = 0.2 if kept_its_word > 0.75 else 1.0 if kept_its_word > 0.25 else 4.0
