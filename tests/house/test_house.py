@@ -32,7 +32,7 @@ from tests.helpers.source import (
 )
 
 WORDS = {"types", "config", "events", "yamlfile", "demo", "places"}
-WINGS = {"compile", "sharded", "hooks", "recipes", "sweeps", "cli", "plots", "integrations", "optim"}
+WINGS = {"compile", "sharded", "hooks", "recipes", "sweeps", "slurm", "cli", "plots", "integrations", "optim"}
 ROOMS = {"problem", "data", "devices", "checkpoint", "step", "loop", "loggers", "records"} | WINGS
 
 # What a plain fit loads, in lines of code, and with checkpoint=True. The goals are 4,400 and 5,300. A plain fit was at

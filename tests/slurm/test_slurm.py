@@ -303,9 +303,14 @@ def test_random_interruptions_lose_no_trial_and_finish_none_twice(project: Path,
     sweep = weft.sweep(train, space, workers=3, on="slurm", slurm={"time": 30}, **options)
     dice = random.Random(0)
     interruptions = 0
-    until(lambda: list(sweep.folder.glob("trial-*/checkpoints")))
+
+    def files() -> set[str]:
+        return {str(path) for path in sweep.folder.glob("trial-*/checkpoints/step-*")}
+
     while sweep.state not in ("finished", "lost", "cancelled"):
-        time.sleep(dice.uniform(1.0, 3.0))
+        before = files()
+        until(lambda: files() != before or sweep.state == "finished")  # noqa: B023 - is asked at once
+        time.sleep(dice.uniform(0.0, 0.5))
         task = f"{sweep.job}_{dice.randrange(3)}"
         kind = dice.choice(["usr1", "requeue", "kill"])
         if kind == "usr1":
