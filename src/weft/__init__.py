@@ -37,7 +37,7 @@ def _face(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], 
         return value
 
     values = sorted(name for name, (module, _) in home.items() if module != package)
-    return look_up, lambda: sorted({*home, *vars(here)}), values
+    return look_up, lambda: sorted({*home, *(name for name in vars(here) if name.startswith("__"))}), values
 
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from weft.step.measures import whole as whole
     from weft.step.phase import Phase as Phase
     from weft.step.phase import Schedule as Schedule
+    from weft.sweeps.settings import SweepConfig as SweepConfig
     from weft.sweeps.sweep import sweep as sweep
 else:
     __getattr__, __dir__, __all__ = _face(__name__)

@@ -18,7 +18,10 @@ STYLES = {"train": "-", "dev": "--", "test": ":"}
 
 
 def curves(result: Any, ax: Axes | None = None) -> Axes:
-    """The losses of `result` over its epochs, one line a split, with the best epoch marked. Logarithmic if positive."""
+    """The losses of `result` over its epochs, one line a split, the best epoch marked.
+
+    Logarithmic if positive.
+    """
     ax = ax if ax is not None else new_axes()
     _draw_group(ax, {split: name for split, name in _splits_of("loss", result.history).items()}, result.history)
     _mark_best(ax, result)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from weft.config import Count, Natural, check
+from weft.config import Count, Natural, check, with_manual
 from weft.types import suggest
 
 Space = Mapping[str, Any]
 
 
+@with_manual
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
     """How a sweep searches."""
