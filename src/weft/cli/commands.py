@@ -184,24 +184,27 @@ def _config(call: Call) -> int:
 def _runs(call: Call) -> int:
     if call.wrong:
         raise ConfigError(call.wrong)
-    from weft.records import report
+    from weft.records.listing import runs
 
-    print(report.runs_table(call.places[0] if call.places else "runs"))
+    try:
+        print(runs(call.places[0] if call.places else "runs", **call.others))
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
     return OK
 
 
 def _compare(call: Call) -> int:
     if call.wrong:
         raise ConfigError(call.wrong)
-    from weft.records import report
+    from weft.records.comparison import compare
 
-    a, b = call.places
     try:
-        print(report.compare(a, b))
-        if "html" in call.others:
-            print(report.write_comparison(a, b, call.others["html"]))
-    except FileNotFoundError as error:
+        comparison = compare(*call.places)
+    except (FileNotFoundError, ValueError) as error:
         raise ConfigError([str(error)]) from None
+    print(comparison)
+    if "html" in call.others:
+        print(comparison.write(call.others["html"]))
     return OK
 
 
@@ -243,11 +246,19 @@ COMMANDS = {
     ),
     "demo": Command(_demo, "train the constrained Rosenbrock problem, write runs/demo"),
     "config": Command(_config, "check a config and print it in full, in weft's own words", takes_config=True),
-    "runs": Command(_runs, "list runs with their best metric", ("[FOLDER]",)),
+    "runs": Command(
+        _runs,
+        "list runs with their best metric and the settings in which they differ",
+        ("[FOLDER]",),
+        {
+            "where": "conditions that must all hold: 'lr<0.01, epochs=50'",
+            "sort": "the column to sort by: best, started, seconds, a setting; with - before it the largest first",
+        },
+    ),
     "compare": Command(
         _compare,
-        "what differs between two runs",
-        ("RUN", "RUN"),
+        "what differs between runs",
+        ("RUN", "RUN", "[RUN]..."),
         {"html": "also draw the curves into this file"},
     ),
     "sweep": Command(

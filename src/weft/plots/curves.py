@@ -50,6 +50,22 @@ def terms(result: Any, axes: Sequence[Axes] | None = None) -> list[Axes]:
     return axes[: len(names)]
 
 
+def series(values: Mapping[str, Mapping[int, float]], ax: Axes | None = None, ylabel: str = "") -> Axes:
+    """Values by epoch of several runs, one line each under its name.
+
+    Logarithmic if all are positive.
+    """
+    ax = ax if ax is not None else new_axes()
+    for label, by_epoch in values.items():
+        found = [(epoch, value) for epoch, value in by_epoch.items() if math.isfinite(value)]
+        ax.plot([e for e, _ in found], [v for _, v in found], label=label, linewidth=1.4)
+    drawn = [float(v) for line in ax.lines for v in np.asarray(line.get_ydata())]
+    if drawn and min(drawn) > 0:
+        ax.set_yscale("log")
+    _finish(ax, ylabel)
+    return ax
+
+
 def save_summary(result: Any, path: str | os.PathLike[str]) -> None:
     """Write a picture of `curves` and below it all `terms` to `path` (its ending names the format)."""
     from matplotlib.figure import Figure

@@ -36,7 +36,8 @@ def described(optimizer: Optimizer) -> dict[str, Any]:
     """Class and numbers of an optimizer: its learning rates, and what is not as its class has it by default."""
     usual = _defaults(type(optimizer))
     found: dict[str, Any] = {"class": type(optimizer).__name__}
-    names = [name for name in optimizer.param_groups[0] if name not in OF_TORCH]
+    known = usual or optimizer.param_groups[0]
+    names = [name for name in optimizer.param_groups[0] if name in known and name not in OF_TORCH]
     for name in names:
         values = [_plain(_first(group, name)) for group in optimizer.param_groups]
         if name == "lr" or any(value != _plain(usual.get(name)) for value in values):
