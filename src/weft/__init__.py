@@ -74,6 +74,8 @@ if TYPE_CHECKING:
     from weft.step.measures import whole as whole
     from weft.step.phase import Phase as Phase
     from weft.step.phase import Schedule as Schedule
+    from weft.sweeps.folds import cross_validate as cross_validate
+    from weft.sweeps.rates import find_lr as find_lr
     from weft.sweeps.settings import SweepConfig as SweepConfig
     from weft.sweeps.sweep import sweep as sweep
 else:

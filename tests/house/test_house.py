@@ -31,7 +31,7 @@ from tests.helpers.source import (
     told_by,
 )
 
-WORDS = {"types", "config", "events", "yamlfile", "demo", "places", "editors"}
+WORDS = {"types", "config", "events", "yamlfile", "demo", "places", "editors", "__main__"}
 WINGS = {"compile", "sharded", "hooks", "recipes", "sweeps", "cli", "plots", "integrations"}
 ROOMS = {"problem", "data", "devices", "checkpoint", "step", "loop", "loggers", "records"} | WINGS
 

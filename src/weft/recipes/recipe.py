@@ -107,11 +107,11 @@ def check(config: Mapping[str, Any] | Source, needed: Sequence[str] = ("problem"
     wrong = [*known_wrong, *found]
     told = [problem.split("=")[0].split(":")[0].split(".")[0] for problem in wrong]
     wrong += [f"{n}: missing; give {schema.SECTIONS[n]}" for n in needed if not config.get(n) and n not in told]
-    if wrong:
-        raise ConfigError(wrong)
     checked = Checked(config)
-    for thing in named(config):
-        (_import if imports else _look)(checked, thing, wrong)
+    in_order, told = not wrong, {problem.split("=")[0].split(":")[0] for problem in wrong}
+    for thing in named(config):  # beside other mistakes only the source is looked at: nothing of it runs
+        if thing.key not in told:
+            (_import if imports and in_order else _look)(checked, thing, wrong)
     if wrong:
         raise ConfigError(wrong)
     return checked
