@@ -9,6 +9,7 @@ Figures               Logs what functions of the trainer draw, every `every` epo
 GradNorm              Gradient normalization: weights under which all terms train at similar rates.
 GradientNorms         Logs `grad_norm`, with `terms=True` also `grad_norm_<term>`.
 LearningRateAnnealing Weights that bring each term's mean gradient up to the largest of the residual's.
+LivePlot              The curves of the run in the cell of a notebook, redrawn while it trains.
 NTKWeights            Weights from the neural tangent kernel: all terms converge at the same mean rate.
 PyTorchProfiler       torch.profiler over a few steps, its ranges named after parts and nodes. Needs a run folder.
 ReLoBRaLo             Relative loss balancing with random lookback: terms that shrink slowly get more weight.
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from weft.hooks.balancing import SelfAdaptive as SelfAdaptive
     from weft.hooks.balancing import SoftAdapt as SoftAdapt
     from weft.hooks.gradients import GradientNorms as GradientNorms
+    from weft.hooks.live import LivePlot as LivePlot
     from weft.hooks.parts import freeze as freeze
     from weft.hooks.parts import load_node as load_node
     from weft.hooks.parts import unfreeze as unfreeze
