@@ -112,3 +112,46 @@ def test_what_cannot_be_divided_is_refused() -> None:
         weft.cross_validate(make_line, {"x": X[:3]})
     with pytest.raises(TypeError, match="expected tensors by key"):
         weft.cross_validate(make_line, [{"x": X}])
+
+
+# ------------------------------------------------------------------------------------------------ pictures of sweeps
+
+
+def a_sweep(mode: str = "min") -> Any:
+    from pathlib import Path
+
+    from weft.sweeps.settings import SweepResult
+
+    values = [4.0, 2.0, None, 3.0, 0.5]
+    trials = [
+        {
+            "number": i,
+            "state": "complete" if value else "fail",
+            "value": value,
+            "params": {"lr": 10.0**-i, "kind": "ab"[i % 2]},
+        }
+        for i, value in enumerate(values)
+    ]
+    return SweepResult({"lr": 1e-4}, 0.5, 4, trials, Path("runs/s"), "s", "sqlite:///runs/s/sweep.db", mode)  # type: ignore[arg-type]
+
+
+def test_a_sweep_has_a_picture_of_its_trials_and_of_each_parameter() -> None:
+    from matplotlib.collections import PathCollection
+
+    figure = Figure()
+    order, rate, kind = a_sweep().plot([figure.add_subplot(1, 3, i + 1) for i in range(3)])
+    (best,) = order.lines
+    assert best.get_ydata().tolist() == [4.0, 2.0, 2.0, 0.5]  # the failed trial has no value
+    (dots,) = [c for c in rate.collections if isinstance(c, PathCollection)]
+    assert dots.get_offsets().tolist() == [[1.0, 4.0], [0.1, 2.0], [1e-3, 3.0], [1e-4, 0.5]]
+    assert rate.get_xscale() == "log" and kind.get_xlabel() == "kind"
+    largest = a_sweep("max").plot([Figure().add_subplot() for _ in range(3)])[0].lines[0]
+    assert largest.get_ydata().tolist() == [4.0] * 4
+    with pytest.raises(ValueError, match="got 1 axes; expected 3"):
+        a_sweep().plot([Figure().add_subplot()])
+
+
+def test_a_sweep_names_the_command_of_its_dashboard_and_shows_its_trials_in_a_notebook() -> None:
+    html = a_sweep()._repr_html_()
+    assert a_sweep().dashboard == "optuna-dashboard sqlite:///runs/s/sweep.db" and a_sweep().dashboard in html
+    assert "<svg" in html and html.count("<tr>") == 6

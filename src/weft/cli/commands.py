@@ -214,6 +214,7 @@ def _sweep(call: Call) -> int:
 
     result = sweep_from_file(call.places[0], {k: yamlfile.load(v) for k, v in call.others.items()})
     print(result)
+    print(f"in a browser (pip install optuna-dashboard): {result.dashboard}")
     return OK
 
 

@@ -16,6 +16,7 @@ field                 A field over a grid, with a `reference` also that and the 
 phase_portrait        Paths in the plane of two states, a dot where each begins.
 rollout               Trajectories over time, one colour each, with their bounds.
 save_summary          Write a picture of `curves` and below it all `terms` to `path` (its ending names the format).
+search                The values of a sweep's trials in order with the best so far, and over each of its parameters.
 series                Values by epoch of several runs, one line each under its name.
 solution_map          Filled contours of `fn(x, y)` over a rectangle, with a colour bar.
 spectrum              The eigenvalues of a square matrix in the complex plane, with the unit circle.
@@ -24,6 +25,7 @@ terms                 One axes for each named term and constraint violation of `
 
 from weft.plots.curves import curves, save_summary, series, terms
 from weft.plots.fields import field, solution_map
+from weft.plots.searches import search
 from weft.plots.systems import phase_portrait, rollout, spectrum
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "phase_portrait",
     "rollout",
     "save_summary",
+    "search",
     "series",
     "solution_map",
     "spectrum",

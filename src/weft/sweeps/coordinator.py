@@ -236,6 +236,7 @@ class _Coordinator:
             self.folder,
             self.config.name,
             self.storage,
+            self.config.mode,
         )
 
 
