@@ -165,6 +165,12 @@ def test_what_differs_from_the_loss_anywhere_is_shown() -> None:
     assert repeated({**history, "dev_f": [3.0, 3.0]}) == {"f": "the same as the loss"}
     assert repeated({**history, "dev_f": [3.0, 3.0]}, history) == {}  # in one of two runs
     assert repeated({"train_loss": [1.0], "train_penalty_loss": [0.5]}) == {}
+    sums = {"train_loss": [3.0], "train_f": [1.0], "train_c": [2.0], "train_objective_loss": [1.0]}
+    assert repeated({**sums, "train_penalty_loss": [2.0]}) == {
+        "objective_loss": "the same as f",
+        "penalty_loss": "the same as c",
+    }
+    assert repeated({**sums, "train_objective_loss": [1.5]}) == {}
 
 
 def test_two_runs_on_the_same_axes_have_their_names_and_colours(root: Path) -> None:

@@ -67,8 +67,9 @@ class Comparison:
 
     @property
     def names(self) -> list[str]:
-        """The metrics that any of the runs has, without those that repeat the loss."""
-        return without_repeats(dict.fromkeys(name for run in self.records for name in run.metrics), self.hidden)
+        """The metrics that any of the runs has, losses first, without those that repeat them."""
+        names = dict.fromkeys(name for run in self.records for name in run.metrics)
+        return sorted(without_repeats(names, self.hidden), key=lambda name: not name.endswith("_loss"))
 
     def __repr__(self) -> str:
         parts = [columns(rows) if len(rows) > 1 else f"{rows[0][0]}: the same" for rows in self.tables]

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 SPLITS = ("train", "dev", "test")
+SUMS = ("objective_loss", "penalty_loss")
 
 
 def repeated(*histories: Mapping[str, Iterable[float]]) -> dict[str, str]:
     """Quantities (names without their split) that need no picture of their own, each with the reason in words.
 
-    Those equal to the loss in every epoch of every split, and penalties that are 0 throughout. `histories`: values by
-    name, of one run or several; what one of them has to say is shown.
+    Those equal to the loss in every epoch of every split, sums of a single term, and penalties that are 0 throughout.
+    `histories`: values by name, of one run or several; what one of them has to say is shown.
     """
     found: dict[str, str] = {}
     told = set[str]()
@@ -24,7 +25,7 @@ def repeated(*histories: Mapping[str, Iterable[float]]) -> dict[str, str]:
                 quantity = name.removeprefix(f"{split}_")
                 if loss is None or quantity == name or quantity == "loss":
                     continue
-                if reason := _reason(quantity, _array(values), _array(loss)):
+                if reason := _reason(quantity, _array(values), _array(loss)) or _sum_of_one(quantity, split, history):
                     found[quantity] = reason
                 else:
                     told.add(quantity)
@@ -53,4 +54,16 @@ def _reason(quantity: str, values: np.ndarray, loss: np.ndarray) -> str:
         return "the same as the loss"
     if quantity == "penalty_loss" and not values[np.isfinite(values)].any() and not np.isinf(values).any():
         return "0 throughout"
+    return ""
+
+
+def _sum_of_one(quantity: str, split: str, history: Mapping[str, Iterable[float]]) -> str:
+    """Why a sum of terms says nothing: it is that of a single one."""
+    if quantity not in SUMS:
+        return ""
+    values = _array(history[f"{split}_{quantity}"])
+    for name, others in history.items():
+        term = name.removeprefix(f"{split}_")
+        if term != name and term not in (*SUMS, "loss") and np.array_equal(_array(others), values, equal_nan=True):
+            return f"the same as {term}"
     return ""
