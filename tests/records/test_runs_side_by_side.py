@@ -78,7 +78,18 @@ def test_hyperparameters_are_what_differs_from_the_defaults_and_what_is_trained(
     settings = hyperparameters(trainer)
     assert settings["clip"] == 1.0 and settings["optimizer"] == "AdamW" and settings["lr"] == 0.01
     assert settings["optimizer.weight_decay"] == 0.5 and settings["rows.train"] == 24 and settings["batch_size"] == 8
-    untouched = {"patience", "accumulate", "warmup", "strategy", "compile", "run_name", "monitor_mode", "devices"}
+    untouched = {
+        "progress",
+        "loggers",
+        "patience",
+        "accumulate",
+        "warmup",
+        "strategy",
+        "compile",
+        "run_name",
+        "monitor_mode",
+        "devices",
+    }
     assert not settings.keys() & untouched
 
 

@@ -105,6 +105,10 @@ def learning_rates(optimizers: Mapping[str, Any]) -> dict[str, float]:
     return rates
 
 
+NO_SETTINGS = ("root_dir", "run_name", "log_every", "progress", "loggers", "profiler", "resume", "timeout")
+"""Options that say where and how visibly a run trains."""
+
+
 def hyperparameters(trainer: Any) -> dict[str, Any]:
     """The settings of a run as plain values by dotted name: what differs from the defaults, and what is trained.
 
@@ -113,6 +117,7 @@ def hyperparameters(trainer: Any) -> dict[str, Any]:
     usual = dataclasses.asdict(TrainerConfig())
     settings = _flat({k: v for k, v in dataclasses.asdict(trainer.config).items() if v != usual[k]})
     settings |= {name: _name_of(value) for name, value in trainer.options.items() if value is not None}
+    settings = {name: value for name, value in settings.items() if name not in NO_SETTINGS}
     optimizers, made = trainer.run.optimizers, made_of(trainer.run.state)
     for name, optimizer in optimizers.items():
         settings["optimizer" if len(optimizers) == 1 else f"optimizer/{name}"] = type(optimizer).__name__

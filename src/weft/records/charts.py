@@ -21,7 +21,8 @@ h1 { font-size: 1.5rem; } table { border-collapse: collapse; font-size: .9rem; m
 th { text-align: left; font-weight: 500; color: #4b5563; padding: .15rem 1.2rem .15rem 0; vertical-align: top; }
 td { padding: .15rem 1.2rem .15rem 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 summary { font-weight: 600; cursor: pointer; margin-top: 1rem; } pre { overflow-x: auto; }
-.charts { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 12px; margin: 1rem 0; } .facts { font-size: 1rem; }
+.charts { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 12px; margin: 1rem 0; }
+.facts { font-size: 1rem; }
 svg { background: #fff; border: 1px solid #e5e7eb; border-radius: 6px; max-width: 100%; height: auto; }
 svg text { font: 11px system-ui, sans-serif; fill: #4b5563; }
 svg .title { font-size: 13px; font-weight: 600; fill: #111827; }

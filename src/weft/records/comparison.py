@@ -57,7 +57,7 @@ class Comparison:
         for name in self.names:
             curves = [run.metrics.get(name, {}) for run in self.records]
             last = [list(curve.values())[-1] if curve else None for curve in curves]
-            rows.append((name, *map(_number, last), *(_apart(*last, *curves) if is_pair else ())))
+            rows.append((name, *map(_number, last), *(_apart(last, curves) if is_pair else ())))
         return rows
 
     @property
@@ -178,6 +178,8 @@ def _number(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else "-" if value is None else str(value)
 
 
-def _apart(x: float | None, y: float | None, one: Mapping[int, float], other: Mapping[int, float]) -> tuple[str, str]:
+def _apart(last: Sequence[float | None], curves: Sequence[Mapping[int, float]]) -> tuple[str, str]:
+    """How far the last values of two runs are apart, and the epoch at which their curves first differ."""
+    (x, y), (one, other) = last, curves
     apart = "-" if x is None or y is None else f"{y - x:+.3g}" if math.isfinite(y - x) else "nan"
     return apart, next((str(e) for e in sorted(one.keys() & other.keys()) if one[e] != other[e]), "the same")

@@ -64,7 +64,7 @@ class Runs(Sequence[RunRecord]):
     def _rows(self) -> list[tuple[str, ...]]:
         shown = self.settings[:MOST_SETTINGS]
         head = (*COLUMNS, *(short(name, self.settings) for name in shown))
-        rows = [head]
+        rows: list[tuple[str, ...]] = [head]
         for run in self.records:
             told = [text(run.settings[n]) if n in run.settings else "-" for n in shown]
             rows.append((*_in_words(run, self.root), *told))
