@@ -11,7 +11,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     import weft
     from weft import Hook
-    from weft.config import CheckpointConfig, Count, Limit, Natural, Positive, Precision, Time, at_least
-    from weft.step.phase import Phase, Schedule
 
 # ------------------------------------------------------------------------------------------------ sentences
 
@@ -65,9 +63,9 @@ class Objects:
 
     optimizer: Optimizer | Callable[..., Any] | Mapping[str, Any] | None = None
     """An instance, a function of the parameters, or a dict of them by name; None: Adam(1e-3, (0.0, 0.9))."""
-    scheduler: LRScheduler | Schedule | Callable[..., Any] | Mapping[str, Any] | None = None
+    scheduler: LRScheduler | weft.Schedule | Callable[..., Any] | Mapping[str, Any] | None = None
     """A function of the optimizer, an instance, a `weft.Schedule`, or a dict of them by optimizer name."""
-    phases: Sequence[Phase] | None = None
+    phases: Sequence[weft.Phase] | None = None
     """A list of `weft.Phase`, trained one after the other; `epochs` is then theirs."""
     metrics: Mapping[str, Any] | None = None
     """Further metrics by name: a function whose argument names are keys of the problem's output or of the batch,
@@ -121,59 +119,3 @@ class Listening(TypedDict, total=False):
     on_epoch_end: Callable[[weft.Trainer, Mapping[str, float]], Any]
     on_fit_end: Callable[[weft.Trainer, weft.FitResult], Any]
     on_exception: Callable[[weft.Trainer, BaseException], Any]
-
-
-class TrainerOptions:
-    """What `weft.Trainer(...)` takes."""
-
-    def __init__(
-        self,
-        *,
-        epochs: Natural = 1000,
-        min_epochs: Natural = 0,
-        max_steps: Natural | None = None,
-        max_time: Positive | Time | None = None,
-        train_metric: str = "train_loss",
-        dev_metric: str = "dev_loss",
-        test_metric: str = "test_loss",
-        monitor_metric: str | None = None,
-        monitor_mode: Literal["min", "max"] = "min",
-        patience: Count | None = None,
-        min_delta: Annotated[float, at_least(0)] = 0.0,
-        warmup: Natural = 0,
-        clip: Positive | None = None,
-        clip_algorithm: Literal["norm", "value"] = "norm",
-        accumulate: Count = 1,
-        validate_every: Count = 1,
-        accelerator: str = "auto",
-        devices: int | str | list[int] = 1,
-        num_nodes: Count = 1,
-        strategy: Any = "auto",
-        precision: Precision = "32-true",
-        timeout: Positive | None = None,
-        compile: bool | Literal["auto"] = False,
-        seed: Natural | None = None,
-        deterministic: bool = False,
-        on_nonfinite: Literal["raise", "skip", "stop"] = "raise",
-        strict_data: bool = False,
-        root_dir: str | None = None,
-        run_name: str | None = None,
-        log_every: Count | None = None,
-        checkpoint: bool | CheckpointConfig | dict[str, Any] = False,
-        resume: str | None = None,
-        profiler: Any = None,
-        progress: bool | Literal["auto"] = "auto",
-        fast_dev_run: bool | Natural = False,
-        limit_batches: Limit | None = None,
-        optimizer: Optimizer | Callable[..., Any] | Mapping[str, Any] | None = None,
-        scheduler: LRScheduler | Schedule | Callable[..., Any] | Mapping[str, Any] | None = None,
-        phases: Sequence[Phase] | None = None,
-        metrics: Mapping[str, Any] | None = None,
-        training_step: Callable[[weft.Trainer, Any], Any] | None = None,
-        validation_step: Callable[[weft.Trainer, Any], Any] | None = None,
-        test_step: Callable[[weft.Trainer, Any], Any] | None = None,
-        predict_step: Callable[[weft.Trainer, Any], Any] | None = None,
-        hooks: Hook | Listening | Mapping[str, Callable[..., Any]] | Sequence[Hook | Listening | object] | None = None,
-        loggers: Any = None,
-        plugins: Any = None,
-    ) -> None: ...

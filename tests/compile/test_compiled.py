@@ -447,7 +447,7 @@ def test_checks_leave_problem_optimizer_and_random_state_alone() -> None:
 
 def test_a_cache_folder_that_is_given_is_used(cache: Path) -> None:
     assert graphs.cache_folder() == cache
-    assert all(path.suffix == ".pt2" for path in cache.iterdir())
+    assert all(path.suffix == ".pt2" for path in cache.iterdir() if path.name != "torch")  # torch's own is below it
 
 
 def test_the_progress_line_says_when_a_graph_is_compiled(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from tests.helpers.source import SOURCE, told_by
 from weft import editors
 from weft.events import EVENTS
 from weft.loop.options import OBJECTS
+from weft.loop.signatures import TrainerOptions
 from weft.recipes.arguments import fields
 
 OF_OPTIONS = (weft.TrainerConfig, weft.DataConfig, weft.CheckpointConfig, weft.SweepConfig, weft.Data, weft.Phase)
@@ -30,7 +31,7 @@ def words(text: str) -> str:
 
 def written_out() -> dict[str, tuple[Any, str]]:
     """Default and type of each argument in the signature that editors read."""
-    parameters = list(inspect.signature(editors.TrainerOptions.__init__).parameters.values())[1:]
+    parameters = list(inspect.signature(TrainerOptions.__init__).parameters.values())[1:]
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in parameters)
     return {p.name: (p.default, p.annotation) for p in parameters}
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from weft.records.repeats import in_words, repeated, without_repeats
 
 if TYPE_CHECKING:
-    from weft.loop.result import FitResult
+    import weft
 
 
 def table(rows: Iterable[Sequence[Any]], head: Sequence[str] = ()) -> str:
@@ -23,7 +23,7 @@ def table(rows: Iterable[Sequence[Any]], head: Sequence[str] = ()) -> str:
     return f"<table>{first}{''.join(body)}</table>"
 
 
-def of_result(result: FitResult) -> str:
+def of_result(result: weft.FitResult) -> str:
     """How a fit went, and the last value of each metric that says more than the loss."""
     rows: list[tuple[str, Any]] = [("epochs", result.epochs), ("steps", result.steps)]
     if result.best_metric is not None:

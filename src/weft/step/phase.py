@@ -34,9 +34,15 @@ class Phase:
     """Validations without improvement that end this phase (>= 1), counted anew."""
     setup: Callable[[Any], Any] | None = None
     """Called with the trainer when the phase begins (a longer rollout, say); a resumed run calls those before, too."""
+    until: Any = None
+    """A `weft.Until`, or its fields as a dict ({"plateau": 200}), that may end the phase before its epochs are over."""
 
     def __post_init__(self) -> None:
         check(self)
+        if self.until is not None:
+            from weft.step.until import Until
+
+            object.__setattr__(self, "until", Until.of(self.until))
 
 
 @with_manual
