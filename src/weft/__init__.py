@@ -37,7 +37,7 @@ def _face(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], 
         return value
 
     values = sorted(name for name, (module, _) in home.items() if module != package)
-    return look_up, lambda: sorted({*home, *vars(here)}), values
+    return look_up, lambda: sorted({*home, *(name for name in vars(here) if name.startswith("__"))}), values
 
 
 if TYPE_CHECKING:
@@ -71,11 +71,16 @@ if TYPE_CHECKING:
     from weft.problem.terms import greater_equal as greater_equal
     from weft.problem.terms import less_equal as less_equal
     from weft.problem.terms import objective as objective
+    from weft.records.comparison import compare as compare
+    from weft.records.listing import runs as runs
     from weft.slurm.submitting import submit as submit
     from weft.step.measures import whole as whole
     from weft.step.phase import Phase as Phase
     from weft.step.phase import Schedule as Schedule
     from weft.step.until import Until as Until
+    from weft.sweeps.folds import cross_validate as cross_validate
+    from weft.sweeps.rates import find_lr as find_lr
+    from weft.sweeps.settings import SweepConfig as SweepConfig
     from weft.sweeps.sweep import sweep as sweep
 else:
     __getattr__, __dir__, __all__ = _face(__name__)

@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from weft.types import suggest
 
@@ -89,6 +89,36 @@ Limit = Annotated[int | float | dict[str, int | float], _limit]
 BatchSize = Count | Literal["all"] | Annotated[Mapping[str, Any], _sizes] | None
 """Rows per batch, or a dict by split, by part of a split, or both."""
 
+T = TypeVar("T")
+
+
+class Manual:
+    """The docstring of a class: a text, and each option of `kinds` with its sentence; made when it is read."""
+
+    def __init__(self, text: str | None, *kinds: type | str) -> None:
+        self.text, self.kinds = text, kinds
+
+    def __get__(self, instance: Any, owner: Any = None) -> str:
+        from weft.editors import manual
+
+        return manual(self.text, self.kinds)
+
+
+def with_manual(cls: type[T]) -> type[T]:
+    """A dataclass of options: an unknown name is met with the closest one, and its docstring tells of each."""
+    init, known = cls.__init__, cls.__dataclass_fields__  # type: ignore[attr-defined]
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **given: Any) -> None:
+        if unknown := [name for name in given if name not in known]:
+            hint = suggest(unknown[0], known) or f"; there are {', '.join(known)}."
+            raise TypeError(f"{cls.__name__} has no option {', '.join(map(repr, unknown))}{hint}")
+        init(self, *args, **given)
+
+    cls.__init__, cls.__doc__ = __init__, Manual(cls.__doc__, cls)  # type: ignore[assignment, misc]
+    return cls
+
+
 Precision = Literal[
     "32-true",
     "64-true",
@@ -108,6 +138,7 @@ Precision = Literal[
 ]
 
 
+@with_manual
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When checkpoints are written, and how many are kept."""
@@ -136,6 +167,7 @@ class CheckpointConfig:
         return self.every_n_epochs
 
 
+@with_manual
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     """Everything about a run that is plain data. All keyword; an unknown name or a wrong value raises."""
@@ -241,6 +273,7 @@ class TrainerConfig:
         return dataclasses.asdict(self)
 
 
+@with_manual
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """How data is cut into batches, where it differs from what the data setup function returned.

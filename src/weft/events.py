@@ -10,9 +10,14 @@ weft.Trainer(hooks=[PrintLoss(), {"on_step_end": lambda trainer, batch, loss: ..
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weft.types import suggest
+
+if TYPE_CHECKING:  # an editor knows the events and what they are called with
+    from weft.editors import Events
+else:
+    Events = object
 
 EVENTS: dict[str, tuple[str, ...]] = {
     "on_fit_start": ("trainer",),
@@ -33,7 +38,7 @@ AT_REST = "at_rest"
 when the state of the run is complete and may be saved."""
 
 
-class Hook:
+class Hook(Events):
     """Something that listens to training. Define the events you need; no `super().__init__()` is called for.
 
     ::

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -447,3 +448,13 @@ def test_checks_leave_problem_optimizer_and_random_state_alone() -> None:
 def test_a_cache_folder_that_is_given_is_used(cache: Path) -> None:
     assert graphs.cache_folder() == cache
     assert all(path.suffix == ".pt2" for path in cache.iterdir() if path.name != "torch")  # torch's own is below it
+
+
+def test_the_progress_line_says_when_a_graph_is_compiled(capsys: pytest.CaptureFixture[str]) -> None:
+    given = weft.Data(parameter_rows(40), batch_size=10)
+    fit_copy(small_rosenbrock(), given, True, epochs=2, progress="auto")
+    told = capsys.readouterr().err.splitlines()
+    begun = [i for i, line in enumerate(told) if line.endswith("compiling the update ...")]
+    assert len(begun) == 1 and re.search(r"compiling the update: \d+ s$", told[begun[0] + 1])
+    fit_copy(small_rosenbrock(), given, False, epochs=2, progress="auto")
+    assert "compiling" not in capsys.readouterr().err

@@ -213,3 +213,33 @@ result = weft.Trainer(epochs=20).fit(problem, weft.DictDataset({"p": p}))
     (output,) = notebook.cells[0].outputs
     assert output.output_type == "display_data"
     assert re.match(r"epoch 20/20  \d+:\d\d  train_loss \S+  best \S+ \(epoch 19\)", output.data["text/plain"])
+
+
+def test_something_slow_is_told_and_counts_neither_as_speed_nor_for_what_is_left() -> None:
+    file, clock = io.StringIO(), Clock()
+    line = ProgressLine(file=file, clock=clock)
+
+    def compiles(trainer: weft.Trainer, batch: Any) -> None:
+        if trainer.global_step == 1:
+            state = trainer.running.state
+            state.hooks.hooks.append(line)  # as it is among the hooks where the option asks for it
+            with state.telling("compiling the update"):
+                clock.now += 50.0
+
+    trainer = a_trainer(line, clock, num_epochs=10, step_seconds=6.0)
+    trainer.hooks.append({"on_step_start": compiles})
+    trainer.fit(ScriptedByEpoch(), one_row_batches(10))
+    told = file.getvalue().splitlines()
+    at = next(i for i, text in enumerate(told) if "compiling" in text)
+    assert told[at].endswith("0:06  compiling the update ...") and told[at + 1].endswith(
+        "0:56  compiling the update: 50 s"
+    )
+    after_one = next(text for text in told if text.startswith("epoch 1/10"))
+    assert "1:50 < 9:00" in after_one  # nine epochs of a minute are left, though 1:50 have passed
+
+
+def test_a_plain_log_shows_no_line_of_something_slow_where_nobody_listens() -> None:
+    trainer = weft.Trainer(epochs=1, progress=False)
+    trainer.fit(ScriptedByEpoch(), one_row_batches(1))
+    with trainer.running.state.telling("compiling the update"):
+        pass

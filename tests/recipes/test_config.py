@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from weft import cli, yamlfile
 from weft.config import CheckpointConfig, DataConfig, TrainerConfig, complaints
+from weft.recipes import recipe
 from weft.recipes.schema import ConfigError, Text, merge, normal, with_option
 
 # ------------------------------------------------------------------------------------------------ round trips
@@ -391,3 +392,25 @@ def test_an_option_that_names_a_class_and_those_of_its_arguments_may_stand_in_an
         assert cli.main(["config", "--config", "run.yaml", *words]) == cli.OK
         printed.append(yamlfile.load(capsys.readouterr().out)["optimizer"])
     assert printed == [{"class_path": "SGD", "init_args": {"lr": 0.1}}] * 2
+
+
+def test_mistakes_of_all_sections_are_told_at_once_and_nothing_is_run(tmp_path: Path) -> None:
+    (tmp_path / "named.py").write_text(
+        "from pathlib import Path\nPath(__file__).with_name('ran').touch()\n"
+        "def make_problem(width: int = 3): ...\ndef setup(nsim: int = 5): ...\n"
+    )
+    described = {
+        "problem": {"class_path": f"{tmp_path}/named.py:make_problem", "init_args": {"widht": 3}},
+        "data": {"class_path": f"{tmp_path}/named.py:setup", "init_args": {"nsim": "many"}},
+        "batches": {"batch_sise": 3},
+        "trainer": {"epohcs": 3},
+    }
+    with pytest.raises(ConfigError) as told:
+        recipe.check(described, needed=("problem", "data"))
+    begins = [problem.split("=")[0] for problem in told.value.problems]
+    assert sorted(begins) == ["batches.batch_sise", "data.nsim", "problem.widht", "trainer.epohcs"]
+    assert not (tmp_path / "ran").exists()
+    del described["trainer"], described["batches"]
+    with pytest.raises(ConfigError, match="widht"):
+        recipe.check(described, needed=("problem", "data"))
+    assert (tmp_path / "ran").exists()  # without other mistakes what is named is imported

@@ -75,7 +75,7 @@ def _run(words: list[str]) -> int:
         print(command_help(call))
         return OK
     required = [p for p in command.places if not p.startswith("[")]
-    if len(call.places) > len(command.places):
+    if len(call.places) > len(command.places) and not "".join(command.places).endswith("..."):
         call.wrong.append(f"{call.places[len(command.places)]!r}: not expected here; an option begins with --")
     call.wrong += [f"{name}: missing" for name in required[len(call.places) :]]
     for note in call.notes:

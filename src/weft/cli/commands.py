@@ -202,24 +202,27 @@ def _config(call: Call) -> int:
 def _runs(call: Call) -> int:
     if call.wrong:
         raise ConfigError(call.wrong)
-    from weft.records import report
+    from weft.records.listing import runs
 
-    print(report.runs_table(call.places[0] if call.places else "runs"))
+    try:
+        print(runs(call.places[0] if call.places else "runs", **call.others))
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
     return OK
 
 
 def _compare(call: Call) -> int:
     if call.wrong:
         raise ConfigError(call.wrong)
-    from weft.records import report
+    from weft.records.comparison import compare
 
-    a, b = call.places
     try:
-        print(report.compare(a, b))
-        if "html" in call.others:
-            print(report.write_comparison(a, b, call.others["html"]))
+        comparison = compare(*call.places)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError([str(error)]) from None
+    print(comparison)
+    if "html" in call.others:
+        print(comparison.write(call.others["html"]))
     return OK
 
 
@@ -232,6 +235,8 @@ def _sweep(call: Call) -> int:
     own |= {"setup": own["setup"].split(";")} if "setup" in own else {}
     found = sweep_from_file(call.places[0], {**own, **({"slurm": slurm} if slurm else {})})
     print(f"job {found.job}\n{found.folder}" if hasattr(found, "job") else found)
+    if hasattr(found, "dashboard"):
+        print(f"in a browser (pip install optuna-dashboard): {found.dashboard}")
     return OK
 
 
@@ -283,11 +288,19 @@ COMMANDS = {
     ),
     "demo": Command(_demo, "train the constrained Rosenbrock problem, write runs/demo"),
     "config": Command(_config, "check a config and print it in full, in weft's own words", takes_config=True),
-    "runs": Command(_runs, "list runs with their best metric", ("[FOLDER]",)),
+    "runs": Command(
+        _runs,
+        "list runs with their best metric and the settings in which they differ",
+        ("[FOLDER]",),
+        {
+            "where": "conditions that must all hold: 'lr<0.01, epochs=50'",
+            "sort": "the column to sort by: best, started, seconds, a setting; with - before it the largest first",
+        },
+    ),
     "compare": Command(
         _compare,
-        "what differs between two runs",
-        ("RUN", "RUN"),
+        "what differs between runs",
+        ("RUN", "RUN", "[RUN]..."),
         {"html": "also draw the curves into this file"},
     ),
     "sweep": Command(

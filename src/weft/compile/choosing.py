@@ -220,6 +220,11 @@ class Chosen:
         self._first_seen: dict[str, int] = {}
         self._epoch = -1
 
+    @property
+    def what(self) -> str:
+        """What its graphs do, in words."""
+        return "the update" if self.split == "train" else f"the evaluation of {self.split!r}"
+
     def look_over(self) -> None:
         """The problem's attributes may have changed: choose again."""
         self._current.clear()
@@ -271,7 +276,8 @@ class Chosen:
                 graph = self.make(batch, tensors)
                 if (effect := side_effect(graph, batch, tensors)) is not None:
                     raise CannotCompile(effect)
-                graph.compile()
+                with self.state.telling(f"compiling {self.what}"):
+                    graph.compile()
             except NotYet:
                 del self._current[key]
                 return None
@@ -285,8 +291,7 @@ class Chosen:
 
     def _give_up(self, kind: str, reason: str) -> None:
         self.graphs.made[kind] = EAGER
-        what = "the update" if self.split == "train" else f"the evaluation of {self.split!r}"
-        self.state.warn_once(f"compile={self.state.config.compile!r}: {what} stays eager: {reason}.")
+        self.state.warn_once(f"compile={self.state.config.compile!r}: {self.what} stays eager: {reason}.")
 
     def _pays(self, batch: Any, tensors: list[Tensor]) -> bool:
         """Whether a graph wins twice what it costs, from counts alone: the same answer in every run."""

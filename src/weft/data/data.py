@@ -16,12 +16,13 @@ from typing import Any, Literal
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from weft.config import BatchSize, Count, Natural, check
+from weft.config import BatchSize, Count, Natural, check, with_manual
 from weft.data.datasets import is_array, short
 
 SPLITS = ("train", "dev", "test", "predict")
 
 
+@with_manual
 @dataclass(frozen=True)
 class Data:
     """The data of a run, by split, and how it is cut into batches.
@@ -32,9 +33,13 @@ class Data:
     """
 
     train: Any
+    """What is trained on."""
     dev: Any = None
+    """What is validated on: it decides about best weights and early stopping."""
     test: Any = None
+    """What `trainer.test()` measures."""
     predict: Any = None
+    """What `trainer.predict()` computes for; targets may be missing."""
     batch_size: BatchSize = None
     """Rows per batch and process (>= 1); None or "all": one batch. A dict by split, by part of a split, or both."""
     shuffle: bool = True

@@ -154,8 +154,9 @@ class ReLoBRaLo(Balancing):
 
 
 class SoftAdapt(Balancing):
-    """Softmax of the rates at which the losses change: terms that grow, or shrink least, get more weight.
+    """Softmax of the rates at which losses change: terms that shrink least get more weight.
 
+    So do those that grow.
     Heydari, Thompson & Mehmood, arXiv:1912.12355, sections 3.1.1 to 3.1.3. With s_i = L_i(t) - L_i(t-1),
 
         w_i = exp(`beta` s_i) / sum_j exp(`beta` s_j),
@@ -192,8 +193,9 @@ class SoftAdapt(Balancing):
 
 
 class SelfAdaptive(Balancing):
-    """Weights that are maximised while the parameters minimise: terms that stay wrong get ever more weight.
+    """Weights that are maximised while the parameters minimise, for terms that stay wrong.
 
+    Such terms get ever more weight.
     McClenny & Braga-Neto, arXiv:2009.04544, section on self-adaptive PINNs. The weight is m(v) = v^`power`, and v goes
     up the gradient of the loss with step `ascent_rate`:
 
@@ -254,8 +256,9 @@ class GradNorm(Balancing):
 
 
 class LearningRateAnnealing(Balancing):
-    """Weights that bring the mean gradient of each term up to the largest entry of the residual's gradient.
+    """Weights that bring each term's mean gradient up to the largest of the residual's.
 
+    The largest entry of its gradient, that is.
     Wang, Teng & Perdikaris, arXiv:2001.04536, algorithm 1. For each term i but the residual r, over all entries theta,
 
         v_i = max |grad(w_r L_r)| / mean |grad L_i|,     w_i <- (1 - `alpha`) w_i + `alpha` v_i.
@@ -293,8 +296,9 @@ class LearningRateAnnealing(Balancing):
 
 
 class NTKWeights(Balancing):
-    """Weights that give the residuals of all terms the same mean rate of convergence, from the neural tangent kernel.
+    """Weights from the neural tangent kernel: all terms converge at the same mean rate.
 
+    The rate is that of the residuals.
     Wang, Yu & Perdikaris, arXiv:2007.14527, algorithm 1. With K_i = J_i J_i^T, J_i the derivatives of the residuals of
     term i in all parameters,
 

@@ -13,8 +13,9 @@ from weft.step.optimizers import parameters_of
 
 
 class GradientNorms(Hook):
-    """Logs `grad_norm` (with several optimizers `grad_norm_<name>`), and with `terms=True` `grad_norm_<term>`.
+    """Logs `grad_norm`, with `terms=True` also `grad_norm_<term>`.
 
+    With several optimizers `grad_norm_<name>`.
     The 2-norm of all gradients before clipping. That of a term includes its weight, so that it tells what the term
     contributes; it costs a forward pass and one pass back per term, every `every` steps. Nothing waits for the device.
     """

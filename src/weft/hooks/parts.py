@@ -15,8 +15,9 @@ from weft.step.optimizers import submodule
 
 
 def load_node(problem: nn.Module, node: str, path: str | os.PathLike[str], source: str | None = None) -> nn.Module:
-    """The problem, whose node or submodule `node` now holds the weights found in `path` under the prefix `source`.
+    """The problem, whose part `node` now holds the weights that stand in a file.
 
+    `node`: a node or submodule; `source`: the prefix of its weights in `path`.
     `path`: as for `weft.load_weights`. `source`: where they stand in the saved state dict ("nodes.0"); None: as here.
     Raises ValueError for names or shapes that do not fit; then nothing is changed.
     """
@@ -26,7 +27,10 @@ def load_node(problem: nn.Module, node: str, path: str | os.PathLike[str], sourc
 
 
 def freeze(problem: nn.Module, *nodes: str) -> None:
-    """Let the parameters of these nodes or submodules train no more (until `unfreeze`). Call before the fit."""
+    """Let the parameters of these nodes or submodules train no more, until `unfreeze`.
+
+    Call before the fit.
+    """
     for node in nodes:
         submodule(problem, node).requires_grad_(False)
 

@@ -60,7 +60,10 @@ class Figures(Hook):
 
 
 class WeightHistograms(Hook):
-    """Logs the distribution of each parameter, every `every` epochs, and with `gradients` of its last gradient."""
+    """Logs the distribution of each parameter, every `every` epochs.
+
+    With `gradients` also of its last gradient.
+    """
 
     def __init__(self, every: int = 1, gradients: bool = False) -> None:
         if every < 1:

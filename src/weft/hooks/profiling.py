@@ -145,7 +145,10 @@ class PyTorchProfiler:
 
 
 class AdvancedProfiler:
-    """cProfile from the first step to the last: every Python function, by its own time. Costs a lot while it runs."""
+    """cProfile from the first step to the last: every Python function, by its own time.
+
+    Costs a lot while it runs.
+    """
 
     def start(self) -> None:
         """Begin."""

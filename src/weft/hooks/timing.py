@@ -106,7 +106,10 @@ class TimeProfile:
 
 
 class SimpleProfiler:
-    """A stopwatch for the parts of the training; `profile` is the table so far. See `weft.hooks.timing`."""
+    """A stopwatch for the parts of the training.
+
+    `profile` is the table so far. See `weft.hooks.timing`.
+    """
 
     def __init__(self) -> None:
         self._root = self._current = Timed("loop")

@@ -5,6 +5,9 @@
     weft.Trainer(epochs=3).fit(module, datamodule=dm)                            # a LightningModule as it is
 
 None of them imports the library it stands in for; what a problem or a hook is, the names of its classes tell.
+
+lightning             A LightningModule trains as it is: `weft.Trainer(epochs=3).fit(module, datamodule=dm)`.
+neuromancer           Scripts made for NeuroMANCER: its base `Trainer`, and `LitTrainer`.
 """
 
 from typing import TYPE_CHECKING

@@ -18,8 +18,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from weft.config import TrainerConfig
 from weft.events import Hook
 from weft.loggers.csv import CSVLogger, Row, read_history, read_rows
+from weft.records.made import made_of
 from weft.types import suggest
 
 __all__ = [
@@ -104,17 +106,24 @@ def learning_rates(optimizers: Mapping[str, Any]) -> dict[str, float]:
     return rates
 
 
-def hyperparameters(trainer: Any) -> dict[str, Any]:
-    """The settings of a run as plain values by dotted name: the options, and each optimizer's class and learning rate.
+NO_SETTINGS = ("root_dir", "run_name", "log_every", "progress", "loggers", "profiler", "resume", "timeout")
+"""Options that say where and how visibly a run trains."""
 
-    Functions and objects among the options stand there by their names.
+
+def hyperparameters(trainer: Any) -> dict[str, Any]:
+    """The settings of a run as plain values by dotted name: what differs from the defaults, and what is trained.
+
+    Functions and objects among the options stand there by their names; each optimizer by its class and numbers.
     """
-    settings = _flat(dataclasses.asdict(trainer.config))
+    usual = dataclasses.asdict(TrainerConfig())
+    settings = _flat({k: v for k, v in dataclasses.asdict(trainer.config).items() if v != usual[k]})
     settings |= {name: _name_of(value) for name, value in trainer.options.items() if value is not None}
-    optimizers = trainer.run.optimizers
+    settings = {name: value for name, value in settings.items() if name not in NO_SETTINGS}
+    optimizers, made = trainer.run.optimizers, made_of(trainer.run.state)
     for name, optimizer in optimizers.items():
         settings["optimizer" if len(optimizers) == 1 else f"optimizer/{name}"] = type(optimizer).__name__
-    return settings | learning_rates(optimizers) | _flat(trainer.run.settings)
+    numbers = {k: v for k, v in _flat(made).items() if not k.endswith((".class", ".lr"))}
+    return settings | numbers | learning_rates(optimizers) | _flat(trainer.run.settings)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

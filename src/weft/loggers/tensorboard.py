@@ -61,7 +61,7 @@ class TensorBoardLogger:
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Add one point at `step` for each of `metrics`."""
-        values = {tag_of(name): float(value) for name, value in metrics.items()}
+        values = {tag_of(name): float(value) for name, value in metrics.items() if not self._repeats(name)}
         if not self._are_layouts_written:
             self._write_layouts(values)
         self._add_scalars(values, step)
@@ -78,6 +78,11 @@ class TensorBoardLogger:
     def log_problem(self, problem: Any) -> None:
         """Keep `problem`: its graph of nodes and terms is for the Graphs tab, its description for the Text tab."""
         self._problem = problem if hasattr(problem, "show") else None
+
+    def _repeats(self, name: str) -> bool:
+        """Whether a metric says what the loss says: the two sums of a problem without constraints."""
+        no_constraints = hasattr(self._problem, "objectives") and not len(getattr(self._problem, "constraints", [0]))
+        return no_constraints and name.partition("_")[2] in ("objective_loss", "penalty_loss")
 
     def log_final(self, metrics: Mapping[str, float], step: int) -> None:
         """Write what the run ended with, as tags `final/...`, which are columns of the HParams tab."""

@@ -32,6 +32,7 @@ from weft.devices.fabric import quiet, start_method
 from weft.devices.group import dumps
 from weft.devices.signals import SignalExit, handled_by, interactive
 from weft.events import Hook
+from weft.loop.cells import shown_for_children
 from weft.loop.contents import state_of_run
 from weft.loop.result import FitResult
 from weft.loop.resume import put_back_hooks
@@ -58,7 +59,7 @@ def call(trainer: Any, fabric: Fabric, method: str, problem: nn.Module, *args: A
 
             work = dumps(work, cloudpickle.Pickler)
         try:
-            with quiet():
+            with quiet(), shown_for_children(forks=not spawns):
                 fabric.launch(_work, work, folder, _Quiet())  # pyright: ignore[reportArgumentType]: takes arguments
         except Exception as error:
             if asked:

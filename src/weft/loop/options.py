@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from difflib import SequenceMatcher
 from functools import partial
-from types import FunctionType
 from typing import Any
 
 from torch import nn
 
 from weft.config import TrainerConfig
 from weft.data.data import Data
-from weft.events import EVENTS
 from weft.step.phase import Phase
 
 STEPS = {"train": "training_step", "dev": "validation_step", "test": "test_step", "predict": "predict_step"}
@@ -32,8 +29,6 @@ OBJECTS: dict[str, Any] = dict.fromkeys(
 FIXED = {*TrainerConfig.__dataclass_fields__, *OBJECTS} - {*STEPS.values(), "hooks", "phases"}
 """Options that are read when the trainer is made: setting an attribute of their name changes nothing."""
 OF_FIT = ("epochs", "resume", "renew")
-CLOSE = 0.9
-"""How alike two names are of which one is taken for a slip of the other (1: the same)."""
 
 
 def signature() -> inspect.Signature:
@@ -124,45 +119,6 @@ def as_metrics(given: Any) -> dict[str, Any]:
     from weft.step.measures import measures_of
 
     return measures_of(given)
-
-
-def refuse_misspelt(kind: type, base: type, hooks: Any = None) -> None:
-    """Raise TypeError for a method of a subclass that is named almost like one that training calls, or like an event.
-
-    Not for one that goes on where the known name ends ("update_weights"), nor where the known one is overridden too.
-    """
-    if kind is base:
-        return
-    known = (*STEPS.values(), "configure_optimizers", "update", "fit", "start", *EVENTS)
-    own = [cls for cls in kind.__mro__ if cls not in base.__mro__ and not cls.__module__.startswith("weft.")]
-    names = {name for cls in own for name, value in vars(cls).items() if isinstance(value, FunctionType)}
-    given = [
-        fn
-        for hook in (hooks if isinstance(hooks, list | tuple) else [hooks])
-        if isinstance(hook, Mapping)
-        for fn in hook.values()
-    ]
-    for name in sorted(names & EVENTS.keys() - {getattr(fn, "__name__", "") for fn in given}):
-        raise TypeError(
-            f"{kind.__name__} has {name!r}, which is an event: hooks listen to it, a trainer does not. "
-            f"Give it in hooks={{{name!r}: function}}, or make it a method of a weft.Hook."
-        )
-    for name in sorted(names - {*dir(base), *known}):
-        for right in known:
-            if right not in names and _is_slip(name, right):
-                raise TypeError(
-                    f"{kind.__name__} has {name!r}, which training never calls; did you mean {right!r}?"
-                    + (" (An event: give it in hooks=.)" if right.startswith("on_") else "")
-                )
-
-
-def _is_slip(name: str, right: str) -> bool:
-    if name.startswith(("_", right)):
-        return False
-    plain, other = (text.replace("_", "").lower() for text in (name, right))
-    if len(plain) == len(other) and sorted(plain) == sorted(other):  # the same letters: two changed places
-        return sum(a != b for a, b in zip(plain, other, strict=True)) <= 2
-    return SequenceMatcher(None, name, right).ratio() >= CLOSE
 
 
 def refuse_own_names(setup: Any) -> None:

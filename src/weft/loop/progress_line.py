@@ -60,8 +60,9 @@ class ProgressLine(Hook):
         self._first_step = self._last_step = run.progress.step
         self._first_epoch = trainer.current_epoch
         self._speed = 0.0
-        self._shares = 0
+        self._shares, self._paused = 0, 0.0
         self._due = self._started + self._screen.seconds
+        self._total = _num_epochs(trainer)
 
     def on_step_end(self, trainer: Any, batch: Any, loss: Any) -> None:
         """Redraw if it is time to; `loss` is not read, that would wait for the device."""
@@ -80,6 +81,21 @@ class ProgressLine(Hook):
         if is_due and done < planned:  # the last one is drawn when the fit ends
             self._draw(trainer, done)
         self._shares = share
+
+    def told_of(self, what: str, has_ended: bool) -> None:
+        """Say that something slow begins, or how long it took; its seconds count neither as speed nor for what is left.
+
+        Called where a graph is compiled, say (`RunState.telling`).
+        """
+        if self._screen is None:
+            return
+        now = self._clock()
+        if not has_ended:
+            self._began, text = now, f"{what} ..."
+        else:
+            self._paused, self._last_time = self._paused + now - self._began, now
+            self._due, text = now + self._screen.seconds, f"{what}: {now - self._began:.0f} s"
+        self._screen.show(_head(self._first_epoch, self._total), 0.0, f"{duration(now - self._started)}  {text}")
 
     def on_fit_end(self, trainer: Any, result: Any) -> None:
         """Leave one last line, with the reason why training ended."""
@@ -102,7 +118,7 @@ class ProgressLine(Hook):
             self._last_time, self._last_step = now, step
         self._due = now + self._screen.seconds
         elapsed, total, done = now - self._started, _num_epochs(trainer), self._first_epoch + num_done
-        left = f" < {duration(elapsed / num_done * max(0, total - done))}" if num_done else ""
+        left = f" < {duration((elapsed - self._paused) / num_done * max(0, total - done))}" if num_done else ""
         speed = [f"{self._speed:,.0f} steps/s"] if self._speed else []
         text = "  ".join([duration(elapsed) + left, *self._values(trainer), *speed])
         self._screen.show(_head(done, total), done / total if total else 0.0, text)
@@ -154,10 +170,11 @@ def _bar(share: float) -> tuple[str, str]:
 
 
 def _find_mode(file: Any) -> Mode:
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
-    if shell is not None and hasattr(shell, "kernel"):
-        return "notebook"
+    if "IPython" in sys.modules:
+        from weft.loop.cells import in_notebook
+
+        if in_notebook():
+            return "notebook"
     return "terminal" if file.isatty() else "plain"
 
 
@@ -239,25 +256,18 @@ class _Terminal:
 
 
 class _Notebook:
-    """One updating output of a Jupyter cell. rich's own needs ipywidgets, which a notebook may not have."""
+    """One updating output of a Jupyter cell."""
 
     seconds = REFRESH_SECONDS
     by_share = False
 
     def __init__(self) -> None:
-        self._handle: Any = None
+        from weft.loop.cells import Output
+
+        self._output = Output()
 
     def show(self, head: str, share: float, text: str) -> None:
-        self._display(f"{head} {''.join(_bar(share))}  {text}")
+        self._output.show(text_plain=f"{head} {''.join(_bar(share))}  {text}")
 
     def close(self, head: str, text: str) -> None:
-        self._display(f"{head}  {text}")
-
-    def _display(self, line: str) -> None:
-        from IPython.display import display  # pyright: ignore[reportMissingImports]: there in a notebook only
-
-        bundle = {"text/plain": line}
-        if self._handle is None:
-            self._handle = display(bundle, raw=True, display_id=True)
-        else:
-            self._handle.update(bundle, raw=True)
+        self._output.show(text_plain=f"{head}  {text}")

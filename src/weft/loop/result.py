@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -59,26 +58,16 @@ class FitResult:
 
         return pandas.DataFrame(self.history).rename_axis("epoch")
 
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """The loss curves on matplotlib axes, the best epoch marked."""
+    def plot(self, ax: Axes | None = None, label: str | None = None) -> Axes:
+        """The loss curves on matplotlib axes, the best epoch marked. `label`: the run's name among several."""
         from weft import plots
 
-        return plots.curves(self, ax)
+        return plots.curves(self, ax, label)
 
     def _repr_html_(self) -> str:
-        rows = [("epochs", self.epochs), ("steps", self.steps), ("stopped by", self.stop_reason)]
-        rows += [("seconds", f"{self.seconds:.2f}"), ("seed", self.seed), ("run folder", self.run_dir or "-")]
-        if self.best_metric is not None:
-            rows.insert(2, (f"best {self.monitor}", f"{self.best_metric:.6g} (epoch {self.best_epoch})"))
-        if self.search_stop is not None:
-            rows.append(("line searches", f"{self.evaluations} evaluations, the last ended by {self.search_stop}"))
-        cells = "".join(f"<tr><th>{html.escape(str(k))}</th><td>{html.escape(str(v))}</td></tr>" for k, v in rows)
-        last = "".join(
-            f"<tr><td>{html.escape(name)}</td><td>{values[-1]:.6g}</td></tr>"
-            for name, values in sorted(self.history.items())
-            if values
-        )
-        return f"<table>{cells}</table><table><tr><th>metric</th><th>last epoch</th></tr>{last}</table>"
+        from weft.records.tables import of_result
+
+        return of_result(self)
 
     def save(self, run_dir: Path) -> None:
         """Write everything but weights and history to `run_dir/result.json`; `load_result` reads it back."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from weft.events import Hook
@@ -27,7 +28,7 @@ class EarlyStopping(Hook):
             self.best = trainer.run.best.value
         self.phase = trainer.run.progress.phase
 
-    def on_epoch_end(self, trainer: Any, metrics: dict[str, float]) -> None:
+    def on_epoch_end(self, trainer: Any, metrics: Mapping[str, float]) -> None:
         run = trainer.run
         patience = run.state.phase.patience or self.patience
         if run.progress.phase != self.phase:

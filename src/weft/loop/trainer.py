@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from weft.config import TrainerConfig
+from weft.config import Manual, TrainerConfig
 from weft.devices.fabric import fabric_for_calls
 from weft.events import as_hooks
 from weft.loop import options as opts
@@ -28,22 +28,14 @@ from weft.step.phase import Phase
 from weft.step.state import RunState
 from weft.types import suggest
 
+if TYPE_CHECKING:
+    from weft.loop.signatures import TrainerOptions
+else:
+    TrainerOptions = type("TrainerOptions", (), {})
 
-class Trainer(Tools):
+
+class Trainer(TrainerOptions, Tools):
     """Trains a problem: a module that returns a dict with a loss for a batch.
-
-    Plain options are the fields of `weft.TrainerConfig` (see there for values and defaults). Besides:
-
-    optimizer: an instance, a function of the parameters, or a dict of them by name; default Adam(1e-3, (0.0, 0.9)).
-    scheduler: a function of the optimizer, an instance, a `weft.Schedule`, or a dict of them by optimizer name.
-    phases: a list of `weft.Phase`, trained one after the other; `epochs` is then theirs.
-    metrics: further metrics by name: a function whose argument names are keys of the problem's output or of the batch,
-        averaged over batches; for what is no mean (R2, RMSE, a maximum) `weft.whole(fn)`, which gets all rows, or an
-        object with `update`, `compute` and `reset` (torchmetrics). `(metric, keys)` names the keys of its arguments.
-    training_step, validation_step, test_step, predict_step: `fn(trainer, batch)` -> loss or dict.
-    hooks: a `weft.Hook`, a dict of functions by event, or a list mixing both (and, with a LightningModule, Callbacks).
-    loggers: "tensorboard", "csv", any Lightning logger, or a list; a run folder has its metrics.csv in any case.
-    strategy, plugins, profiler: also objects (Fabric's strategies and plugins; anything with start, step, stop).
 
     Subclasses may override `training_step(self, batch)`, `validation_step`, `test_step`, `predict_step`,
     `configure_optimizers(self)` and `update(self, batch)`. Unknown options raise TypeError with a suggestion, wrong
@@ -58,8 +50,16 @@ class Trainer(Tools):
     Written into the run's folder.
     """
 
-    def __init__(self, **options: Any) -> None:
-        opts.refuse_misspelt(type(self), Trainer, options.get("hooks"))
+    if not TYPE_CHECKING:  # which reads that of TrainerOptions, option by option
+
+        def __init__(self, **options: Any) -> None:
+            self._take(options)
+
+    def _take(self, options: Mapping[str, Any]) -> None:
+        if type(self) is not Trainer:
+            from weft.loop.misspelt import refuse_misspelt
+
+            refuse_misspelt(type(self), Trainer, options.get("hooks"))
         known = {*TrainerConfig.__dataclass_fields__, *opts.OBJECTS}
         if unknown := [name for name in options if name not in known]:
             hint = suggest(unknown[0], known)
@@ -299,3 +299,4 @@ class Trainer(Tools):
 
 
 Trainer.__init__.__signature__ = opts.signature()  # pyright: ignore[reportFunctionMemberAccess]
+Trainer.__doc__ = Manual(Trainer.__doc__, TrainerConfig, "Objects")  # type: ignore[assignment]

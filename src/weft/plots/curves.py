@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from weft.plots.axes import new_axes
+from weft.records.repeats import repeated
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,11 +18,16 @@ if TYPE_CHECKING:
 STYLES = {"train": "-", "dev": "--", "test": ":"}
 
 
-def curves(result: Any, ax: Axes | None = None) -> Axes:
-    """The losses of `result` over its epochs, one line a split, with the best epoch marked. Logarithmic if positive."""
+def curves(result: Any, ax: Axes | None = None, label: str | None = None) -> Axes:
+    """The losses of `result` over its epochs, one line a split, the best epoch marked.
+
+    Logarithmic if positive. `label` names the run where several are drawn on the same axes: its lines have the next
+    colour, and the split decides about their dashes.
+    """
     ax = ax if ax is not None else new_axes()
-    _draw_group(ax, {split: name for split, name in _splits_of("loss", result.history).items()}, result.history)
-    _mark_best(ax, result)
+    _draw_group(ax, _splits_of("loss", result.history), result.history, label)
+    if label is None:
+        _mark_best(ax, result)
     _finish(ax, "loss")
     return ax
 
@@ -42,6 +48,22 @@ def terms(result: Any, axes: Sequence[Axes] | None = None) -> list[Axes]:
         _mark_best(ax, result, label=False)
         _finish(ax, name.replace("_", " "))
     return axes[: len(names)]
+
+
+def series(values: Mapping[str, Mapping[int, float]], ax: Axes | None = None, ylabel: str = "") -> Axes:
+    """Values by epoch of several runs, one line each under its name.
+
+    Logarithmic if all are positive.
+    """
+    ax = ax if ax is not None else new_axes()
+    for label, by_epoch in values.items():
+        found = [(epoch, value) for epoch, value in by_epoch.items() if math.isfinite(value)]
+        ax.plot([e for e, _ in found], [v for _, v in found], label=label, linewidth=1.4)
+    drawn = [float(v) for line in ax.lines for v in np.asarray(line.get_ydata())]
+    if drawn and min(drawn) > 0:
+        ax.set_yscale("log")
+    _finish(ax, ylabel)
+    return ax
 
 
 def save_summary(result: Any, path: str | os.PathLike[str]) -> None:
@@ -65,13 +87,17 @@ def _splits_of(quantity: str, history: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _term_names(history: Mapping[str, Any]) -> list[str]:
-    """The quantities of the splits besides the loss, in the order of the history."""
+    """The quantities of the splits that say more than the loss, in the order of the history."""
     quantities = [name.split("_", 1)[1] for name in history if name.split("_", 1)[0] in STYLES and "_" in name]
-    return [name for name in dict.fromkeys(quantities) if name != "loss"]
+    hidden = repeated(history)
+    return [name for name in dict.fromkeys(quantities) if name != "loss" and name not in hidden]
 
 
-def _draw_group(ax: Axes, names: Mapping[str, str], history: Mapping[str, Sequence[float]]) -> None:
-    positive = True
+def _draw_group(
+    ax: Axes, names: Mapping[str, str], history: Mapping[str, Sequence[float]], label: str | None = None
+) -> None:
+    positive = all((np.asarray(line.get_ydata(), dtype=float) > 0).all() for line in ax.lines)
+    runs = len({line.get_color() for line in ax.lines})
     for i, (split, name) in enumerate(names.items()):
         values = np.asarray(history[name], dtype=float)
         there = np.flatnonzero(np.isfinite(values))  # nan: an epoch that was not validated
@@ -79,9 +105,10 @@ def _draw_group(ax: Axes, names: Mapping[str, str], history: Mapping[str, Sequen
             continue
         positive = positive and bool((values[there] > 0).all())
         marker = "o" if there.size == 1 else None
-        ax.plot(there, values[there], STYLES[split], color=f"C{i}", label=split, marker=marker, linewidth=1.4)
-    if ax.lines and positive:
-        ax.set_yscale("log")
+        colour, text = (f"C{i}", split) if label is None else (f"C{runs}", f"{label}, {split}")
+        ax.plot(there, values[there], STYLES[split], color=colour, label=text, marker=marker, linewidth=1.4)
+    if ax.lines:
+        ax.set_yscale("log" if positive else "linear")
 
 
 def _mark_best(ax: Axes, result: Any, label: bool = True) -> None:

@@ -63,8 +63,9 @@ def field(
     *,
     labels: tuple[str, str, str] = ("t", "x", "u"),
 ) -> list[Axes]:
-    """A field over a grid; with a `reference`, that too and the absolute error, each on axes of its own.
+    """A field over a grid, with a `reference` also that and the absolute error.
 
+    Each is on axes of its own.
     `x` and `y`: coordinates, (columns,) and (rows,). `values`, `reference`: (rows, columns). Field and reference share
     their colours. `labels`: of both axes and of the bar, with units. `axes`: one, or three with a reference; None: new
     ones. Raises ValueError for shapes that do not fit and for too few axes.

@@ -94,8 +94,9 @@ def phase_portrait(
 
 
 def spectrum(matrix: Any, reference: Any = None, ax: Axes | None = None) -> Axes:
-    """The eigenvalues of a square matrix in the complex plane, with the unit circle (inside: stable in discrete time).
+    """The eigenvalues of a square matrix in the complex plane, with the unit circle.
 
+    Inside: stable in discrete time.
     `reference`: known eigenvalues, (n,), drawn as rings. Raises ValueError if the matrix is not square.
     """
     ax = ax if ax is not None else new_axes()

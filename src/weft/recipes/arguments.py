@@ -66,9 +66,9 @@ def signature(target: Callable[..., Any], skip: int = 0) -> Signature:
 
 def fields(cls: type) -> list[Parameter]:
     """The fields of a dataclass as options, each with the text that stands below it in the source."""
-    from docstring_parser import parse_from_object
+    from weft.editors import sentences
 
-    docs = {p.arg_name: " ".join((p.description or "").split()) for p in parse_from_object(cls).params}
+    docs = sentences(cls)
     return [Parameter(p.name, p.hint, p.default, docs.get(p.name, "")) for p in signature(cls).parameters]
 
 

@@ -105,13 +105,18 @@ def check(config: Mapping[str, Any] | Source, needed: Sequence[str] = ("problem"
     known_wrong, config = (config.wrong, config.config) if isinstance(config, Source) else ([], config)
     config, found = schema.normal(rooted(config, Path.cwd()))
     wrong = [*known_wrong, *found]
+    told_of_python = any(problem.startswith("objects: ") for problem in wrong)
     told = [problem.split("=")[0].split(":")[0].split(".")[0] for problem in wrong]
-    wrong += [f"{n}: missing; give {schema.SECTIONS[n]}" for n in needed if not config.get(n) and n not in told]
-    if wrong:
-        raise ConfigError(wrong)
+    wrong += [
+        f"{n}: missing; give {schema.SECTIONS[n]}"
+        for n in needed
+        if not config.get(n) and n not in told and not told_of_python
+    ]
     checked = Checked(config)
-    for thing in named(config):
-        (_import if imports else _look)(checked, thing, wrong)
+    in_order, told = not wrong, {problem.split("=")[0].split(":")[0] for problem in wrong}
+    for thing in named(config):  # beside other mistakes only the source is looked at: nothing of it runs
+        if thing.key not in told:
+            (_import if imports and in_order else _look)(checked, thing, wrong)
     if wrong:
         raise ConfigError(wrong)
     return checked

@@ -43,6 +43,10 @@ SECTIONS = {
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 PHASE = ("epochs", "optimizer", "scheduler", "data", "batches", "freeze", "weights", "patience")
 SCHEDULE = ("interval", "frequency", "monitor")
+OF_PYTHON = (
+    ": this run was started from Python; run its script again, with fit(..., resume='auto') to go on, "
+    "or name its problem and data here"
+)
 LOGGERS = ("csv", "tensorboard")  # plain names; others are classes
 
 
@@ -185,9 +189,8 @@ def normal(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     out: dict[str, Any] = {}
     for section, value in config.items():
         if section not in SECTIONS:
-            out_of_python = section == "objects"
-            hint = ": this run was started from Python; name its problem and data" if out_of_python else ""
-            wrong.append(f"{section}: there is no such section{hint or suggest(str(section), SECTIONS) or _listed()}")
+            hint = OF_PYTHON if section == "objects" else suggest(str(section), SECTIONS) or _listed()
+            wrong.append(f"{section}: there is no such section{hint}")
         elif value is not None:
             out[section] = _normal_section(section, value, wrong)
     wrong += [f"{n.key}={n.spec['class_path']!r}: {c}" for n in named(out) if (c := _reference_complaint(n))]

@@ -13,14 +13,16 @@ from dataclasses import dataclass
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#b45309", "#7c3aed", "#0891b2")
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 34, 40
+ROW = 16  # of a legend
 MOST_POINTS = 1200
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1080px; padding: 0 1rem; color: #1f2937; }
 h1 { font-size: 1.5rem; } table { border-collapse: collapse; font-size: .9rem; margin: .5rem 0 1rem; }
 th { text-align: left; font-weight: 500; color: #4b5563; padding: .15rem 1.2rem .15rem 0; vertical-align: top; }
-td { padding: .15rem 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+td { padding: .15rem 1.2rem .15rem 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 summary { font-weight: 600; cursor: pointer; margin-top: 1rem; } pre { overflow-x: auto; }
-.charts { display: flex; flex-wrap: wrap; gap: 12px; margin: 1rem 0; } .facts { font-size: 1rem; }
+.charts { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 12px; margin: 1rem 0; }
+.facts { font-size: 1rem; }
 svg { background: #fff; border: 1px solid #e5e7eb; border-radius: 6px; max-width: 100%; height: auto; }
 svg text { font: 11px system-ui, sans-serif; fill: #4b5563; }
 svg .title { font-size: 13px; font-weight: 600; fill: #111827; }
@@ -40,7 +42,9 @@ def chart(title: str, lines: Sequence[Line], x_name: str, mark: int | None = Non
 
     `mark`: an x that gets a vertical line (the best epoch).
     """
-    width, height = (1040, 340) if wide else (340, 240)
+    legend, below = _legend([line.name for line in lines] if len(lines) > 1 else [], 1040 if wide else 340)
+    width, height = (1040, 340 + below) if wide else (340, 240 + below)
+    top = TOP + below
     values = [v for line in lines for v in line.values.values() if math.isfinite(v)]
     xs = [x for line in lines for x in line.values]
     size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
@@ -57,16 +61,15 @@ def chart(title: str, lines: Sequence[Line], x_name: str, mark: int | None = Non
 
     def py(v: float) -> float:
         v = math.log10(v) if log else v
-        return height - BOTTOM - (v - low) / (high - low) * (height - TOP - BOTTOM)
+        return height - BOTTOM - (v - low) / (high - low) * (height - top - BOTTOM)
 
-    parts += _axes(px, py, first, last, low, high, log, width, height, x_name)
+    parts += _axes(px, py, first, last, low, high, log, width, height, top, x_name)
     if mark is not None and first <= mark <= last:
-        line = f'd="M{px(mark):.1f} {TOP}V{height - BOTTOM}" stroke="#9ca3af" stroke-dasharray="8 3 2 3"'
+        line = f'd="M{px(mark):.1f} {top}V{height - BOTTOM}" stroke="#9ca3af" stroke-dasharray="8 3 2 3"'
         parts.append(f"<path {line}><title>best: {x_name} {mark}</title></path>")
     for i, line in enumerate(lines):
         parts += _curve(line, i, px, py)
-    parts += _legend([line.name for line in lines] if len(lines) > 1 else [], width)
-    return f"{head}{''.join(parts)}</svg>"
+    return f"{head}{''.join([*parts, *legend])}</svg>"
 
 
 def _range(values: Sequence[float], log: bool) -> tuple[float, float]:
@@ -75,7 +78,7 @@ def _range(values: Sequence[float], log: bool) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-def _axes(px, py, first, last, low, high, log, width, height, x_name) -> list[str]:  # type: ignore[no-untyped-def]
+def _axes(px, py, first, last, low, high, log, width, height, top, x_name) -> list[str]:  # type: ignore[no-untyped-def]
     parts = []
     for tick in _decades(low, high) if log else _ticks(low, high):
         y = py(tick)
@@ -84,7 +87,7 @@ def _axes(px, py, first, last, low, high, log, width, height, x_name) -> list[st
     for tick in _ticks(first, last, whole=True, count=8 if width > 500 else 4):
         parts.append(f'<text x="{px(tick):.1f}" y="{height - BOTTOM + 16}" text-anchor="middle">{_label(tick)}</text>')
         parts.append(f'<path d="M{px(tick):.1f} {height - BOTTOM}v4" stroke="#9ca3af"/>')
-    parts.append(f'<path d="M{LEFT} {TOP}V{height - BOTTOM}H{width - RIGHT}" fill="none" stroke="#9ca3af"/>')
+    parts.append(f'<path d="M{LEFT} {top}V{height - BOTTOM}H{width - RIGHT}" fill="none" stroke="#9ca3af"/>')
     parts.append(
         f'<text x="{(LEFT + width - RIGHT) / 2:.0f}" y="{height - 8}" text-anchor="middle">{html.escape(x_name)}</text>'
     )
@@ -124,16 +127,20 @@ def thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     return kept
 
 
-def _legend(names: Sequence[str], width: int) -> list[str]:
-    parts, x = [], width - RIGHT
-    for i, name in reversed(list(enumerate(names))):
-        shown = name if len(name) < 24 else "…" + name[-22:]
-        x -= 7 * len(shown) + 8
+def _legend(names: Sequence[str], width: int) -> tuple[list[str], int]:
+    """The legend, in rows between the title and the axes, and how much room the rows take."""
+    parts, x, row = [], LEFT, 0
+    most = (width - LEFT - RIGHT - 26) // 7  # characters in a row of its own
+    for i, name in enumerate(names):
+        shown = name if len(name) <= most else "…" + name[-(most - 1) :]
+        if x > LEFT and x + 26 + 7 * len(shown) > width - RIGHT:
+            x, row = LEFT, row + 1
         dash = f' stroke-dasharray="{DASHES[i % 4]}"' if DASHES[i % 4] else ""
-        parts.append(f'<text x="{x}" y="20">{html.escape(shown)}</text>')
-        parts.append(f'<path d="M{x - 26} 16h20" stroke="{COLOURS[i % len(COLOURS)]}" stroke-width="2"{dash}/>')
-        x -= 38
-    return parts
+        colour = f'stroke="{COLOURS[i % len(COLOURS)]}"'
+        parts.append(f'<path d="M{x} {34 + ROW * row}h20" {colour} stroke-width="2"{dash}/>')
+        parts.append(f'<text x="{x + 26}" y="{38 + ROW * row}">{html.escape(shown)}</text>')
+        x += 40 + 7 * len(shown)
+    return parts, ROW * (row + 1) if names else 0
 
 
 def _decades(low: float, high: float) -> list[float]:

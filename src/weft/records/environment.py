@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from weft import yamlfile
+from weft.records.made import made_of
 
 
 def read_sessions(folder: Path) -> list[dict[str, Any]]:
@@ -91,6 +92,7 @@ def surroundings(trainer: Any) -> dict[str, Any]:
         "system": platform.platform(),
         "processes": run.fabric.world_size,
         "devices": _devices(run.fabric),
+        "trained": made_of(run.state),
     }
 
 

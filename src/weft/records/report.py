@@ -2,7 +2,6 @@
 
     write("runs/a")                     # runs/a/report.html: opens without a server, asks for nothing outside
     for run in find_runs("runs"): ...
-    print(compare("runs/a", "runs/b"))
 
 Everything is read from the files in the run's folder, so one that still runs, or was killed, can be looked at.
 """
@@ -10,7 +9,6 @@ Everything is read from the files in the run's folder, so one that still runs, o
 from __future__ import annotations
 
 import html
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,8 +20,10 @@ from weft.loggers.csv import CONTEXT, Level, Row, levels, read_rows
 from weft.records.charts import STYLE, Line, chart
 from weft.records.environment import read_sessions
 from weft.records.foreign import MAX_ROWS_BYTES, RESULT, printable, read_json
+from weft.records.repeats import in_words, repeated
 
 SPLITS = ("train", "dev", "test")
+WHERE = ("trainer.root_dir", "trainer.run_name", "trainer.resume", "trainer.progress")
 
 
 @dataclass
@@ -38,10 +38,14 @@ class RunRecord:
     """The rows of metrics.csv."""
     profile: dict[str, Any] = field(default_factory=dict)
     """Where the time went (`profiler="simple"`), as `TimeProfile.to_dict` gives it; or rows of another profiler."""
+    history: dict[str, dict[int, float]] | None = None
+    """The curves of a run without a folder."""
 
     @property
     def curves(self) -> dict[str, dict[int, float]]:
         """Values by epoch of everything logged once an epoch, by name."""
+        if self.history is not None:
+            return self.history
         found: dict[str, dict[int, float]] = {}
         for row, level in zip(self.rows, levels(self.rows), strict=True):
             if level is not Level.STEP:
@@ -61,6 +65,17 @@ class RunRecord:
     def metrics(self) -> dict[str, dict[int, float]]:
         """The curves without learning rates, speed and seconds."""
         return {k: v for k, v in self.curves.items() if k.split("/")[0] not in CONTEXT}
+
+    @property
+    def trained(self) -> dict[str, Any]:
+        """What was trained last, and by what: optimizer and its numbers, sizes, seed."""
+        return dict(self.sessions[-1].get("trained") or {}) if self.sessions else {}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings and what was trained by dotted name, without those that only say where the run is."""
+        config = flat({name: value for name, value in self.config.items() if name != "objects"})
+        return {k: v for k, v in config.items() if k not in WHERE} | flat(self.trained)
 
     @property
     def status(self) -> str:
@@ -103,10 +118,11 @@ def write(folder: str | Path) -> Path:
 def page(run: RunRecord) -> str:
     """The report of a run as one HTML page, pictures and style included."""
     title = html.escape(f"{run.folder.resolve().name}")
-    parts = [f"<h1>{title}</h1>", _facts(run), _charts(run), _profile(run), _table("Settings", flat(run.config))]
+    parts = [f"<h1>{title}</h1>", _facts(run), _charts(run), _profile(run)]
+    parts += [_table("What was trained", flat(run.trained)), _table("Settings", flat(run.config))]
     for number, session in enumerate(run.sessions, 1):
         name = "Surroundings" if len(run.sessions) == 1 else f"Surroundings, session {number}"
-        parts.append(_table(name, flat(session)))
+        parts.append(_table(name, flat({key: value for key, value in session.items() if key != "trained"})))
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # nothing can be asked for, by any browser
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -139,7 +155,10 @@ def _charts(run: RunRecord) -> str:
         losses.append(Line(str(monitor), curves[monitor]))
     if losses:
         drawn.append(chart("loss", losses, "epoch", mark=best, wide=True))
+    hidden = repeated(run.metrics)
     for term in term_names(run.metrics):
+        if term in hidden:
+            continue
         lines = [Line(split, curves[f"{split}_{term}"]) for split in SPLITS if f"{split}_{term}" in curves]
         drawn.append(chart(term, lines or [Line(term, curves[term])], "epoch", mark=best))
     rates = {name: values for name, values in curves.items() if name.split("/")[0] == "lr"}
@@ -152,7 +171,8 @@ def _charts(run: RunRecord) -> str:
         drawn.append(chart(name.removesuffix("_step") + " by step", [Line(name, values)], "step"))
     if not drawn:
         return "<p>Nothing was logged.</p>"
-    return f'<div class="charts">{"".join(drawn)}</div>'
+    note = f"<p>Not drawn: {html.escape(in_words(hidden))}</p>" if hidden else ""
+    return f'<div class="charts">{"".join(drawn)}</div>{note}'
 
 
 def term_names(metrics: Mapping[str, Any]) -> list[str]:
@@ -236,27 +256,6 @@ def find_runs(root: str | Path = "runs") -> list[RunRecord]:
     return found
 
 
-def runs_table(root: str | Path = "runs") -> str:
-    """The runs below `root` as a table in plain text: when, how long, best metric, why they ended."""
-    rows = [("run", "started", "epochs", "steps", "best", "at epoch", "seconds", "stopped by")]
-    for run in find_runs(root):
-        result = run.result
-        best = result.get("best_metric")
-        rows.append(
-            (
-                str(run.folder.relative_to(root)),
-                str(run.sessions[0].get("started", ""))[:19] if run.sessions else "",
-                str(result.get("epochs", "")),
-                str(result.get("steps", "")),
-                "" if best is None else f"{result.get('monitor')} {best:.6g}",
-                str(result.get("best_epoch", "")),
-                f"{result['seconds']:.1f}" if "seconds" in result else "",
-                run.status,
-            )
-        )
-    return f"No runs below {root}." if len(rows) == 1 else columns(rows)
-
-
 def columns(rows: Sequence[Sequence[str]]) -> str:
     """Rows of text, aligned; the first is the head. What a terminal would obey is written out."""
     rows = [[printable(cell) for cell in row] for row in rows]
@@ -264,75 +263,3 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
-
-
-def compare(a: str | Path, b: str | Path) -> str:
-    """What differs between two runs, in plain text: settings, surroundings, and the metrics at their best and end."""
-    first, second = read_run(a), read_run(b)
-    parts = []
-    for title, one, other in (
-        ("Settings", flat(first.config), flat(second.config)),
-        ("Surroundings", _surroundings(first), _surroundings(second)),
-    ):
-        rows = [(k, _value(one, k), _value(other, k)) for k in {**one, **other} if one.get(k) != other.get(k)]
-        parts.append(f"{title}: the same" if not rows else columns([(title, str(a), str(b)), *rows]))
-    results = [
-        (k, _number(first.result.get(k)), _number(second.result.get(k)))
-        for k in ("best_metric", "best_epoch", "epochs", "steps", "seconds", "stop_reason")
-    ]
-    parts.append(columns([("Result", str(a), str(b)), *results]))
-    parts.append(_compared_curves(first, second, str(a), str(b)))
-    return "\n\n".join(parts)
-
-
-def _surroundings(run: RunRecord) -> dict[str, Any]:
-    session = run.sessions[-1] if run.sessions else {}
-    kept = ("command", "versions", "git", "host", "system", "processes", "devices", "order_seed")
-    return flat({k: session[k] for k in kept if k in session})
-
-
-def _value(values: Mapping[str, Any], key: str) -> str:
-    return _short(values[key])[:60] if key in values else "-"
-
-
-def _number(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else "-" if value is None else str(value)
-
-
-def _compared_curves(first: RunRecord, second: RunRecord, a: str, b: str) -> str:
-    rows = [("Last value", a, b, "difference", "first differ at epoch")]
-    one, other = first.metrics, second.metrics
-    for name in {**one, **other}:
-        left, right = one.get(name, {}), other.get(name, {})
-        x, y = (list(v.values())[-1] if v else None for v in (left, right))
-        apart = "-" if x is None or y is None else f"{y - x:+.3g}" if math.isfinite(y - x) else "nan"
-        differ = next((str(e) for e in sorted(left.keys() & right.keys()) if left[e] != right[e]), "the same")
-        rows.append((name, _number(x), _number(y), apart, differ))
-    return columns(rows)
-
-
-def write_comparison(a: str | Path, b: str | Path, path: str | Path) -> Path:
-    """Write the curves of two runs over each other, metric by metric, as one HTML page; returns its path."""
-    first, second = read_run(a), read_run(b)
-    names = [n for n in {**first.metrics, **second.metrics}]
-    drawn = [
-        chart(
-            n,
-            [
-                Line(f"{label}", run.metrics[n])
-                for label, run in ((str(a), first), (str(b), second))
-                if n in run.metrics
-            ],
-            "epoch",
-        )
-        for n in names
-    ]
-    text = html.escape(compare(a, b))
-    body = f'<h1>{html.escape(f"{a} and {b}")}</h1><div class="charts">{"".join(drawn)}</div><pre>{text}</pre>'
-    path = Path(path)
-    path.write_text(
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>comparison</title>'
-        f'<link rel="icon" href="data:,"><style>{STYLE}</style></head><body>{body}</body></html>\n',
-        encoding="utf-8",
-    )
-    return path

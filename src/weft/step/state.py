@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -396,6 +397,16 @@ class RunState:
         if message not in self.control.warned and self.is_global_zero:
             self.control.warned.add(message)
             warnings.warn(message, stacklevel=3)
+
+    @contextmanager
+    def telling(self, what: str) -> Iterator[None]:
+        """Within: something slow, of which the progress line tells."""
+        told = [hook.told_of for hook in self.hooks if hasattr(hook, "told_of")]
+        for tell in told:
+            tell(what, False)
+        yield
+        for tell in told:
+            tell(what, True)
 
     # ---- ending
 

@@ -7,15 +7,19 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from weft.config import Count, Natural, at_least, check
+from weft.config import Count, Natural, at_least, check, with_manual
 from weft.recipes.schema import ConfigError
 from weft.types import suggest
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Space = Mapping[str, Any]
 
 
+@with_manual
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
     """How a sweep searches."""
@@ -72,6 +76,13 @@ class SweepResult:
     folder: Path
     name: str
     storage: str
+    mode: Literal["min", "max"] = "min"
+    """Whether smaller or larger values are better."""
+
+    @property
+    def dashboard(self) -> str:
+        """The command that shows the sweep in a browser (`pip install optuna-dashboard`)."""
+        return f"optuna-dashboard {self.storage}"
 
     def __repr__(self) -> str:
         counts = {state: sum(t["state"] == state for t in self.trials) for state in ("complete", "pruned", "fail")}
@@ -94,6 +105,26 @@ class SweepResult:
         import pandas
 
         return pandas.DataFrame([{**t, **t["params"]} for t in self.trials]).drop(columns="params")
+
+    def plot(self, axes: Any = None) -> list[Axes]:
+        """The trials' values in order and over each parameter, on matplotlib axes (see `weft.plot.search`)."""
+        from weft import plots
+
+        return plots.search(self, axes)
+
+    def _repr_html_(self) -> str:
+        import html
+
+        from weft.records.charts import STYLE, Line, chart
+        from weft.records.tables import table
+
+        values = {t["number"]: t["value"] for t in self.trials if t["value"] is not None}
+        names = list(dict.fromkeys(name for t in self.trials for name in t["params"]))
+        rows = [(t["number"], t["state"], t["value"], *(t["params"].get(n, "-") for n in names)) for t in self.trials]
+        picture = chart("value", [Line("value", values)], "trial", mark=self.best_trial)
+        style = f"<style>{STYLE[STYLE.index('.charts') :]}</style>"
+        told = f"<p>{html.escape(repr(self))}<br><code>{html.escape(self.dashboard)}</code></p>"
+        return f"{style}{told}{picture}{table(rows, ('trial', 'state', 'value', *names))}"
 
 
 def space_complaints(space: Any, sampler: str) -> list[str]:

@@ -201,7 +201,7 @@ class Study:
             for t in finished
         ]
         found = (dict(best.params), best.value, best.number) if best else ({}, None, None)
-        return SweepResult(*found, trials, self.folder, self.config.name, self.storage)
+        return SweepResult(*found, trials, self.folder, self.config.name, self.storage, self.config.mode)
 
 
 # ------------------------------------------------------------------------------------------------ Optuna's words

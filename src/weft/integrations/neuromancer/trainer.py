@@ -169,7 +169,7 @@ class Trainer:
             dev_metric=self.dev_metric,
             test_metric=self.test_metric,
             monitor_metric=self._monitor,
-            monitor_mode=self.eval_mode,
+            monitor_mode=self.eval_mode,  # pyright: ignore[reportArgumentType]: checked there
             accelerator=device.type,
             devices=1 if device.index is None else [device.index],
             training_step=self._training_step,
