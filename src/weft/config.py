@@ -316,9 +316,8 @@ def check(config: Any) -> None:
 
     Containers of other libraries (OmegaConf's) become lists and dicts.
     """
-    for name, value in vars(config).items():
-        if (plain := _plain(value)) is not value:
-            object.__setattr__(config, name, plain)
+    for field in dataclasses.fields(config):
+        object.__setattr__(config, field.name, _plain(getattr(config, field.name)))
     if wrong := complaints(type(config), vars(config)):
         raise ValueError(f"{type(config).__name__}: " + "; ".join(wrong))
 

@@ -272,7 +272,7 @@ class OneOf(Processes):
 class Uncaught(Interruption):
     """Signals are Lightning's to catch."""
 
-    def caught(self) -> Any:
+    def caught(self, at_once: bool = False) -> Any:
         """Nothing is caught here."""
         return nullcontext()
 
