@@ -161,7 +161,8 @@ class _Walk:
             elif isinstance(items, tuple):
                 read = partial(lambda i: get()[i], key)
                 write = None if put is None else partial(_put_into_tuple, get, put, key)
-            yield from self.into(value, f"{name}[{key!r}]", read, write)
+            path = f"{name}[{key!r}]" if name or not isinstance(key, str) else key
+            yield from self.into(value, path, read, write)
 
     def into_attributes(self, thing: Any, name: str) -> Iterator[Place]:
         """The attributes of an object, or of a module without its parameters, buffers and modules."""

@@ -150,6 +150,27 @@ class Seams:
     """Whether what is logged must not have the name of what the problem or a step returns."""
 
     state: RunState
+    _manual: Any
+    begin_step: Callable[[Any], None]
+    end_step: Callable[[Any, Any], None]
+
+    @property
+    def manual(self) -> Any:
+        """The tools of an update, or a loop, of one's own (`weft.step.manual`), made for each phase."""
+        if self._manual is None:
+            from weft.step.manual import Manual
+
+            self._manual = Manual(self.state, self.begin_step, self.end_step)
+        return self._manual
+
+    def tell_of_nothing_trained(self) -> None:
+        """Say so once where a loop, or an update, of the user's own has not trained in the epoch that ends."""
+        if self.state.epoch.steps_before == self.state.progress.step:
+            from weft.step.own_loop import tell_of_no_step
+
+            tell_of_no_step(self.state)
+        elif self._manual is not None:
+            self._manual.tell_of_no_move()
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -37,7 +37,6 @@ from weft.loop.result import FitResult, result_of
 from weft.step.evaluation import evaluate, monitored_metric
 from weft.step.forward import Forward, forward_of
 from weft.step.instrument import bind_watched, watched, watched_batches
-from weft.step.manual import Manual
 from weft.step.nonfinite import RunningStatistics, look_back
 from weft.step.state import Listeners, Owner, RunState, Stage, Update
 from weft.step.trained import clear, clear_gradients, prepare_look
@@ -53,7 +52,6 @@ class Run(Told, Seams):
 
     update: Update
     """Update the parameters once from a batch (a list of batches when accumulating). Returns the loss, detached."""
-    manual: Manual
 
     def __init__(self, trainer: Owner, problem: nn.Module, previous: Run | None = None) -> None:
         self.state = RunState.of(trainer, problem, previous.state if previous else None)
@@ -65,6 +63,7 @@ class Run(Told, Seams):
         self.graphs: Any = None  # of a compiled run
         self._forwards: dict[str, Forward] = {}  # by split, of evaluations
         self._parameters: list[Tensor] = []
+        self._manual: Any = None
         self._before = previous.state.feed.splits if previous else {}
         self._stack = ExitStack()
 
@@ -218,7 +217,7 @@ class Run(Told, Seams):
         state = self.state
         self._forwards, state.training.outside = {}, None
         clear_gradients(state)
-        self.manual = Manual(state, self.begin_step, self.end_step)
+        self._manual = None
         self._parameters = [*state.problem.parameters(), *state.training.others.tensors.values()]
         if state.trainer.overrides("update"):
             self.update = self.manual.framed(state.trainer.update)
@@ -263,6 +262,7 @@ class Run(Told, Seams):
             state.epoch.evaluated = {}
         state.epoch.is_open, state.epoch.clock = True, time.perf_counter()
         state.epoch.throughput.begin()
+        state.epoch.steps_before = None if control.reopened else progress.step
         if not control.reopened:
             state.call("on_epoch_start")
         control.reopened = False
@@ -362,6 +362,7 @@ class Run(Told, Seams):
             self.save()
         epoch.is_open, state.control.stage = False, Stage.EPOCH_END
         look_back(state)
+        self.tell_of_nothing_trained()
         gather = state.processes.gather
         means, logged = epoch.means.compute(gather), epoch.logged.compute(gather)
         epoch.measured = {*means, *epoch.evaluated} if self.names_are_apart and state.trainer.names_are_apart else set()

@@ -158,6 +158,8 @@ class Epoch:
     throughput: Throughput = field(default_factory=Throughput)
     clock: float = 0.0
     seconds: float = 0.0
+    steps_before: int | None = None
+    """Steps of the run when it began, None where it was resumed in its middle."""
 
 
 @dataclass

@@ -6,8 +6,10 @@ requires grad and is met by a loss is named before the first update of a phase: 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -78,36 +80,71 @@ def clear_gradients(state: RunState) -> None:
 # ---- what a loss reaches besides what is trained ---------------------------------------------------------------------
 
 
-def outside_of(state: RunState) -> dict[int, tuple[Place, bool]]:
+class Outside(NamedTuple):
+    """A tensor that is not trained: where it is, and what it has as a gradient before the step."""
+
+    place: Place
+    of_node: bool
+    """Whether it is a node or term of a `weft.Problem` that reaches it."""
+    gradient: Any = None
+
+
+def _mark(found: Outside) -> Any:
+    """What changes when a backward reaches it."""
+    grad = found.place.value.grad
+    return None if grad is None else (id(grad), grad._version)
+
+
+def outside_of(state: RunState) -> dict[int, Outside]:
     """The tensors that require grad, are not trained, and can be reached by the problem, the step or a hook.
 
-    By id, with the place, and whether it is a node or term of a `weft.Problem` that reaches it. Looked for before the
-    step begins: what it makes itself is its own; and what the batch was made of is data.
+    By id. Looked for before the step begins: what it makes itself is its own; and what the batch was made of is data.
     """
     problem, trainer = state.problem, state.trainer
     trained = {id(p) for p in (*problem.parameters(), *state.training.others.tensors.values())}
     steps = [(f"the trainer's {name}", v) for name, v in vars(trainer).items() if name not in _OF_TRAINERS]
     steps += [("a hook" if isinstance(h, Mapping) else f"hook {type(h).__name__}", h) for h in state.hooks]
-    found: dict[int, tuple[Place, bool]] = {}
+    found: dict[int, Outside] = {}
     for place in places(problem, everything=True):
-        found.setdefault(id(place.value), (place, isinstance(problem, Problem)))
+        found.setdefault(id(place.value), Outside(place, isinstance(problem, Problem)))
+    if not _is_in_fit():
+        from weft.step.own_loop import reached_by_the_loop
+
+        steps += reached_by_the_loop()
     for place in places_behind([*steps, (type(trainer).__name__, type(trainer))], problem):
-        found.setdefault(id(place.value), (place, False))
+        found.setdefault(id(place.value), Outside(place, False))
     # an optimizer that a hook, a step or a trainer steps by itself (ascent on a weight, say) trains what it holds
-    others = [place.value for place, _ in found.values() if isinstance(place.value, Optimizer)]
+    others = [each.place.value for each in found.values() if isinstance(each.place.value, Optimizer)]
     trained |= {id(p) for optimizer in others for p in parameters_of(optimizer)}
     outside = {
-        key: (place, of_node)
-        for key, (place, of_node) in found.items()
-        if isinstance(p := place.value, Tensor) and p.requires_grad and p.is_leaf and key not in trained
+        key: each._replace(gradient=_mark(each))
+        for key, each in found.items()
+        if isinstance(p := each.place.value, Tensor) and p.requires_grad and p.is_leaf and key not in trained
     }
     of_data = _leaves(_tensors(state.step.batch)) if outside else {}
     return {key: found for key, found in outside.items() if key not in of_data}
 
 
+def _is_in_fit() -> bool:
+    """Whether the loop that trains is weft's own."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "fit" and frame.f_globals["__name__"].startswith("weft."):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def prepare_look(state: RunState) -> None:
     """Before the first update of a phase, find what losses may reach besides; later updates are not looked at."""
     state.training.outside = outside_of(state) if state.training.outside is None else {}
+
+
+def prepare_late_look(state: RunState) -> None:
+    """The same within a step of which nothing told the beginning: what it made itself cannot be told from the rest,
+    so only parameters count."""
+    found = outside_of(state)
+    state.training.outside = {k: v for k, v in found.items() if isinstance(v.place.value, nn.Parameter)}
 
 
 _OF_TRAINERS = {"run", "options", "config", "phases", "callbacks", "launched", "recipe", "state", "hooks"}
@@ -124,24 +161,25 @@ def look(state: RunState, losses: Any) -> None:
 
 def look_at_gradients(state: RunState) -> None:
     """The same for a loss that was not given to weft's `backward`: what it reached has a gradient."""
-    _tell(state, [found for found in (state.training.outside or {}).values() if found[0].value.grad is not None])
+    outside = (state.training.outside or {}).values()
+    _tell(state, [found for found in outside if found.place.value.grad is not None and found.gradient != _mark(found)])
 
 
-def _tell(state: RunState, reached: list[tuple[Place, bool]]) -> None:
+def _tell(state: RunState, reached: list[Outside]) -> None:
     if not reached:
         return
-    for key in [id(place.value) for place, _ in reached]:
+    for key in [id(found.place.value) for found in reached]:
         del state.training.outside[key]  # type: ignore[union-attr]
-    reached.sort(key=lambda found: not found[1])
-    place, of_node = reached[0]
-    more = [p for p, _ in reached if p.owner == place.owner]
+    reached.sort(key=lambda found: not found.of_node)
+    place, of_node, _ = reached[0]
+    more = [found.place for found in reached if found.place.owner == place.owner]
     found = ", ".join(f"{p.name} of shape {tuple(p.value.shape)}" for p in more[:5])
     found += f" and {len(more) - 5} more" if len(more) > 5 else ""
     message = (
         f"{place.owner} uses {found}, which requires grad and is not trained: neither the problem registers it nor an "
         "optimizer holds it. To train it, give it to the problem (as an attribute, `problem.k = k`, or by a weft.Node "
         "made of the module that holds it) or to an optimizer of your own; if it is constant, call "
-        "`requires_grad_(False)`."
+        "`requires_grad_(False)`; an input that is differentiated belongs to the data (`inputs_require_grad`)."
     )
     if of_node:
         raise ValueError(message)

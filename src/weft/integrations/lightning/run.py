@@ -400,6 +400,9 @@ class LightningRun(Run):
             self.results_of_training.reset()
         super()._close_epoch()
 
+    def tell_of_nothing_trained(self) -> None:
+        """Nothing: a module may step its own optimizers, or skip an epoch."""
+
     def step_metrics(self) -> dict[str, float]:
         """What loggers get every `log_every` steps: the core's means, and what the module logged for the step."""
         logged = {name: float(v) for name, v in self.results_of_training.values("logger", of_epoch=False).items()}
