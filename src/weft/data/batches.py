@@ -160,11 +160,11 @@ class Batches:
             if part == main:
                 mine = share(len(rows), self.rank, self.world)
             else:
-                mine = share_of_part(len(rows), self._rows_of(main, number + i), self.rank, self.world)
+                mine = share_of_part(len(rows), self.rows_of_part(main, number + i), self.rank, self.world)
             shares.append(rows[mine])
         return torch.cat(shares), [len(s) for s in shares]
 
-    def _rows_of(self, part: str, number: int) -> int:
+    def rows_of_part(self, part: str, number: int) -> int:
         """Rows that a part has in (global) batch `number` of an epoch."""
         rows, size = self.lengths[part], self.sizes[part]
         in_cycle = number % (rows // size if self.drop_last else -(-rows // size))

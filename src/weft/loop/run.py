@@ -34,6 +34,7 @@ from weft.loop.adapters import Seams, Told
 from weft.loop.order import train_batches
 from weft.loop.remarks import tell_of_no_best, tell_of_options, tell_of_used_up
 from weft.loop.result import FitResult, result_of
+from weft.problem.reading import add_up
 from weft.step.evaluation import evaluate, monitored_metric
 from weft.step.forward import Forward, forward_of
 from weft.step.instrument import bind_watched, watched, watched_batches
@@ -365,6 +366,8 @@ class Run(Told, Seams):
         self.tell_of_nothing_trained()
         gather = state.processes.gather
         means, logged = epoch.means.compute(gather), epoch.logged.compute(gather)
+        if state.trainer.step_function("train", state.problem) is state.problem:
+            add_up(state.problem, "train", means)
         epoch.measured = {*means, *epoch.evaluated} if self.names_are_apart and state.trainer.names_are_apart else set()
         state.refuse_taken(logged)
         metrics = {**means, **logged, **epoch.evaluated}

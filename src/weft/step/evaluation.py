@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from weft.data.batches import num_examples
-from weft.problem.reading import needs_grad_in_eval
+from weft.problem.reading import add_up, needs_grad_in_eval
 from weft.step.forward import Forward
 from weft.step.metrics import Means, whole_metrics
 from weft.types import suggest
@@ -63,6 +63,8 @@ def evaluate(state: RunState, split: str, forward: Forward, measure: Measuring |
     with evaluating(state.problem), state.processes.gathered(state.problem):
         try:
             metrics = (measure or _by_batch)(state, split, forward)
+            if state.trainer.step_function(split, state.problem) is state.problem:
+                add_up(state.problem, split, metrics)
         finally:
             state.step.evaluating = None
     if not metrics:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from weft.data.batches import disagreement
+from weft.data.batches import num_examples
 from weft.devices.precision import in_precision
 from weft.problem.reading import term_keys
 from weft.step.instrument import watched
 from weft.step.metrics import ALL_ROWS, DENOMINATOR, add_denominators, is_scalar, named
+from weft.step.microbatches import tell_of_counting
 from weft.step.pairs import watched_for_pairs
 from weft.types import suggest
 
@@ -29,7 +30,7 @@ Forward = Callable[[Any], tuple[Any, dict[str, Any]]]
 
 def forward_of(state: RunState, split: str) -> Forward:
     """The step of `split` with what it returns read: a training step must give a loss, others may."""
-    problem, metric = state.problem, metric_of(state, split)
+    problem, metric = state.problem, state.config.metric_of(split)
     step = watched(state.hooks, "forward", in_precision(state.fabric, state.trainer.step_function(split, problem)))
     read = reader(problem, split, metric, state.trainer.metric_functions, list(state.training.optimizers))
     required, unseen = split == "train", [True]
@@ -46,8 +47,7 @@ def forward_of(state: RunState, split: str) -> Forward:
         loss, scalars = read(out, batch)
         if unseen:
             unseen.clear()
-            if DENOMINATOR not in scalars and (said := disagreement(batch)):
-                state.warn_once(said)
+            tell_of_counting(state, split, batch, loss, scalars)
         if required or loss is not None:
             if isinstance(loss, dict):
                 loss = {name: checked(value, name, problem, out, split) for name, value in loss.items()}
@@ -56,12 +56,6 @@ def forward_of(state: RunState, split: str) -> Forward:
         return loss, scalars
 
     return forward
-
-
-def metric_of(state: RunState, split: str) -> str:
-    """The key of the loss of `split`."""
-    config = state.config
-    return {"train": config.train_metric, "dev": config.dev_metric}.get(split, config.test_metric)
 
 
 def reader(
@@ -84,6 +78,7 @@ def reader(
     keys, usual, names = term_keys(problem, split), f"{split}_loss", set(optimizers)
     loss_keys = (metric, "loss") if metric == usual else (metric, (keys or {}).get(metric, metric))
     not_reported, new = {*loss_keys, "num_examples"}, {*metrics, *whole}
+    picked = {f"{split}_{name}_weight" for name in getattr(problem, "terms", ())} if keys is not None else set()
 
     def read(out: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
         if isinstance(out, Tensor):
@@ -106,7 +101,9 @@ def reader(
             raise name_taken(new.intersection(scalars), split)
         for name, fn in metrics.items():
             scalars[name] = fn(out, batch)
-        add_denominators(scalars, out, split)
+        add_denominators(scalars, out, split, of_terms=keys is not None)
+        if picked <= out.keys() and len(picked) == 1:  # it is the term that counts for those rows alone
+            scalars |= {DENOMINATOR + name: num_examples(batch) for name in metrics}
         if whole:
             scalars[ALL_ROWS] = {name: metric.inputs(out, batch) for name, metric in whole.items()}
         return loss, scalars

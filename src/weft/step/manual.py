@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from weft.step.forward import metric_of, reader
+from weft.step.forward import reader
 from weft.step.instrument import watched
 from weft.step.microbatches import combiner, record, rows_of, total
 from weft.step.optimizer_step import make_step
@@ -53,7 +53,7 @@ class Manual:
     def framed(self, update: Callable[[Any], Any]) -> Update:
         """The user's `update` as one step of the run. What it returns (a loss, a dict) is logged."""
         state = self.state
-        read, unseen = reader(state.problem, "train", metric_of(state, "train"), {}, ()), [True]
+        read, unseen = reader(state.problem, "train", state.config.metric_of("train"), {}, ()), [True]
         self.moves = moves = Moves([p for o in state.training.optimizers.values() for p in parameters_of(o)])
 
         def framed_update(batch: Any) -> Tensor:
@@ -107,7 +107,7 @@ class Manual:
         self.loss, self._gradients_used, self._differentiated = loss.detach(), False, True
         rows = rows_of(state.step.batch)
         if self._framed is None and not several:
-            state.epoch.means.add({metric_of(state, "train"): loss}, rows)
+            state.epoch.means.add({state.config.metric_of("train"): loss}, rows)
         scaled = loss * rows if state.processes.in_shards else loss
         watched(state.hooks, "backward", state.fabric.backward)(scaled, **kwargs)
 

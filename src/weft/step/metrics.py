@@ -157,13 +157,17 @@ def is_scalar(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def add_denominators(scalars: dict[str, Any], out: Mapping[str, Any], split: str) -> None:
-    """Add the denominators that a step returned: of everything, "num_examples", and of one scalar, "{name}_weight"."""
+def add_denominators(scalars: dict[str, Any], out: Mapping[str, Any], split: str, of_terms: bool = False) -> None:
+    """Add the denominators that a step returned: of everything, "num_examples", and of one scalar, "{name}_weight".
+
+    `of_terms`: of a problem with terms, whose other outputs, and terms called so, are none.
+    """
     if "num_examples" in out:
         scalars[DENOMINATOR] = _count("num_examples", out["num_examples"])
     for key in out:
         if key[-7:] == "_weight" and (name := named(key[:-7], split)) in scalars:
-            scalars[DENOMINATOR + name] = _count(key, out[key])
+            if not of_terms or (key not in scalars and key == f"{name}_weight"):
+                scalars[DENOMINATOR + name] = _count(key, out[key])
 
 
 def _count(key: str, value: Any) -> Any:
