@@ -47,6 +47,8 @@ class Place(NamedTuple):
     value: Any
     get: Callable[[], Any]
     put: Callable[[Any], Any] | None
+    module: nn.Module | None = None
+    """Whose parameter or buffer it is, of a module that is not the problem's: the outermost one that was met."""
 
 
 def attributes_of(things: Iterable[tuple[str, Any]]) -> Iterator[Place]:
@@ -188,7 +190,8 @@ class _Walk:
                 for key, tensor in held.items():
                     if tensor is not None:
                         read, write = partial(held.__getitem__, key), partial(held.__setitem__, key)
-                        yield Place(self.path, self.owner, f"{prefix}.{key}".lstrip("."), tensor, read, write)
+                        path = f"{prefix}.{key}".lstrip(".")
+                        yield Place(self.path, self.owner, path, tensor, read, write, module)
             yield from self.into_attributes(part, prefix)
             if not _of_library(type(part)):
                 yield from self.into_class(type(part), "forward")

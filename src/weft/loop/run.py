@@ -34,8 +34,7 @@ from weft.loop.adapters import Seams, Told
 from weft.loop.order import train_batches
 from weft.loop.remarks import tell_of_no_best, tell_of_options, tell_of_used_up
 from weft.loop.result import FitResult, result_of
-from weft.problem.reading import add_up
-from weft.step.evaluation import evaluate, monitored_metric
+from weft.step.evaluation import add_up_terms, evaluate, monitored_metric
 from weft.step.forward import Forward, forward_of
 from weft.step.instrument import bind_watched, watched, watched_batches
 from weft.step.nonfinite import RunningStatistics, look_back
@@ -170,12 +169,12 @@ class Run(Told, Seams):
         if error is None:
             tell_of_no_best(state)
         control.stop_reason = "interrupted" if interrupted else "error" if error else control.stop_reason or "epochs"
-        last_weights = state.processes.whole(state_of(state.problem))
+        last = state.processes.whole(state_of(state.problem)), state.training.others.state_dict()
         if error is None or interrupted:
             state.best.restore(state.problem, state.training.others)
         phases.unfreeze(state.training.frozen)
         self.put_in_eval_mode()
-        self.result = result = result_of(state, last_weights)
+        self.result = result = result_of(state, *last)
         bound, state.hooks = state.hooks.bound, Listeners(state.hooks.hooks)
         with ExitStack() as last:  # each is called, even if one before it raises
             for call in reversed(bound["on_fit_end"]):
@@ -366,8 +365,7 @@ class Run(Told, Seams):
         self.tell_of_nothing_trained()
         gather = state.processes.gather
         means, logged = epoch.means.compute(gather), epoch.logged.compute(gather)
-        if state.trainer.step_function("train", state.problem) is state.problem:
-            add_up(state.problem, "train", means)
+        add_up_terms(state, "train", means)
         epoch.measured = {*means, *epoch.evaluated} if self.names_are_apart and state.trainer.names_are_apart else set()
         state.refuse_taken(logged)
         metrics = {**means, **logged, **epoch.evaluated}

@@ -20,6 +20,7 @@ from weft.loop.adapters import adapter_for, split_hooks
 from weft.loop.default_hooks import hooks_from
 from weft.loop.evaluating import run_to_evaluate
 from weft.loop.result import FitResult
+from weft.loop.remarks import tell_of_left_out
 from weft.loop.run import Run
 from weft.loop.tools import Tools
 from weft.problem.reading import forward_nodes
@@ -296,6 +297,7 @@ class Trainer(Tools):
         from weft.checkpoint.weights_files import save_weights
 
         save_weights(self.problem, path)
+        tell_of_left_out(self.run, path)
 
 
 Trainer.__init__.__signature__ = opts.signature()  # pyright: ignore[reportFunctionMemberAccess]

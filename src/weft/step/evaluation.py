@@ -63,13 +63,18 @@ def evaluate(state: RunState, split: str, forward: Forward, measure: Measuring |
     with evaluating(state.problem), state.processes.gathered(state.problem):
         try:
             metrics = (measure or _by_batch)(state, split, forward)
-            if state.trainer.step_function(split, state.problem) is state.problem:
-                add_up(state.problem, split, metrics)
+            add_up_terms(state, split, metrics)
         finally:
             state.step.evaluating = None
     if not metrics:
         raise ValueError(f"The {split} data gave nothing to report: no batch, or no scalar in what the step returned.")
     return metrics
+
+
+def add_up_terms(state: RunState, split: str, means: dict[str, float]) -> None:
+    """Make the losses of `split` the sums of their terms again, where the problem itself is the step."""
+    if state.trainer.step_function(split, state.problem) is state.problem:
+        add_up(state.problem, split, means)
 
 
 def _by_batch(state: RunState, split: str, forward: Forward) -> dict[str, float]:

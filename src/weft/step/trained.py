@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from weft.places import Place, places, places_behind
+from weft.places import Place, named, places, places_behind
 from weft.problem.problem import Problem
 from weft.step.optimizers import parameters_of
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def adopt(state: RunState) -> None:
     """Take what the optimizers hold besides the problem's parameters into the run: to its device, in its precision."""
-    found = state.training.others.add(state.problem, state.training.optimizers)
+    found = hold(state, state.training.optimizers)
     if not found:
         return
     probe = torch.nn.Linear(1, 1, dtype=torch.float32)
@@ -34,6 +34,32 @@ def adopt(state: RunState) -> None:
         p.data = p.data.to(state.fabric.device, wanted if wanted != torch.float32 and p.is_floating_point() else None)
     if state.processes.world > 1:
         state.training.others.load_state_dict(state.processes.first(state.training.others.state_dict))
+
+
+def hold(state: RunState, optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
+    """Know of what `optimizers` hold besides the problem's parameters, and of the buffers that belong to it; the
+    parameters that are new."""
+    found, others = state.training.others.add(state.problem, optimizers), state.training.others
+    if others.tensors:  # in each phase anew: they may be copies on the run's device
+        others.buffers = _buffers_beside(state)
+    return found
+
+
+def _buffers_beside(state: RunState) -> dict[str, Tensor]:
+    """The buffers of the modules whose parameters only an optimizer holds: they are trained as well."""
+    held = {id(p) for p in state.training.others.tensors.values()}
+    reached = [*places(state.problem, everything=True), *places_behind(steps_of(state), state.problem)]
+    modules = {id(place.module) for place in reached if place.module is not None and id(place.value) in held}
+    found = [place for place in reached if id(place.module) in modules and type(place.value) is Tensor]
+    return {f"buffer.{name}": place.value for name, place in named(p for p in found if not p.value.requires_grad).items()}
+
+
+def steps_of(state: RunState) -> list[tuple[str, Any]]:
+    """Whatever trains besides the problem, by what to call it: steps, hooks, the trainer's class."""
+    trainer = state.trainer
+    steps = [(f"the trainer's {name}", v) for name, v in vars(trainer).items() if name not in _OF_TRAINERS]
+    steps += [("a hook" if isinstance(h, Mapping) else f"hook {type(h).__name__}", h) for h in state.hooks]
+    return [*steps, (type(trainer).__name__, type(trainer))]
 
 
 def held_by(given: Any, problem: nn.Module) -> list[Tensor]:
@@ -100,10 +126,8 @@ def outside_of(state: RunState) -> dict[int, Outside]:
 
     By id. Looked for before the step begins: what it makes itself is its own; and what the batch was made of is data.
     """
-    problem, trainer = state.problem, state.trainer
+    problem, steps = state.problem, steps_of(state)
     trained = {id(p) for p in (*problem.parameters(), *state.training.others.tensors.values())}
-    steps = [(f"the trainer's {name}", v) for name, v in vars(trainer).items() if name not in _OF_TRAINERS]
-    steps += [("a hook" if isinstance(h, Mapping) else f"hook {type(h).__name__}", h) for h in state.hooks]
     found: dict[int, Outside] = {}
     for place in places(problem, everything=True):
         found.setdefault(id(place.value), Outside(place, isinstance(problem, Problem)))
@@ -111,7 +135,7 @@ def outside_of(state: RunState) -> dict[int, Outside]:
         from weft.step.own_loop import reached_by_the_loop
 
         steps += reached_by_the_loop()
-    for place in places_behind([*steps, (type(trainer).__name__, type(trainer))], problem):
+    for place in places_behind(steps, problem):
         found.setdefault(id(place.value), Outside(place, False))
     # an optimizer that a hook, a step or a trainer steps by itself (ascent on a weight, say) trains what it holds
     others = [each.place.value for each in found.values() if isinstance(each.place.value, Optimizer)]
