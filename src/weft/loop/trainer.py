@@ -173,7 +173,7 @@ class Trainer(Tools):
         if renew:
             from weft.loop.renewal import checked
 
-            renew = checked(renew, resume, run.takes_callbacks)
+            renew = checked(renew, resume)
         run.prepare(make_data, resume, epochs, tuple(renew))
         self.run = run
         return run

@@ -315,6 +315,11 @@ class LightningRun(Run):
         return stream
 
     @property
+    def renews(self) -> tuple[str, ...]:
+        """What of the module's optimizers and schedulers wins over the checkpoint."""
+        return self._renew
+
+    @property
     def is_accumulating(self) -> bool:
         """Whether the optimizer waits for further batches: it steps after every k-th, and after the last."""
         every = self.view.accumulate_grad_batches
