@@ -85,7 +85,11 @@ class FitResult:
 
     def save(self, run_dir: Path) -> None:
         """Write everything but weights and history to `run_dir/result.json`; `load_result` reads it back."""
-        plain = {k: v for k, v in vars(self).items() if k not in ("history", "last_weights", "last_others", "run_dir", "profile")}
+        plain = {
+            k: v
+            for k, v in vars(self).items()
+            if k not in ("history", "last_weights", "last_others", "run_dir", "profile")
+        }
         from weft.checkpoint.archive import put
 
         put(run_dir / "result.json", json.dumps(plain, indent=1).encode())

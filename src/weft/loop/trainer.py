@@ -168,7 +168,7 @@ class Trainer(Tools):
             self.run = None
         run = self.run_of(problem, previous)
         make_data = opts.data_maker(run, data, dev, **given, setup_kwargs=setup_kwargs)
-        resume = resume if resume is not None else self.config.resume
+        resume = resume or (previous.state.resume_next if previous else None) or self.config.resume
         opts.check_epochs(epochs, self.phases)
         if renew:
             from weft.loop.renewal import checked

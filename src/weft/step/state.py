@@ -208,8 +208,8 @@ class Kept:
 class Control:
     """Whether and why the run ends, and what is under way."""
 
-    is_new: bool = True
-    """Whether no run of this problem came before."""
+    number: int = 0
+    """How many fits of this problem came before in this process."""
     continues: bool = False
     """Whether it goes on with a fit that was interrupted, here or in another process."""
     begun: bool = False
@@ -228,6 +228,11 @@ class Control:
     warned: set[str] = field(default_factory=set)
     clock: float = field(default_factory=time.perf_counter)
     seconds_before: float = 0.0
+
+    @property
+    def is_new(self) -> bool:
+        """Whether no run of this problem came before."""
+        return self.number == 0
 
 
 @dataclass
@@ -283,7 +288,10 @@ class RunState:
                 best_saved=before.best_saved,
                 in_force=before.in_force,
             ),
-            Control(is_new=False, seconds_before=previous.progress.seconds),
+            Control(
+                number=previous.control.number + 1,
+                seconds_before=previous.progress.seconds,
+            ),
             previous.progress,
             previous.history,
             previous.best,
@@ -313,6 +321,12 @@ class RunState:
     def saves(self) -> bool:
         """Whether the run writes checkpoints on its own."""
         return self.config.checkpointing is not None and self.kept.run_dir is not None
+
+    @property
+    def resume_next(self) -> str | None:
+        """The checkpoint of a later fit of a script than this one: the next fit goes on from it."""
+        is_of_later = len(self.progress.fits) > self.control.number
+        return str(self.kept.resumed_from) if is_of_later and self.kept.resumed_from is not None else None
 
     # ---- data
 

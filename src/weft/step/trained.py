@@ -51,7 +51,9 @@ def _buffers_beside(state: RunState) -> dict[str, Tensor]:
     reached = [*places(state.problem, everything=True), *places_behind(steps_of(state), state.problem)]
     modules = {id(place.module) for place in reached if place.module is not None and id(place.value) in held}
     found = [place for place in reached if id(place.module) in modules and type(place.value) is Tensor]
-    return {f"buffer.{name}": place.value for name, place in named(p for p in found if not p.value.requires_grad).items()}
+    return {
+        f"buffer.{name}": place.value for name, place in named(p for p in found if not p.value.requires_grad).items()
+    }
 
 
 def steps_of(state: RunState) -> list[tuple[str, Any]]:
