@@ -42,6 +42,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _MISSING = object()
 _PLAIN = (int, float, complex, str, bytes, np.generic, torch.dtype, torch.device, type(None))
 _EVERYWHERE = (*(getattr(draw, "__self__", None) for draw in (random.random, np.random.rand)), torch.default_generator)
+_UNSEEDED = {"default_rng", "RandomState", "SystemRandom", "urandom", "token_bytes", "getrandbits", "randbits", "uuid4"}
+"""Names by which a step would make random numbers that nobody can put back."""
 _LIBRARIES = ("torch", "weft", "numpy", "lightning", "builtins", "math", "typing")
 
 
@@ -341,6 +343,8 @@ class _Walk:
         if is_ours:
             return
         names = tuple(dict.fromkeys(_names(function.__code__)))
+        for made in _UNSEEDED.intersection(names):
+            self.one_way[made] = f"{made} (in {function.__name__})"
         self._some(function.__module__, function.__globals__, function.__globals__, names)
         for attribute in self._of_owner.keys() & names:
             self.into(attribute, self._of_owner[attribute])

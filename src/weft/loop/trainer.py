@@ -180,8 +180,7 @@ class Trainer(Tools):
 
     def _fabric_for_calls(self) -> Any:
         """The Fabric that runs methods in processes of their own; None where nothing does, or these are they."""
-        options = self.options
-        return None if self.launched else fabric_for_calls(self.config, options["strategy"], options["plugins"])
+        return None if self.launched else fabric_for_calls(self.config, *map(self.options.get, ("strategy", "plugins")))
 
     def run_of(self, problem: nn.Module, previous: Run | None = None) -> Run:
         """A new run: weft's own, or that of an integration which knows this kind of problem."""

@@ -18,7 +18,7 @@ from weft.problem.reading import term_keys
 from weft.step.instrument import watched
 from weft.step.metrics import ALL_ROWS, DENOMINATOR, add_denominators, is_scalar, named
 from weft.step.microbatches import tell_of_counting
-from weft.step.pairs import watched_for_pairs
+from weft.step.pairs import looked_at
 from weft.types import suggest
 
 if TYPE_CHECKING:
@@ -33,11 +33,13 @@ def forward_of(state: RunState, split: str) -> Forward:
     problem, metric = state.problem, state.config.metric_of(split)
     step = watched(state.hooks, "forward", in_precision(state.fabric, state.trainer.step_function(split, problem)))
     read = reader(problem, split, metric, state.trainer.metric_functions, list(state.training.optimizers))
-    required, unseen = split == "train", [True]
+    required, calls = split == "train", 0
 
     def forward(batch: Any) -> tuple[Any, dict[str, Any]]:
+        nonlocal calls
+        calls += 1
         try:
-            out = watched_for_pairs(state, step, batch) if unseen else step(batch)
+            out = step(batch) if calls > 2 else looked_at(state, step, batch, calls)
         except RuntimeError as error:
             from weft.step.explaining import explained
 
@@ -45,8 +47,7 @@ def forward_of(state: RunState, split: str) -> Forward:
                 raise
             raise clearer from error
         loss, scalars = read(out, batch)
-        if unseen:
-            unseen.clear()
+        if calls == 1:
             tell_of_counting(state, split, batch, loss, scalars)
         if required or loss is not None:
             if isinstance(loss, dict):
