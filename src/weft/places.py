@@ -24,6 +24,15 @@ _OF_OTHERS = """
     _pytest pytest hypothesis IPython ipykernel wandb mlflow tensorboard
 """
 _LIBRARIES = {*sys.stdlib_module_names, *_OF_OTHERS.split()} - {"__main__"}
+HOLDERS = {
+    "types.SimpleNamespace",
+    "argparse.Namespace",
+    "collections.UserDict",
+    "collections.UserList",
+    "collections.ChainMap",
+    "_thread._local",
+}
+"""Classes of python's own that hold nothing but what their user gave them."""
 _SEARCHED = "torch.distributions."  # of a library, but it holds what its user gave it
 _PLAIN = {type(None), bool, int, float, complex, str, bytes}
 _OF_MODULES = {"_parameters", "_buffers", "_modules"}
@@ -144,6 +153,8 @@ class _Walk:
         kind = type(value)
         if isinstance(value, Dataset | DataLoader | Sampler | types.ModuleType):
             return False
+        if f"{kind.__module__}.{kind.__qualname__}" in HOLDERS:
+            return self.everything
         if _of_library(kind) and not kind.__module__.startswith(_SEARCHED):
             return False
         return self.everything or (callable(value) and hasattr(value, "__dict__"))

@@ -187,22 +187,29 @@ def num_batches(source: Any, limit: float | None) -> int | None:
     """Batches in an epoch of `source` within a limit; None if there are none, or nobody knows."""
     if source is None or not hasattr(getattr(source, "loader", []), "__len__"):
         return None
-    most = within(limit, source)
-    return len(source) if most is None else min(most, len(source))
+    try:
+        most, there = within(limit, source), len(source)
+    except TypeError:  # a DataLoader of an iterable dataset
+        return None
+    return there if most is None else min(most, there)
 
 
-def num_examples(batch: Any) -> int:
+def num_examples(batch: Any) -> Any:
     """What a batch counts for: what it says (`batch["num_examples"]`), else how many rows it has.
 
     The batch may say one number, or one for each row, which are added up; any other object may have an attribute of
-    that name. Rows are the first dimension that most of its tensors share (see `rows_in`).
+    that name (a float where they are weights). Rows are the first dimension that most of its tensors share (see
+    `rows_in`). ValueError for a number below zero.
     """
     if type(batch) is dict and "num_examples" not in batch:
         return rows_in(batch)
     said = batch.get("num_examples") if isinstance(batch, Mapping) else getattr(batch, "num_examples", None)
     if said is None or callable(said):
         return rows_in(batch)
-    return int(said.sum() if isinstance(said, Tensor) else said)
+    number = float(said.sum() if isinstance(said, Tensor) else said)
+    if not 0 <= number < float("inf"):
+        raise ValueError(f'A batch says "num_examples" {number:g}; expected a number >= 0, or one for each row.')
+    return int(number) if number.is_integer() else number
 
 
 def rows_in(batch: Any) -> int:

@@ -22,7 +22,7 @@ from weft.devices.processes import Processes
 from weft.loop import feeding
 from weft.step.history import Best, History, Progress
 from weft.step.state import RunState, trial
-from weft.step.trained import to_be_trained
+from weft.step.trained import tell_of_latecomers, to_be_trained
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -164,7 +164,9 @@ class Seams:
         return self._manual
 
     def tell_of_nothing_trained(self) -> None:
-        """Say so once where a loop, or an update, of the user's own has not trained in the epoch that ends."""
+        """Say so once where a loop, or an update, of the user's own has not trained in the epoch that ends, or a
+        parameter came too late."""
+        tell_of_latecomers(self.state)
         if self.state.epoch.steps_before == self.state.progress.step:
             from weft.step.own_loop import tell_of_no_step
 

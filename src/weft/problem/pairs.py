@@ -19,9 +19,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 _NAMES = """
     sub rsub add mul div true_divide pow float_power fmod remainder atan2 hypot logaddexp xlogy eq ne lt le gt ge
-    maximum minimum where
+    maximum minimum fmax fmin where lerp copysign dist
 """
-_METHODS, _LOSSES = "sub rsub add radd mul rmul truediv rtruediv pow", "mse_loss l1_loss smooth_l1_loss huber_loss"
+_METHODS = "sub rsub add radd mul rmul truediv rtruediv pow"
+_LOSSES = """
+    mse_loss l1_loss smooth_l1_loss huber_loss kl_div poisson_nll_loss soft_margin_loss cosine_similarity
+    pairwise_distance
+"""
 _FUNCTIONS = {getattr(owner, name) for owner in (torch, Tensor) for name in _NAMES.split() if hasattr(owner, name)}
 _FUNCTIONS |= {getattr(Tensor, f"__{name}__") for name in _METHODS.split()}
 _FUNCTIONS |= {getattr(nn.functional, name) for name in _LOSSES.split()}

@@ -41,7 +41,8 @@ def parts_of(state: RunState) -> Callable[[Any], list[tuple[Any, int, float]]]:
 def tell_of_counting(state: RunState, split: str, batch: Any, loss: Any, scalars: Mapping[str, Any]) -> None:
     """Say, once, where the first batch of a split shows that what is computed is no mean over its rows."""
     said = [] if DENOMINATOR in scalars else [disagreement(batch)]
-    said += [one_number_of_picked(state.problem)] if state.num_batches(split) != 1 else []
+    if (hidden := one_number_of_picked(state.problem)) and state.num_batches(split) != 1:
+        said.append(hidden)
     for message in filter(None, said):
         state.warn_once(message)
     if split == "train" and (state.config.accumulate > 1 or state.processes.world > 1):

@@ -126,6 +126,8 @@ class Training:
     """Parameters that do not train in this phase, and whether they did before."""
     others: Others = field(default_factory=Others)
     """What the optimizers hold and the problem does not register."""
+    registered: dict[int, nn.Parameter] = field(default_factory=dict)
+    """What the problem had that requires grad when the optimizers of this phase were there."""
     outside: dict[int, Any] | None = None
     """In the first update of a phase, what requires grad besides (`trained.outside_of`); None: not looked for yet."""
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 def adopt(state: RunState) -> None:
     """Take what the optimizers hold besides the problem's parameters into the run: to its device, in its precision."""
     found = hold(state, state.training.optimizers)
+    state.training.registered = {id(p): p for p in state.problem.parameters() if p.requires_grad}
     if not found:
         return
     probe = torch.nn.Linear(1, 1, dtype=torch.float32)
@@ -34,6 +35,22 @@ def adopt(state: RunState) -> None:
         p.data = p.data.to(state.fabric.device, wanted if wanted != torch.float32 and p.is_floating_point() else None)
     if state.processes.world > 1:
         state.training.others.load_state_dict(state.processes.first(state.training.others.state_dict))
+
+
+def tell_of_latecomers(state: RunState) -> None:
+    """Warn once of parameters that require grad, came to the problem (or were thawed) after its optimizers were made,
+    and are in none of them."""
+    known, held = state.training.registered, None
+    for name, p in state.problem.named_parameters():
+        if p.requires_grad and id(p) not in known:
+            held = held or {id(q) for optimizer in state.training.optimizers.values() for q in parameters_of(optimizer)}
+            if id(p) not in held:
+                state.warn_once(
+                    f"Parameter {name} of shape {tuple(p.shape)} requires grad since its optimizers were made, and is "
+                    "in none of them: it is not trained. Make it before the fit or in a phase's `setup`, add it "
+                    "(optimizer.add_param_group), or change it in place (p.data.copy_(...))."
+                )
+                return
 
 
 def hold(state: RunState, optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
