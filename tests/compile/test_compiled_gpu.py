@@ -124,7 +124,7 @@ def test_weights_that_were_moved_get_a_new_graph() -> None:
     assert compiled.history["train_loss"] == pytest.approx(eager.history["train_loss"], rel=1e-4)
 
 
-class Masked(nn.Module):
+class MaskedMean(nn.Module):
     """A mean over the entries that are there, with its denominator."""
 
     def __init__(self) -> None:
@@ -143,7 +143,7 @@ def test_denominators_accumulate_in_graphs_as_in_one_big_batch() -> None:
     data = {"x": torch.randn(64, 3), "m": (torch.rand(64, 1) < torch.linspace(0.05, 1, 64)[:, None]).float()}
     ended = []
     for size, options in ((64, {}), (16, {"accumulate": 4}), (16, {"accumulate": 4, "compile": True})):
-        problem = Masked()
+        problem = MaskedMean()
         trainer = weft.Trainer(
             epochs=6, progress=False, accelerator="cuda", optimizer=lambda p: torch.optim.SGD(p, lr=0.1), **options
         )

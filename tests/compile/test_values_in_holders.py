@@ -24,7 +24,7 @@ from weft.compile import watching
 X = torch.rand(24, 2, generator=torch.Generator().manual_seed(0))
 
 
-class Net(nn.Module):
+class Affine(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -34,7 +34,7 @@ class Net(nn.Module):
         return {f"{batch['name']}_loss": (self.layer(batch["x"]) - 1).square().mean()}
 
 
-class Slotted:
+class WithSlots:
     __slots__ = ("lam",)
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Referred:
 KEPT = Referred()
 
 
-def attribute(thing: Any, value: float) -> None:
+def put_attribute(thing: Any, value: float) -> None:
     thing.lam = value
 
 
@@ -56,19 +56,19 @@ def item(thing: Any, value: float) -> None:
     thing["lam"] = value
 
 
-def first(thing: Any, value: float) -> None:
+def put_first(thing: Any, value: float) -> None:
     thing[0] = value
 
 
 HOLDERS: dict[str, tuple[Callable[[], Any], Callable[[Any, float], Any], Callable[[Any], float]]] = {
-    "SimpleNamespace": (lambda: types.SimpleNamespace(lam=0.0), attribute, lambda c: c.lam),
-    "Namespace": (lambda: argparse.Namespace(lam=0.0), attribute, lambda c: c.lam),
-    "slots": (Slotted, attribute, lambda c: c.lam),
-    "local": (threading.local, attribute, lambda c: getattr(c, "lam", 0.0)),
-    "deque": (lambda: collections.deque([0.0]), first, lambda c: c[0]),
-    "array": (lambda: array.array("d", [0.0]), first, lambda c: c[0]),
+    "SimpleNamespace": (lambda: types.SimpleNamespace(lam=0.0), put_attribute, lambda c: c.lam),
+    "Namespace": (lambda: argparse.Namespace(lam=0.0), put_attribute, lambda c: c.lam),
+    "slots": (WithSlots, put_attribute, lambda c: c.lam),
+    "local": (threading.local, put_attribute, lambda c: getattr(c, "lam", 0.0)),
+    "deque": (lambda: collections.deque([0.0]), put_first, lambda c: c[0]),
+    "array": (lambda: array.array("d", [0.0]), put_first, lambda c: c[0]),
     "UserDict": (lambda: collections.UserDict(lam=0.0), item, lambda c: c["lam"]),
-    "UserList": (lambda: collections.UserList([0.0]), first, lambda c: c[0]),
+    "UserList": (lambda: collections.UserList([0.0]), put_first, lambda c: c[0]),
     "ChainMap": (lambda: collections.ChainMap({"lam": 0.0}), item, lambda c: c["lam"]),
     "a view": (
         lambda: (d := {"lam": 0.0}, types.MappingProxyType(d)),
@@ -76,7 +76,7 @@ HOLDERS: dict[str, tuple[Callable[[], Any], Callable[[Any, float], Any], Callabl
         lambda c: c[1]["lam"],
     ),
     "ContextVar": (lambda: contextvars.ContextVar("lam", default=0.0), lambda c, v: c.set(v), lambda c: c.get()),
-    "weakref": (lambda: weakref.ref(KEPT), lambda c, v: attribute(c(), v), lambda c: c().lam),
+    "weakref": (lambda: weakref.ref(KEPT), lambda c, v: put_attribute(c(), v), lambda c: c().lam),
     "environ": (lambda: "WEFT_TEST_LAM", lambda c, v: os.environ.update({c: str(v)}), lambda c: float(os.environ[c])),
 }
 
@@ -91,7 +91,7 @@ def last_loss(name: str, compile: bool) -> float:
 
     change = {"on_epoch_start": lambda trainer: put(held, 1.0 * (trainer.current_epoch >= 5))}
     trainer = weft.Trainer(epochs=8, progress=False, compile=compile, training_step=step, hooks=change)
-    result = trainer.fit(Net(), weft.Data({"x": X}, batch_size=8, shuffle=False))
+    result = trainer.fit(Affine(), weft.Data({"x": X}, batch_size=8, shuffle=False))
     return result.history["train_loss"][-1]
 
 
@@ -128,5 +128,5 @@ def test_a_step_that_reads_the_learning_rate_sees_it_change() -> None:
             optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
             scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 3, 0.5),
         )
-        found.append(trainer.fit(Net(), weft.Data({"x": X}, batch_size=8, shuffle=False)).history["train_loss"])
+        found.append(trainer.fit(Affine(), weft.Data({"x": X}, batch_size=8, shuffle=False)).history["train_loss"])
     assert found[1] == pytest.approx(found[0], rel=1e-5)

@@ -16,7 +16,7 @@ from tests.helpers.lightning_tools import LineModule, line, loaders
 X = torch.linspace(0, 1, 16)[:, None]
 
 
-class Fit(torch.nn.Module):
+class Straight(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -31,11 +31,11 @@ def objects(problem: Any, lr: float, make: Any) -> dict[str, Any]:
     return {"optimizer": optimizer, "scheduler": make(optimizer)}
 
 
-def fit(root: Path, epochs: int, lr: float, make: Any, renew: Any = ()) -> list[float]:
+def fit_objects(root: Path, epochs: int, lr: float, make: Any, renew: Any = ()) -> list[float]:
     """The rates by epoch."""
     rates: list[float] = []
     hooks = {"on_epoch_start": lambda trainer: rates.append(trainer.optimizer.param_groups[0]["lr"])}
-    problem = Fit()
+    problem = Straight()
     trainer = weft.Trainer(
         epochs=epochs,
         progress=False,
@@ -65,23 +65,23 @@ SCHEDULES: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_scheduler_that_is_an_object_is_renewed(name: str, tmp_path: Path) -> None:
-    expected = fit(tmp_path / "whole", 8, 0.01, SCHEDULES[name])
-    fit(tmp_path / "cut", 4, 0.01, lambda o: lr_scheduler.ExponentialLR(o, 0.5))
-    assert fit(tmp_path / "cut", 8, 0.01, SCHEDULES[name], renew="scheduler") == pytest.approx(expected[4:])
+    expected = fit_objects(tmp_path / "whole", 8, 0.01, SCHEDULES[name])
+    fit_objects(tmp_path / "cut", 4, 0.01, lambda o: lr_scheduler.ExponentialLR(o, 0.5))
+    assert fit_objects(tmp_path / "cut", 8, 0.01, SCHEDULES[name], renew="scheduler") == pytest.approx(expected[4:])
 
 
 @pytest.mark.parametrize("name", ["cosine", "steps", "warmup"])
 def test_both_are_renewed_with_another_rate(name: str, tmp_path: Path) -> None:
-    expected = fit(tmp_path / "whole", 8, 0.05, SCHEDULES[name])
-    fit(tmp_path / "cut", 4, 0.01, lambda o: lr_scheduler.ExponentialLR(o, 0.5))
+    expected = fit_objects(tmp_path / "whole", 8, 0.05, SCHEDULES[name])
+    fit_objects(tmp_path / "cut", 4, 0.01, lambda o: lr_scheduler.ExponentialLR(o, 0.5))
     renew = ("optimizer", "scheduler")
-    assert fit(tmp_path / "cut", 8, 0.05, SCHEDULES[name], renew=renew) == pytest.approx(expected[4:])
+    assert fit_objects(tmp_path / "cut", 8, 0.05, SCHEDULES[name], renew=renew) == pytest.approx(expected[4:])
 
 
 # ---- a LightningModule
 
 
-class Scheduled(LineModule):
+class ScheduledLine(LineModule):
     """A module whose rate and schedule are given from outside."""
 
     lr, make, interval = 0.1, SCHEDULES["steps"], "epoch"
@@ -98,9 +98,11 @@ class Scheduled(LineModule):
 RATES: list[float] = []
 
 
-def fit_module(root: Path, epochs: int, lr: float, make: Any, renew: Any = (), interval: str = "epoch") -> list[float]:
+def fit_scheduled_line(
+    root: Path, epochs: int, lr: float, make: Any, renew: Any = (), interval: str = "epoch"
+) -> list[float]:
     RATES.clear()
-    kind = type("Kind", (Scheduled,), {"lr": lr, "make": staticmethod(make), "interval": interval})
+    kind = type("Kind", (ScheduledLine,), {"lr": lr, "make": staticmethod(make), "interval": interval})
     module = kind()
     module.load_state_dict(line().state_dict())
     trainer = weft.Trainer(
@@ -119,17 +121,21 @@ def fit_module(root: Path, epochs: int, lr: float, make: Any, renew: Any = (), i
     [("cosine", "epoch"), ("steps", "epoch"), ("plateau", "epoch"), ("cosine", "step"), ("warmup", "step")],
 )
 def test_a_lightning_modules_scheduler_and_optimizer_are_renewed(name: str, interval: str, tmp_path: Path) -> None:
-    expected = fit_module(tmp_path / "whole", 6, 0.05, SCHEDULES[name], interval=interval)
-    fit_module(tmp_path / "cut", 3, 0.05, lambda o: lr_scheduler.ExponentialLR(o, 0.5), interval=interval)
+    expected = fit_scheduled_line(tmp_path / "whole", 6, 0.05, SCHEDULES[name], interval=interval)
+    fit_scheduled_line(tmp_path / "cut", 3, 0.05, lambda o: lr_scheduler.ExponentialLR(o, 0.5), interval=interval)
     renew = ("optimizer", "scheduler")
-    rates = fit_module(tmp_path / "cut", 6, 0.05, SCHEDULES[name], renew=renew, interval=interval)
+    rates = fit_scheduled_line(tmp_path / "cut", 6, 0.05, SCHEDULES[name], renew=renew, interval=interval)
     assert rates == pytest.approx(expected[3:], rel=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_lightning_modules_optimizer_alone_is_renewed_and_its_scheduler_goes_on(tmp_path: Path) -> None:
-    expected = fit_module(tmp_path / "whole", 6, 0.05, SCHEDULES["steps"])
-    fit_module(tmp_path / "cut", 4, 0.01, SCHEDULES["steps"])
-    assert fit_module(tmp_path / "cut", 6, 0.05, SCHEDULES["steps"], renew="optimizer") == pytest.approx(expected[4:])
-    fit_module(tmp_path / "old", 4, 0.01, SCHEDULES["steps"])
-    assert fit_module(tmp_path / "old", 6, 0.05, SCHEDULES["steps"]) != pytest.approx(expected[4:])  # without renew
+    expected = fit_scheduled_line(tmp_path / "whole", 6, 0.05, SCHEDULES["steps"])
+    fit_scheduled_line(tmp_path / "cut", 4, 0.01, SCHEDULES["steps"])
+    assert fit_scheduled_line(tmp_path / "cut", 6, 0.05, SCHEDULES["steps"], renew="optimizer") == pytest.approx(
+        expected[4:]
+    )
+    fit_scheduled_line(tmp_path / "old", 4, 0.01, SCHEDULES["steps"])
+    assert fit_scheduled_line(tmp_path / "old", 6, 0.05, SCHEDULES["steps"]) != pytest.approx(
+        expected[4:]
+    )  # without renew

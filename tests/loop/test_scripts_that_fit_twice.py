@@ -14,7 +14,7 @@ import weft
 X = torch.linspace(0, 1, 24)[:, None]
 
 
-class Fit(torch.nn.Module):
+class Threefold(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -24,7 +24,7 @@ class Fit(torch.nn.Module):
         return {f"{batch['name']}_loss": (self.net(batch["x"]) - 3 * batch["x"]).square().mean()}
 
 
-class Killed(BaseException):
+class Gone(BaseException):
     """As if the process were gone: nothing is saved any more."""
 
 
@@ -33,7 +33,7 @@ def script(root: Path, fits: tuple[int | None, ...] = (None, 2, 1), kill: int | 
 
     def end(trainer: weft.Trainer, batch: Any, loss: Any) -> None:
         if trainer.global_step == kill:
-            raise Killed
+            raise Gone
 
     trainer = weft.Trainer(
         epochs=3,
@@ -46,7 +46,7 @@ def script(root: Path, fits: tuple[int | None, ...] = (None, 2, 1), kill: int | 
         optimizer=lambda q: torch.optim.Adam(q, lr=0.05),
         **options,
     )
-    problem, data = Fit(), weft.Data({"x": X}, {"x": X[:6]}, batch_size=4)
+    problem, data = Threefold(), weft.Data({"x": X}, {"x": X[:6]}, batch_size=4)
     result = trainer.fit(problem, data, resume="auto")
     for epochs in fits[1:]:
         result = trainer.fit(problem, data, epochs=epochs)
@@ -57,7 +57,7 @@ def script(root: Path, fits: tuple[int | None, ...] = (None, 2, 1), kill: int | 
 def test_a_script_that_is_run_again_ends_at_the_undisturbed_bits(kill: int, tmp_path: Path) -> None:
     """Six batches an epoch; the fits train epochs 0 to 2, 3 to 4, and 5."""
     expected, whole = script(tmp_path / "whole")
-    with pytest.raises(Killed):
+    with pytest.raises(Gone):
         script(tmp_path / "cut", kill=kill)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -71,19 +71,19 @@ def test_a_script_that_is_run_again_ends_at_the_undisturbed_bits(kill: int, tmp_
 
 
 def test_a_single_fit_of_as_many_epochs_says_that_it_was_over(tmp_path: Path) -> None:
-    with pytest.raises(Killed):
+    with pytest.raises(Gone):
         script(tmp_path, kill=20)
     with pytest.warns(UserWarning, match=r"saved in fit 2 of this run: fit 1, of epochs 0 to 2, was over and trains"):
         assert script(tmp_path, fits=(None,))[1].epochs == 3
 
 
 def test_a_fit_of_another_length_goes_on_with_the_later_fit(tmp_path: Path) -> None:
-    with pytest.raises(Killed):
+    with pytest.raises(Gone):
         script(tmp_path, kill=20)
     trainer = weft.Trainer(epochs=3, seed=0, progress=False, optimizer=lambda q: torch.optim.Adam(q, lr=0.05))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         data = weft.Data({"x": X}, {"x": X[:6]}, batch_size=4)
-        found = trainer.fit(Fit(), data, resume=str(tmp_path / "a"), epochs=4)
+        found = trainer.fit(Threefold(), data, resume=str(tmp_path / "a"), epochs=4)
         assert found.epochs == 7  # from the third on, four
         assert trainer.fit(trainer.problem, data, epochs=1).epochs == 8

@@ -1,4 +1,4 @@
-"""A step that calls backward itself, or clears gradients: what is lost or added is told; complex gradients are clipped."""
+"""A step that calls backward itself, or clears gradients: what is lost or added is told. Complex gradients clip."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import weft
 X = torch.rand(16, 2, generator=torch.Generator().manual_seed(0))
 
 
-class Net(nn.Module):
+class Small(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -41,8 +41,8 @@ def attack(problem: Any, batch: Any, way: str) -> Tensor:
     return problem({**batch, "x": (x + 0.1 * grad.sign()).detach()})["train_loss"]
 
 
-def fit(way: str, accumulate: int = 1, **options: Any) -> list[Tensor]:
-    problem = Net()
+def fit_attacked(way: str, accumulate: int = 1, **options: Any) -> list[Tensor]:
+    problem = Small()
     options = {"epochs": 2, "seed": 0, "progress": False, "optimizer": lambda p: torch.optim.SGD(p, lr=0.1), **options}
     trainer = weft.Trainer(
         accumulate=accumulate, training_step=lambda t, batch: attack(t.problem, batch, way), **options
@@ -51,8 +51,8 @@ def fit(way: str, accumulate: int = 1, **options: Any) -> list[Tensor]:
     return [p.detach() for p in problem.parameters()]
 
 
-def by_hand(accumulate: int) -> list[Tensor]:
-    problem = Net()
+def attacked_by_hand(accumulate: int) -> list[Tensor]:
+    problem = Small()
     for _ in range(2):
         for first in range(0, 16, 4 * accumulate):
             total = torch.zeros(())
@@ -68,14 +68,14 @@ def by_hand(accumulate: int) -> list[Tensor]:
 @pytest.mark.parametrize("way", ["zero_grad", "zeros"])
 def test_a_step_that_clears_gradients_is_told_where_it_clears_those_of_other_parts(way: str) -> None:
     with pytest.warns(UserWarning, match="The step clears the gradients of what is trained") as told:
-        lost = fit(way, accumulate=2)
+        lost = fit_attacked(way, accumulate=2)
     assert len(told) == 1
-    assert not all(map(torch.allclose, lost, by_hand(2)))  # it is told with reason
+    assert not all(map(torch.allclose, lost, attacked_by_hand(2)))  # it is told with reason
 
 
 def test_a_step_that_leaves_gradients_is_told() -> None:
     with pytest.warns(UserWarning, match="The step adds to the gradients of what is trained") as told:
-        fit("backward")
+        fit_attacked("backward")
     assert len(told) == 1
 
 
@@ -84,7 +84,7 @@ def test_a_step_that_leaves_gradients_is_told() -> None:
 def test_other_attacks_train_as_by_hand(way: str, accumulate: int, no_warnings: list[Any]) -> None:
     if way == "zero_grad" and accumulate == 2:
         return
-    torch.testing.assert_close(fit(way, accumulate), by_hand(accumulate))
+    torch.testing.assert_close(fit_attacked(way, accumulate), attacked_by_hand(accumulate))
     assert not no_warnings
 
 
@@ -140,11 +140,11 @@ def test_a_step_that_makes_an_unseeded_generator_stays_eager() -> None:
         return trainer.problem(batch)["train_loss"] * (2.0 if np.random.default_rng().random() < 0.001 else 1.0)
 
     with pytest.warns(UserWarning, match=r"makes random numbers by default_rng \(in rare\)"):
-        weft.Trainer(epochs=3, progress=False, compile=True, training_step=rare).fit(Net(), {"x": X})
+        weft.Trainer(epochs=3, progress=False, compile=True, training_step=rare).fit(Small(), {"x": X})
 
 
 def test_an_attack_is_compiled_to_the_same_weights() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        compiled = fit("autograd.grad", compile=True)
-    torch.testing.assert_close(compiled, by_hand(1), rtol=1e-4, atol=1e-6)
+        compiled = fit_attacked("autograd.grad", compile=True)
+    torch.testing.assert_close(compiled, attacked_by_hand(1), rtol=1e-4, atol=1e-6)

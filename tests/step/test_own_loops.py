@@ -20,7 +20,7 @@ DATA = {"x": X, "y": 3 * X}
 GLOBAL = nn.Linear(1, 1)
 
 
-class Net(nn.Module):
+class Looped(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -30,12 +30,12 @@ class Net(nn.Module):
         return {f"{batch['name']}_loss": (self.net(batch["x"]) - batch["y"]).square().mean()}
 
 
-def start(**options: Any) -> Any:
+def start_loop(**options: Any) -> Any:
     trainer = weft.Trainer(**{"epochs": 2, "seed": 0, "progress": False, **options})
-    return trainer.start(Net(), weft.Data(DATA, batch_size=4))
+    return trainer.start(Looped(), weft.Data(DATA, batch_size=4))
 
 
-def train(run: Any, loss_of: Callable[[Any, Any], Tensor]) -> None:
+def train_by_hand(run: Any, loss_of: Callable[[Any, Any], Tensor]) -> None:
     for _ in run.epochs():
         for batch in run.batches("train"):
             run.backward(loss_of(run, batch))
@@ -47,7 +47,7 @@ def train(run: Any, loss_of: Callable[[Any, Any], Tensor]) -> None:
 
 def variable() -> None:
     k = nn.Parameter(torch.ones(1))
-    with start() as run:
+    with start_loop() as run:
         for _ in run.epochs():
             for batch in run.batches("train"):
                 run.backward(run.problem(batch)["train_loss"] + (k * batch["x"]).mean())
@@ -56,7 +56,7 @@ def variable() -> None:
 
 def tensor_in_a_list() -> None:
     found = [torch.ones(1, requires_grad=True)]
-    with start() as run:
+    with start_loop() as run:
         for _ in run.epochs():
             for batch in run.batches("train"):
                 run.backward(run.problem(batch)["train_loss"] * sum(found).sum())
@@ -65,17 +65,17 @@ def tensor_in_a_list() -> None:
 
 def module_that_a_function_closes_over() -> None:
     k = nn.Linear(1, 1)
-    with start() as run:
-        train(run, lambda run, batch: run.problem(batch)["train_loss"] + k(batch["x"]).mean())
+    with start_loop() as run:
+        train_by_hand(run, lambda run, batch: run.problem(batch)["train_loss"] + k(batch["x"]).mean())
 
 
-def attribute_of_an_object() -> None:
+def attribute_of_a_script() -> None:
     class Script:
         def __init__(self) -> None:
             self.k = nn.Parameter(torch.ones(1))
 
         def go(self) -> None:
-            with start() as run:
+            with start_loop() as run:
                 for _ in run.epochs():
                     for batch in run.batches("train"):
                         (run.problem(batch)["train_loss"] * self.k.sum()).backward()
@@ -85,7 +85,7 @@ def attribute_of_an_object() -> None:
 
 
 def module_of_the_file() -> None:
-    with start() as run:
+    with start_loop() as run:
         for _ in run.epochs():
             for batch in run.batches("train"):
                 run.backward(run.problem(batch)["train_loss"] + GLOBAL(batch["x"]).mean())
@@ -94,7 +94,7 @@ def module_of_the_file() -> None:
 
 def loop_over_batches_of_its_own() -> None:
     k = nn.Parameter(torch.ones(1))
-    with start() as run:
+    with start_loop() as run:
         for _ in run.epochs():
             for _ in range(3):
                 run.backward(run.problem({**DATA, "name": "train"})["train_loss"] * k.sum())
@@ -111,7 +111,7 @@ def update_inside_a_function() -> None:
     def held() -> Tensor:
         return k.sum()
 
-    with Step(epochs=2, progress=False).start(Net(), weft.Data(DATA, batch_size=4)) as run:
+    with Step(epochs=2, progress=False).start(Looped(), weft.Data(DATA, batch_size=4)) as run:
         for _ in run.epochs():
             for batch in run.batches("train"):
                 run.update(batch)
@@ -126,7 +126,7 @@ WAYS = [
     variable,
     tensor_in_a_list,
     module_that_a_function_closes_over,
-    attribute_of_an_object,
+    attribute_of_a_script,
     module_of_the_file,
     loop_over_batches_of_its_own,
     update_inside_a_function,
@@ -141,7 +141,7 @@ def test_what_a_loop_of_ones_own_reaches_is_named_once(way: Callable[[], None]) 
     assert len(of(told, UNSEEN)) == 1, "\n".join(of(told, UNSEEN))
     (said,) = of(told, UNSEEN)
     name = {tensor_in_a_list: "found", module_of_the_file: "GLOBAL.weight"}.get(way, "k")
-    assert f"uses {name}" in said or (way is attribute_of_an_object and "self.k" in said) or ".k" in said, said
+    assert f"uses {name}" in said or (way is attribute_of_a_script and "self.k" in said) or ".k" in said, said
 
 
 def test_with_the_loop_out_of_sight_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +156,7 @@ def test_nothing_is_said_of_what_a_loop_makes_itself_or_trains_itself() -> None:
     theirs = nn.Linear(1, 1)
     own = torch.optim.SGD(theirs.parameters(), lr=0.1)
     idle = nn.Linear(1, 1)
-    with warnings.catch_warnings(), start() as run:
+    with warnings.catch_warnings(), start_loop() as run:
         warnings.simplefilter("error")
         for _ in run.epochs():
             for batch in run.batches("train"):
@@ -167,7 +167,10 @@ def test_nothing_is_said_of_what_a_loop_makes_itself_or_trains_itself() -> None:
                 own.step()
                 own.zero_grad()
         assert idle.weight.grad is None
-    with warnings.catch_warnings(), start() as run:  # nothing tells where a step begins: plain tensors may be its own
+    with (
+        warnings.catch_warnings(),
+        start_loop() as run,
+    ):  # nothing tells where a step begins: plain tensors may be its own
         warnings.simplefilter("error")
         for _ in run.epochs():
             point = X.clone().requires_grad_()
@@ -196,7 +199,10 @@ def steps_another_optimizer(run: Any, batch: Any) -> None:
 @pytest.mark.filterwarnings("ignore:'train_loss' does not appear")
 @pytest.mark.parametrize("act", [forgets_the_step, forgets_all, steps_another_optimizer])
 def test_an_epoch_without_a_step_is_told_once(act: Callable[[Any, Any], None]) -> None:
-    with pytest.warns(UserWarning, match="An epoch went through 3 batches .* made no step") as told, start() as run:
+    with (
+        pytest.warns(UserWarning, match="An epoch went through 3 batches .* made no step") as told,
+        start_loop() as run,
+    ):
         for _ in run.epochs():
             for batch in run.batches("train"):
                 act(run, batch)
@@ -206,14 +212,17 @@ def test_an_epoch_without_a_step_is_told_once(act: Callable[[Any, Any], None]) -
 @pytest.mark.filterwarnings("ignore:'train_loss' does not appear")
 def test_a_loop_without_batches_is_told() -> None:
     with pytest.warns(UserWarning, match="An epoch asked for no batch of training data and made no step"):
-        with start() as run:
+        with start_loop() as run:
             for _ in run.epochs():
                 pass
 
 
 @pytest.mark.filterwarnings("ignore:'train_loss' does not appear")
 def test_a_step_without_gradients_is_told() -> None:
-    with pytest.warns(UserWarning, match=r"step: no parameter of 'default' has a gradient") as told, start() as run:
+    with (
+        pytest.warns(UserWarning, match=r"step: no parameter of 'default' has a gradient") as told,
+        start_loop() as run,
+    ):
         for _ in run.epochs():
             for batch in run.batches("train"):
                 with torch.no_grad():
@@ -261,7 +270,7 @@ class Rarely(weft.Trainer):
 )
 def test_an_update_that_trains_nothing_is_told_once(kind: Any, lacks: str, batch_size: int | None) -> None:
     with pytest.warns(UserWarning, match=rf"{kind.__name__}\.update has trained nothing.*{lacks}") as told:
-        kind(epochs=3, progress=False).fit(Net(), weft.Data(DATA, batch_size=batch_size))
+        kind(epochs=3, progress=False).fit(Looped(), weft.Data(DATA, batch_size=batch_size))
     assert len(told) == 1
 
 
@@ -269,7 +278,7 @@ def test_an_update_that_trains_nothing_is_told_once(kind: Any, lacks: str, batch
 def test_an_update_that_trains_in_its_own_way_is_left_alone(kind: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        kind(epochs=3, progress=False).fit(Net(), weft.Data(DATA, batch_size=4))
+        kind(epochs=3, progress=False).fit(Looped(), weft.Data(DATA, batch_size=4))
 
 
 def test_a_gradient_that_was_there_before_the_step_is_no_finding() -> None:
@@ -285,4 +294,4 @@ def test_a_gradient_that_was_there_before_the_step_is_no_finding() -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Own(epochs=2, progress=False).fit(Net(), weft.Data(DATA, batch_size=4))
+        Own(epochs=2, progress=False).fit(Looped(), weft.Data(DATA, batch_size=4))

@@ -18,7 +18,7 @@ X = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
 DATA = {"x": X, "m": (torch.arange(16)[:, None] % 3 == 0).float()}
 
 
-class Net(nn.Module):
+class Readout(nn.Module):
     """A layer, and a loss of its output and the batch."""
 
     def __init__(self, loss: Callable[[Tensor, Any], Any]) -> None:
@@ -30,8 +30,8 @@ class Net(nn.Module):
         return self.loss(self.layer(batch["x"]), batch)
 
 
-def weights(loss: Callable[[Tensor, Any], Any], size: int = 4, accumulate: int = 4, **options: Any) -> Tensor:
-    problem = Net(loss)
+def weights_after(loss: Callable[[Tensor, Any], Any], size: int = 4, accumulate: int = 4, **options: Any) -> Tensor:
+    problem = Readout(loss)
     options = {"epochs": 1, "progress": False, "optimizer": lambda p: torch.optim.SGD(p, lr=0.1), **options}
     data = weft.Data(DATA, batch_size=size, shuffle=False)
     weft.Trainer(accumulate=accumulate, **options).fit(problem, data)
@@ -59,19 +59,19 @@ MEANS: dict[str, Callable[[Tensor, Any], Any]] = {
 @pytest.mark.parametrize("name", SUMS)
 def test_a_sum_over_rows_is_told_where_parts_are_averaged(name: str) -> None:
     with pytest.warns(UserWarning, match="accumulate=4: the loss is a sum over the 4 rows of its part") as told:
-        parts = weights(SUMS[name])
+        parts = weights_after(SUMS[name])
     assert len(told) == 1
-    assert not torch.allclose(parts, weights(SUMS[name], 16, 1))  # it is told with reason
+    assert not torch.allclose(parts, weights_after(SUMS[name], 16, 1))  # it is told with reason
 
 
 @pytest.mark.parametrize("name", MEANS)
 def test_a_mean_over_rows_is_exact_and_nothing_is_said(name: str, no_warnings: list[Any]) -> None:
-    torch.testing.assert_close(weights(MEANS[name]), weights(MEANS[name], 16, 1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weights_after(MEANS[name]), weights_after(MEANS[name], 16, 1), rtol=1e-5, atol=1e-6)
     assert not no_warnings
 
 
 def test_a_sum_is_told_nothing_where_there_is_one_part(no_warnings: list[Any]) -> None:
-    weights(SUMS["sum"], 16, 1)
+    weights_after(SUMS["sum"], 16, 1)
     assert not no_warnings
     assert not is_sum_over_rows(X.requires_grad_().sum(), 7)  # of other rows than the batch has
     X.requires_grad_(False)
@@ -85,11 +85,11 @@ def by_term(u: Tensor, b: Any) -> Any:
 
 def test_a_weight_of_a_term_alone_is_told_under_accumulation() -> None:
     with pytest.warns(UserWarning, match="train_seen count by weights of their own in the history, and the grad"):
-        weights(by_term)
+        weights_after(by_term)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        weights(by_term, accumulate=1)
-        weights(lambda u, b: {**by_term(u, b), "num_examples": b["m"].sum()})
+        weights_after(by_term, accumulate=1)
+        weights_after(lambda u, b: {**by_term(u, b), "num_examples": b["m"].sum()})
 
 
 def test_two_processes_are_told_too() -> None:
@@ -98,13 +98,13 @@ def test_two_processes_are_told_too() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*the loss is a sum")
         with pytest.raises(Exception, match="2 processes: the loss is a sum over the 4 rows"):
-            weights(SUMS["sum"], accumulate=1, **options)
+            weights_after(SUMS["sum"], accumulate=1, **options)
 
 
 # ---- nested parts
 
 
-class Parts(nn.Module):
+class Unequal(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -115,7 +115,7 @@ class Parts(nn.Module):
 
 
 def fit_parts(rows: tuple[int, int], sizes: Any, accumulate: int) -> Tensor:
-    problem = Parts()
+    problem = Unequal()
     data = {
         name: weft.DictDataset({"x": torch.linspace(0.1, 1, n)[:, None]}) for name, n in zip("ib", rows, strict=True)
     }

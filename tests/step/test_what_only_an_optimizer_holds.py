@@ -16,7 +16,7 @@ X = torch.randn(24, 2, generator=torch.Generator().manual_seed(0))
 DATA = {"x": X, "y": X.sum(1, keepdim=True)}
 
 
-def made() -> tuple[weft.Problem, nn.Module, Any]:
+def two_nets() -> tuple[weft.Problem, nn.Module, Any]:
     """A problem whose second node closes over a net with a batch norm, and a factory of an optimizer of both."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
@@ -27,7 +27,7 @@ def made() -> tuple[weft.Problem, nn.Module, Any]:
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true"])
 def test_the_best_weights_hold_the_buffers_of_the_modules_of_the_optimizer_too(precision: Any) -> None:
-    problem, net, optimizer = made()
+    problem, net, optimizer = two_nets()
     trains = {"on_epoch_start": lambda trainer: net.train()}
     first = problem.nodes[0].fn.bias
     worse = {"on_epoch_start": lambda trainer: first.data.add_(3.0 * (trainer.current_epoch >= 3))}
@@ -47,7 +47,7 @@ def test_the_best_weights_hold_the_buffers_of_the_modules_of_the_optimizer_too(p
 def test_what_only_an_optimizer_holds_comes_back_from_started_processes() -> None:
     ended = []
     for several in ({}, {"devices": 2, "strategy": "ddp_fork", "timeout": 60}):
-        problem, net, optimizer = made()
+        problem, net, optimizer = two_nets()
         for module in net.modules():  # means over halves of a batch are others
             if isinstance(module, nn.BatchNorm1d):
                 module.eval()
@@ -58,23 +58,23 @@ def test_what_only_an_optimizer_holds_comes_back_from_started_processes() -> Non
         result = trainer.fit(problem, weft.Data(DATA, batch_size=size, shuffle=False))
         ended.append([*net.parameters(), *problem.parameters()])
         assert all(torch.equal(a, b) for a, b in zip(result.last_others.values(), net.parameters(), strict=False))
-    before = [*made()[1].parameters()]
+    before = [*two_nets()[1].parameters()]
     torch.testing.assert_close(ended[1], ended[0], rtol=1e-8, atol=1e-10)
     assert not torch.allclose(ended[1][0].float(), before[0])  # the negative control: they have moved
 
 
 def test_a_weights_file_that_cannot_hold_them_says_so(tmp_path: Path) -> None:
-    problem, _, optimizer = made()
+    problem, _, optimizer = two_nets()
     trainer = weft.Trainer(epochs=1, progress=False, optimizer=optimizer, checkpoint=True, root_dir=str(tmp_path))
     result = trainer.fit(problem, DATA)
     with pytest.warns(UserWarning, match=r"save_weights: .* lacks optimizer\.default\.2, optimizer\.default\.3"):
         trainer.save_weights(tmp_path / "w.pt")
     with pytest.warns(UserWarning, match=r"also holds optimizer\.default\.2.* `resume` puts it back"):
-        weft.load_weights(made()[0], result.run_dir)
+        weft.load_weights(two_nets()[0], result.run_dir)
     assert weft.load_result(result.run_dir).last_others.keys() == result.last_others.keys()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        weft.load_weights(made()[0], tmp_path / "w.pt")
+        weft.load_weights(two_nets()[0], tmp_path / "w.pt")
 
 
 def test_a_problem_that_registers_all_says_nothing(tmp_path: Path, no_warnings: list[Any]) -> None:

@@ -131,18 +131,17 @@ def begin(
     put_back_hooks(state.hooks, saved)
     _put_back_random(state, saved)
     if done_before:
-        leave_to_next(state)
+        leave_to_next_fit(state)
     else:
         del state.progress.fits[state.control.number :]
         state.progress.begin_fit(num_epochs(state), state.config.max_steps, goes_on=True)
 
 
-def leave_to_next(state: RunState) -> None:
+def leave_to_next_fit(state: RunState) -> None:
     """Train nothing: a script that fits several times was ended in a later fit than this one, which goes on instead."""
     progress, number = state.progress, state.control.number
     first, epochs = progress.fits[number]
-    state.control.stop_reason = None
-    progress.last_epoch = progress.epoch
+    state.leave_to_next()
     state.warn_once(
         f"{state.kept.resumed_from} was saved in fit {len(progress.fits) + 1} of this run: fit {number + 1}, of epochs "
         f"{first} to {first + epochs - 1}, was over and trains nothing now. The next fit goes on from the checkpoint. "

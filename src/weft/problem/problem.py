@@ -26,8 +26,8 @@ class Problem(nn.Module):
 
     every node's outputs under their own keys, and as scalars, for the split s (`batch["name"]`, "train" if missing):
     `s_<term>` (its contribution to the loss, weight included), `s_<constraint>_violation` (mean, without weight),
-    `s_objective_loss`, `s_penalty_loss` and `s_loss`. What came with the batch is not returned. A term that picks rows by
-    a mask counts for those: their number is `s_<term>_weight`, and of the only term there is also `num_examples`.
+    `s_objective_loss`, `s_penalty_loss` and `s_loss`. What came with the batch is not returned. A term that picks rows
+    by a mask counts for those: their number is `s_<term>_weight`, and of the only term there is also `num_examples`.
 
     nodes: Node, Rollout, or anything like a NeuroMANCER node (`input_keys`, `output_keys`, dict in, dict out).
     loss: PenaltyLoss (the default), BarrierLoss or AugmentedLagrangian.

@@ -147,6 +147,10 @@ class Others:
                     found.append(p)
         return found
 
+    def hold_buffers(self, buffers: dict[str, Tensor]) -> None:
+        """Know of these, in the place of those before: they may be copies on the device of a run."""
+        self.buffers = buffers
+
     def state_dict(self) -> dict[str, Tensor]:
         """Copies, on their devices."""
         return {name: t.detach().clone() for name, t in (self.tensors | self.buffers).items()}

@@ -131,6 +131,14 @@ class Training:
     outside: dict[int, Any] | None = None
     """In the first update of a phase, what requires grad besides (`trained.outside_of`); None: not looked for yet."""
 
+    def register(self, problem: nn.Module) -> None:
+        """Know what `problem` has to train at this moment, when the optimizers are there."""
+        self.registered = {id(p): p for p in problem.parameters() if p.requires_grad}
+
+    def watch_for(self, outside: dict[int, Any]) -> None:
+        """Have losses looked at for these."""
+        self.outside = outside
+
 
 @dataclass
 class Feed:
@@ -329,6 +337,10 @@ class RunState:
         """The checkpoint of a later fit of a script than this one: the next fit goes on from it."""
         is_of_later = len(self.progress.fits) > self.control.number
         return str(self.kept.resumed_from) if is_of_later and self.kept.resumed_from is not None else None
+
+    def leave_to_next(self) -> None:
+        """Train nothing in this fit: the next one goes on from what was read."""
+        self.control.stop_reason, self.progress.last_epoch = None, self.progress.epoch
 
     # ---- data
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def adopt(state: RunState) -> None:
     """Take what the optimizers hold besides the problem's parameters into the run: to its device, in its precision."""
     found = hold(state, state.training.optimizers)
-    state.training.registered = {id(p): p for p in state.problem.parameters() if p.requires_grad}
+    state.training.register(state.problem)
     if not found:
         return
     probe = torch.nn.Linear(1, 1, dtype=torch.float32)
@@ -58,7 +58,7 @@ def hold(state: RunState, optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
     parameters that are new."""
     found, others = state.training.others.add(state.problem, optimizers), state.training.others
     if others.tensors:  # in each phase anew: they may be copies on the run's device
-        others.buffers = _buffers_beside(state)
+        others.hold_buffers(_buffers_beside(state))
     return found
 
 
@@ -180,14 +180,14 @@ def _is_in_fit() -> bool:
 
 def prepare_look(state: RunState) -> None:
     """Before the first update of a phase, find what losses may reach besides; later updates are not looked at."""
-    state.training.outside = outside_of(state) if state.training.outside is None else {}
+    state.training.watch_for(outside_of(state) if state.training.outside is None else {})
 
 
 def prepare_late_look(state: RunState) -> None:
     """The same within a step of which nothing told the beginning: what it made itself cannot be told from the rest,
     so only parameters count."""
     found = outside_of(state)
-    state.training.outside = {k: v for k, v in found.items() if isinstance(v.place.value, nn.Parameter)}
+    state.training.watch_for({k: v for k, v in found.items() if isinstance(v.place.value, nn.Parameter)})
 
 
 _OF_TRAINERS = {"run", "options", "config", "phases", "callbacks", "launched", "recipe", "state", "hooks"}
