@@ -196,6 +196,13 @@ def steps_another_optimizer(run: Any, batch: Any) -> None:
     own.zero_grad()
 
 
+def go(act: Callable[[Any, Any], Any]) -> None:
+    with start_loop() as run:
+        for _ in run.epochs():
+            for batch in run.batches("train"):
+                act(run, batch)
+
+
 @pytest.mark.filterwarnings("ignore:'train_loss' does not appear")
 @pytest.mark.parametrize("act", [forgets_the_step, forgets_all, steps_another_optimizer])
 def test_an_epoch_without_a_step_is_told_once(act: Callable[[Any, Any], None]) -> None:
@@ -211,23 +218,18 @@ def test_an_epoch_without_a_step_is_told_once(act: Callable[[Any, Any], None]) -
 
 @pytest.mark.filterwarnings("ignore:'train_loss' does not appear")
 def test_a_loop_without_batches_is_told() -> None:
-    with pytest.warns(UserWarning, match="An epoch asked for no batch of training data and made no step"):
+    def loop() -> None:
         with start_loop() as run:
-            for _ in run.epochs():
-                pass
+            assert list(run.epochs()) == [0, 1]
+
+    with pytest.warns(UserWarning, match="An epoch asked for no batch of training data and made no step"):
+        loop()
 
 
 @pytest.mark.filterwarnings("ignore:'train_loss' does not appear")
 def test_a_step_without_gradients_is_told() -> None:
-    with (
-        pytest.warns(UserWarning, match=r"step: no parameter of 'default' has a gradient") as told,
-        start_loop() as run,
-    ):
-        for _ in run.epochs():
-            for batch in run.batches("train"):
-                with torch.no_grad():
-                    run.problem(batch)
-                run.step()
+    with pytest.warns(UserWarning, match=r"step: no parameter of 'default' has a gradient") as told:
+        go(lambda run, batch: run.step())
     assert len(of(told, "has a gradient")) == 1
 
 

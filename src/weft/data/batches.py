@@ -80,9 +80,7 @@ class Batches:
         while done < self._num_batches:
             cycle, first = divmod(done, per_cycle)
             shuffle = self.shuffle and size < rows  # in one batch of all rows the order is of no consequence
-            order = (
-                seeded_order(rows, self.seed, (epoch, number_of_part, cycle)).to(self._device()) if shuffle else None
-            )
+            order = seeded_order(rows, self.seed, (epoch, number_of_part, cycle)).to(self.device()) if shuffle else None
             last = min(per_cycle, first + self._num_batches - done)
             yield from self._slices(part, order, range(first, last), epoch, done)
             done += last - first
@@ -93,33 +91,7 @@ class Batches:
         rows, size = next(iter(self.lengths.values())), next(iter(self.sizes.values()))
         return any(self.sizes[part] * rows != size * number for part, number in self.lengths.items())
 
-    def passes(self, number: int, limit: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Batches that go through each part once, `limit` batches of each at most, and the part that each goes through.
-
-        The other parts stay at their first rows, which are alike in every process. The first batch, under "", has all
-        parts there.
-        """
-        from weft.data.shares import share
-
-        def batch(part: str = "", lo: int = 0, hi: int = 0) -> dict[str, Any]:
-            found = {p: self._cut(p, lo, hi) if p == part else self._cut(p, 0, size) for p, size in first.items()}
-            return {**found, "name": self.split, "epoch": number}
-
-        first = {part: -(-size // self.world) for part, size in self.sizes.items()}
-        yield "", batch()
-        for part, rows in self.lengths.items():
-            for start in islice(range(0, rows, self.sizes[part]), limit):
-                mine = share(min(self.sizes[part], rows - start), self.rank, self.world)
-                yield part, batch(part, start + mine.start, start + mine.stop)
-
-    def _cut(self, part: str, lo: int, hi: int) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, tensor in self.parts[part].items():
-            value = found[key] = tensor.detach()[lo:hi].clone()
-            value.requires_grad_(key in self.require_grad or tensor.requires_grad)
-        return {**found, "index": torch.arange(lo, min(hi, self.lengths[part]), device=self._device())}
-
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
         return next(iter(next(iter(self.parts.values())).values())).device
 
     def _slices(
@@ -132,7 +104,7 @@ class Batches:
         any_grad, fixed = any(grad), {} if self.nested else {"name": self.split, "epoch": epoch}
         for first in range(batches.start, batches.stop, chunk):
             lo, hi = first * size, min(min(first + chunk, batches.stop) * size, rows)
-            index = order[lo:hi] if order is not None else torch.arange(lo, hi, device=self._device())
+            index = order[lo:hi] if order is not None else torch.arange(lo, hi, device=self.device())
             if self.world > 1:
                 index, local_sizes = self._share(part, index, size, done + first - batches.start)
             else:

@@ -126,7 +126,7 @@ def limit_entries(grad: Tensor, limit: float) -> Tensor:
 
 
 def shrinking(norm: Tensor, limit: float) -> Tensor:
-    """What gradients of this norm are multiplied with so that it is at most `limit`, as in torch's `clip_grad_norm_`."""
+    """What brings gradients of this norm to at most `limit` when they are multiplied with it, as by torch."""
     return (limit / (norm + 1e-6)).clamp(max=1.0)
 
 

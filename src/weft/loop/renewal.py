@@ -64,8 +64,8 @@ class Fresh:
         own). TypeError for one that had stepped already."""
         if self.state.get("last_epoch", 0) > 0:
             raise TypeError(
-                f"fit: renew='scheduler' makes the scheduler anew, and this {type(self.scheduler).__name__} has stepped "
-                "before; give it as a function of the optimizer."
+                f"fit: renew='scheduler' makes the scheduler anew, and this {type(self.scheduler).__name__} has "
+                "stepped before; give it as a function of the optimizer."
             )
         self.scheduler.load_state_dict(copy.deepcopy(self.state))
         bases = getattr(self.scheduler, "base_lrs", None)
@@ -118,9 +118,8 @@ def _set_options(optimizer: Optimizer, options: list[dict[str, Any]], schedule: 
         _set_rate(group, new["lr"] * factor)
         if schedule is not None or "initial_lr" in group:
             group["initial_lr"] = new["lr"]
-        if schedule is not None:
-            if (base := getattr(schedule.scheduler, "base_lrs", None)) is not None:
-                base[number] = new["lr"]
+        if schedule is not None and (base := getattr(schedule.scheduler, "base_lrs", None)) is not None:
+            base[number] = new["lr"]
 
 
 def _set_rate(group: dict[str, Any], rate: Any) -> None:

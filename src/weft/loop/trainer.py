@@ -19,8 +19,8 @@ from weft.loop import options as opts
 from weft.loop.adapters import adapter_for, split_hooks
 from weft.loop.default_hooks import hooks_from
 from weft.loop.evaluating import run_to_evaluate
-from weft.loop.result import FitResult
 from weft.loop.remarks import tell_of_left_out
+from weft.loop.result import FitResult
 from weft.loop.run import Run
 from weft.loop.tools import Tools
 from weft.problem.reading import forward_nodes

@@ -162,6 +162,11 @@ class Term(nn.Module):
         return self
 
     @property
+    def picks(self) -> bool:
+        """Whether it is known to pick rows by a mask."""
+        return self._shapes.picks
+
+    @property
     def shapes(self) -> Shapes:
         """What is known of the shapes of what it computes."""
         return self._shapes
@@ -332,6 +337,12 @@ def greater_equal(
 def equal(lhs: Side, rhs: Side, weight: float | Tensor = 1.0, norm: int = 1, name: str | None = None) -> Constraint:
     """The constraint `lhs == rhs`; penalty `weight * mean(abs(lhs - rhs) ** norm)`. See `less_equal`."""
     return Constraint(lhs, "==", rhs, weight, norm, name)
+
+
+def picks_rows(problem: nn.Module) -> bool:
+    """Whether a term of a problem is known to pick rows by a mask."""
+    terms = getattr(problem, "terms", None)
+    return isinstance(terms, dict) and any(getattr(term, "picks", False) for term in terms.values())
 
 
 def weights_of_picked(terms: Iterable[Any], split: str) -> dict[str, int]:

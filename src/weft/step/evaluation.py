@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from weft.data.batches import num_examples
-from weft.problem.reading import add_up, needs_grad_in_eval
+from weft.problem.reading import needs_grad_in_eval
+from weft.problem.terms import picks_rows
 from weft.step.forward import Forward
 from weft.step.metrics import Means, whole_metrics
 from weft.types import suggest
@@ -73,7 +74,9 @@ def evaluate(state: RunState, split: str, forward: Forward, measure: Measuring |
 
 def add_up_terms(state: RunState, split: str, means: dict[str, float]) -> None:
     """Make the losses of `split` the sums of their terms again, where the problem itself is the step."""
-    if state.trainer.step_function(split, state.problem) is state.problem:
+    if picks_rows(state.problem) and state.trainer.step_function(split, state.problem) is state.problem:
+        from weft.problem.picked import add_up
+
         add_up(state.problem, split, means)
 
 

@@ -19,7 +19,6 @@ from weft.step.instrument import watched
 from weft.step.metrics import ALL_ROWS, DENOMINATOR, add_denominators, is_scalar, named
 from weft.step.microbatches import tell_of_counting
 from weft.step.pairs import looked_at
-from weft.types import suggest
 
 if TYPE_CHECKING:
     from weft.step.state import RunState
@@ -116,23 +115,9 @@ def checked(loss: Any, key: str, problem: nn.Module, out: Any, split: str) -> Te
     """`loss`, if it is a scalar tensor that can be minimised. Raises TypeError / ValueError that say what was found."""
     if isinstance(loss, Tensor) and loss.dim() == 0 and (loss.requires_grad or not torch.is_grad_enabled()):
         return loss
-    who = f"Problem {getattr(problem, 'name', None) or type(problem).__name__!r}"
-    if loss is None:
-        known = list(map(str, out)) if isinstance(out, Mapping) else []
-        found = f"got keys {sorted(known)}" if isinstance(out, Mapping) else f"got {type(out).__name__}"
-        raise ValueError(
-            f"{who} returned no {key!r}. The {split} step needs a scalar tensor under that key "
-            f"(or 'loss', or the scalar itself); {found}{suggest(key, known) or '.'}"
-        )
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"{who}: {key!r} is {type(loss).__name__} {loss!r}; expected a scalar tensor.")
-    if loss.numel() != 1:
-        raise ValueError(f"{who}: {key!r} has shape {tuple(loss.shape)}; expected a scalar. Take its mean or sum.")
-    if split == "train" and not loss.requires_grad:
-        from weft.step.explaining import why_no_gradient
+    from weft.step.explaining import wrong_loss
 
-        raise ValueError(
-            f"{who}: {key!r} does not depend on anything that requires grad, so nothing can be trained. "
-            f"{why_no_gradient(problem)}"
-        )
+    if (error := wrong_loss(loss, key, problem, out, split)) is not None:
+        raise error
+    assert isinstance(loss, Tensor)
     return loss.reshape(())

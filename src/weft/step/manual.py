@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from weft.step.forward import reader
@@ -24,7 +24,7 @@ from weft.step.optimizer_step import make_step
 from weft.step.optimizers import parameters_of
 from weft.step.own_loop import Moves
 from weft.step.pairs import watched_for_pairs
-from weft.step.trained import look, look_at_gradients, prepare_late_look
+from weft.step.trained import look, mark_of, outside_of, tell
 from weft.step.update import built_in
 
 if TYPE_CHECKING:
@@ -147,3 +147,16 @@ class _Framed:
     """An `update` of the user's own that is under way, and what it got from the built-in one."""
 
     returned: Tensor | None = None
+
+
+def prepare_late_look(state: RunState) -> None:
+    """The same within a step of which nothing told the beginning: what it made itself cannot be told from the rest,
+    so only parameters count."""
+    found = outside_of(state)
+    state.training.watch_for({k: v for k, v in found.items() if isinstance(v.place.value, nn.Parameter)})
+
+
+def look_at_gradients(state: RunState) -> None:
+    """The same for a loss that was not given to weft's `backward`: what it reached has a gradient."""
+    outside = (state.training.outside or {}).values()
+    tell(state, [found for found in outside if found.place.value.grad is not None and found.gradient != mark_of(found)])

@@ -167,9 +167,10 @@ def add_denominators(scalars: dict[str, Any], out: Mapping[str, Any], split: str
     if "num_examples" in out:
         scalars[DENOMINATOR] = _count("num_examples", out["num_examples"])
     for key in out:
-        if key[-7:] == "_weight" and (name := named(key[:-7], split)) in scalars:
-            if not of_terms or (key not in scalars and key == f"{name}_weight"):
-                scalars[DENOMINATOR + name] = _count(key, out[key])
+        if key[-7:] != "_weight" or (name := named(key[:-7], split)) not in scalars:
+            continue
+        if not of_terms or (key not in scalars and key == f"{name}_weight"):
+            scalars[DENOMINATOR + name] = _count(key, out[key])
 
 
 def _count(key: str, value: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from weft.data.batches import disagreement, num_examples
 from weft.devices.processes import Combine
-from weft.problem.reading import one_number_of_picked
+from weft.problem.terms import picks_rows
 from weft.step.metrics import DENOMINATOR, counted, has_count
 from weft.step.optimizers import parameters_of
 
@@ -41,8 +41,10 @@ def parts_of(state: RunState) -> Callable[[Any], list[tuple[Any, int, float]]]:
 def tell_of_counting(state: RunState, split: str, batch: Any, loss: Any, scalars: Mapping[str, Any]) -> None:
     """Say, once, where the first batch of a split shows that what is computed is no mean over its rows."""
     said = [] if DENOMINATOR in scalars else [disagreement(batch)]
-    if (hidden := one_number_of_picked(state.problem)) and state.num_batches(split) != 1:
-        said.append(hidden)
+    if picks_rows(state.problem) and state.num_batches(split) != 1:
+        from weft.problem.picked import one_number_of_picked
+
+        said.append(one_number_of_picked(state.problem))
     for message in filter(None, said):
         state.warn_once(message)
     if split == "train" and (state.config.accumulate > 1 or state.processes.world > 1):

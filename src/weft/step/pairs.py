@@ -31,17 +31,9 @@ def looked_at(state: RunState, step: Callable[[Any], Any], batch: Any, number: i
         is_nothing = p.grad is None or not p.grad.any()
         if grad is None and is_nothing:  # zero_grad(set_to_none=False)
             continue
-        lost = grad is not None and is_nothing
-        state.warn_once(
-            f"The step {'clears' if lost else 'adds to'} the gradients of what is trained "
-            f"({'zero_grad' if lost else 'by a backward of its own'}): "
-            + (
-                "those of the parts of the batch before it are lost. "
-                if lost
-                else "the update adds those of the loss. "
-            )
-            + "For gradients of inputs alone use torch.autograd.grad(loss, x), which leaves the parameters as they are."
-        )
+        from weft.step.explaining import takes_gradients
+
+        state.warn_once(takes_gradients(lost=grad is not None and is_nothing))
         break
     return out
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from weft.data.batches import num_examples, within
+from weft.data.shares import share
 from weft.step.evaluation import scalars_of
 from weft.step.forward import Forward
 from weft.step.metrics import ALL_ROWS, DENOMINATOR, Means, whole_metrics
@@ -30,7 +32,7 @@ def means_by_part(state: RunState, split: str, forward: Forward) -> dict[str, fl
     found: dict[str, list[tuple[dict[str, Any], int]]] = {part: [] for part in ("", *source.parts)}
     logged, whole = {part: Means() for part in found}, WholeByPart(whole_metrics(state.trainer.metric_functions, split))
     limit = within(state.config.limit(split), source)
-    for part, batch in source.passes(state.progress.epoch, limit):
+    for part, batch in passes(source, state.progress.epoch, limit):
         examples = num_examples(batch[part]) if part else 1
         if examples or not state.processes.skips_empty:
             scalars = dict(scalars_of(state, forward, batch, logged[part], examples).items())
@@ -41,6 +43,34 @@ def means_by_part(state: RunState, split: str, forward: Forward) -> dict[str, fl
     names = [name for name in first if all(name in along for along in means.values())]
     sums = {name: sum(along[name] for along in means.values()) - (len(means) - 1) * first[name] for name in names}
     return sums | whole.compute(state)
+
+
+def passes(source: Any, number: int, limit: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Batches that go through each part of `source` once, `limit` batches of each at most, and the part that each goes
+    through.
+
+    The other parts stay at their first rows, which are alike in every process. The first batch, under "", has all parts
+    there.
+    """
+
+    def batch(part: str = "", lo: int = 0, hi: int = 0) -> dict[str, Any]:
+        found = {p: _cut(source, p, lo, hi) if p == part else _cut(source, p, 0, size) for p, size in first.items()}
+        return {**found, "name": source.split, "epoch": number}
+
+    first = {part: -(-size // source.world) for part, size in source.sizes.items()}
+    yield "", batch()
+    for part, rows in source.lengths.items():
+        for start in islice(range(0, rows, source.sizes[part]), limit):
+            mine = share(min(source.sizes[part], rows - start), source.rank, source.world)
+            yield part, batch(part, start + mine.start, start + mine.stop)
+
+
+def _cut(source: Any, part: str, lo: int, hi: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, tensor in source.parts[part].items():
+        value = found[key] = tensor.detach()[lo:hi].clone()
+        value.requires_grad_(key in source.require_grad or tensor.requires_grad)
+    return {**found, "index": torch.arange(lo, min(hi, source.lengths[part]), device=source.device())}
 
 
 class WholeByPart:

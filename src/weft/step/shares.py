@@ -51,14 +51,14 @@ def _inexact(state: RunState, batch: Any, loss: Any, scalars: Mapping[str, Any])
             '(.mean()), or by what the step then returns as "num_examples".'
         )
     source = state.source("train")
-    if state.config.accumulate > 1 and getattr(source, "nested", False):
-        if (found := _unequal_parts(source, state.config.accumulate)) is not None:
-            main, other = found
-            yield (
-                f"the parts of the data have other shares of their rows in each batch, so the mean over {other!r} is "
-                f"weighted by the rows of {main!r}, the first one: an update is not exactly that of one big batch. "
-                "Batch sizes that divide the parts alike, or accumulate=1, are exact."
-            )
+    nested = state.config.accumulate > 1 and getattr(source, "nested", False)
+    if nested and (found := _unequal_parts(source, state.config.accumulate)) is not None:
+        main, other = found
+        yield (
+            f"the parts of the data have other shares of their rows in each batch, so the mean over {other!r} is "
+            f"weighted by the rows of {main!r}, the first one: an update is not exactly that of one big batch. "
+            "Batch sizes that divide the parts alike, or accumulate=1, are exact."
+        )
 
 
 def is_sum_over_rows(loss: Any, rows: int) -> bool:

@@ -45,11 +45,9 @@ def tell_of_latecomers(state: RunState) -> None:
         if p.requires_grad and id(p) not in known:
             held = held or {id(q) for optimizer in state.training.optimizers.values() for q in parameters_of(optimizer)}
             if id(p) not in held:
-                state.warn_once(
-                    f"Parameter {name} of shape {tuple(p.shape)} requires grad since its optimizers were made, and is "
-                    "in none of them: it is not trained. Make it before the fit or in a phase's `setup`, add it "
-                    "(optimizer.add_param_group), or change it in place (p.data.copy_(...))."
-                )
+                from weft.step.explaining import came_late
+
+                state.warn_once(came_late(name, p))
                 return
 
 
@@ -134,7 +132,7 @@ class Outside(NamedTuple):
     gradient: Any = None
 
 
-def _mark(found: Outside) -> Any:
+def mark_of(found: Outside) -> Any:
     """What changes when a backward reaches it."""
     grad = found.place.value.grad
     return None if grad is None else (id(grad), grad._version)
@@ -160,7 +158,7 @@ def outside_of(state: RunState) -> dict[int, Outside]:
     others = [each.place.value for each in found.values() if isinstance(each.place.value, Optimizer)]
     trained |= {id(p) for optimizer in others for p in parameters_of(optimizer)}
     outside = {
-        key: each._replace(gradient=_mark(each))
+        key: each._replace(gradient=mark_of(each))
         for key, each in found.items()
         if isinstance(p := each.place.value, Tensor) and p.requires_grad and p.is_leaf and key not in trained
     }
@@ -183,13 +181,6 @@ def prepare_look(state: RunState) -> None:
     state.training.watch_for(outside_of(state) if state.training.outside is None else {})
 
 
-def prepare_late_look(state: RunState) -> None:
-    """The same within a step of which nothing told the beginning: what it made itself cannot be told from the rest,
-    so only parameters count."""
-    found = outside_of(state)
-    state.training.watch_for({k: v for k, v in found.items() if isinstance(v.place.value, nn.Parameter)})
-
-
 _OF_TRAINERS = {"run", "options", "config", "phases", "callbacks", "launched", "recipe", "state", "hooks"}
 
 
@@ -199,32 +190,19 @@ def look(state: RunState, losses: Any) -> None:
     ValueError where a node or term of a `weft.Problem` reaches it, else one warning.
     """
     outside = state.training.outside or {}
-    _tell(state, [outside[key] for key in _leaves(_tensors(losses)) if key in outside])
+    tell(state, [outside[key] for key in _leaves(_tensors(losses)) if key in outside])
 
 
-def look_at_gradients(state: RunState) -> None:
-    """The same for a loss that was not given to weft's `backward`: what it reached has a gradient."""
-    outside = (state.training.outside or {}).values()
-    _tell(state, [found for found in outside if found.place.value.grad is not None and found.gradient != _mark(found)])
-
-
-def _tell(state: RunState, reached: list[Outside]) -> None:
+def tell(state: RunState, reached: list[Outside]) -> None:
     if not reached:
         return
     for key in [id(found.place.value) for found in reached]:
         del state.training.outside[key]  # type: ignore[union-attr]
     reached.sort(key=lambda found: not found.of_node)
-    place, of_node, _ = reached[0]
-    more = [found.place for found in reached if found.place.owner == place.owner]
-    found = ", ".join(f"{p.name} of shape {tuple(p.value.shape)}" for p in more[:5])
-    found += f" and {len(more) - 5} more" if len(more) > 5 else ""
-    message = (
-        f"{place.owner} uses {found}, which requires grad and is not trained: neither the problem registers it nor an "
-        "optimizer holds it. To train it, give it to the problem (as an attribute, `problem.k = k`, or by a weft.Node "
-        "made of the module that holds it) or to an optimizer of your own; if it is constant, call "
-        "`requires_grad_(False)`; an input that is differentiated belongs to the data (`inputs_require_grad`)."
-    )
-    if of_node:
+    from weft.step.explaining import reached_outside
+
+    message = reached_outside(reached)
+    if reached[0].of_node:
         raise ValueError(message)
     state.warn_once(message)
 
