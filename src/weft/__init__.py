@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from weft.problem.terms import greater_equal as greater_equal
     from weft.problem.terms import less_equal as less_equal
     from weft.problem.terms import objective as objective
+    from weft.slurm.submitting import submit as submit
     from weft.step.measures import whole as whole
     from weft.step.phase import Phase as Phase
     from weft.step.phase import Schedule as Schedule

@@ -14,7 +14,7 @@ from weft.devices.precision import scaler_of
 from weft.step.forward import forward_of
 from weft.step.instrument import watched
 from weft.step.microbatches import combiner, divided, is_nothing, num_read, parts_of, record, total, weight_of
-from weft.step.nonfinite import not_finite
+from weft.step.nonfinite import ignores, not_finite
 from weft.step.optimizers import needs_closure, parameters_of
 from weft.step.trained import look, rest_of
 
@@ -128,7 +128,7 @@ def with_closure(state: RunState, begin: Callable, end: Callable) -> Update:
             raise
         accepted = [e for e in evaluated if all(map(torch.equal, e[0], params))]
         _, loss, read = accepted[-1] if accepted else evaluated[-1]
-        if math.isfinite(loss.item()) and all(bool(p.isfinite().all()) for p in params):
+        if ignores(state) or (math.isfinite(loss.item()) and all(bool(p.isfinite().all()) for p in params)):
             record(state, read)
             state.progress.skipped = 0
             _tell(state, report, loss.item())
