@@ -20,7 +20,7 @@ DATA = {"x": X, "y": X.sum(1, keepdim=True)}
 LATE = "requires grad since its optimizers were made, and is in none of them"
 
 
-class Growing(nn.Module):
+class GrownLater(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -54,15 +54,15 @@ def thaw(trainer: Any) -> None:
     trainer.problem.more[0].requires_grad_(trainer.current_epoch >= 1)
 
 
-def half_frozen() -> Growing:
-    problem = Growing()
+def half_frozen() -> GrownLater:
+    problem = GrownLater()
     problem.more.append(nn.Linear(2, 1).requires_grad_(False))
     return problem
 
 
-CASES: dict[str, tuple[Callable[[], Growing], Callable[[Any], None], str]] = {
-    "grown": (Growing, grow, "more.0.weight"),
-    "replaced": (Growing, replace, "layer.weight"),
+CASES: dict[str, tuple[Callable[[], GrownLater], Callable[[Any], None], str]] = {
+    "grown": (GrownLater, grow, "more.0.weight"),
+    "replaced": (GrownLater, replace, "layer.weight"),
     "thawed": (half_frozen, thaw, "more.0.weight"),
 }
 
@@ -76,7 +76,7 @@ def test_a_parameter_that_comes_after_the_optimizers_is_told_once(name: str) -> 
 
 
 def test_a_parameter_made_in_the_first_step_is_told() -> None:
-    class Late(Growing):
+    class Late(GrownLater):
         def forward(self, batch: Any) -> dict[str, Tensor]:
             self.k = nn.Parameter(torch.ones(1)) if self.k is None else self.k
             return {key: loss * self.k.sum() for key, loss in super().forward(batch).items()}
@@ -99,7 +99,7 @@ def test_parts_that_are_added_or_frozen_as_they_should_are_no_finding() -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        weft.Trainer(epochs=3, progress=False, hooks={"on_epoch_start": add}).fit(Growing(), DATA)
+        weft.Trainer(epochs=3, progress=False, hooks={"on_epoch_start": add}).fit(GrownLater(), DATA)
         stages = [weft.Phase(epochs=1, freeze=["layer"]), weft.Phase(epochs=1, optimizer=torch.optim.SGD, setup=setup)]
         problem = half_frozen().requires_grad_(True)
         weft.Trainer(progress=False, phases=stages).fit(problem, DATA)
@@ -140,19 +140,19 @@ def said(**more: Any) -> Any:
 def test_a_denominator_below_zero_or_nan_is_refused(value: Any, key: str) -> None:
     trainer = weft.Trainer(epochs=1, progress=False, training_step=said(**{key: value}))
     with pytest.raises(ValueError, match="expected a number >= 0"):
-        trainer.fit(Growing(), weft.Data(DATA, batch_size=4))
+        trainer.fit(GrownLater(), weft.Data(DATA, batch_size=4))
 
 
 @pytest.mark.parametrize("value", [-3, float("nan"), torch.tensor([1.0, -2.0])])
 def test_a_batch_that_says_less_than_nothing_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match='A batch says "num_examples" .*expected a number >= 0'):
-        weft.Trainer(epochs=1, progress=False).fit(Growing(), [{**DATA, "num_examples": value}])
+        weft.Trainer(epochs=1, progress=False).fit(GrownLater(), [{**DATA, "num_examples": value}])
 
 
 def test_weights_of_rows_below_one_are_not_cut_to_whole_numbers() -> None:
     batches = [{**{k: v[i : i + 4] for k, v in DATA.items()}, "num_examples": 0.2 * (i + 1)} for i in (0, 4, 8)]
     still = {"optimizer": lambda p: torch.optim.SGD(p, lr=0.0), "epochs": 1, "progress": False}
-    problem = Growing()
+    problem = GrownLater()
     result = weft.Trainer(**still).fit(problem, batches, batches)
     with torch.no_grad():
         losses = [float(problem({**batch, "name": "dev"})["dev_loss"]) for batch in batches]
