@@ -88,7 +88,8 @@ _OF_CYCLES = ("initial_lr", "max_lr", "min_lr", "momentum", "betas", "base_momen
 
 def rebase(scheduler: Any) -> None:
     """Have a scheduler go on as far as it is, from the rates that its optimizer's groups begin with now."""
-    bases, last = getattr(scheduler, "base_lrs", None), getattr(scheduler, "_last_lr", None)
+    bases: Any = getattr(scheduler, "base_lrs", None)
+    last: Any = getattr(scheduler, "_last_lr", None)
     for number, group in enumerate(scheduler.optimizer.param_groups if bases and last else []):
         new, before = float(group.get("initial_lr", group["lr"])), float(bases[number])
         _set_rate(group, new * float(last[number]) / before if before else new)

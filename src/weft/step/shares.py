@@ -64,7 +64,7 @@ def _inexact(state: RunState, batch: Any, loss: Any, scalars: Mapping[str, Any])
 def is_sum_over_rows(loss: Any, rows: int) -> bool:
     """Whether a loss was made by summing over a first dimension of `rows` > 1, as its graph tells; seen are `.sum()`,
     sums of such, and the losses of torch with reduction="sum"."""
-    nodes = [loss.grad_fn] if isinstance(loss, Tensor) and rows > 1 else []
+    nodes: list[Any] = [loss.grad_fn] if isinstance(loss, Tensor) and rows > 1 else []
     while nodes:
         node = nodes.pop()
         kind = type(node).__name__
