@@ -170,11 +170,11 @@ class Run(Told, Seams):
         if error is None:
             tell_of_no_best(state)
         control.stop_reason = "interrupted" if interrupted else "error" if error else control.stop_reason or "epochs"
+        self.put_in_eval_mode()
         last = self.last_weights(), state.training.others.state_dict()
         if error is None or interrupted:
             state.best.restore(state.problem, state.training.others)
         phases.unfreeze(state.training.frozen)
-        self.put_in_eval_mode()
         self.result = result = result_of(state, *last)
         bound, state.hooks = state.hooks.bound, Listeners(state.hooks.hooks)
         with ExitStack() as last:  # each is called, even if one before it raises
@@ -191,6 +191,7 @@ class Run(Told, Seams):
 
     def put_in_eval_mode(self) -> None:
         """Whoever uses the problem now wants its predictions; the last hooks see it so."""
+        self.state.training.turn("eval")
         self.state.problem.eval()
 
     def _finish_saving(self, error: BaseException | None = None) -> None:
@@ -364,8 +365,8 @@ class Run(Told, Seams):
         feeding.check_folder(state)
         look_back(state)
         self.tell_of_nothing_trained()
-        gather = state.processes.gather
-        means, logged = epoch.means.compute(gather), epoch.logged.compute(gather)
+        state.training.turn("eval")  # the best weights are those that an evaluation sees
+        means, logged = (of.compute(state.processes.gather) for of in (epoch.means, epoch.logged))
         add_up_terms(state, "train", means)
         epoch.measured = {*means, *epoch.evaluated} if self.names_are_apart and state.trainer.names_are_apart else set()
         state.refuse_taken(logged)
@@ -416,6 +417,7 @@ class Run(Told, Seams):
         if batch is not state.step.batch:
             state.step.batch = batch
             prepare_look(state)
+            state.training.turn("train")
             state.step.statistics.take()
             state.call("on_step_start", batch)
 

@@ -139,6 +139,11 @@ class Training:
         """Have losses looked at for these."""
         self.outside = outside
 
+    def turn(self, to: str) -> None:
+        """Optimizers that train at other weights than they evaluate (schedule-free ones) turn to "train" or "eval"."""
+        for optimizer in self.optimizers.values():
+            getattr(optimizer, to, int)()
+
 
 @dataclass
 class Feed:
