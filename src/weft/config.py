@@ -262,6 +262,10 @@ class TrainerConfig:
             return self.checkpoint
         return CheckpointConfig() if self.checkpoint else None
 
+    def metric_of(self, split: str) -> str:
+        """The key of the loss of `split`."""
+        return {"train": self.train_metric, "dev": self.dev_metric}.get(split, self.test_metric)
+
     def limit(self, split: str) -> int | float | None:
         """The limit on batches that holds for `split`."""
         if self.fast_dev_run:

@@ -24,6 +24,15 @@ _OF_OTHERS = """
     _pytest pytest hypothesis IPython ipykernel wandb mlflow tensorboard
 """
 _LIBRARIES = {*sys.stdlib_module_names, *_OF_OTHERS.split()} - {"__main__"}
+HOLDERS = {
+    "types.SimpleNamespace",
+    "argparse.Namespace",
+    "collections.UserDict",
+    "collections.UserList",
+    "collections.ChainMap",
+    "_thread._local",
+}
+"""Classes of python's own that hold nothing but what their user gave them."""
 _SEARCHED = "torch.distributions."  # of a library, but it holds what its user gave it
 _PLAIN = {type(None), bool, int, float, complex, str, bytes}
 _OF_MODULES = {"_parameters", "_buffers", "_modules"}
@@ -47,6 +56,8 @@ class Place(NamedTuple):
     value: Any
     get: Callable[[], Any]
     put: Callable[[Any], Any] | None
+    module: nn.Module | None = None
+    """Whose parameter or buffer it is, of a module that is not the problem's: the outermost one that was met."""
 
 
 def attributes_of(things: Iterable[tuple[str, Any]]) -> Iterator[Place]:
@@ -142,6 +153,8 @@ class _Walk:
         kind = type(value)
         if isinstance(value, Dataset | DataLoader | Sampler | types.ModuleType):
             return False
+        if f"{kind.__module__}.{kind.__qualname__}" in HOLDERS:
+            return self.everything
         if _of_library(kind) and not kind.__module__.startswith(_SEARCHED):
             return False
         return self.everything or (callable(value) and hasattr(value, "__dict__"))
@@ -161,7 +174,8 @@ class _Walk:
             elif isinstance(items, tuple):
                 read = partial(lambda i: get()[i], key)
                 write = None if put is None else partial(_put_into_tuple, get, put, key)
-            yield from self.into(value, f"{name}[{key!r}]", read, write)
+            path = f"{name}[{key!r}]" if name or not isinstance(key, str) else key
+            yield from self.into(value, path, read, write)
 
     def into_attributes(self, thing: Any, name: str) -> Iterator[Place]:
         """The attributes of an object, or of a module without its parameters, buffers and modules."""
@@ -187,7 +201,8 @@ class _Walk:
                 for key, tensor in held.items():
                     if tensor is not None:
                         read, write = partial(held.__getitem__, key), partial(held.__setitem__, key)
-                        yield Place(self.path, self.owner, f"{prefix}.{key}".lstrip("."), tensor, read, write)
+                        path = f"{prefix}.{key}".lstrip(".")
+                        yield Place(self.path, self.owner, path, tensor, read, write, module)
             yield from self.into_attributes(part, prefix)
             if not _of_library(type(part)):
                 yield from self.into_class(type(part), "forward")

@@ -121,3 +121,32 @@ def test_weights_that_were_moved_get_a_new_graph() -> None:
     eager, _ = fit_on_cuda(random_data(), False, rosenbrock_to_compile(), hooks={"on_epoch_start": move}, epochs=6)
     compiled, _ = fit_on_cuda(random_data(), True, rosenbrock_to_compile(), hooks={"on_epoch_start": move}, epochs=6)
     assert compiled.history["train_loss"] == pytest.approx(eager.history["train_loss"], rel=1e-4)
+
+
+class MaskedMean(nn.Module):
+    """A mean over the entries that are there, with its denominator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, batch: Any) -> dict[str, Any]:
+        there = batch["m"].sum()
+        loss = ((self.layer(batch["x"]) - 1).square() * batch["m"]).sum() / there
+        return {f"{batch['name']}_loss": loss, "num_examples": there}
+
+
+def test_denominators_accumulate_in_graphs_as_in_one_big_batch() -> None:
+    torch.manual_seed(1)
+    data = {"x": torch.randn(64, 3), "m": (torch.rand(64, 1) < torch.linspace(0.05, 1, 64)[:, None]).float()}
+    ended = []
+    for size, options in ((64, {}), (16, {"accumulate": 4}), (16, {"accumulate": 4, "compile": True})):
+        problem = MaskedMean()
+        trainer = weft.Trainer(
+            epochs=6, progress=False, accelerator="cuda", optimizer=lambda p: torch.optim.SGD(p, lr=0.1), **options
+        )
+        result = trainer.fit(problem, weft.Data(data, data, batch_size=size, shuffle=False))
+        ended.append([problem.layer.weight.detach(), torch.tensor(result.history["dev_loss"])])
+    for found in ended[1:]:
+        torch.testing.assert_close(found, ended[0], rtol=1e-4, atol=1e-6)

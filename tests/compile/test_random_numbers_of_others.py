@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import queue
 import random
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -194,8 +194,9 @@ def test_generators_that_a_step_does_not_draw_from_are_no_obstacle() -> None:
 
 
 def an_iterator_out_of_sight() -> Draw:
-    hidden = deque([iter(np.linspace(0, 2, 1000).tolist())])
-    return lambda: next(hidden[0])
+    hidden: Any = queue.Queue()
+    hidden.put(iter(np.linspace(0, 2, 1000).tolist()))
+    return lambda: next(hidden.queue[0])
 
 
 @pytest.mark.usefixtures("uncompiled")

@@ -40,8 +40,11 @@ ROOMS = {"problem", "data", "devices", "checkpoint", "step", "loop", "loggers", 
 # with rows (problem/pairs: 70), options without effect (loop/remarks: 60), and what a batch counts for and metrics of
 # all rows (150); then signals to groups of processes (devices/signals, loop/leaving: 130). With a folder also its owner
 # (records/lease: 210), files that others wrote (records/foreign and its readers: 110), the sealed writer (30), what was
-# trained (50), optimizers that train at other weights than they evaluate, and phases that end by themselves (20).
-PLAIN_FIT, FIT_WITH_CHECKPOINTS = 5450, 7670
+# trained (50). Optimizers that train at other weights than they evaluate, and phases that end by themselves (20). Told
+# since: late parameters, gradients that a step takes and loops of one's own (100), buffers beside what only an
+# optimizer holds (60), terms that pick rows (70), scripts of several fits that are run again (30); less the tools of
+# an update of one's own and the joining of processes, which are loaded when they are used (120).
+PLAIN_FIT, FIT_WITH_CHECKPOINTS = 5600, 7800
 TOUR = ("loop/trainer.py", "loop/run.py", "step/update.py", "step/forward.py", "problem/problem.py")
 
 # ---- who may know whom
@@ -390,7 +393,6 @@ WRITES_LEFT = {
     "weft.step.microbatches": 1,
     "weft.step.nonfinite": 3,
     "weft.step.optimizer_step": 1,
-    "weft.step.trained": 1,
 }
 
 

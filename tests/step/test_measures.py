@@ -201,16 +201,59 @@ def test_a_metric_that_cannot_be_is_named(given: dict[str, Any], says: str) -> N
         weft.Trainer(epochs=1, progress=False, metrics=given).fit(straight_line(), rows)
 
 
-def test_a_metric_of_all_rows_is_refused_where_rows_of_parts_come_again() -> None:
-    class Parts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(1, 1)
+class OfParts(nn.Module):
+    """What it computes of each part, and a loss of both."""
 
-        def forward(self, batch: Any) -> Tensor:
-            return self.layer(batch["a"]["x"]).mean() + self.layer(batch["b"]["x"]).mean()
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(1, 1)
 
-    split = {"a": weft.DictDataset({"x": torch.rand(9, 1)}), "b": weft.DictDataset({"x": torch.rand(4, 1)})}
-    trainer = weft.Trainer(epochs=1, progress=False, metrics={"n": weft.whole(lambda b: 1.0)})
-    with pytest.raises(ValueError, match="'dev_n' needs each row of the dev data once"):
-        trainer.fit(Parts(), weft.Data(split, split, batch_size=2))
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        u, v = (self.layer(batch[part]["x"]) for part in "ab")
+        return {"loss": u.square().mean() + v.abs().mean(), "u": u, "v": v, "y": batch["b"]["y"], "both": u + v.mean()}
+
+
+def split_of(a: int = 9, b: int = 4) -> dict[str, weft.DictDataset]:
+    return {"a": weft.DictDataset({"x": rows_of(a, 1)["x"]}), "b": weft.DictDataset(rows_of(b, 2))}
+
+
+OF_PARTS: dict[str, Any] = {
+    "largest_u": weft.whole(lambda u: u.max()),
+    "rmse": weft.whole(lambda v, y: (v - y).square().mean().sqrt()),
+    "rows": weft.whole(lambda u: len(u)),
+    "rows_of_b": weft.whole(lambda v: len(v)),
+    "of_the_batch": weft.whole(lambda b: b["y"].max()),
+    "r2": (torchmetrics.R2Score(), ["v", "y"]),
+    "largest": (Largest(), ["v", "y"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "devices"),
+    [(2, 1), ({"a": 4, "b": 3}, 1), ({"a": 2, "b": 4}, 1), ({"a": 9, "b": 1}, 1), (2, 2)],
+)
+def test_metrics_of_all_rows_of_a_part_see_each_of_its_rows_once(batch_size: Any, devices: int) -> None:
+    more = {"devices": 2, "strategy": "ddp_fork", "accelerator": "cpu", "timeout": 60} if devices == 2 else {}
+    problem, data = OfParts(), split_of(9, 5)
+    still = {"optimizer": lambda p: torch.optim.SGD(p, lr=0.0), "epochs": 1, "progress": False}
+    history = weft.Trainer(metrics=OF_PARTS, **still, **more).fit(problem, weft.Data(data, data, batch_size=batch_size))
+    dev = {name.removeprefix("dev_"): v[0] for name, v in history.history.items() if name.startswith("dev_")}
+    x, (y,) = {p: data[p].datadict["x"] for p in "ab"}, [data["b"].datadict["y"]]
+    with torch.no_grad():
+        u, v = problem.layer(x["a"]), problem.layer(x["b"])
+    assert dev["rows"] == 9
+    assert dev["rows_of_b"] == 5
+    assert dev["largest_u"] == pytest.approx(float(u.max()), rel=1e-5)
+    assert dev["rmse"] == pytest.approx(float((v - y).square().mean().sqrt()), rel=1e-5)
+    assert dev["of_the_batch"] == pytest.approx(float(y.max()))
+    assert dev["r2"] == pytest.approx(r2_score(y, v), rel=1e-4)
+    assert dev["largest_error"] == pytest.approx(float((v - y).abs().max()), rel=1e-5)
+
+
+def test_a_metric_that_reads_rows_of_several_parts_is_refused_with_the_parts() -> None:
+    metrics = {"n": weft.whole(lambda u, v: 1.0)}
+    trainer = weft.Trainer(epochs=1, progress=False, metrics=metrics)
+    with pytest.raises(ValueError, match="'dev_n' reads rows of several parts, a and b, .* a metric of its own"):
+        trainer.fit(OfParts(), weft.Data(split_of(), split_of(), batch_size=2))
+    weft.Trainer(epochs=1, progress=False, metrics=metrics).fit(OfParts(), weft.Data(split_of(), split_of()))

@@ -61,6 +61,55 @@ def test_what_is_one_number_for_many_rows_is_left_out() -> None:
     assert trained_with(lambda x, layer: layer(x).mean()).predict({"x": X}).keys() == {"v"}
 
 
+TURNED: dict[str, Callable[..., Any]] = {
+    "as many times as rows": lambda x, layer: torch.stack([x, x, x, x]),
+    "transposed": lambda x, layer: (x @ torch.ones(2, 4)).T,
+    "times, rows, features": lambda x, layer: torch.stack([layer(x).expand(-1, 3)] * 4),
+    "rows that were averaged away": lambda x, layer: (x @ torch.ones(2, 4)).mean(0).expand(4, 4),
+}
+STRAIGHT: dict[str, Callable[..., Any]] = {
+    "rows, as many times": lambda x, layer: torch.stack([x, x, x, x], dim=1),
+    "as many features": lambda x, layer: layer(x).expand(-1, 4),
+    "a kernel of all rows": lambda x, layer: x @ x.T,
+}
+
+
+@pytest.mark.parametrize("rows", [4, 8])
+@pytest.mark.parametrize("name", TURNED)
+def test_an_output_with_as_many_times_as_rows_is_named(name: str, rows: int) -> None:
+    trainer = trained_with(TURNED[name])
+    with pytest.raises(ValueError, match=r"predict: 'u' has shape \(4, .*\) for a batch of 3 rows"):
+        trainer.predict({"x": X[:rows]})
+
+
+@pytest.mark.parametrize("name", STRAIGHT)
+def test_an_output_with_two_dimensions_as_long_as_its_batch_is_kept(name: str) -> None:
+    trainer = trained_with(STRAIGHT[name])
+    found = trainer.predict({"x": X[:8]})["u"]
+    layer = trainer.problem.nodes[0].fn
+    with torch.no_grad():
+        true = [STRAIGHT[name](x, layer) for x in (X[:4], X[4:8])]
+    torch.testing.assert_close(found, torch.cat(true))
+
+
+def test_features_as_many_as_rows_are_told_apart_and_the_step_is_repeated_once() -> None:
+    calls = []
+
+    def step(trainer: Any, batch: Any) -> dict[str, Tensor]:
+        calls.append(len(batch["x"]))
+        return {"u": batch["x"].sum(1), "v": batch["x"].sum(0)} if turned else {"u": batch["x"].sum(1)}
+
+    turned = False
+    trainer = weft.Trainer(epochs=1, progress=False, predict_step=step)
+    data = weft.Data({"x": X[:8]}, batch_size=2)
+    trainer.fit(weft.Problem([weft.Node(nn.Linear(2, 1), ["x"], ["v"])], [weft.objective(lambda v: v**2)]), data)
+    assert torch.equal(trainer.predict({"x": X[:8]})["u"], X[:8].sum(1))
+    assert calls == [2, 1, 2, 2, 2]
+    turned = True
+    with pytest.raises(ValueError, match=r"'v' has shape \(2,\) for a batch of 1 rows"):
+        trainer.predict({"x": X[:8]})
+
+
 def test_steps_of_ones_own_are_looked_at_too() -> None:
     trainer = weft.Trainer(epochs=1, progress=False, predict_step=lambda t, batch: {"u": batch["x"].sum(0)})
     trainer.fit(weft.Problem([weft.Node(nn.Linear(2, 1), ["x"], ["v"])], [weft.objective(lambda v: v**2)]), {"x": X})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def load_weights(
         state = _read_tensors(path) if is_torchs(path) else load(path)[0]
     own = problem.state_dict()
     weights = _weights_in(state, of_best, path)
+    _tell_of_others(state, of_best, path)
     if "state_dict" in state and not any(name.startswith("problem.") for name in own):
         weights = {name.removeprefix("problem."): value for name, value in weights.items()}
     if match is not None:
@@ -57,6 +59,17 @@ def _weights_in(state: dict[str, Any], of_best: bool, path: Path) -> dict[str, A
         if isinstance(weights, dict) and any(isinstance(value, Tensor) for value in weights.values()):
             return weights
     raise CheckpointError(f"{path} holds no weights; its keys are {few(map(str, state))}.")
+
+
+def _tell_of_others(state: Mapping[str, Any], of_best: bool, path: Path) -> None:
+    best = state.get("best")
+    others = best.get("others") if of_best and isinstance(best, Mapping) else state.get("others")
+    if "format" in state and isinstance(others, Mapping) and others:
+        warnings.warn(
+            f"{path} also holds {few(others)}, which only an optimizer had: the problem does not register it, so it is "
+            "not loaded. `resume` puts it back.",
+            stacklevel=3,
+        )
 
 
 def _matched(

@@ -21,6 +21,7 @@ from weft.compile.functional import rebuild, step_in_graph
 from weft.compile.lifting import CannotCompile, NotYet
 from weft.compile.watching import Place, Watch
 from weft.devices import seeding
+from weft.devices.processes import limit_entries, shrinking
 from weft.step.forward import Forward
 from weft.step.metrics import Vector
 from weft.step.optimizer_step import clipping
@@ -309,14 +310,14 @@ def vector(values: Sequence[Any], device: torch.device) -> Tensor:
 def _clipped(
     loss: Tensor, grads: list[Tensor | None], clip: float | None, by_value: bool
 ) -> tuple[list[Tensor | None], Tensor]:
-    """The gradients clipped as torch.nn.utils does, and whether loss and gradients are finite."""
+    """The gradients clipped as `Processes.clip` does, new ones, and whether loss and gradients are finite."""
     there = [g for g in grads if g is not None]
     if clip is None or by_value:
         finite = torch.stack([g.isfinite().all() for g in there]).all()
         if clip is not None:
-            grads = [None if g is None else g.clamp(-clip, clip) for g in grads]
+            grads = [None if g is None else limit_entries(g.clone(), clip) for g in grads]
     else:
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in there]))
-        factor = (clip / (norm + 1e-6)).clamp(max=1.0)
+        factor = shrinking(norm, clip)
         finite, grads = norm.isfinite(), [None if g is None else g * factor for g in grads]
     return grads, finite & loss.isfinite()

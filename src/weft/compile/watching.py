@@ -16,15 +16,20 @@ from __future__ import annotations
 import functools
 import inspect
 import io
+import os
 import random
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from operator import is_, itemgetter
 from types import CellType, CodeType, FunctionType, GeneratorType, MethodType, ModuleType
 from typing import Any
+from weakref import ReferenceType
 
 import numpy as np
 import torch
@@ -32,6 +37,7 @@ from torch import Tensor, nn
 
 from weft.devices.generators import generators_within
 from weft.devices.seeding import GENERATORS, generator_states, set_generator_states
+from weft.places import HOLDERS
 
 MAX_NEAR = 256  # items of a container that is looked at in every step
 MAX_PLACES = 5000
@@ -42,6 +48,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _MISSING = object()
 _PLAIN = (int, float, complex, str, bytes, np.generic, torch.dtype, torch.device, type(None))
 _EVERYWHERE = (*(getattr(draw, "__self__", None) for draw in (random.random, np.random.rand)), torch.default_generator)
+_UNSEEDED = {"default_rng", "RandomState", "SystemRandom", "urandom", "token_bytes", "getrandbits", "randbits", "uuid4"}
+"""Names by which a step would make random numbers that nobody can put back."""
 _LIBRARIES = ("torch", "weft", "numpy", "lightning", "builtins", "math", "typing")
 
 
@@ -60,7 +68,7 @@ class Place:
     def read(self) -> dict[Any, Any]:
         """Its values now, by key."""
         held = vars(self.held) if isinstance(self.held, type) else self.held
-        if isinstance(held, CellType | FunctionType):
+        if isinstance(held, CellType | FunctionType | ContextVar):
             return {"": _contents(held)}
         if isinstance(held, np.ndarray):
             return {"": held.tobytes()}
@@ -75,6 +83,11 @@ class Place:
             return
         if isinstance(held, CellType):
             held.cell_contents = values[""]
+        elif isinstance(held, ContextVar):
+            if values[""] is not _MISSING:
+                held.set(values[""])
+        elif not isinstance(held, type | MutableMapping | list | set | np.ndarray | FunctionType):
+            return  # a view of what cannot be written
         elif isinstance(held, FunctionType):
             held.__defaults__ = values[""]
         elif isinstance(held, np.ndarray):
@@ -95,7 +108,7 @@ class Place:
     def reader(self) -> Callable[[], Sequence[Any]]:
         """A quick function that gives what is compared."""
         held = vars(self.held) if isinstance(self.held, type) else self.held
-        if isinstance(held, CellType | FunctionType):
+        if isinstance(held, CellType | FunctionType | ContextVar):
             return lambda: (_contents(held),)
         if isinstance(held, np.ndarray):
             return lambda: (held.tobytes(),)
@@ -119,6 +132,9 @@ class Watch:
         walk.into(type(problem).__name__, problem)
         for function in functions:
             walk.into(getattr(function, "__name__", type(function).__name__), function)
+        if walk.reads_rates:
+            optimizers = owner.run.optimizers if owner.run is not None else {}
+            walk.places += [Place(f"{n}'s param_groups", g) for n, o in optimizers.items() for g in o.param_groups]
         self.places, self.tensors = [*walk.places, *extra], walk.tensors
         self.generators, self.one_way = walk.generators, walk.one_way
         self._saved = [place.read() for place in self.places]
@@ -199,8 +215,60 @@ def _alike(now: Any, before: Any) -> bool:
     return isinstance(now, _PLAIN) and (now == before or repr(now) == repr(before) == "nan")
 
 
-def _contents(held: CellType | FunctionType) -> Any:
-    """What a cell holds, or the defaults of a function."""
+class _Slots(MutableMapping):
+    """The attributes of an object that has slots, as a dict."""
+
+    def __init__(self, of: Any) -> None:
+        self.of, kinds = of, [vars(kind).get("__slots__", ()) for kind in type(of).__mro__]
+        found = [name for slots in kinds for name in ([slots] if isinstance(slots, str) else slots)]
+        self.names = [name for name in found if not name.startswith("__")]
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self.of, name, _MISSING)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if value is not _MISSING:
+            setattr(self.of, name, value)
+
+    def __delitem__(self, name: str) -> None:
+        delattr(self.of, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class _Items(MutableMapping):
+    """The items of a sequence that is no list (deque, array, UserList), as a dict by number."""
+
+    def __init__(self, of: Any) -> None:
+        self.of = of
+
+    def __getitem__(self, number: int) -> Any:
+        return self.of[number]
+
+    def __setitem__(self, number: int, value: Any) -> None:
+        if number == len(self.of):
+            self.of.append(value)
+        else:
+            self.of[number] = value
+
+    def __delitem__(self, number: int) -> None:
+        self.of.pop()  # items are put back by number: the ones too many are at the end
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self.of)))
+
+    def __len__(self) -> int:
+        return len(self.of)
+
+
+def _contents(held: CellType | FunctionType | ContextVar[Any]) -> Any:
+    """What a cell or a context variable holds, or the defaults of a function."""
+    if isinstance(held, ContextVar):
+        return held.get(_MISSING)
     try:
         return held.cell_contents if isinstance(held, CellType) else held.__defaults__
     except ValueError:  # not assigned yet
@@ -221,6 +289,8 @@ class _Walk:
         """Random generators that can be put back, by where they were found; not those of python and numpy at large."""
         self.one_way: dict[str, Any] = {}
         """What gives something else each time and cannot be put back: iterators, random numbers of the system."""
+        self.reads_rates = False
+        """Whether a step names the groups of an optimizer, as it does to read the learning rate."""
         self._seen: dict[int, Any] = {}
         self._of_owner: dict[str, Any] = {}
 
@@ -271,6 +341,20 @@ class _Walk:
         elif isinstance(value, np.ndarray):
             if value.dtype != object:
                 self.places.append(Place(name, value, is_near=value.nbytes <= 8 * MAX_NEAR))
+        elif isinstance(value, ContextVar):
+            self.places.append(Place(name, value))
+            self.into(name, _contents(value))
+        elif isinstance(value, deque | array):
+            view = _Items(value)
+            self.places.append(Place(name, view, is_near=not far and len(value) <= MAX_NEAR))
+            for item in value if isinstance(value, deque) else ():
+                self.into(name, item)
+        elif isinstance(value, ReferenceType):
+            self.into(name, value())
+        elif f"{type(value).__module__}.{type(value).__qualname__}" in HOLDERS:
+            self.dictionary(name, vars(value))
+        elif isinstance(value, Mapping):  # of a library of configurations, or a view of a dict
+            self.dictionary(name, value, far)
         elif isinstance(value, type):
             if not _of_library(value.__module__):
                 keys = tuple(k for k, v in vars(value).items() if not callable(v) and not k.startswith("__"))
@@ -281,6 +365,11 @@ class _Walk:
             hasattr(value, "__dict__") and not isinstance(value, ModuleType) and not _of_library(type(value).__module__)
         ):
             self.dictionary(name, vars(value))
+            if slots := _Slots(value):
+                self.dictionary(name, slots)
+            self.into(type(value).__name__, type(value))
+        elif hasattr(type(value), "__slots__") and not _of_library(type(value).__module__):
+            self.dictionary(name, _Slots(value))
             self.into(type(value).__name__, type(value))
         elif not isinstance(value, ModuleType) and not type(value).__module__.startswith("weft."):
             self._foreign(name, value)
@@ -302,7 +391,7 @@ class _Walk:
             for way, generator in generators_within(value, name, depth=3).items():
                 self.into(way, generator)
 
-    def dictionary(self, name: str, values: dict[Any, Any], far: bool = False) -> None:
+    def dictionary(self, name: str, values: Any, far: bool = False) -> None:
         """Add a dict and what is behind its values."""
         self.places.append(Place(name, values, is_near=not far and len(values) <= MAX_NEAR))
         for key, value in list(values.items()):
@@ -341,6 +430,13 @@ class _Walk:
         if is_ours:
             return
         names = tuple(dict.fromkeys(_names(function.__code__)))
+        if not {"environ", "getenv"}.isdisjoint(names) and id(os.environ) not in self._seen:
+            self._seen[id(os.environ)] = os.environ
+            self.places.append(Place("os.environ", os.environ, is_near=False))
+        if "param_groups" in names:
+            self.reads_rates = True
+        for made in _UNSEEDED.intersection(names):
+            self.one_way[made] = f"{made} (in {function.__name__})"
         self._some(function.__module__, function.__globals__, function.__globals__, names)
         for attribute in self._of_owner.keys() & names:
             self.into(attribute, self._of_owner[attribute])

@@ -81,7 +81,7 @@ class Batches:
             cycle, first = divmod(done, per_cycle)
             shuffle = self.shuffle and size < rows  # in one batch of all rows the order is of no consequence
             order = (
-                seeded_order(rows, self.seed, (epoch, number_of_part, cycle)).to(self._device(), non_blocking=True)
+                seeded_order(rows, self.seed, (epoch, number_of_part, cycle)).to(self.device(), non_blocking=True)
                 if shuffle
                 else None
             )
@@ -95,33 +95,7 @@ class Batches:
         rows, size = next(iter(self.lengths.values())), next(iter(self.sizes.values()))
         return any(self.sizes[part] * rows != size * number for part, number in self.lengths.items())
 
-    def passes(self, number: int, limit: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Batches that go through each part once, `limit` batches of each at most, and the part that each goes through.
-
-        The other parts stay at their first rows, which are alike in every process. The first batch, under "", has all
-        parts there.
-        """
-        from weft.data.shares import share
-
-        def batch(part: str = "", lo: int = 0, hi: int = 0) -> dict[str, Any]:
-            found = {p: self._cut(p, lo, hi) if p == part else self._cut(p, 0, size) for p, size in first.items()}
-            return {**found, "name": self.split, "epoch": number}
-
-        first = {part: -(-size // self.world) for part, size in self.sizes.items()}
-        yield "", batch()
-        for part, rows in self.lengths.items():
-            for start in islice(range(0, rows, self.sizes[part]), limit):
-                mine = share(min(self.sizes[part], rows - start), self.rank, self.world)
-                yield part, batch(part, start + mine.start, start + mine.stop)
-
-    def _cut(self, part: str, lo: int, hi: int) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, tensor in self.parts[part].items():
-            value = found[key] = tensor.detach()[lo:hi].clone()
-            value.requires_grad_(key in self.require_grad or tensor.requires_grad)
-        return {**found, "index": torch.arange(lo, min(hi, self.lengths[part]), device=self._device())}
-
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
         return next(iter(next(iter(self.parts.values())).values())).device
 
     def _slices(
@@ -134,7 +108,7 @@ class Batches:
         any_grad, fixed = any(grad), {} if self.nested else {"name": self.split, "epoch": epoch}
         for first in range(batches.start, batches.stop, chunk):
             lo, hi = first * size, min(min(first + chunk, batches.stop) * size, rows)
-            index = order[lo:hi] if order is not None else torch.arange(lo, hi, device=self._device())
+            index = order[lo:hi] if order is not None else torch.arange(lo, hi, device=self.device())
             if self.world > 1:
                 index, local_sizes = self._share(part, index, size, done + first - batches.start)
             else:
@@ -162,11 +136,11 @@ class Batches:
             if part == main:
                 mine = share(len(rows), self.rank, self.world)
             else:
-                mine = share_of_part(len(rows), self._rows_of(main, number + i), self.rank, self.world)
+                mine = share_of_part(len(rows), self.rows_of_part(main, number + i), self.rank, self.world)
             shares.append(rows[mine])
         return torch.cat(shares), [len(s) for s in shares]
 
-    def _rows_of(self, part: str, number: int) -> int:
+    def rows_of_part(self, part: str, number: int) -> int:
         """Rows that a part has in (global) batch `number` of an epoch."""
         rows, size = self.lengths[part], self.sizes[part]
         in_cycle = number % (rows // size if self.drop_last else -(-rows // size))
@@ -189,22 +163,29 @@ def num_batches(source: Any, limit: float | None) -> int | None:
     """Batches in an epoch of `source` within a limit; None if there are none, or nobody knows."""
     if source is None or not hasattr(getattr(source, "loader", []), "__len__"):
         return None
-    most = within(limit, source)
-    return len(source) if most is None else min(most, len(source))
+    try:
+        most, there = within(limit, source), len(source)
+    except TypeError:  # a DataLoader of an iterable dataset
+        return None
+    return there if most is None else min(most, there)
 
 
-def num_examples(batch: Any) -> int:
+def num_examples(batch: Any) -> Any:
     """What a batch counts for: what it says (`batch["num_examples"]`), else how many rows it has.
 
     The batch may say one number, or one for each row, which are added up; any other object may have an attribute of
-    that name. Rows are the first dimension that most of its tensors share (see `rows_in`).
+    that name (a float where they are weights). Rows are the first dimension that most of its tensors share (see
+    `rows_in`). ValueError for a number below zero.
     """
     if type(batch) is dict and "num_examples" not in batch:
         return rows_in(batch)
     said = batch.get("num_examples") if isinstance(batch, Mapping) else getattr(batch, "num_examples", None)
     if said is None or callable(said):
         return rows_in(batch)
-    return int(said.sum() if isinstance(said, Tensor) else said)
+    number = float(said.sum() if isinstance(said, Tensor) else said)
+    if not 0 <= number < float("inf"):
+        raise ValueError(f'A batch says "num_examples" {number:g}; expected a number >= 0, or one for each row.')
+    return int(number) if number.is_integer() else number
 
 
 def rows_in(batch: Any) -> int:

@@ -6,12 +6,9 @@ on one device the bare module (32-true), inside autocast (mixed; inputs keep the
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import subprocess
-import threading
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,7 +25,6 @@ if TYPE_CHECKING:
 
     from weft.config import TrainerConfig
 
-WATCH = "weft-watch-parent"
 STARTING_SECONDS = 300.0  # python and torch take their time, most of all where many start at once
 _OVERRIDES = ("LT_ACCELERATOR", "LT_STRATEGY", "LT_DEVICES", "LT_NUM_NODES", "LT_PRECISION")
 
@@ -100,28 +96,23 @@ def start_processes(fabric: Fabric, timeout: float | None) -> None:
 
     Raises TypeError for strategies that run one function in other processes: only `fit` and its like can do that.
     """
-    if fabric._launched:
-        _limit_waiting(fabric, timeout)
-        return
-    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-
-    if starts_function(fabric):
+    was_there = fabric._launched
+    if not was_there and starts_function(fabric):
         raise TypeError(
             f"strategy={start_method(fabric)!r} runs one function in new processes, so it works with trainer.fit, "
             "validate, test and predict, but not with trainer.start, whose block is not a function. "
             "Use strategy='ddp' in a script, or put your loop into `update` or hooks."
         )
-    try:
-        with quiet():
-            fabric.launch()
-    except ValueError as error:
-        raise ValueError(f"{error} (This machine has {_machine()}.)") from error
-    _limit_waiting(fabric, timeout)
-    if fabric.world_size > 1:
-        atexit.unregister(_leave_group)
-        atexit.register(_leave_group)  # else a process may abort when it ends after the first one
-    if fabric.local_rank and os.environ.get("LOCAL_RANK") and isinstance(_environment(fabric), LightningEnvironment):
-        _end_after_parent(timeout)
+    if not was_there:
+        try:
+            with quiet():
+                fabric.launch()
+        except ValueError as error:
+            raise ValueError(f"{error} (This machine has {_machine()}.)") from error
+    if fabric.world_size > 1 or timeout is not None:
+        from weft.devices.joining import join
+
+        join(fabric, timeout, was_there)
 
 
 def let_others_end(fabric: Fabric) -> None:
@@ -134,39 +125,6 @@ def let_others_end(fabric: Fabric) -> None:
     for process in others:
         with suppress(subprocess.TimeoutExpired):
             process.wait(30)
-
-
-def _leave_group() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def _environment(fabric: Fabric) -> Any:
-    return getattr(fabric.strategy, "cluster_environment", None)
-
-
-def _end_after_parent(timeout: float | None) -> None:
-    """End this process, which the script's first one started, some time after that one ended without it.
-
-    Fabric's first process ends the others when one of them fails; nobody would end a hanging one when the first fails.
-    """
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        time.sleep(timeout if timeout is not None else 1800.0)
-        os._exit(1)
-
-    if not any(thread.name == WATCH for thread in threading.enumerate()):
-        threading.Thread(target=watch, name=WATCH, daemon=True).start()
-
-
-def _limit_waiting(fabric: Fabric, timeout: float | None) -> None:
-    if timeout is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        mesh = getattr(fabric.strategy, "_device_mesh", None)  # of a problem in shards: it has groups of its own
-        for group in (None, *(mesh.get_all_groups() if mesh is not None else ())):
-            torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)
 
 
 @contextmanager

@@ -107,12 +107,27 @@ class Processes:
     def clip(self, params: Sequence[Tensor], limit: float, by_value: bool = False) -> Tensor | None:
         """Clip gradients to a total 2-norm of `limit`, or each entry; returns the norm before, if it is known."""
         if by_value:
-            return nn.utils.clip_grad_value_(params, limit)
+            for p in params:
+                if p.grad is not None and p.grad.is_complex():  # which torch's own refuses
+                    limit_entries(p.grad, limit)
+            return nn.utils.clip_grad_value_([p for p in params if not p.is_complex()], limit)
         return nn.utils.clip_grad_norm_(params, limit)
 
     def all_of(self, is_so: bool) -> bool:
         """Whether something is so in every process, where each sees other numbers."""
         return is_so
+
+
+@torch.no_grad()
+def limit_entries(grad: Tensor, limit: float) -> Tensor:
+    """Bring each entry into [-limit, limit], in place; of a complex number its two parts. Returns it."""
+    (torch.view_as_real(grad) if grad.is_complex() else grad).clamp_(-limit, limit)
+    return grad
+
+
+def shrinking(norm: Tensor, limit: float) -> Tensor:
+    """What brings gradients of this norm to at most `limit` when they are multiplied with it, as by torch."""
+    return (limit / (norm + 1e-6)).clamp(max=1.0)
 
 
 def own_part(tensor: Any) -> Tensor:

@@ -23,7 +23,7 @@ from weft.devices.processes import Processes
 from weft.loop import feeding
 from weft.step.history import Best, History, Progress
 from weft.step.state import RunState, trial
-from weft.step.trained import to_be_trained
+from weft.step.trained import tell_of_latecomers, to_be_trained
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -151,6 +151,29 @@ class Seams:
     """Whether what is logged must not have the name of what the problem or a step returns."""
 
     state: RunState
+    _manual: Any
+    begin_step: Callable[[Any], None]
+    end_step: Callable[[Any, Any], None]
+
+    @property
+    def manual(self) -> Any:
+        """The tools of an update, or a loop, of one's own (`weft.step.manual`), made for each phase."""
+        if self._manual is None:
+            from weft.step.manual import Manual
+
+            self._manual = Manual(self.state, self.begin_step, self.end_step)
+        return self._manual
+
+    def tell_of_nothing_trained(self) -> None:
+        """Say so once where a loop, or an update, of the user's own has not trained in the epoch that ends, or a
+        parameter came too late."""
+        tell_of_latecomers(self.state)
+        if self.state.epoch.steps_before == self.state.progress.step:
+            from weft.step.own_loop import tell_of_no_step
+
+            tell_of_no_step(self.state)
+        elif self._manual is not None:
+            self._manual.tell_of_no_move()
 
     @property
     def settings(self) -> dict[str, Any]:

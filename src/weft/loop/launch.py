@@ -37,6 +37,8 @@ from weft.loop.contents import state_of_run
 from weft.loop.result import FitResult
 from weft.loop.resume import put_back_hooks
 from weft.loop.run import Run
+from weft.step.optimizers import build_optimizers
+from weft.step.trained import hold
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -71,6 +73,8 @@ def call(trainer: Any, fabric: Fabric, method: str, problem: nn.Module, *args: A
     if told["state"] is not None:
         problem.eval()
         trainer.run = _run_after(trainer, problem, told)
+        if others := told["state"].get("others"):
+            _put_back_others(trainer, others)
     if asked and not (asked[-1] == signal.SIGINT and interactive()):  # it came when all was over
         raise _meant_by(asked)
     return told["returned"] if told["state"] is None else trainer.run.result
@@ -140,6 +144,21 @@ def _run_after(trainer: Any, problem: nn.Module, told: dict[str, Any]) -> Run:
     run.state.control.stop_reason = run.result.stop_reason
     seeding.set_random_state({**state["random"], "cuda": []})  # as if the first process had been this one
     return run
+
+
+def _put_back_others(trainer: Any, saved: dict[str, Any]) -> None:
+    """What only the optimizers hold, as it is in the processes that trained it; so they are made here too."""
+    state = trainer.run.state
+    phases = state.training.phases[: state.progress.phase + 1]
+    given = [phase.optimizer for phase in phases if phase.optimizer is not None]
+    if phases[0].optimizer is None:
+        given.insert(0, trainer.configure_optimizers())
+    for one in given:
+        hold(state, build_optimizers(one, state.problem))
+    for name, tensor in (state.training.others.tensors | state.training.others.buffers).items():
+        if name in saved and tensor.dtype != saved[name].dtype:  # as the problem is, which was converted (64-true)
+            tensor.data = tensor.data.to(saved[name].dtype)
+    state.training.others.load_state_dict(saved, source="The state of the launched processes")
 
 
 def _pickled(error: BaseException) -> bytes | None:

@@ -72,3 +72,12 @@ def tell_of_no_best(state: RunState) -> None:
             f"{monitor}, which is monitored, was not finite in any of {len(values)} epochs: there is no best epoch, "
             "and the problem holds the last weights."
         )
+
+
+def tell_of_left_out(run: Any, path: Any) -> None:
+    """Warn if a weights file cannot hold all that the run, if there was one, has trained."""
+    if run is not None and (others := run.state.training.others.tensors):
+        run.state.warn_once(
+            f"save_weights: {path} lacks {', '.join(others)}, which only an optimizer holds: the problem does not "
+            "register it. A checkpoint has it, and `result.last_others`."
+        )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from weft.step.optimizers import Scheduled, build_schedulers
 
@@ -18,20 +18,13 @@ if TYPE_CHECKING:
 KINDS = ("optimizer", "scheduler")
 
 
-def checked(renew: Any, resume: Any, by_itself: bool = False) -> tuple[str, ...]:
-    """The `renew` argument of a fit as a tuple. Raises ValueError for what it cannot name, without `resume`, and for a
-    problem that makes its optimizers `by_itself`.
-    """
+def checked(renew: Any, resume: Any) -> tuple[str, ...]:
+    """The `renew` argument of a fit as a tuple. Raises ValueError for what it cannot name, and without `resume`."""
     names = (renew,) if isinstance(renew, str) else tuple(renew or ())
     if wrong := [name for name in names if name not in KINDS]:
         raise ValueError(f"fit: renew={renew!r} names {wrong[0]!r}; expected some of {KINDS}.")
     if names and resume is None:
         raise ValueError(f"fit: renew={renew!r} says what wins over a checkpoint; give resume as well.")
-    if names and by_itself:
-        raise ValueError(
-            f"fit: renew={renew!r} is not for a LightningModule, which makes its optimizers itself; set what is new in "
-            "its on_train_start."
-        )
     return names
 
 
@@ -45,6 +38,8 @@ class Renewal:
     def __init__(self, state: RunState, renew: tuple[str, ...]) -> None:
         self.of_optimizers, self.of_schedulers = "optimizer" in renew, "scheduler" in renew
         self.options = {name: _options(o) for name, o in state.training.optimizers.items()}
+        schedulers = [s.scheduler for s in state.training.schedules.values()] if self.of_schedulers else []
+        self.fresh = {id(scheduler): Fresh(scheduler) for scheduler in schedulers}
 
     def apply(self, state: RunState, saved: Mapping[str, Any]) -> None:
         """Put the new side in force."""
@@ -53,7 +48,60 @@ class Renewal:
                 schedule = None if self.of_schedulers else state.training.schedules.get(name)
                 _set_options(optimizer, self.options[name], schedule)
         if self.of_schedulers:
-            _make_schedules(state, saved)
+            _make_schedules(state, saved, self.fresh)
+
+
+class Fresh:
+    """A scheduler as it was given, before a checkpoint is put back: so one that is an object begins anew."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler, self.optimizer = scheduler, scheduler.optimizer
+        self.state = copy.deepcopy(scheduler.state_dict())
+        self.groups = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
+
+    def put_back(self) -> None:
+        """As before the first step, from the rates that the optimizer's groups have now (where it does not bring its
+        own). TypeError for one that had stepped already."""
+        if self.state.get("last_epoch", 0) > 0:
+            raise TypeError(
+                f"fit: renew='scheduler' makes the scheduler anew, and this {type(self.scheduler).__name__} has "
+                "stepped before; give it as a function of the optimizer."
+            )
+        self.scheduler.load_state_dict(copy.deepcopy(self.state))
+        bases = getattr(self.scheduler, "base_lrs", None)
+        for number, (group, then) in enumerate(zip(self.optimizer.param_groups, self.groups, strict=True)):
+            if "max_lr" in then or hasattr(self.scheduler, "max_lrs"):  # the whole cycle is its own
+                rate = then["lr"]
+                group.update({k: v for k, v in then.items() if k in _OF_CYCLES or k not in group})
+            else:
+                now = float(group["lr"])
+                factor = float(then["lr"]) / float(then["initial_lr"]) if then.get("initial_lr") else 1.0
+                rate, group["initial_lr"] = now * factor, now
+                if bases is not None:
+                    bases[number] = now
+            _set_rate(group, rate)
+
+
+_OF_CYCLES = ("initial_lr", "max_lr", "min_lr", "momentum", "betas", "base_momentum", "max_momentum")
+"""What OneCycleLR and CyclicLR write into the groups of an optimizer."""
+
+
+def rebase(scheduler: Any) -> None:
+    """Have a scheduler go on as far as it is, from the rates that its optimizer's groups begin with now."""
+    bases: Any = getattr(scheduler, "base_lrs", None)
+    last: Any = getattr(scheduler, "_last_lr", None)
+    for number, group in enumerate(scheduler.optimizer.param_groups if bases and last else []):
+        new, before = float(group.get("initial_lr", group["lr"])), float(bases[number])
+        _set_rate(group, new * float(last[number]) / before if before else new)
+        bases[number] = new
+
+
+def begin_at_base(optimizer: Optimizer) -> None:
+    """Give the groups of an optimizer the rates that they began with, as if no scheduler had stepped."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]  # else torch warns of steps before the first update
+    for group in optimizer.param_groups:
+        if "initial_lr" in group:
+            _set_rate(group, group.pop("initial_lr"))
 
 
 def _options(optimizer: Optimizer) -> list[dict[str, Any]]:
@@ -72,10 +120,10 @@ def _set_options(optimizer: Optimizer, options: list[dict[str, Any]], schedule: 
         factor = float(group["lr"]) / float(before) if schedule is not None and before else 1.0
         group.update({k: v for k, v in new.items() if k not in ("lr", "initial_lr")})
         _set_rate(group, new["lr"] * factor)
-        if schedule is not None:
+        if schedule is not None or "initial_lr" in group:
             group["initial_lr"] = new["lr"]
-            if (base := getattr(schedule.scheduler, "base_lrs", None)) is not None:
-                base[number] = new["lr"]
+        if schedule is not None and (base := getattr(schedule.scheduler, "base_lrs", None)) is not None:
+            base[number] = new["lr"]
 
 
 def _set_rate(group: dict[str, Any], rate: Any) -> None:
@@ -85,19 +133,15 @@ def _set_rate(group: dict[str, Any], rate: Any) -> None:
         group["lr"] = float(rate)
 
 
-def _make_schedules(state: RunState, saved: Mapping[str, Any]) -> None:
+def _make_schedules(state: RunState, saved: Mapping[str, Any], fresh: Mapping[int, Fresh]) -> None:
     """The schedules of the options, each as far as one is that was there from the beginning."""
     given, training = _scheduler_in_force(state), state.training
-    for factory in given.values() if isinstance(given, Mapping) else [given]:
-        if isinstance(getattr(factory, "factory", factory), LRScheduler):
-            raise TypeError("fit: renew='scheduler' makes the scheduler anew; give it as a function of the optimizer.")
     for optimizer in training.optimizers.values():
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # else torch warns of steps before the first update
-        for group in optimizer.param_groups:
-            if "initial_lr" in group:
-                _set_rate(group, group.pop("initial_lr"))
+        begin_at_base(optimizer)
     training.schedules = build_schedulers(given, training.optimizers)
     for name, schedule in training.schedules.items():
+        if id(schedule.scheduler) in fresh:  # it was given as an object, which is still the one
+            fresh[id(schedule.scheduler)].put_back()
         count = _steps_done(state, name, schedule, saved)
         if schedule.wants_metric:
             column = state.history.values.get(schedule.monitor or state.best.name or "", [])

@@ -31,6 +31,9 @@ class FitResult:
     stop_reason: str
     history: dict[str, list[float]]
     last_weights: dict[str, Tensor] = field(default_factory=dict)
+    last_others: dict[str, Tensor] = field(default_factory=dict)
+    """What only an optimizer held, at the end; with the buffers of its modules. Empty where the problem registers all.
+    """
     seconds: float = 0.0
     seed: int | None = None
     run_dir: Path | None = None
@@ -71,13 +74,17 @@ class FitResult:
 
     def save(self, run_dir: Path) -> None:
         """Write everything but weights and history to `run_dir/result.json`; `load_result` reads it back."""
-        plain = {k: v for k, v in vars(self).items() if k not in ("history", "last_weights", "run_dir", "profile")}
+        plain = {
+            k: v
+            for k, v in vars(self).items()
+            if k not in ("history", "last_weights", "last_others", "run_dir", "profile")
+        }
         from weft.checkpoint.archive import put
 
         put(run_dir / "result.json", json.dumps(plain, indent=1).encode())
 
 
-def result_of(state: RunState, last_weights: dict[str, Tensor]) -> FitResult:
+def result_of(state: RunState, last_weights: dict[str, Tensor], last_others: dict[str, Tensor]) -> FitResult:
     """The result of a run as it stands."""
     progress, best = state.progress, state.best
     return FitResult(
@@ -88,6 +95,7 @@ def result_of(state: RunState, last_weights: dict[str, Tensor]) -> FitResult:
         stop_reason=state.control.stop_reason or "epochs",
         history={name: list(column) for name, column in state.history.values.items()},
         last_weights=last_weights,
+        last_others=last_others,
         seconds=progress.seconds,
         seed=state.feed.seed,
         run_dir=state.kept.run_dir,
@@ -120,5 +128,6 @@ def load_result(run_dir: str | Path) -> FitResult:
     history = read_history(folder / "metrics.csv", plain["epochs"])
     last: dict[str, Any] = {}
     if (folder / "checkpoints" / "last").is_file():
-        last = dict(checkpoints.load(folder / "checkpoints", "last")[0]["problem"])
-    return FitResult(**plain, history=history, last_weights=last, run_dir=folder)
+        saved = checkpoints.load(folder / "checkpoints", "last")[0]
+        last = {"last_weights": dict(saved["problem"]), "last_others": dict(saved.get("others", {}))}
+    return FitResult(**plain, history=history, **last, run_dir=folder)

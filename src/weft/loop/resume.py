@@ -137,14 +137,31 @@ def begin(
     _put_back(state, saved, renewal)
     _put_back_random(state, saved)
     state.call("on_fit_start")
-    state.control.reopened = state.progress.batch > 0
+    done_before = state.progress.was_done(state.control.number, num_epochs(state))
+    state.control.reopened = state.progress.batch > 0 and not done_before
     if state.control.reopened:
         state.call("on_epoch_start")
     _put_back(state, saved, renewal)
     put_back_hooks(state.hooks, saved)
     _start_workers_that_stay(state)
     _put_back_random(state, saved)
-    state.progress.begin_fit(num_epochs(state), state.config.max_steps, goes_on=True)
+    if done_before:
+        leave_to_next_fit(state)
+    else:
+        del state.progress.fits[state.control.number :]
+        state.progress.begin_fit(num_epochs(state), state.config.max_steps, goes_on=True)
+
+
+def leave_to_next_fit(state: RunState) -> None:
+    """Train nothing: a script that fits several times was ended in a later fit than this one, which goes on instead."""
+    progress, number = state.progress, state.control.number
+    first, epochs = progress.fits[number]
+    state.leave_to_next()
+    state.warn_once(
+        f"{state.kept.resumed_from} was saved in fit {len(progress.fits) + 1} of this run: fit {number + 1}, of epochs "
+        f"{first} to {first + epochs - 1}, was over and trains nothing now. The next fit goes on from the checkpoint. "
+        "(To train more epochs in this one, ask for another number: fit(..., epochs=...).)"
+    )
 
 
 def _start_workers_that_stay(state: RunState) -> None:

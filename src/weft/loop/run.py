@@ -32,10 +32,9 @@ from weft.loop.adapters import Seams, Told
 from weft.loop.leaving import batches_unless_left, before_training, come_back, heed_early, heed_late, rest_if_waiting
 from weft.loop.remarks import tell_of_no_best, tell_of_options, tell_of_used_up
 from weft.loop.result import FitResult, result_of
-from weft.step.evaluation import evaluate, monitored_metric
+from weft.step.evaluation import add_up_terms, evaluate, monitored_metric
 from weft.step.forward import Forward, forward_of
 from weft.step.instrument import bind_watched, watched, watched_batches
-from weft.step.manual import Manual
 from weft.step.nonfinite import RunningStatistics, ignores, look_back
 from weft.step.state import Listeners, Owner, RunState, Stage, Update
 from weft.step.trained import clear, clear_gradients, prepare_look
@@ -51,7 +50,6 @@ class Run(Told, Seams):
 
     update: Update
     """Update the parameters once from a batch (a list of batches when accumulating). Returns the loss, detached."""
-    manual: Manual
 
     def __init__(self, trainer: Owner, problem: nn.Module, previous: Run | None = None) -> None:
         self.state = RunState.of(trainer, problem, previous.state if previous else None)
@@ -63,6 +61,7 @@ class Run(Told, Seams):
         self.graphs: Any = None  # of a compiled run
         self._forwards: dict[str, Forward] = {}  # by split, of evaluations
         self._parameters: list[Tensor] = []
+        self._manual: Any = None
         self._before = previous.state.feed.splits if previous else {}
         self._stack = ExitStack()
 
@@ -171,11 +170,11 @@ class Run(Told, Seams):
             tell_of_no_best(state)
         control.stop_reason = "interrupted" if interrupted else "error" if error else control.stop_reason or "epochs"
         self.put_in_eval_mode()
-        last_weights = self.last_weights()
+        last = self.last_weights(), state.training.others.state_dict()
         if error is None or interrupted:
             state.best.restore(state.problem, state.training.others)
         phases.unfreeze(state.training.frozen)
-        self.result = result = result_of(state, last_weights)
+        self.result = result = result_of(state, *last)
         bound, state.hooks = state.hooks.bound, Listeners(state.hooks.hooks)
         with ExitStack() as last:  # each is called, even if one before it raises
             for call in reversed(bound["on_fit_end"]):
@@ -218,7 +217,7 @@ class Run(Told, Seams):
         state = self.state
         self._forwards, state.training.outside = {}, None
         clear_gradients(state)
-        self.manual = Manual(state, self.begin_step, self.end_step)
+        self._manual = None
         self._parameters = [*state.problem.parameters(), *state.training.others.tensors.values()]
         if state.trainer.overrides("update"):
             self.update = self.manual.framed(state.trainer.update)
@@ -263,6 +262,7 @@ class Run(Told, Seams):
             state.epoch.evaluated = {}
         state.epoch.is_open, state.epoch.clock = True, time.perf_counter()
         state.epoch.throughput.begin()
+        state.epoch.steps_before = None if control.reopened else progress.step
         if not control.reopened:
             state.call("on_epoch_start")
         control.reopened = False
@@ -363,8 +363,10 @@ class Run(Told, Seams):
         epoch.is_open, state.control.stage = False, Stage.EPOCH_END
         feeding.check_folder(state)
         look_back(state)
+        self.tell_of_nothing_trained()
         state.training.turn("eval")  # the best weights are those that an evaluation sees
         means, logged = (of.compute(state.processes.gather) for of in (epoch.means, epoch.logged))
+        add_up_terms(state, "train", means)
         epoch.measured = {*means, *epoch.evaluated} if self.names_are_apart and state.trainer.names_are_apart else set()
         state.refuse_taken(logged)
         metrics = {**means, **logged, **epoch.evaluated}

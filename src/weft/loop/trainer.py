@@ -19,6 +19,7 @@ from weft.loop import options as opts
 from weft.loop.adapters import adapter_for, split_hooks
 from weft.loop.default_hooks import hooks_from
 from weft.loop.evaluating import run_to_evaluate
+from weft.loop.remarks import tell_of_left_out
 from weft.loop.result import FitResult
 from weft.loop.run import Run
 from weft.loop.tools import Tools
@@ -167,20 +168,19 @@ class Trainer(TrainerOptions, Tools):
             self.run = None
         run = self.run_of(problem, previous)
         make_data = opts.data_maker(run, data, dev, **given, setup_kwargs=setup_kwargs)
-        resume = resume if resume is not None else self.config.resume
+        resume = resume or (previous.state.resume_next if previous else None) or self.config.resume
         opts.check_epochs(epochs, self.phases)
         if renew:
             from weft.loop.renewal import checked
 
-            renew = checked(renew, resume, run.takes_callbacks)
+            renew = checked(renew, resume)
         run.prepare(make_data, resume, epochs, tuple(renew))
         self.run = run
         return run
 
     def _fabric_for_calls(self) -> Any:
         """The Fabric that runs methods in processes of their own; None where nothing does, or these are they."""
-        options = self.options
-        return None if self.launched else fabric_for_calls(self.config, options["strategy"], options["plugins"])
+        return None if self.launched else fabric_for_calls(self.config, *map(self.options.get, ("strategy", "plugins")))
 
     def run_of(self, problem: nn.Module, previous: Run | None = None) -> Run:
         """A new run: weft's own, or that of an integration which knows this kind of problem."""
@@ -296,6 +296,7 @@ class Trainer(TrainerOptions, Tools):
         from weft.checkpoint.weights_files import save_weights
 
         save_weights(self.problem, path)
+        tell_of_left_out(self.run, path)
 
 
 Trainer.__init__.__signature__ = opts.signature()  # pyright: ignore[reportFunctionMemberAccess]

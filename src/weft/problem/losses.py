@@ -95,8 +95,8 @@ class BarrierLoss(PenaltyLoss):
             cost = violation if c.norm == 1 else violation.square()
             if c.sense != "==":
                 cost = torch.where(value < 0, self._clamped(value), cost)  # nan is not < 0, and stays nan
-            contribution = c.weight * cost.mean()
-            out[c.name], out[f"{c.name}_violation"] = contribution, violation.mean()
+            contribution = c.weight * c.shapes.mean(cost)
+            out[c.name], out[f"{c.name}_violation"] = contribution, c.shapes.mean(violation)
             penalties.append(contribution)
         return _totals(out, objective_terms, penalties)
 

@@ -19,12 +19,17 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 _NAMES = """
     sub rsub add mul div true_divide pow float_power fmod remainder atan2 hypot logaddexp xlogy eq ne lt le gt ge
-    maximum minimum where
+    maximum minimum fmax fmin where lerp copysign dist
 """
-_METHODS, _LOSSES = "sub rsub add radd mul rmul truediv rtruediv pow", "mse_loss l1_loss smooth_l1_loss huber_loss"
+_METHODS = "sub rsub add radd mul rmul truediv rtruediv pow"
+_LOSSES = """
+    mse_loss l1_loss smooth_l1_loss huber_loss kl_div poisson_nll_loss soft_margin_loss cosine_similarity
+    pairwise_distance
+"""
 _FUNCTIONS = {getattr(owner, name) for owner in (torch, Tensor) for name in _NAMES.split() if hasattr(owner, name)}
 _FUNCTIONS |= {getattr(Tensor, f"__{name}__") for name in _METHODS.split()}
 _FUNCTIONS |= {getattr(nn.functional, name) for name in _LOSSES.split()}
+_PICKING = {torch.masked_select, Tensor.masked_select, torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere}
 
 
 class PairWatch(TorchFunctionMode):
@@ -40,10 +45,13 @@ class PairWatch(TorchFunctionMode):
         self.given = {id(_base(tensor)) for tensor in _tensors(batch)}
         self.computed: Any = WeakIdKeyDictionary()
         self.found: str | None = None
+        self.picks = False
+        """Whether rows were picked by a mask, so that how many there are depends on their values."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.found is None and func in _FUNCTIONS and len(args) >= 2:
             self._look(*[a for a in args if isinstance(a, Tensor)][:2])
+        self.picks = self.picks or func in _PICKING or (func is Tensor.__getitem__ and _has_mask(args[1]))
         out = func(*args, **(kwargs or {}))
         if self.found is None and not torch.is_grad_enabled() and any(map(self._is_of_rows, _tensors(args))):
             self.computed.update({tensor: True for tensor in _tensors(out)})
@@ -64,6 +72,11 @@ class PairWatch(TorchFunctionMode):
     def _is_of_rows(self, tensor: Tensor) -> bool:
         base = _base(tensor)
         return tensor.grad_fn is not None or id(base) in self.given or tensor in self.computed or base in self.computed
+
+
+def _has_mask(index: Any) -> bool:
+    parts = index if isinstance(index, tuple) else (index,)
+    return any(isinstance(part, Tensor) and part.dtype == torch.bool and part.dim() for part in parts)
 
 
 def refuse_pairs(what: str, value: Any, read: Mapping[str, Any], watch: PairWatch) -> None:

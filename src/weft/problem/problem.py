@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from weft.problem.losses import PenaltyLoss
 from weft.problem.nodes import duplicates_in, node_list
-from weft.problem.terms import RESERVED_KEYS, Constraint, MissingKeyError, Objective, Term, explain
+from weft.problem.terms import RESERVED_KEYS, Constraint, MissingKeyError, Objective, Term, explain, weights_of_picked
 from weft.types import Batch
 
 
@@ -26,7 +26,8 @@ class Problem(nn.Module):
 
     every node's outputs under their own keys, and as scalars, for the split s (`batch["name"]`, "train" if missing):
     `s_<term>` (its contribution to the loss, weight included), `s_<constraint>_violation` (mean, without weight),
-    `s_objective_loss`, `s_penalty_loss` and `s_loss`. What came with the batch is not returned.
+    `s_objective_loss`, `s_penalty_loss` and `s_loss`. What came with the batch is not returned. A term that picks rows
+    by a mask counts for those: their number is `s_<term>_weight`, and of the only term there is also `num_examples`.
 
     nodes: Node, Rollout, or anything like a NeuroMANCER node (`input_keys`, `output_keys`, dict in, dict out).
     loss: PenaltyLoss (the default), BarrierLoss or AugmentedLagrangian.
@@ -65,7 +66,7 @@ class Problem(nn.Module):
         """The objectives, then the constraints, by name."""
         return {term.name: term for term in cast(Iterable[Term], [*self.objectives, *self.constraints])}
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> dict[str, Any]:
         """Outputs, terms and losses by key; see the class."""
         try:
             split, data = batch.get("name", "train"), dict(batch)
@@ -77,7 +78,7 @@ class Problem(nn.Module):
         out = self._run_nodes(data)
         for key, value in self.loss(data, self.objectives, self.constraints).items():
             out[f"{split}_{key}"] = value
-        return out
+        return out | weights_of_picked([*self.objectives, *self.constraints], split)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """The outputs of the nodes alone; targets, which only terms read, may be missing."""

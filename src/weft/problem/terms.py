@@ -97,6 +97,25 @@ class _Constant(nn.Module):
         return self.value
 
 
+class Shapes:
+    """What is known of the shapes of a term: notes, which are no state of a problem and in no checkpoint."""
+
+    seen = False
+    """Whether they were looked at."""
+    picks = False
+    """Whether it picks rows by a mask; then it counts for those, and not for all of its batch."""
+    rows: int | None = None
+    """So many it picked of the last batch; None: it does not, or made one number of them itself."""
+
+    def note(self, value: Any) -> None:
+        if self.picks:
+            self.rows = value.shape[0] if isinstance(value, Tensor) and value.ndim else None
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Of no rows where none was picked, which counts for nothing: 0, and so are its gradients."""
+        return value.sum() if self.rows == 0 else value.mean()
+
+
 class Term(nn.Module):
     """One named part of the loss: `name`, `keys` (those it reads) and `weight`.
 
@@ -113,6 +132,7 @@ class Term(nn.Module):
             raise TypeError(f"The name of a term is a non-empty text; got {name!r}.")
         self.name: str = name or ""  # a Problem numbers those without
         self.keys: list[str] = []
+        self._shapes = Shapes()
         if isinstance(weight, Tensor) and weight.requires_grad:
             raise ValueError(f"The weight of {self} is not trained, but the tensor given requires grad; detach it.")
         try:
@@ -141,17 +161,21 @@ class Term(nn.Module):
             self.weight.fill_(self.given_weight)
         return self
 
+    @property
+    def picks(self) -> bool:
+        """Whether it is known to pick rows by a mask."""
+        return self._shapes.picks
+
+    @property
+    def shapes(self) -> Shapes:
+        """What is known of the shapes of what it computes."""
+        return self._shapes
+
     def __str__(self) -> str:
         return f"{self.kind} {self.name!r}" if self.name else f"{self.kind} without a name"
 
     def __repr__(self) -> str:
         return f"{self}({', '.join(self.keys)}), weight {self.weight.item():g}"
-
-
-class _Shapes:
-    """Whether the shapes of a term were looked at: a note, which is no state of a problem and in no checkpoint."""
-
-    seen = False
 
 
 class Objective(Term):
@@ -165,7 +189,6 @@ class Objective(Term):
         super().__init__(weight, name or function_name(fn))
         self.fn = fn
         self._add_function(fn)
-        self._shapes = _Shapes()
 
     def forward(self, data: Batch) -> Tensor:
         """The contribution to the loss, a scalar.
@@ -174,7 +197,8 @@ class Objective(Term):
         """
         value = self.value(data)
         try:
-            return self.weight * self.reduced(value)
+            self._shapes.note(value)
+            return self.weight * (value.sum() if self._shapes.rows == 0 else self.reduced(value))
         except (AttributeError, TypeError, RuntimeError) as error:
             found = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"{self} returned {found}; expected a floating point tensor, which is averaged.") from error
@@ -200,7 +224,7 @@ class Objective(Term):
         with PairWatch(read) as watch:
             value = self.fn(*read.values())
         refuse_pairs(str(self), value, read, watch)
-        self._shapes.seen = True
+        self._shapes.seen, self._shapes.picks = True, watch.picks
         return value
 
 
@@ -222,7 +246,6 @@ class Constraint(Term):
         self.rhs, self.rhs_keys = self._side(rhs)
         if not callable(lhs) and not callable(rhs) and not self.keys:
             raise ValueError(f"{self} compares {lhs!r} with {rhs!r}: neither side is a key or a function of keys.")
-        self._shapes = _Shapes()
 
     def _side(self, side: Side) -> tuple[Callable[..., Any], list[str]]:
         if isinstance(side, str):
@@ -239,8 +262,7 @@ class Constraint(Term):
     def value(self, data: Batch) -> Tensor:
         """How far the sides are apart: <= 0 where an inequality holds, 0 where an equality does. Not reduced."""
         try:
-            left = self.lhs(*[data[k] for k in self.lhs_keys])
-            right = self.rhs(*[data[k] for k in self.rhs_keys])
+            left, right = self._sides(data) if self._shapes.seen else self._first(data)
         except Exception as error:
             explain(error, str(self), self.keys, data)
             raise
@@ -248,12 +270,25 @@ class Constraint(Term):
             value = right - left if self.sense == ">=" else left - right
             if not self._shapes.seen:
                 self._check_shapes(left, right, value)
+            self._shapes.note(value)
             return value
         except (AttributeError, TypeError, RuntimeError) as error:
             raise ValueError(
                 f"{self} cannot compare its sides: left {_shape(left)}, right {_shape(right)}; expected tensors of "
                 "shapes that broadcast, or a number on one side."
             ) from error
+
+    def _sides(self, data: Batch) -> tuple[Any, Any]:
+        return self.lhs(*[data[k] for k in self.lhs_keys]), self.rhs(*[data[k] for k in self.rhs_keys])
+
+    def _first(self, data: Batch) -> tuple[Any, Any]:
+        """Both sides, and whether they pick rows by a mask."""
+        if torch.compiler.is_compiling() or not has_rows(read := {k: data[k] for k in self.keys}):
+            return self._sides(data)
+        with PairWatch(read) as watch:
+            sides = self._sides(data)
+        self._shapes.picks = watch.picks
+        return sides
 
     def _check_shapes(self, left: Any, right: Any, value: Tensor) -> None:
         """Once, at several rows: (n,) against (n, 1) makes (n, n), which compares every row with every other."""
@@ -274,15 +309,16 @@ class Constraint(Term):
     def forward(self, data: Batch) -> tuple[Tensor, Tensor]:
         """The penalty `weight * mean(violation ** norm)` and the mean violation, both scalars."""
         violation = self.violation(self.value(data))
-        mean = violation.mean()
-        return self.weight * (mean if self.norm == 1 else violation.square().mean()), mean
+        mean = self._shapes.mean(violation)
+        return self.weight * (mean if self.norm == 1 else self._shapes.mean(violation.square())), mean
 
 
 def objective(fn: Callable[..., Tensor], weight: float | Tensor = 1.0, name: str | None = None) -> Objective:
     """A term that adds `weight * mean(fn(...))` to the loss.
 
     fn: a function whose argument names are the keys it reads (arguments with a default are constants), or a module, by
-        the arguments of its `forward`. It may return a tensor of any shape.
+        the arguments of its `forward`. It may return a tensor of any shape. What picks rows by a mask (`e[m]`) counts
+        for those that it returns; return them, not their mean.
     name: defaults to the function's; a lambda becomes `objective_0`, by its place in the problem.
     Raises TypeError where the argument names do not say what is read (`*args`, a builtin).
     """
@@ -310,3 +346,20 @@ def greater_equal(
 def equal(lhs: Side, rhs: Side, weight: float | Tensor = 1.0, norm: int = 1, name: str | None = None) -> Constraint:
     """The constraint `lhs == rhs`; penalty `weight * mean(abs(lhs - rhs) ** norm)`. See `less_equal`."""
     return Constraint(lhs, "==", rhs, weight, norm, name)
+
+
+def picks_rows(problem: nn.Module) -> bool:
+    """Whether a term of a problem is known to pick rows by a mask."""
+    terms = getattr(problem, "terms", None)
+    return isinstance(terms, dict) and any(getattr(term, "picks", False) for term in terms.values())
+
+
+def weights_of_picked(terms: Iterable[Any], split: str) -> dict[str, int]:
+    """What terms that pick rows by a mask count for, by their keys in a problem's output; if there is but one term, the
+    whole loss too."""
+    found, terms = {}, list(terms)
+    for term in terms:
+        if term.shapes.picks and term.shapes.rows is not None:
+            names = [term.name, f"{term.name}_violation"] if isinstance(term, Constraint) else [term.name]
+            found |= {f"{split}_{name}_weight": term.shapes.rows for name in names}
+    return found | ({"num_examples": min(found.values())} if found and len(terms) == 1 else {})

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from weft.devices.group import Group
-from weft.devices.processes import own_part
+from weft.devices.processes import limit_entries, own_part, shrinking
 from weft.step.optimizers import needs_closure, parameters_of
 
 if TYPE_CHECKING:
@@ -198,10 +198,10 @@ class Shards(Group):
         grads = [own_part(p.grad) for p in params if p.grad is not None]
         if by_value:
             for grad in grads:
-                grad.clamp_(-limit, limit)
+                limit_entries(grad, limit)
             return None
         norm = self.norm(params)
-        factor = (limit / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
+        factor = shrinking(norm, limit)
         for grad in grads:
             grad.mul_(factor.to(grad.dtype))
         return norm

@@ -11,6 +11,7 @@ from torch import nn
 
 from weft.data.batches import num_examples
 from weft.problem.reading import needs_grad_in_eval
+from weft.problem.terms import picks_rows
 from weft.step.forward import Forward
 from weft.step.metrics import Means, whole_metrics
 from weft.types import suggest
@@ -64,11 +65,20 @@ def evaluate(state: RunState, split: str, forward: Forward, measure: Measuring |
     with evaluating(state.problem), state.processes.gathered(state.problem):
         try:
             metrics = (measure or _by_batch)(state, split, forward)
+            add_up_terms(state, split, metrics)
         finally:
             state.step.evaluating = None
     if not metrics:
         raise ValueError(f"The {split} data gave nothing to report: no batch, or no scalar in what the step returned.")
     return metrics
+
+
+def add_up_terms(state: RunState, split: str, means: dict[str, float]) -> None:
+    """Make the losses of `split` the sums of their terms again, where the problem itself is the step."""
+    if picks_rows(state.problem) and state.trainer.step_function(split, state.problem) is state.problem:
+        from weft.problem.picked import add_up
+
+        add_up(state.problem, split, means)
 
 
 def _by_batch(state: RunState, split: str, forward: Forward) -> dict[str, float]:

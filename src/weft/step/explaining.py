@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from weft.places import Place, places
 from weft.problem.hardcoded import misplaced
+from weft.types import suggest
 
 
 def explained(error: Exception, batch: Any, problem: nn.Module) -> Exception | None:
@@ -82,3 +83,59 @@ def is_frozen(module: nn.Module) -> bool:
     """Whether there are parameters, and none requires grad."""
     required = [p.requires_grad for p in module.parameters()]
     return bool(required) and not any(required)
+
+
+def wrong_loss(loss: Any, key: str, problem: nn.Module, out: Any, split: str) -> Exception | None:
+    """What to raise for a loss that cannot be minimised; None for one that can, once it is a scalar."""
+    who = f"Problem {getattr(problem, 'name', None) or type(problem).__name__!r}"
+    if loss is None:
+        known = list(map(str, out)) if isinstance(out, Mapping) else []
+        found = f"got keys {sorted(known)}" if isinstance(out, Mapping) else f"got {type(out).__name__}"
+        return ValueError(
+            f"{who} returned no {key!r}. The {split} step needs a scalar tensor under that key "
+            f"(or 'loss', or the scalar itself); {found}{suggest(key, known) or '.'}"
+        )
+    if not isinstance(loss, Tensor):
+        return TypeError(f"{who}: {key!r} is {type(loss).__name__} {loss!r}; expected a scalar tensor.")
+    if loss.numel() != 1:
+        return ValueError(f"{who}: {key!r} has shape {tuple(loss.shape)}; expected a scalar. Take its mean or sum.")
+    if split == "train" and not loss.requires_grad:
+        return ValueError(
+            f"{who}: {key!r} does not depend on anything that requires grad, so nothing can be trained. "
+            f"{why_no_gradient(problem)}"
+        )
+    return None
+
+
+def reached_outside(reached: Sequence[Any]) -> str:
+    """What to say of tensors that a loss reached and nothing trains (`trained.Outside`), by the first one's owner."""
+    place = reached[0].place
+    more = [found.place for found in reached if found.place.owner == place.owner]
+    found = ", ".join(f"{p.name} of shape {tuple(p.value.shape)}" for p in more[:5])
+    found += f" and {len(more) - 5} more" if len(more) > 5 else ""
+    return (
+        f"{place.owner} uses {found}, which requires grad and is not trained: neither the problem registers it nor an "
+        "optimizer holds it. To train it, give it to the problem (as an attribute, `problem.k = k`, or by a weft.Node "
+        "made of the module that holds it) or to an optimizer of your own; if it is constant, call "
+        "`requires_grad_(False)`; an input that is differentiated belongs to the data (`inputs_require_grad`)."
+    )
+
+
+def came_late(name: str, p: Tensor) -> str:
+    """What to say of a parameter that came after the optimizers."""
+    return (
+        f"Parameter {name} of shape {tuple(p.shape)} requires grad since its optimizers were made, and is in none of "
+        "them: it is not trained. Make it before the fit or in a phase's `setup`, add it (optimizer.add_param_group), "
+        "or change it in place (p.data.copy_(...))."
+    )
+
+
+def takes_gradients(lost: bool) -> str:
+    """What to say of a step that clears the gradients of what is trained (`lost`), or adds to them."""
+    how, then = ("clears", "zero_grad"), "those of the parts of the batch before it are lost."
+    if not lost:
+        how, then = ("adds to", "by a backward of its own"), "the update adds those of the loss."
+    return (
+        f"The step {how[0]} the gradients of what is trained ({how[1]}): {then} For gradients of inputs alone use "
+        "torch.autograd.grad(loss, x), which leaves the parameters as they are."
+    )

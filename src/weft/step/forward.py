@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from weft.data.batches import disagreement
+from weft.data.batches import num_examples
 from weft.devices.precision import in_precision
 from weft.problem.reading import term_keys
 from weft.step.instrument import watched
 from weft.step.metrics import ALL_ROWS, DENOMINATOR, add_denominators, is_scalar, named
-from weft.step.pairs import watched_for_pairs
-from weft.types import suggest
+from weft.step.microbatches import tell_of_counting
+from weft.step.pairs import looked_at
 
 if TYPE_CHECKING:
     from weft.step.state import RunState
@@ -29,14 +29,16 @@ Forward = Callable[[Any], tuple[Any, dict[str, Any]]]
 
 def forward_of(state: RunState, split: str) -> Forward:
     """The step of `split` with what it returns read: a training step must give a loss, others may."""
-    problem, metric = state.problem, metric_of(state, split)
+    problem, metric = state.problem, state.config.metric_of(split)
     step = watched(state.hooks, "forward", in_precision(state.fabric, state.trainer.step_function(split, problem)))
     read = reader(problem, split, metric, state.trainer.metric_functions, list(state.training.optimizers))
-    required, unseen = split == "train", [True]
+    required, calls = split == "train", 0
 
     def forward(batch: Any) -> tuple[Any, dict[str, Any]]:
+        nonlocal calls
+        calls += 1
         try:
-            out = watched_for_pairs(state, step, batch) if unseen else step(batch)
+            out = step(batch) if calls > 2 else looked_at(state, step, batch, calls)
         except RuntimeError as error:
             from weft.step.explaining import explained
 
@@ -44,10 +46,8 @@ def forward_of(state: RunState, split: str) -> Forward:
                 raise
             raise clearer from error
         loss, scalars = read(out, batch)
-        if unseen:
-            unseen.clear()
-            if DENOMINATOR not in scalars and (said := disagreement(batch)):
-                state.warn_once(said)
+        if calls == 1:
+            tell_of_counting(state, split, batch, loss, scalars)
         if required or loss is not None:
             if isinstance(loss, dict):
                 loss = {name: checked(value, name, problem, out, split) for name, value in loss.items()}
@@ -56,12 +56,6 @@ def forward_of(state: RunState, split: str) -> Forward:
         return loss, scalars
 
     return forward
-
-
-def metric_of(state: RunState, split: str) -> str:
-    """The key of the loss of `split`."""
-    config = state.config
-    return {"train": config.train_metric, "dev": config.dev_metric}.get(split, config.test_metric)
 
 
 def reader(
@@ -84,6 +78,7 @@ def reader(
     keys, usual, names = term_keys(problem, split), f"{split}_loss", set(optimizers)
     loss_keys = (metric, "loss") if metric == usual else (metric, (keys or {}).get(metric, metric))
     not_reported, new = {*loss_keys, "num_examples"}, {*metrics, *whole}
+    picked = {f"{split}_{name}_weight" for name in getattr(problem, "terms", ())} if keys is not None else set()
 
     def read(out: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
         if isinstance(out, Tensor):
@@ -106,7 +101,9 @@ def reader(
             raise name_taken(new.intersection(scalars), split)
         for name, fn in metrics.items():
             scalars[name] = fn(out, batch)
-        add_denominators(scalars, out, split)
+        add_denominators(scalars, out, split, of_terms=keys is not None)
+        if picked <= out.keys() and len(picked) == 1:  # it is the term that counts for those rows alone
+            scalars |= {DENOMINATOR + name: num_examples(batch) for name in metrics}
         if whole:
             scalars[ALL_ROWS] = {name: metric.inputs(out, batch) for name, metric in whole.items()}
         return loss, scalars
@@ -118,23 +115,9 @@ def checked(loss: Any, key: str, problem: nn.Module, out: Any, split: str) -> Te
     """`loss`, if it is a scalar tensor that can be minimised. Raises TypeError / ValueError that say what was found."""
     if isinstance(loss, Tensor) and loss.dim() == 0 and (loss.requires_grad or not torch.is_grad_enabled()):
         return loss
-    who = f"Problem {getattr(problem, 'name', None) or type(problem).__name__!r}"
-    if loss is None:
-        known = list(map(str, out)) if isinstance(out, Mapping) else []
-        found = f"got keys {sorted(known)}" if isinstance(out, Mapping) else f"got {type(out).__name__}"
-        raise ValueError(
-            f"{who} returned no {key!r}. The {split} step needs a scalar tensor under that key "
-            f"(or 'loss', or the scalar itself); {found}{suggest(key, known) or '.'}"
-        )
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"{who}: {key!r} is {type(loss).__name__} {loss!r}; expected a scalar tensor.")
-    if loss.numel() != 1:
-        raise ValueError(f"{who}: {key!r} has shape {tuple(loss.shape)}; expected a scalar. Take its mean or sum.")
-    if split == "train" and not loss.requires_grad:
-        from weft.step.explaining import why_no_gradient
+    from weft.step.explaining import wrong_loss
 
-        raise ValueError(
-            f"{who}: {key!r} does not depend on anything that requires grad, so nothing can be trained. "
-            f"{why_no_gradient(problem)}"
-        )
+    if (error := wrong_loss(loss, key, problem, out, split)) is not None:
+        raise error
+    assert isinstance(loss, Tensor)
     return loss.reshape(())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,8 @@ class Progress:
     """Why the last step of LBFGS ended."""
     interrupted: bool = False
     """The last fit was interrupted; the next one does what was left of it."""
+    fits: list[list[int]] = field(default_factory=list)
+    """The fits before this one: the epoch at which each began, and how many it was to train."""
 
     def begin_fit(self, epochs: int, steps: int | None, goes_on: bool = False) -> None:
         """So many epochs and steps more (None: no limit); after an interruption, those that were left.
@@ -60,6 +63,8 @@ class Progress:
         if self.interrupted and self.epoch < self.last_epoch:
             return
         if not goes_on:
+            if self.last_epoch:
+                self.fits.append([self.first_epoch, self.last_epoch - self.first_epoch])
             self.interrupted, self.phase_ended = False, ""
             self.phase = self.phase_epoch = 0
             self.first_epoch, self.first_step = self.epoch, self.step
@@ -70,8 +75,13 @@ class Progress:
         return asdict(self)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        for field in fields(self):
-            setattr(self, field.name, state_dict[field.name])
+        for each in fields(self):
+            if each.name != "fits" or "fits" in state_dict:  # files of the first version lack it
+                setattr(self, each.name, copy.deepcopy(state_dict[each.name]))
+
+    def was_done(self, number: int, epochs: int) -> bool:
+        """Whether fit `number` (from 0) of a script was over before the one that goes on here, and trained as many."""
+        return number < len(self.fits) and self.fits[number][1] == epochs
 
     @property
     def place(self) -> tuple[int, int, int]:

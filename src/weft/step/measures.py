@@ -119,7 +119,7 @@ class Rows:
 
     def inputs(self, out: Any, batch: Any) -> tuple[Any, ...]:
         """What it reads of one batch, without its graph."""
-        return tuple(v.detach().clone() if isinstance(v, Tensor) else v for v in self.keys(out, batch))
+        return tuple(map(_detached, self.keys(out, batch)))
 
     def update(self, inputs: tuple[Any, ...]) -> None:
         """Add a batch."""
@@ -215,8 +215,16 @@ class Updated:
         self.metric._update_count = self.count  # else compute() warns that nothing was updated
 
 
+def _detached(value: Any) -> Any:
+    if isinstance(value, Mapping):  # a part of nested data
+        return {key: _detached(item) for key, item in value.items()}
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
 def _column(values: Sequence[Any]) -> Any:
     """All rows of one key."""
+    if all(isinstance(v, Mapping) for v in values):
+        return {key: _column([v[key] for v in values]) for key in values[0]}
     if not all(isinstance(v, Tensor) for v in values):
         return list(values)
     if any(v.dim() == 0 for v in values):

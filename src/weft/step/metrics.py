@@ -95,6 +95,8 @@ class Means:
             values, by = dict(zip(names, sums.tolist(), strict=True)), _denominators(names)
             for name, value in values.items():
                 if not name.startswith(DENOMINATOR):
+                    if name in by:  # tensors are looked at here: this reads the device anyway
+                        refused_below_zero(by[name].strip(DENOMINATOR) or "num_examples", values[by[name]])
                     earlier, number = found.get(name, (0.0, 0))
                     found[name] = earlier + value, number + (values[by[name]] if name in by else count)
         return found
@@ -163,12 +165,17 @@ def is_scalar(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def add_denominators(scalars: dict[str, Any], out: Mapping[str, Any], split: str) -> None:
-    """Add the denominators that a step returned: of everything, "num_examples", and of one scalar, "{name}_weight"."""
+def add_denominators(scalars: dict[str, Any], out: Mapping[str, Any], split: str, of_terms: bool = False) -> None:
+    """Add the denominators that a step returned: of everything, "num_examples", and of one scalar, "{name}_weight".
+
+    `of_terms`: of a problem with terms, whose other outputs, and terms called so, are none.
+    """
     if "num_examples" in out:
         scalars[DENOMINATOR] = _count("num_examples", out["num_examples"])
     for key in out:
-        if isinstance(key, str) and key[-7:] == "_weight" and (name := named(key[:-7], split)) in scalars:
+        if not isinstance(key, str) or key[-7:] != "_weight" or (name := named(key[:-7], split)) not in scalars:
+            continue
+        if not of_terms or (key not in scalars and key == f"{name}_weight"):
             scalars[DENOMINATOR + name] = _count(key, out[key])
 
 
@@ -177,8 +184,17 @@ def _count(key: str, value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().sum() if value.dim() else value.detach()
     if isinstance(value, int | float):
-        return value
+        return refused_below_zero(key, value)
     raise TypeError(f"The step returned {key!r} as {type(value).__name__} {value!r}; expected a number or a tensor.")
+
+
+def refused_below_zero(key: str, value: Any) -> Any:
+    """A denominator that is known to be one. Raises ValueError."""
+    if not value >= 0:
+        raise ValueError(
+            f"The step returned {key!r}, what its numbers count for, as {value:g}; expected a number >= 0."
+        )
+    return value
 
 
 def has_count(scalars: Mapping[str, Any] | Vector) -> bool:

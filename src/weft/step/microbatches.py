@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from weft.data.batches import num_examples
+from weft.data.batches import disagreement, num_examples
 from weft.devices.processes import Combine
+from weft.problem.terms import picks_rows
 from weft.step.metrics import DENOMINATOR, counted, has_count
 from weft.step.optimizers import parameters_of
 
@@ -35,6 +36,21 @@ def parts_of(state: RunState) -> Callable[[Any], list[tuple[Any, int, float]]]:
         return [(batch, n, n / whole) for batch, n in zip(batches, examples, strict=True) if n >= least]
 
     return several if state.config.accumulate > 1 else one
+
+
+def tell_of_counting(state: RunState, split: str, batch: Any, loss: Any, scalars: Mapping[str, Any]) -> None:
+    """Say, once, where the first batch of a split shows that what is computed is no mean over its rows."""
+    said = [] if DENOMINATOR in scalars else [disagreement(batch)]
+    if picks_rows(state.problem) and state.num_batches(split) != 1:
+        from weft.problem.picked import one_number_of_picked
+
+        said.append(one_number_of_picked(state.problem))
+    for message in filter(None, said):
+        state.warn_once(message)
+    if split == "train" and (state.config.accumulate > 1 or state.processes.world > 1):
+        from weft.step.shares import tell_of_shares
+
+        tell_of_shares(state, batch, loss, scalars)
 
 
 def total(state: RunState, losses: list[Tensor]) -> Tensor:

@@ -125,11 +125,13 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
 class Others:
     """The parameters that an optimizer holds and the problem does not register, by optimizer and number.
 
-    They stay here when a later phase brings other optimizers: the best weights hold them too.
+    They stay here when a later phase brings other optimizers: the best weights hold them too. `buffers`: those of the
+    modules that they belong to (a batch norm that a function closes over).
     """
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
+        self.buffers: dict[str, Tensor] = {}
 
     def add(self, problem: nn.Module, optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
         """Those that are new."""
@@ -145,17 +147,21 @@ class Others:
                     found.append(p)
         return found
 
+    def hold_buffers(self, buffers: dict[str, Tensor]) -> None:
+        """Know of these, in the place of those before: they may be copies on the device of a run."""
+        self.buffers = buffers
+
     def state_dict(self) -> dict[str, Tensor]:
         """Copies, on their devices."""
-        return {name: p.detach().clone() for name, p in self.tensors.items()}
+        return {name: t.detach().clone() for name, t in (self.tensors | self.buffers).items()}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Tensor], source: str = "") -> None:
         """Put back, in place. What is missing stays, which is told if there is a `source` to name."""
-        for name, p in self.tensors.items():
+        for name, p in (self.tensors | self.buffers).items():
             if name in state_dict:
                 p.copy_(state_dict[name])
-            elif source:
+            elif source and name in self.tensors:
                 warnings.warn(
                     f"{source} lacks {name} of shape {tuple(p.shape)}, which the problem does not register: it goes on "
                     "from the value that it has here.",

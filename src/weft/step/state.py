@@ -127,8 +127,18 @@ class Training:
     """Parameters that do not train in this phase, and whether they did before."""
     others: Others = field(default_factory=Others)
     """What the optimizers hold and the problem does not register."""
+    registered: dict[int, nn.Parameter] = field(default_factory=dict)
+    """What the problem had that requires grad when the optimizers of this phase were there."""
     outside: dict[int, Any] | None = None
     """In the first update of a phase, what requires grad besides (`trained.outside_of`); None: not looked for yet."""
+
+    def register(self, problem: nn.Module) -> None:
+        """Know what `problem` has to train at this moment, when the optimizers are there."""
+        self.registered = {id(p): p for p in problem.parameters() if p.requires_grad}
+
+    def watch_for(self, outside: dict[int, Any]) -> None:
+        """Have losses looked at for these."""
+        self.outside = outside
 
     def turn(self, to: str) -> None:
         """Optimizers that train at other weights than they evaluate (schedule-free ones) turn to "train" or "eval"."""
@@ -164,6 +174,8 @@ class Epoch:
     throughput: Throughput = field(default_factory=Throughput)
     clock: float = 0.0
     seconds: float = 0.0
+    steps_before: int | None = None
+    """Steps of the run when it began, None where it was resumed in its middle."""
 
 
 @dataclass
@@ -212,8 +224,8 @@ class Kept:
 class Control:
     """Whether and why the run ends, and what is under way."""
 
-    is_new: bool = True
-    """Whether no run of this problem came before."""
+    number: int = 0
+    """How many fits of this problem came before in this process."""
     continues: bool = False
     """Whether it goes on with a fit that was interrupted, here or in another process."""
     begun: bool = False
@@ -232,6 +244,11 @@ class Control:
     warned: set[str] = field(default_factory=set)
     clock: float = field(default_factory=time.perf_counter)
     seconds_before: float = 0.0
+
+    @property
+    def is_new(self) -> bool:
+        """Whether no run of this problem came before."""
+        return self.number == 0
 
 
 @dataclass
@@ -287,7 +304,10 @@ class RunState:
                 best_saved=before.best_saved,
                 in_force=before.in_force,
             ),
-            Control(is_new=False, seconds_before=previous.progress.seconds),
+            Control(
+                number=previous.control.number + 1,
+                seconds_before=previous.progress.seconds,
+            ),
             previous.progress,
             previous.history,
             previous.best,
@@ -317,6 +337,16 @@ class RunState:
     def saves(self) -> bool:
         """Whether the run writes checkpoints on its own."""
         return self.config.checkpointing is not None and self.kept.run_dir is not None
+
+    @property
+    def resume_next(self) -> str | None:
+        """The checkpoint of a later fit of a script than this one: the next fit goes on from it."""
+        is_of_later = len(self.progress.fits) > self.control.number
+        return str(self.kept.resumed_from) if is_of_later and self.kept.resumed_from is not None else None
+
+    def leave_to_next(self) -> None:
+        """Train nothing in this fit: the next one goes on from what was read."""
+        self.control.stop_reason, self.progress.last_epoch = None, self.progress.epoch
 
     # ---- data
 

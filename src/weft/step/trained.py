@@ -6,14 +6,16 @@ requires grad and is met by a loss is named before the first update of a phase: 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from weft.places import Place, places, places_behind
+from weft.places import Place, named, places, places_behind
 from weft.problem.problem import Problem
 from weft.step.optimizers import parameters_of
 
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
 
 def adopt(state: RunState) -> None:
     """Take what the optimizers hold besides the problem's parameters into the run: to its device, in its precision."""
-    found = state.training.others.add(state.problem, state.training.optimizers)
+    found = hold(state, state.training.optimizers)
+    state.training.register(state.problem)
     if not found:
         return
     probe = torch.nn.Linear(1, 1, dtype=torch.float32)
@@ -32,6 +35,48 @@ def adopt(state: RunState) -> None:
         p.data = p.data.to(state.fabric.device, wanted if wanted != torch.float32 and p.is_floating_point() else None)
     if state.processes.world > 1:
         state.training.others.load_state_dict(state.processes.first(state.training.others.state_dict))
+
+
+def tell_of_latecomers(state: RunState) -> None:
+    """Warn once of parameters that require grad, came to the problem (or were thawed) after its optimizers were made,
+    and are in none of them."""
+    known, held = state.training.registered, None
+    for name, p in state.problem.named_parameters():
+        if p.requires_grad and id(p) not in known:
+            held = held or {id(q) for optimizer in state.training.optimizers.values() for q in parameters_of(optimizer)}
+            if id(p) not in held:
+                from weft.step.explaining import came_late
+
+                state.warn_once(came_late(name, p))
+                return
+
+
+def hold(state: RunState, optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
+    """Know of what `optimizers` hold besides the problem's parameters, and of the buffers that belong to it; the
+    parameters that are new."""
+    found, others = state.training.others.add(state.problem, optimizers), state.training.others
+    if others.tensors:  # in each phase anew: they may be copies on the run's device
+        others.hold_buffers(_buffers_beside(state))
+    return found
+
+
+def _buffers_beside(state: RunState) -> dict[str, Tensor]:
+    """The buffers of the modules whose parameters only an optimizer holds: they are trained as well."""
+    held = {id(p) for p in state.training.others.tensors.values()}
+    reached = [*places(state.problem, everything=True), *places_behind(steps_of(state), state.problem)]
+    modules = {id(place.module) for place in reached if place.module is not None and id(place.value) in held}
+    found = [place for place in reached if id(place.module) in modules and type(place.value) is Tensor]
+    return {
+        f"buffer.{name}": place.value for name, place in named(p for p in found if not p.value.requires_grad).items()
+    }
+
+
+def steps_of(state: RunState) -> list[tuple[str, Any]]:
+    """Whatever trains besides the problem, by what to call it: steps, hooks, the trainer's class."""
+    trainer = state.trainer
+    steps = [(f"the trainer's {name}", v) for name, v in vars(trainer).items() if name not in _OF_TRAINERS]
+    steps += [("a hook" if isinstance(h, Mapping) else f"hook {type(h).__name__}", h) for h in state.hooks]
+    return [*steps, (type(trainer).__name__, type(trainer))]
 
 
 def held_by(given: Any, problem: nn.Module) -> list[Tensor]:
@@ -78,36 +123,62 @@ def clear_gradients(state: RunState) -> None:
 # ---- what a loss reaches besides what is trained ---------------------------------------------------------------------
 
 
-def outside_of(state: RunState) -> dict[int, tuple[Place, bool]]:
+class Outside(NamedTuple):
+    """A tensor that is not trained: where it is, and what it has as a gradient before the step."""
+
+    place: Place
+    of_node: bool
+    """Whether it is a node or term of a `weft.Problem` that reaches it."""
+    gradient: Any = None
+
+
+def mark_of(found: Outside) -> Any:
+    """What changes when a backward reaches it."""
+    grad = found.place.value.grad
+    return None if grad is None else (id(grad), grad._version)
+
+
+def outside_of(state: RunState) -> dict[int, Outside]:
     """The tensors that require grad, are not trained, and can be reached by the problem, the step or a hook.
 
-    By id, with the place, and whether it is a node or term of a `weft.Problem` that reaches it. Looked for before the
-    step begins: what it makes itself is its own; and what the batch was made of is data.
+    By id. Looked for before the step begins: what it makes itself is its own; and what the batch was made of is data.
     """
-    problem, trainer = state.problem, state.trainer
+    problem, steps = state.problem, steps_of(state)
     trained = {id(p) for p in (*problem.parameters(), *state.training.others.tensors.values())}
-    steps = [(f"the trainer's {name}", v) for name, v in vars(trainer).items() if name not in _OF_TRAINERS]
-    steps += [("a hook" if isinstance(h, Mapping) else f"hook {type(h).__name__}", h) for h in state.hooks]
-    found: dict[int, tuple[Place, bool]] = {}
+    found: dict[int, Outside] = {}
     for place in places(problem, everything=True):
-        found.setdefault(id(place.value), (place, isinstance(problem, Problem)))
-    for place in places_behind([*steps, (type(trainer).__name__, type(trainer))], problem):
-        found.setdefault(id(place.value), (place, False))
+        found.setdefault(id(place.value), Outside(place, isinstance(problem, Problem)))
+    if not _is_in_fit():
+        from weft.step.own_loop import reached_by_the_loop
+
+        steps += reached_by_the_loop()
+    for place in places_behind(steps, problem):
+        found.setdefault(id(place.value), Outside(place, False))
     # an optimizer that a hook, a step or a trainer steps by itself (ascent on a weight, say) trains what it holds
-    others = [place.value for place, _ in found.values() if isinstance(place.value, Optimizer)]
+    others = [each.place.value for each in found.values() if isinstance(each.place.value, Optimizer)]
     trained |= {id(p) for optimizer in others for p in parameters_of(optimizer)}
     outside = {
-        key: (place, of_node)
-        for key, (place, of_node) in found.items()
-        if isinstance(p := place.value, Tensor) and p.requires_grad and p.is_leaf and key not in trained
+        key: each._replace(gradient=mark_of(each))
+        for key, each in found.items()
+        if isinstance(p := each.place.value, Tensor) and p.requires_grad and p.is_leaf and key not in trained
     }
     of_data = _leaves(_tensors(state.step.batch)) if outside else {}
     return {key: found for key, found in outside.items() if key not in of_data}
 
 
+def _is_in_fit() -> bool:
+    """Whether the loop that trains is weft's own."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "fit" and frame.f_globals["__name__"].startswith("weft."):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def prepare_look(state: RunState) -> None:
     """Before the first update of a phase, find what losses may reach besides; later updates are not looked at."""
-    state.training.outside = outside_of(state) if state.training.outside is None else {}
+    state.training.watch_for(outside_of(state) if state.training.outside is None else {})
 
 
 _OF_TRAINERS = {"run", "options", "config", "phases", "callbacks", "launched", "recipe", "state", "hooks"}
@@ -119,31 +190,19 @@ def look(state: RunState, losses: Any) -> None:
     ValueError where a node or term of a `weft.Problem` reaches it, else one warning.
     """
     outside = state.training.outside or {}
-    _tell(state, [outside[key] for key in _leaves(_tensors(losses)) if key in outside])
+    tell(state, [outside[key] for key in _leaves(_tensors(losses)) if key in outside])
 
 
-def look_at_gradients(state: RunState) -> None:
-    """The same for a loss that was not given to weft's `backward`: what it reached has a gradient."""
-    _tell(state, [found for found in (state.training.outside or {}).values() if found[0].value.grad is not None])
-
-
-def _tell(state: RunState, reached: list[tuple[Place, bool]]) -> None:
+def tell(state: RunState, reached: list[Outside]) -> None:
     if not reached:
         return
-    for key in [id(place.value) for place, _ in reached]:
+    for key in [id(found.place.value) for found in reached]:
         del state.training.outside[key]  # type: ignore[union-attr]
-    reached.sort(key=lambda found: not found[1])
-    place, of_node = reached[0]
-    more = [p for p, _ in reached if p.owner == place.owner]
-    found = ", ".join(f"{p.name} of shape {tuple(p.value.shape)}" for p in more[:5])
-    found += f" and {len(more) - 5} more" if len(more) > 5 else ""
-    message = (
-        f"{place.owner} uses {found}, which requires grad and is not trained: neither the problem registers it nor an "
-        "optimizer holds it. To train it, give it to the problem (as an attribute, `problem.k = k`, or by a weft.Node "
-        "made of the module that holds it) or to an optimizer of your own; if it is constant, call "
-        "`requires_grad_(False)`."
-    )
-    if of_node:
+    reached.sort(key=lambda found: not found.of_node)
+    from weft.step.explaining import reached_outside
+
+    message = reached_outside(reached)
+    if reached[0].of_node:
         raise ValueError(message)
     state.warn_once(message)
 

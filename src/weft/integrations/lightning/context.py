@@ -70,6 +70,11 @@ class Context(Protocol):
         ...
 
     @property
+    def renews(self) -> tuple[str, ...]:
+        """What of the module's optimizers and schedulers wins over the checkpoint."""
+        ...
+
+    @property
     def loggers(self) -> list[Any]:
         """The loggers of the run."""
         ...

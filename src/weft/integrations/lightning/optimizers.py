@@ -133,6 +133,11 @@ class Schedulers:
 
     def __init__(self, run: Context, configs: Iterable[Any]) -> None:
         self.run, self.configs = run, list(configs)
+        self._fresh: list[Any] = []
+        if run.renews:
+            from weft.loop.renewal import Fresh
+
+            self._fresh = [Fresh(config.scheduler) for config in self.configs]
         self._own_step = run.hooks_of.bind("lr_scheduler_step", callbacks=False)
 
     def step(self, interval: str, plateau: bool) -> None:
@@ -159,6 +164,34 @@ class Schedulers:
                 config.scheduler.step()
             else:
                 config.scheduler.step(metric)
+
+    def renew(self, renews: tuple[str, ...], saved: list[dict[str, Any]]) -> None:
+        """Go on from a checkpoint with what is new of the module's optimizers, which have their options already, and
+        of its schedulers, which are stepped to where they would be."""
+        from weft.loop.renewal import begin_at_base, rebase
+
+        if "scheduler" not in renews:
+            for config, state in zip(self.configs, saved, strict=True):
+                config.scheduler.load_state_dict(state)
+                rebase(config.scheduler)
+            return
+        progress, history = self.run.progress, self.run.state.history.values
+        for optimizer in {id(f.optimizer): f.optimizer for f in self._fresh}.values():
+            begin_at_base(optimizer)
+        for number, (config, fresh) in enumerate(zip(self.configs, self._fresh, strict=True)):
+            fresh.put_back()
+            count = progress.step if config.interval == "step" else progress.epoch
+            if number < len(saved) and len(saved) == len(self.configs):  # as often as the one in the checkpoint
+                count = saved[number].get("last_epoch", count // config.frequency)
+            else:
+                count //= config.frequency
+            if config.reduce_on_plateau:
+                column = history.get(config.monitor, [])
+                for value in column[max(0, len(column) - count) :]:
+                    config.scheduler.step(value)
+            else:
+                for _ in range(count):
+                    config.scheduler.step()
 
     def _is_missing(self, config: Any) -> None:
         found = sorted(self.run.view.callback_metrics)

@@ -332,6 +332,11 @@ class LightningRun(Run):
         return stream
 
     @property
+    def renews(self) -> tuple[str, ...]:
+        """What of the module's optimizers and schedulers wins over the checkpoint."""
+        return self._renew
+
+    @property
     def step_context(self) -> Callable[[], Any] | None:
         """What a step is called in, in the run's precision."""
         return step_context(self.fabric)
@@ -421,6 +426,9 @@ class LightningRun(Run):
             )
             self.results_of_training.reset()
         super()._close_epoch()
+
+    def tell_of_nothing_trained(self) -> None:
+        """Nothing: a module may step its own optimizers, or skip an epoch."""
 
     def step_metrics(self) -> dict[str, float]:
         """What loggers get every `log_every` steps: the core's means, and what the module logged for the step."""

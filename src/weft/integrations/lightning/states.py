@@ -71,8 +71,11 @@ def resume_module(run: Context, state: dict[str, Any], weights: dict[str, Any]) 
 
 def resume_training(run: Context, state: dict[str, Any]) -> None:
     """The rest of `state_of`, when training goes on."""
-    for config, scheduler in zip(run.schedulers.configs, state["schedulers"], strict=True):
-        config.scheduler.load_state_dict(scheduler)
+    if run.renews:
+        run.schedulers.renew(run.renews, state["schedulers"])
+    else:
+        for config, scheduler in zip(run.schedulers.configs, state["schedulers"], strict=True):
+            config.scheduler.load_state_dict(scheduler)
     run.tape.states = list(state["loader_starts"])
     run.tape.ahead = state["read_ahead"]
     run.generators_to_resume = list(state["loader_generators"])
