@@ -29,6 +29,7 @@ from weft.compile.lifting import CannotCompile, NotYet
 from weft.compile.stepgraphs import EvaluationGraph, GradientGraph, UpdateGraph
 from weft.data.batches import num_examples
 from weft.devices.precision import scaler_of
+from weft.step.closures import Evaluation, Read, evaluation_of, with_closure
 from weft.step.forward import Forward, forward_of
 from weft.step.metrics import DENOMINATOR, counted
 from weft.step.microbatches import combiner, num_read, record
@@ -110,6 +111,8 @@ def compile_update(
     forward = forward_of(state, "train")
     several, combine, finish = state.config.accumulate > 1, combiner(state), _finisher(state)
     step: Step | None = None
+    if needs_closure(optimizer):
+        return with_closure(state, begin, end, closure_evaluation(graphs))
 
     def make(batch: Any, tensors: list[Tensor]) -> EvaluationGraph:
         if _may_be_in_graph(state, optimizer):
@@ -147,6 +150,30 @@ def compile_update(
         return loss
 
     return update
+
+
+def closure_evaluation(graphs: Graphs) -> Evaluation:
+    """A function of a batch that gives its loss and what was read, and puts the gradients into `.grad`.
+
+    It is what a closure optimizer's search evaluates again and again: by graphs where there are some, else eagerly.
+    """
+    state, eagerly = graphs.state, evaluation_of(graphs.state)
+    forward, several, combine = forward_of(state, "train"), state.config.accumulate > 1, combiner(state)
+
+    def make(batch: Any, tensors: list[Tensor]) -> EvaluationGraph:
+        return GradientGraph(state, forward, batch, tensors)
+
+    chosen = graphs.chosen["train"] = Chosen(graphs, "train", make)
+
+    def evaluate(batch: Any) -> tuple[Tensor, Read]:
+        found = [(part, *chosen.find(part)) for part in (batch if several else (batch,))]
+        if any(graph is None for _, graph, _ in found):
+            with chosen.counting():
+                return eagerly(batch)
+        loss, read = _gradients(found)
+        return (loss if combine is None else combine(loss, num_read(read))), read
+
+    return evaluate
 
 
 def _finisher(state: RunState) -> Callable[[Tensor, Tensor, list[Any]], bool]:
@@ -212,8 +239,6 @@ def _obstacle(state: RunState) -> str | None:
         return f"metrics of all rows ({', '.join(of_all_rows(state))}) read more than numbers from each step"
     if len(state.training.optimizers) > 1:
         return f"there are several optimizers ({', '.join(state.training.optimizers)})"
-    if any(needs_closure(o) for o in state.training.optimizers.values()):
-        return f"{type(next(iter(state.training.optimizers.values()))).__name__} evaluates the loss in a line search"
     if scaler_of(state.fabric) is not None:
         return f"precision={state.config.precision!r} scales the loss"
     return None
