@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from weft.compile.checking import difference, side_effect
 from weft.compile.functional import flatten
+from weft.compile.graph import MAX_NODES
 from weft.compile.lifting import CannotCompile, NotYet
 from weft.compile.stepgraphs import EvaluationGraph, GradientGraph, UpdateGraph
 from weft.data.batches import num_examples
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from weft.step.state import RunState, Update
 
 MAX_GRAPHS = 8  # for one kind of batch, or for one split; further ones are done eagerly
+MAX_OPERATIONS = 1.2 * MAX_NODES  # of an eager step, about which no graph is tried
 EAGER = -1
 
 # What a graph costs to make and saves, from counts alone. On a small problem an eager operation takes this much longer
@@ -291,7 +293,9 @@ class Chosen:
             if met[kind][0] == progress.step:  # the first are done eagerly
                 met[kind][1] += 1
                 return None
-            if made[kind] == 0 and not self._pays(kind):
+            if met[kind][2] > MAX_OPERATIONS:
+                self._give_up(kind, f"one of them is about {met[kind][2]} operations, and a graph holds {MAX_NODES}")
+            elif made[kind] == 0 and not self._pays(kind):
                 made[kind] = EAGER
             del met[kind]
         self._current[key] = None

@@ -17,6 +17,8 @@ import gc
 import hashlib
 import os
 import platform
+import re
+import sysconfig
 import tempfile
 import threading
 import traceback
@@ -30,7 +32,7 @@ import torch
 from torch import Tensor, fx
 
 from weft.compile import library
-from weft.compile.lifting import ByReference, CannotCompile, NoReading, inputs_for_constants
+from weft.compile.lifting import NESTED, ByReference, CannotCompile, NoReading, inputs_for_constants
 from weft.compile.thin import VERSION, CannotThin, thin_source
 
 Compiled = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -51,7 +53,7 @@ def trace(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> tupl
     from torch.fx.experimental.proxy_tensor import make_fx
 
     def lifted(*given: Tensor) -> Sequence[Tensor]:
-        with ByReference(), NoReading():
+        with ByReference(MAX_NODES), NoReading():
             return fn(*given)
 
     with _use_lazy_graph_module(True), _no_garbage_collection():  # half of the time otherwise
@@ -59,13 +61,15 @@ def trace(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> tupl
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the eager step has shown them
                 graph = make_fx(lifted, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
-        except CannotCompile:
-            raise
+        except CannotCompile as reason:
+            if (line := _users_line(reason)) is None:
+                raise
+            raise type(reason)(f"{reason} ({line})") from reason
         except Exception as error:
-            raise CannotCompile(f"{_first_line(error)} ({_where(error)})") from error
-        if len(graph.graph.nodes) > MAX_NODES:
-            raise CannotCompile(f"its graph has {len(graph.graph.nodes)} nodes, more than {MAX_NODES}")
+            is_nested = any(f.name == "_jvp_with_argnums" for f in traceback.extract_tb(error.__traceback__))
+            raise CannotCompile(f"{NESTED if is_nested else _first_line(error)} ({_where(error)})") from error
         _spell_out_alpha(graph.graph)
+        _draw_in_order(graph.graph)
         _merge_scalars(graph.graph)
         _keep_scalars(graph.graph)
         return inputs_for_constants(graph)
@@ -96,6 +100,39 @@ def _spell_out_alpha(graph: fx.Graph) -> None:
             with graph.inserting_before(node):
                 scaled = graph.call_function(aten.mul.Tensor, (node.args[1], alpha))
             node.args, node.kwargs = (node.args[0], scaled), {k: v for k, v in node.kwargs.items() if k != "alpha"}
+
+
+def _draw_in_order(graph: fx.Graph) -> None:
+    """Have random numbers drawn into memory that is contiguous, and then seen in the shape that was asked for.
+
+    They are drawn in the order of memory. Inductor gives a tensor like another (the mask of a dropout) strides of its
+    own choice, and with them the numbers would end up at other places than in eager code.
+    """
+    aten = torch.ops.aten
+    for node in list(graph.nodes):
+        tags, value = getattr(node.target, "tags", ()), node.meta.get("val")
+        if torch.Tag.nondeterministic_seeded not in tags or not isinstance(value, Tensor) or not node.args:
+            continue
+        model = node.args[0]
+        is_filled = isinstance(model, fx.Node) and model.target is aten.empty_like.default and len(model.users) == 1
+        is_like = isinstance(model, fx.Node) and node.target._opname.endswith("_like")
+        order = sorted(range(value.dim()), key=lambda d: (-value.stride(d), d))
+        if not (is_filled or is_like) or not value.permute(order).is_contiguous():
+            continue
+        if order != sorted(order) and re.search("normal|randn", node.target._opname):
+            continue  # torch draws others where memory is not contiguous
+        with graph.inserting_before(node):
+            dtype, shape = model.meta["val"].dtype, [value.shape[d] for d in order]
+            options = {"dtype": dtype, "device": value.device, "pin_memory": False}
+            room = graph.call_function(aten.empty.memory_format, (shape,), options)
+            drawn = graph.call_function(node.target, (room, *node.args[1:]), node.kwargs)
+            back = graph.call_function(aten.permute.default, (drawn, [order.index(d) for d in range(value.dim())]))
+        room.meta["val"] = drawn.meta["val"] = value.permute(order)
+        back.meta["val"] = value
+        node.replace_all_uses_with(back)
+        graph.erase_node(node)
+        if is_filled:
+            graph.erase_node(model)
 
 
 def _merge_scalars(graph: fx.Graph) -> None:
@@ -386,8 +423,20 @@ def _first_line(error: BaseException) -> str:
 
 
 def _where(error: BaseException) -> str:
-    """File and line of the last call outside torch and weft, in which the reason is to be looked for."""
+    """File and line of the user's last call, in which the reason is to be looked for; of anybody's if there is none."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
-    foreign = [f for f in frames if not f.filename.startswith((*ours, "<"))] or frames
-    return f"{Path(foreign[-1].filename).name}, line {foreign[-1].lineno}: {foreign[-1].line}"
+    foreign = [f for f in frames if not f.filename.startswith((*ours, "<frozen", "<eval"))] or frames
+    return _users_line(error) or _line(foreign[-1])
+
+
+def _users_line(error: BaseException) -> str | None:
+    frames = traceback.extract_tb(error.__traceback__)
+    folders = tuple(sysconfig.get_paths()[k] for k in ("stdlib", "platstdlib", "purelib", "platlib"))
+    libraries = (*folders, str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<frozen", "<eval")
+    own = [f for f in frames if not f.filename.startswith(libraries)]
+    return _line(own[-1]) if own else None
+
+
+def _line(frame: traceback.FrameSummary) -> str:
+    return f"{Path(frame.filename).name}, line {frame.lineno}: {frame.line}"
