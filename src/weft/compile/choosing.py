@@ -75,7 +75,7 @@ class Graphs:
 
     def forward(self, split: str, forward: Forward) -> Forward:
         """`forward`, the evaluation of a batch of `split`, by graphs where there are some."""
-        if of_all_rows(self.state):
+        if of_all_rows(self.state) or getattr(self.state.trainer, "evaluates_eagerly", False):
             return forward
         if split not in self.chosen:
 
