@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -10,8 +11,10 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -29,7 +32,7 @@ from tests.helpers.crashes import die_at_every_moment, in_child, interrupted_at,
 from weft.checkpoint import archive
 from weft.checkpoint import folder as checkpoints
 from weft.checkpoint.archive import SEALED, CheckpointError
-from weft.checkpoint.folder import BackgroundWriter
+from weft.checkpoint.background import BackgroundWriter
 from weft.checkpoint.weights_files import load_weights
 
 # ---- crashes ---------------------------------------------------------------------------------------------------------
@@ -407,9 +410,75 @@ def test_an_error_of_the_background_writer_is_raised_once_in_the_training_thread
 
 def test_a_script_that_ends_without_waiting_still_finishes_its_file() -> None:
     script = (
-        "import torch; from weft.checkpoint.folder import BackgroundWriter\n"
+        "import torch; from weft.checkpoint.background import BackgroundWriter\n"
         "BackgroundWriter().save('c', 1, {'x': torch.arange(3_000_000)})\n"
     )
     source = str(Path(checkpoints.__file__).parents[2])
     subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": source})
     assert same(checkpoints.load("c")[0], {"x": torch.arange(3_000_000)})
+
+
+def test_a_checkpoint_is_summed_once_while_it_is_written_and_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, summed, sizes = {"weights": [torch.rand(50_000) for _ in range(4)]}, [0], []
+    real = zlib.crc32
+
+    def counting(data: Any, start: int = 0) -> int:
+        summed[0] += len(data)
+        sizes.append(len(data))
+        return real(data, start)
+
+    monkeypatch.setattr(archive.zlib, "crc32", counting)
+    archive.write(tmp_path / "a.ckpt", state)
+    size = (tmp_path / "a.ckpt").stat().st_size
+    assert summed[0] == size - archive.SEALED and max(sizes) < 250_000  # each tensor as it comes, no whole in memory
+    assert same(archive.read(tmp_path / "a.ckpt"), state) and summed[0] == 2 * (size - archive.SEALED)
+
+
+def test_copies_for_a_save_in_the_background_are_written_over_by_the_next(tmp_path: Path) -> None:
+    weights, copies = {"a": torch.rand(3, 4), "b": torch.rand(4, 3).t()}, {}
+    first = archive.plain(weights, clone="cpu", kept=copies)
+    places = {name: tensor.data_ptr() for name, tensor in first.items()}
+    weights["a"] += 1
+    weights["b"] = torch.rand(5)
+    second = archive.plain(weights, clone="cpu", kept=copies)
+    assert same(second, weights) and second["a"].data_ptr() == places["a"] and second["b"].data_ptr() != places["b"]
+    weights["a"] += 1
+    assert not same(second, weights)
+
+
+def test_a_save_in_the_background_copies_on_the_gpu_first_and_from_there_on_a_stream_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A GPU that is none: what is asked of it, in which order, by which thread."""
+    asked: list[tuple[str, bool]] = []
+
+    class Stream:
+        def note(self, what: str) -> Stream:
+            asked.append((what, threading.current_thread() is threading.main_thread()))
+            return self
+
+        def record_event(self) -> Stream:
+            return self.note("record")
+
+        def wait_event(self, event: Any) -> None:
+            self.note("wait")
+
+    x, stream = torch.rand(5), Stream()
+    expected = x.clone()
+    for name, value in {
+        "is_initialized": lambda: True,
+        "current_device": lambda: 0,
+        "current_stream": lambda device: stream,
+        "Stream": lambda device: stream.note("stream"),
+        "stream": lambda given: contextlib.nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    writer = BackgroundWriter()
+    writer.save(tmp_path, 1, {"x": x})
+    x.zero_()
+    writer.wait()
+    monkeypatch.undo()
+    assert asked == [("record", True), ("stream", False), ("wait", False)]
+    assert torch.equal(checkpoints.load(tmp_path)[0]["x"], expected)

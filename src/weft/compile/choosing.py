@@ -34,7 +34,7 @@ from weft.step.closures import Evaluation, Read, evaluation_of, with_closure
 from weft.step.forward import Forward, forward_of
 from weft.step.metrics import DENOMINATOR, counted
 from weft.step.microbatches import combiner, num_read, record
-from weft.step.nonfinite import READS_ARE_FREE, Doubts, not_finite
+from weft.step.nonfinite import READS_ARE_FREE, Doubts, ignores, not_finite
 from weft.step.optimizer_step import Step, make_step
 from weft.step.optimizers import needs_closure, parameters_of
 
@@ -241,6 +241,8 @@ def _obstacle(state: RunState) -> str | None:
         return f"metrics of all rows ({', '.join(of_all_rows(state))}) read more than numbers from each step"
     if len(state.training.optimizers) > 1:
         return f"there are several optimizers ({', '.join(state.training.optimizers)})"
+    if ignores(state):
+        return "on_nonfinite='ignore' steps with numbers that are not finite, which a graph leaves out"
     if scaler_of(state.fabric) is not None:
         return f"precision={state.config.precision!r} scales the loss"
     return None

@@ -23,6 +23,7 @@ import tempfile
 import threading
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor, fx
 
 from weft.compile import library
+from weft.compile.cache import cache_folder, is_private, torchs_cache
 from weft.compile.lifting import NESTED, ByReference, CannotCompile, NoReading, inputs_for_constants
 from weft.compile.thin import VERSION, CannotThin, thin_source
 
@@ -197,14 +199,17 @@ def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor], moving: int) 
     Raises CannotCompile where that fails (no C++ compiler, say).
     """
     detached, reason = [t.detach() for t in inputs], None
+    folder = cache_folder()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's own deprecations
             if inputs[0].is_cuda:
-                return _captured(graph, detached, moving)
-            folder, key = cache_folder(), _key(graph, inputs, moving)
+                with torchs_cache():
+                    return _captured(graph, detached, moving)
+            key = _key(graph, inputs, moving)
             if (loaded := _found(folder, key)) is None:
-                reason = _write(folder, key, graph, detached, moving)
+                with torchs_cache():
+                    reason = _write(folder, key, graph, detached, moving)
                 loaded = _found(folder, key)
     except CannotCompile:
         raise
@@ -226,7 +231,7 @@ def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor], moving: int) 
 def _found(folder: Path, key: str) -> Compiled | None:
     """The graph that was made under `key`, None if there is none that can be used."""
     for path, load in ((folder / f"{key}.so", library.load), (folder / f"{key}.pt2", _package)):
-        if path.exists():
+        if path.exists() and is_private(path):
             with contextlib.suppress(Exception):  # damaged where the power went, say: it is made anew
                 os.utime(path)
                 return load(path)
@@ -248,7 +253,6 @@ def _write(folder: Path, key: str, graph: fx.GraphModule, inputs: Sequence[Tenso
 
     Why it could not, None if it could or nobody need be told.
     """
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # code is loaded from here
     with _no_garbage_collection():
         try:
             reason = _run_inductor(folder, key, graph, inputs, moving, OPTIONS)
@@ -331,12 +335,6 @@ def _instead_of_package(make: Callable[[str, str], list[str]]) -> Iterator[list[
             AotCodeCompiler.compile = stock  # type: ignore[method-assign]
 
 
-def cache_folder() -> Path:
-    """Where compiled packages are kept: $WEFT_CACHE, else weft/ in the user's cache folder ($XDG_CACHE_HOME)."""
-    given = os.environ.get("WEFT_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "weft"
-
-
 def _key(graph: fx.GraphModule, inputs: Sequence[Tensor], moving: int) -> str:
     """A hash of all that decides what the compiler makes, so that another machine or torch never loads it."""
     parts = [
@@ -382,10 +380,13 @@ def _captured(graph: fx.GraphModule, inputs: Sequence[Tensor], moving: int) -> C
     device, addresses = inputs[0].device, [t.data_ptr() for t in inputs[moving:]]
     on_cpu = {i: t for i, t in enumerate(inputs) if i >= moving and not t.is_cuda}
     inputs = [t.clone() if i < moving else t.to(device) for i, t in enumerate(inputs)]
-    own, scalars = inputs[:moving], [(inputs[i], t) for i, t in on_cpu.items()]
+    read = [bool(node.users) for node in graph.graph.nodes if node.op == "placeholder"]
+    own = [(i, t) for i, t in enumerate(inputs[:moving]) if read[i]]  # the row numbers, mostly, nobody reads
+    scalars = [(inputs[i], t) for i, t in on_cpu.items()]
     before, random = [t.clone() for t in inputs], torch.cuda.get_rng_state(device)
     with torch.no_grad(), torch.cuda.device(device):
-        pool, stream = _apart(device)
+        apart = _apart(device)
+        pool, stream = apart.pool, apart.stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):  # compile, and let libraries make their workspaces before the capture
@@ -402,19 +403,32 @@ def _captured(graph: fx.GraphModule, inputs: Sequence[Tensor], moving: int) -> C
 
     def run(given: Sequence[Tensor]) -> Sequence[Tensor]:
         with torch.no_grad():  # a batch may require grad
-            for mine, new in (*zip(own, given, strict=False), *scalars):
+            for mine, new in (*((t, given[i]) for i, t in own), *scalars):
                 mine.copy_(new, non_blocking=True)
             captured.replay()
             return [o.clone() for o in outputs]  # the next replay writes to the same places
 
-    run.addresses = addresses  # type: ignore[attr-defined]
+    run.addresses, run.apart = addresses, apart  # type: ignore[attr-defined]
     return run
 
 
-@functools.cache
-def _apart(device: torch.device) -> tuple[Any, torch.cuda.Stream]:
-    """Memory and stream for all captures: memory is only shared by captures on the same stream."""
-    return torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+class _Apart:
+    """Memory and stream for all captures of a device: memory is only shared by captures on the same stream.
+
+    Every captured graph holds it, and it goes with the last: torch refuses to capture into memory that no graph holds.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+
+
+_held: weakref.WeakValueDictionary[torch.device, _Apart] = weakref.WeakValueDictionary()
+
+
+def _apart(device: torch.device) -> _Apart:
+    if (found := _held.get(device)) is None:
+        found = _held[device] = _Apart(device)
+    return found
 
 
 def _first_line(error: BaseException) -> str:

@@ -17,7 +17,6 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weft.compile.cache import is_private
 from weft.compile.thin import GUARD, CannotThin
 
 MIN_FREE_BYTES = 2**30  # on the disk, for a precompiled header of 150 MB
@@ -40,7 +40,7 @@ class KernelsFailed(RuntimeError):
 def is_supported() -> bool:
     """Whether this system and this torch can build and call such libraries."""
     needed = ("unsafe_alloc_void_ptr_from_tensor", "alloc_tensors_by_stealing_from_void_ptrs")
-    return sys.platform == "linux" and all(hasattr(getattr(torch._C, "_aoti", None), name) for name in needed)
+    return hasattr(os, "memfd_create") and all(hasattr(getattr(torch._C, "_aoti", None), name) for name in needed)
 
 
 # ---- building --------------------------------------------------------------------------------------------------------
@@ -73,6 +73,7 @@ def build(path: Path, source: str, kernels: str) -> None:
         code = (folder / "graph.so").read_bytes()
         with (folder / "graph.so").open("ab") as file:
             file.write(hashlib.sha256(code).digest())
+        (folder / "graph.so").chmod(0o700)
         os.replace(folder / "graph.so", path)
 
 
@@ -129,7 +130,9 @@ def prepare_header(folder: Path) -> None:
         old.unlink(missing_ok=True)
     handle, part = tempfile.mkstemp(dir=folder, suffix=".part")
     os.close(handle)
+    header.unlink(missing_ok=True)
     header.write_text("#include <torch/csrc/inductor/cpp_prefix.h>\n")
+    header.chmod(0o600)
     command = [compiler, *flags, "-x", "c++-header", str(header), "-o", part]
     nice = [] if shutil.which("nice") is None else ["nice", "-n", "10"]
     # by a shell that does not wait: whoever asked may be gone before it is done
@@ -144,7 +147,8 @@ def prepare_header(folder: Path) -> None:
 
 def _header(folder: Path, compiler: str, flags: list[str]) -> Path | None:
     header = folder / f"kernels-{_header_key(compiler, tuple(flags))}.h"
-    return header if header.with_name(f"{header.name}.gch").exists() else None
+    compiled = header.with_name(f"{header.name}.gch")
+    return header if compiled.exists() and is_private(compiled) and header.exists() and is_private(header) else None
 
 
 @functools.cache
@@ -166,7 +170,7 @@ def load(path: Path) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
     code = path.read_bytes()
     if hashlib.sha256(code[:-32]).digest() != code[-32:]:
         raise OSError(f"{path} is damaged")
-    library = ctypes.CDLL(str(path))
+    library = _opened(code[-32:], code[:-32])
     _, _, _, moving = (ctypes.c_int64 * 4).in_dll(library, "weft_counts")
     run = library.weft_run
     run.argtypes = [ctypes.c_void_p] * 4
@@ -192,6 +196,19 @@ def load(path: Path) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
         return tensors_of(found)
 
     return call
+
+
+_libraries: dict[bytes, ctypes.CDLL] = {}
+
+
+def _opened(digest: bytes, code: bytes) -> ctypes.CDLL:
+    """The library that these bytes are, from memory: whatever happens to its file cannot reach what runs."""
+    if digest not in _libraries:
+        file = os.memfd_create("weft-graph")  # stays open: under a name that comes again, the loader gives the old one
+        with open(file, "wb", closefd=False) as memory:
+            memory.write(code)
+        _libraries[digest] = ctypes.CDLL(f"/proc/self/fd/{file}")
+    return _libraries[digest]
 
 
 class _Memory:

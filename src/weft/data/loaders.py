@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +16,9 @@ from weft.data.datasets import short, wrong_name
 
 if TYPE_CHECKING:
     from weft.data.data import Data
+
+
+_NO_BATCHES = (str, bytes, int, float, complex, type(None), type, set, memoryview, BaseException)
 
 
 class LoaderBatches:
@@ -66,7 +69,7 @@ class LoaderBatches:
             self.sampler.epoch = number
         if self._workers is not None:
             self._workers.begin(number)
-        batches = iter(self.loader)
+        batches = iterator_of(self.loader)
         for _ in range(start):
             next(batches)
         sampler: Any = getattr(self.loader, "batch_sampler", None)
@@ -78,6 +81,11 @@ class LoaderBatches:
 
     def _named(self, batch: Any, number: int) -> Any:
         if not isinstance(batch, dict):
+            if isinstance(batch, _NO_BATCHES):
+                raise TypeError(
+                    f"The {self.split} data yields {str(batch)[:60]!r} ({type(batch).__name__}) as a batch; expected a "
+                    "dict of tensors, or what your step takes as one."
+                )
             return batch
         name = batch.get("name", self.split)
         if "epoch" in batch or not isinstance(name, str):
@@ -90,6 +98,15 @@ class LoaderBatches:
         if name != self.split and self.split != "predict":
             raise ValueError(wrong_name(name, self.split))
         return {**batch, "name": self.split, "epoch": number}
+
+
+def iterator_of(loader: Any) -> Iterator[Any]:
+    """`iter(loader)`; the workers of a DataLoader do not die of a signal to all processes of the run."""
+    if not getattr(loader, "num_workers", 0) or not isinstance(loader, DataLoader):
+        return iter(loader)
+    from weft.data.workers import iterate
+
+    return iterate(loader)
 
 
 class WorkerSeeds:

@@ -64,7 +64,7 @@ class Trainer(Tools):
         if unknown := [name for name in options if name not in known]:
             hint = suggest(unknown[0], known)
             raise TypeError(f"{type(self).__name__} has no option {', '.join(map(repr, unknown))}{hint or '.'}")
-        self.options = {**opts.OBJECTS, **{k: v for k, v in options.items() if k in opts.OBJECTS}}
+        self.options = opts.objects_in(options)
         plain = {k: v for k, v in options.items() if k not in opts.OBJECTS}
         for name in ("strategy", "profiler"):  # a name is plain data, an object is not
             if isinstance(self.options[name], str):

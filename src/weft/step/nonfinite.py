@@ -26,11 +26,16 @@ def skips_by_itself(optimizer: Optimizer) -> bool:
 
 
 class Doubts:
-    """Steps in which the loss or a gradient was not finite, noted on the device."""
+    """Steps in which the loss or a gradient was not finite, noted on the device.
+
+    A small step on a GPU takes as long as it takes to queue its operations, so a note is a flag that is kept, and many
+    flags are looked through together.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._first = torch.full((), -1, dtype=torch.int64, device=device)
         self._one = torch.ones((), dtype=torch.float32, device=device)
+        self._first = self._none = torch.full((), NEVER, dtype=torch.int64, device=device)
+        self._waiting: dict[torch.dtype, list[tuple[int, Tensor]]] = {}
 
     def guard(
         self,
@@ -44,39 +49,52 @@ class Doubts:
 
         Without optimizers (a gradient scaler watches the gradients) only the loss is looked at.
         """
-        found = torch.zeros_like(self._one)
+        found, by_dtype = torch.zeros_like(self._one), dict[torch.dtype, list[Tensor]]()
         for value in (loss, *(norms if optimizers else ())):
-            if value is not None:
-                found = torch.maximum(found, (~value.detach().isfinite()).to(torch.float32))
-        if optimizers:
-            by_dtype: dict[torch.dtype, list[Tensor]] = {}
-            for p in params:
-                if p.grad is not None:
-                    by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
-            for grads in by_dtype.values():
-                _check_and_unscale(grads, found, self._one)
+            if value is not None:  # the kernel writes what it reads; `.data` has a count of changes of its own
+                value = value.data if value.dtype in (torch.float32, torch.float64) else value.detach().float()
+                by_dtype.setdefault(value.dtype, []).append(value)
+        for p in params if optimizers else ():
+            if p.grad is not None:
+                by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
+        for values in by_dtype.values():
+            _check_and_unscale(values, found, self._one)
         for optimizer in optimizers:
             optimizer.found_inf = found  # type: ignore[attr-defined]
-        self._first = torch.where((found > 0) & (self._first < 0), step, self._first)
+        self.note(step, found)
 
-    def note(self, step: int, finite: Tensor) -> None:
-        """Note `step` if `finite`, a tensor on the device, is False: a compiled update has left it out by itself."""
-        self._first = torch.where(~finite & (self._first < 0), step, self._first)
+    def note(self, step: int, flag: Tensor) -> None:
+        """Note `step` by a flag on the device: a number that is not 0 where it was bad, or whether it was finite."""
+        waiting = self._waiting.setdefault(flag.dtype, [])
+        waiting.append((step, flag))
+        if len(waiting) >= FLUSH_AFTER:
+            self._flush()
+
+    def _flush(self) -> None:
+        for dtype, waiting in self._waiting.items():
+            steps, flags = zip(*waiting, strict=True)
+            stacked = torch.stack(flags)
+            fine = stacked if dtype == torch.bool else stacked == 0
+            bad = torch.tensor(steps).to(stacked.device, non_blocking=True).masked_fill(fine, NEVER)
+            self._first = torch.minimum(self._first, bad.min())
+        self._waiting = {}
 
     def look(self) -> int | None:
         """The first step since the last look that was not finite, None if all were. Waits for the device."""
-        first = int(self._first)
-        self._first = torch.full_like(self._first, -1)
-        return None if first < 0 else first
+        self._flush()
+        first, self._first = int(self._first), self._none
+        return None if first == NEVER else first
 
 
+NEVER = 2**62  # the step that no run comes to
+FLUSH_AFTER = 32  # flags that wait before they are looked through
 MAX_SKIPPED = 100  # steps in a row that on_nonfinite="skip" leaves out before it gives up
 
 
 def doubts_of(state: RunState, optimizers: Sequence[Optimizer], scaled: bool) -> Doubts | None:
     """Where steps that are not finite are noted for later, on a GPU; None where each step is looked at by itself."""
-    if state.fabric.device.type in READS_ARE_FREE or state.processes.in_shards:  # there all ask each other anyhow
-        return None
+    if ignores(state) or state.fabric.device.type in READS_ARE_FREE or state.processes.in_shards:
+        return None  # in shards all ask each other anyhow
     names = [type(o).__name__ for o in optimizers if not (scaled or skips_by_itself(o))]
     if state.config.on_nonfinite == "skip" or names:
         why = f"{names[0]} is not fused" if names else "on_nonfinite='skip' counts them"
@@ -84,6 +102,11 @@ def doubts_of(state: RunState, optimizers: Sequence[Optimizer], scaled: bool) ->
         return None
     state.step.doubts = state.step.doubts or Doubts(state.fabric.device)
     return state.step.doubts
+
+
+def ignores(state: RunState) -> bool:
+    """Whether nobody looks whether numbers are finite: the optimizer steps with what there is."""
+    return state.config.on_nonfinite == "ignore"
 
 
 def look_back(state: RunState) -> None:
@@ -95,12 +118,16 @@ def look_back(state: RunState) -> None:
         not_finite(state, None, [(state.epoch.means.compute(), 1)], step)
 
 
-def finite_check(params: Sequence[Tensor], scaled: bool) -> Callable[[Tensor | None, Sequence[Tensor | None]], bool]:
+def finite_check(
+    params: Sequence[Tensor], scaled: bool, ignore: bool = False
+) -> Callable[[Tensor | None, Sequence[Tensor | None]], bool]:
     """A function (loss, gradient norms where known) -> whether loss and all gradients are finite, exactly.
 
     With known norms these are looked at; else torch's own multi-tensor check, which costs about 2 % of a small
     step. Under a gradient scaler the scaler decides about gradients (an overflow skips the step by design).
     """
+    if ignore:
+        return lambda loss, norms: True
     by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for p in params:
         by_kind.setdefault((p.dtype, p.device), []).append(p)
@@ -143,7 +170,9 @@ def not_finite(state: RunState, loss: Tensor | None, read: Sequence, step: int |
     what = what or ("a gradient is not finite" if math.isfinite(values[-1][1]) else f"the loss is {values[-1][1]}")
     message = f"{what} in step {progress.step if step is None else step} (epoch {progress.epoch}, rank {rank})"
     if policy == "raise":
-        raise FloatingPointError(f"{message}; the weights are as they were. on_nonfinite='skip' or 'stop' goes on.")
+        raise FloatingPointError(
+            f"{message}; the weights are as they were. on_nonfinite='skip' or 'stop' goes on, 'ignore' steps with it."
+        )
     if policy == "stop":
         state.warn_once(f"{message}; training stops (on_nonfinite='stop').")
         state.decide_to_stop("nonfinite")

@@ -129,6 +129,11 @@ class Training:
     outside: dict[int, Any] | None = None
     """In the first update of a phase, what requires grad besides (`trained.outside_of`); None: not looked for yet."""
 
+    def turn(self, to: str) -> None:
+        """Optimizers that train at other weights than they evaluate (schedule-free ones) turn to "train" or "eval"."""
+        for optimizer in self.optimizers.values():
+            getattr(optimizer, to, int)()
+
 
 @dataclass
 class Feed:
@@ -197,7 +202,7 @@ class Kept:
     best_saved: tuple[Any, ...] | None = None
     """Name, value and epoch of the best weights that `best` points to."""
     writer: Any = None
-    """Of checkpoints in the background (`checkpoint.folder.BackgroundWriter`)."""
+    """Of checkpoints in the background (`checkpoint.background.BackgroundWriter`)."""
     save_wanted: bool = False
     """A hook has asked for a checkpoint while others had not seen the step yet."""
 
