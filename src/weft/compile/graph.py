@@ -271,6 +271,7 @@ def _run_inductor(
     folder: Path, key: str, graph: fx.GraphModule, inputs: Sequence[Tensor], moving: int, options: dict[str, Any]
 ) -> str | None:
     import torch._inductor
+    from torch._inductor import config  # pyright: ignore[reportPrivateImportUsage]
     from torch._inductor.package.package import package_aoti
 
     path, failed = folder / f"{key}.so", list[library.KernelsFailed]()
@@ -284,7 +285,7 @@ def _run_inductor(
         return [str(path)]
 
     try:
-        with torch._inductor.config.patch({"cpp.vec_isa_ok": options["cpp.vec_isa_ok"]}):
+        with config.patch({"cpp.vec_isa_ok": options["cpp.vec_isa_ok"]}):
             library.prepare_header(folder)
         with _instead_of_package(make) as reasons:
             files = torch._inductor.aot_compile(graph, tuple(inputs), options=options)
