@@ -1,26 +1,27 @@
-"""Graphs that run as they were traced, without the C++ compiler."""
+"""Graphs that cost nothing to make, so that each kind of batch has one; and such that run as they were traced."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
-import torch
-from torch import Tensor
 
-from weft.compile import graph as graphs
+from tests.helpers.graphs import COSTS, make_free, run_as_traced
+from weft.compile import choosing
+
+
+@pytest.fixture(autouse=True)
+def free_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every kind of batch that comes again made into a graph, however short the fit is."""
+    make_free(monkeypatch)
+
+
+@pytest.fixture
+def true_costs(free_graphs: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the costs of graphs decide about them, as in a run of a user's."""
+    for name, seconds in COSTS.items():
+        monkeypatch.setattr(choosing, name, seconds)
 
 
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the traced graphs themselves: quick, where a test is not about what the compiler makes of them."""
-
-    def run_itself(graph: torch.fx.GraphModule, inputs: Any, moving: int) -> Callable[[Any], Any]:
-        def run(given: list[Tensor]) -> Any:
-            with torch.no_grad():
-                return graph(*given)
-
-        return run
-
-    monkeypatch.setattr(graphs, "compile_graph", run_itself)
+    """Run the traced graphs themselves."""
+    run_as_traced(monkeypatch)

@@ -15,36 +15,41 @@ Which kinds of batch run as graphs is checkpointed: a resumed run takes the same
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from weft.compile import graph as graphs
 from weft.compile.checking import difference, side_effect
 from weft.compile.functional import flatten
+from weft.compile.graph import MAX_NODES
 from weft.compile.lifting import CannotCompile, NotYet
 from weft.compile.stepgraphs import EvaluationGraph, GradientGraph, UpdateGraph
 from weft.data.batches import num_examples
 from weft.devices.precision import scaler_of
+from weft.step.closures import Evaluation, Read, evaluation_of, with_closure
 from weft.step.forward import Forward, forward_of
 from weft.step.metrics import DENOMINATOR, counted
 from weft.step.microbatches import combiner, num_read, record
 from weft.step.nonfinite import READS_ARE_FREE, Doubts, ignores, not_finite
 from weft.step.optimizer_step import Step, make_step
-from weft.step.optimizers import needs_closure
+from weft.step.optimizers import needs_closure, parameters_of
 
 if TYPE_CHECKING:
     from weft.step.state import RunState, Update
 
 MAX_GRAPHS = 8  # for one kind of batch, or for one split; further ones are done eagerly
+MAX_OPERATIONS = 1.2 * MAX_NODES  # of an eager step, about which no graph is tried
 EAGER = -1
 
-# compile="auto", from counts alone: on a small problem an eager operation costs this much more than one in a graph, and
-# a graph costs this much to make. It must win twice what it costs.
+# What a graph costs to make and saves, from counts alone. On a small problem an eager operation takes this much longer
+# than one in a graph; the first graph of a process also loads the compiler.
 SECONDS_SAVED_PER_NODE = 1.5e-6
-SECONDS_PER_GRAPH, SECONDS_PER_NODE = 8.0, 0.03
+SECONDS_PER_GRAPH, SECONDS_PER_NODE, SECONDS_ONCE = 0.6, 0.005, 3.0
+NODES_PER_PARAMETER = 40  # of an optimizer's step and of clipping, in a graph
 
 
 class Graphs:
@@ -59,17 +64,22 @@ class Graphs:
         """By kind of batch; part of every checkpoint."""
         return self.state.kept.notes.setdefault("graphs", {})
 
+    @property
+    def met(self) -> dict[str, list[int]]:
+        """Where each kind was met first: the step, batches in it, and nodes of a graph of it. In every checkpoint."""
+        return self.state.kept.notes.setdefault("kinds_met", {})
+
     def all(self) -> list[EvaluationGraph]:
         """Every graph that was made and is still known."""
         return [g for chosen in self.chosen.values() for known in chosen.known.values() for g in known]
 
     def forward(self, split: str, forward: Forward) -> Forward:
         """`forward`, the evaluation of a batch of `split`, by graphs where there are some."""
-        if of_all_rows(self.state):
+        if of_all_rows(self.state) or getattr(self.state.trainer, "evaluates_eagerly", False):
             return forward
         if split not in self.chosen:
 
-            def make(batch: Any, tensors: list[Tensor], counting: bool = False) -> EvaluationGraph:
+            def make(batch: Any, tensors: list[Tensor]) -> EvaluationGraph:
                 return EvaluationGraph(self.state, forward, batch, tensors)
 
             self.chosen[split] = Chosen(self, split, make)
@@ -78,7 +88,10 @@ class Graphs:
 
         def compiled(batch: Any) -> tuple[Any, Any]:
             graph, tensors = chosen.find(batch)
-            return forward(batch) if graph is None else (None, graph(tensors)[0])
+            if graph is None:
+                with chosen.counting():
+                    return forward(batch)
+            return None, graph(tensors)[0]
 
         return compiled
 
@@ -100,9 +113,11 @@ def compile_update(
     forward = forward_of(state, "train")
     several, combine, finish = state.config.accumulate > 1, combiner(state), _finisher(state)
     step: Step | None = None
+    if needs_closure(optimizer):
+        return with_closure(state, begin, end, closure_evaluation(graphs))
 
-    def make(batch: Any, tensors: list[Tensor], counting: bool = False) -> EvaluationGraph:
-        if not counting and _may_be_in_graph(state, optimizer):
+    def make(batch: Any, tensors: list[Tensor]) -> EvaluationGraph:
+        if _may_be_in_graph(state, optimizer):
             try:
                 return UpdateGraph(state, forward, batch, tensors)
             except NotYet:
@@ -117,7 +132,8 @@ def compile_update(
         nonlocal step
         found = [(part, *chosen.find(part)) for part in (batch if several else (batch,))]
         if any(graph is None for _, graph, _ in found):
-            return eager(batch)
+            with chosen.counting(optimizer):
+                return eager(batch)
         begin(batch)
         _, graph, tensors = found[0]
         if isinstance(graph, UpdateGraph):
@@ -136,6 +152,30 @@ def compile_update(
         return loss
 
     return update
+
+
+def closure_evaluation(graphs: Graphs) -> Evaluation:
+    """A function of a batch that gives its loss and what was read, and puts the gradients into `.grad`.
+
+    It is what a closure optimizer's search evaluates again and again: by graphs where there are some, else eagerly.
+    """
+    state, eagerly = graphs.state, evaluation_of(graphs.state)
+    forward, several, combine = forward_of(state, "train"), state.config.accumulate > 1, combiner(state)
+
+    def make(batch: Any, tensors: list[Tensor]) -> EvaluationGraph:
+        return GradientGraph(state, forward, batch, tensors)
+
+    chosen = graphs.chosen["train"] = Chosen(graphs, "train", make)
+
+    def evaluate(batch: Any) -> tuple[Tensor, Read]:
+        found = [(part, *chosen.find(part)) for part in (batch if several else (batch,))]
+        if any(graph is None for _, graph, _ in found):
+            with chosen.counting():
+                return eagerly(batch)
+        loss, read = _gradients(found)
+        return (loss if combine is None else combine(loss, num_read(read))), read
+
+    return evaluate
 
 
 def _finisher(state: RunState) -> Callable[[Tensor, Tensor, list[Any]], bool]:
@@ -201,8 +241,6 @@ def _obstacle(state: RunState) -> str | None:
         return f"metrics of all rows ({', '.join(of_all_rows(state))}) read more than numbers from each step"
     if len(state.training.optimizers) > 1:
         return f"there are several optimizers ({', '.join(state.training.optimizers)})"
-    if any(needs_closure(o) for o in state.training.optimizers.values()):
-        return f"{type(next(iter(state.training.optimizers.values()))).__name__} evaluates the loss in a line search"
     if ignores(state):
         return "on_nonfinite='ignore' steps with numbers that are not finite, which a graph leaves out"
     if scaler_of(state.fabric) is not None:
@@ -217,7 +255,7 @@ class Chosen:
         self.graphs, self.state, self.split, self.make = graphs, graphs.state, split, make
         self.known: dict[str, list[EvaluationGraph]] = {}
         self._current: dict[tuple[Any, ...], EvaluationGraph | None] = {}
-        self._first_seen: dict[str, int] = {}
+        self._to_count: str | None = None
         self._epoch = -1
 
     @property
@@ -251,15 +289,22 @@ class Chosen:
         return graph, tensors
 
     def _choose(self, key: tuple[Any, ...], batch: Any, tensors: list[Tensor]) -> EvaluationGraph | None:
-        kind, made, progress = repr(key), self.graphs.made, self.state.progress
+        kind, made, met, progress = repr(key), self.graphs.made, self.graphs.met, self.state.progress
         if kind not in made:
-            made[kind], self._first_seen[kind] = 0, progress.step
-            if sum(k.startswith(f"({self.split!r}, {progress.phase}") for k in made) > MAX_GRAPHS:
+            made[kind], met[kind] = 0, [progress.step, 0, 0]
+            if len(self._kinds()) > MAX_GRAPHS:
                 self._give_up(kind, f"its batches have more than {MAX_GRAPHS} different shapes")
-            elif self.state.config.compile == "auto" and not self._pays(batch, tensors):
+            else:
+                self._to_count = kind
+        if kind in met:
+            if met[kind][0] == progress.step:  # the first are done eagerly
+                met[kind][1] += 1
+                return None
+            if met[kind][2] > MAX_OPERATIONS:
+                self._give_up(kind, f"one of them is about {met[kind][2]} operations, and a graph holds {MAX_NODES}")
+            elif made[kind] == 0 and not self._pays(kind):
                 made[kind] = EAGER
-        if self._first_seen.get(kind) == progress.step:
-            return None  # the first is done eagerly
+            del met[kind]
         self._current[key] = None
         if made[kind] == EAGER:
             return None
@@ -289,29 +334,70 @@ class Chosen:
         self._current[key] = graph
         return graph
 
+    def _kinds(self) -> list[str]:
+        """Those of this split and phase, in the order in which they were met."""
+        return [kind for kind in self.graphs.made if kind.startswith(f"({self.split!r}, {self.state.progress.phase},")]
+
     def _give_up(self, kind: str, reason: str) -> None:
         self.graphs.made[kind] = EAGER
         self.state.warn_once(f"compile={self.state.config.compile!r}: {self.what} stays eager: {reason}.")
 
-    def _pays(self, batch: Any, tensors: list[Tensor]) -> bool:
-        """Whether a graph wins twice what it costs, from counts alone: the same answer in every run."""
-        steps = steps_to_come(self.state, self.split)
-        if steps * graphs.MAX_NODES * SECONDS_SAVED_PER_NODE < SECONDS_PER_GRAPH:
-            return False  # not even the largest would: do not trace
-        try:
-            nodes = self.make(batch, tensors, counting=True).num_nodes
-        except CannotCompile:
-            return False
-        return steps * nodes * SECONDS_SAVED_PER_NODE > 2 * (SECONDS_PER_GRAPH + nodes * SECONDS_PER_NODE)
+    @contextmanager
+    def counting(self, optimizer: torch.optim.Optimizer | None = None) -> Iterator[None]:
+        """Within, an eager step is done; if its batch is the first of its kind, the operations of it are counted."""
+        kind, self._to_count = self._to_count, None
+        if kind is None:
+            yield
+            return
+        with _Operations() as operations:
+            yield
+        parts = self.graphs.met[kind][1] if kind in self.graphs.met else 1
+        nodes = operations.number // max(1, parts)
+        if optimizer is not None:
+            nodes += NODES_PER_PARAMETER * len(parameters_of(optimizer))
+        if kind in self.graphs.met:
+            self.graphs.met[kind][2] = nodes
+
+    def _pays(self, kind: str) -> bool:
+        """Whether a graph of this kind is worth making, from counts alone: the same answer in every run.
+
+        compile=True asks for one of what is trained most; of further kinds (a short last batch) and of evaluations only
+        where it wins what it costs. "auto" does where it wins twice that, and what loading the compiler takes.
+        """
+        is_first = self._kinds()[0] == kind
+        is_auto = self.state.config.compile == "auto"
+        if not is_auto and is_first and self.split == "train":
+            return True
+        first_step, times, nodes = self.graphs.met[kind]
+        saved = times_to_come(self.state, self.split, first_step, times) * nodes * SECONDS_SAVED_PER_NODE
+        cost = SECONDS_PER_GRAPH + nodes * SECONDS_PER_NODE
+        if is_auto and not any(number > 0 for number in self.graphs.made.values()):
+            cost += SECONDS_ONCE
+        return saved > cost * (2 if is_auto else 1)
 
 
-def steps_to_come(state: RunState, split: str) -> int:
-    """How often a batch of `split` will be seen in this fit; 0 if that is not known."""
+def times_to_come(state: RunState, split: str, first_step: int, times: int) -> float:
+    """How often a kind of batch will come in this fit, if it was met `times` in step `first_step`, and again now.
+
+    One that is trained comes as often as these two are apart; one of an evaluation in each to come. 0 if not known.
+    """
     progress, config = state.progress, state.config
     epochs = progress.last_epoch - progress.epoch
     if split != "train":
-        epochs //= config.validate_every
-    if (batches := state.num_batches(split)) is None:
-        return 0
-    steps = epochs * (-(-batches // config.accumulate) if split == "train" else batches)
-    return steps if split != "train" or progress.last_step is None else min(steps, progress.last_step - progress.step)
+        return epochs // config.validate_every * times
+    batches = state.num_batches("train")
+    steps = epochs * -(-batches // config.accumulate) if batches is not None else None
+    if progress.last_step is not None:
+        left = progress.last_step - progress.step
+        steps = left if steps is None else min(steps, left)
+    return (steps or 0) * times / (progress.step - first_step)
+
+
+class _Operations(TorchDispatchMode):
+    """Counts the operations of this thread: about the nodes of a graph of them."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += 1
+        return func(*args, **(kwargs or {}))

@@ -56,12 +56,41 @@ def rebuild(batch: Any, tensors: Iterator[Tensor], epoch: Any) -> Any:
 
 # ---- the optimizer as a function of tensors --------------------------------------------------------------------------
 
+COUNTING_ONCE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam)
+"""Optimizers that count a parameter's steps up by one, before they use their number and in no other way."""
+
+
+def leaders_of_counters(optimizer: Optimizer) -> list[int]:
+    """For each parameter, the first of its group whose counter of steps has the same value; itself if it has none."""
+    leaders: list[int] = []
+    first: dict[tuple[int, torch.dtype, float], int] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        for p in group["params"]:
+            step = optimizer.state.get(p, {}).get("step")
+            leader = len(leaders)
+            if type(optimizer) in COUNTING_ONCE and isinstance(step, Tensor) and step.dim() == 0 and p.requires_grad:
+                leader = first.setdefault((number, step.dtype, step.item()), leader)
+            leaders.append(leader)
+    return leaders
+
 
 class _TensorScalars(TorchFunctionMode):
-    """Lets `add_(x, alpha=t)`, `addcmul_` and `addcdiv_(a, b, value=t)` take a tensor t, where torch needs a number."""
+    """Lets `add_(x, alpha=t)`, `addcmul_` and `addcdiv_(a, b, value=t)` take a tensor t, where torch needs a number.
+
+    `counters`: those that stand for several; what counts them up is done once.
+    """
+
+    def __init__(self, counters: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._to_count = {id(t): t for t in counters}
+        self._counted: dict[int, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
+        if name in ("add_", "__iadd__") and id(args[0]) in self._to_count | self._counted:
+            if id(args[0]) in self._counted:
+                return args[0]
+            self._counted[id(args[0])] = self._to_count.pop(id(args[0]))
         if isinstance(kwargs.get("alpha"), Tensor) and name in ("add", "add_", "sub", "sub_"):
             return func(args[0], args[1] * kwargs.pop("alpha"), **kwargs)
         if isinstance(kwargs.get("value"), Tensor) and name in ("addcmul", "addcmul_", "addcdiv", "addcdiv_"):
@@ -107,11 +136,16 @@ def _compiling(function: Callable[..., Any]) -> FunctionType:
 
 
 def step_in_graph(
-    optimizer: Optimizer, parameters: Sequence[Tensor], grads: Sequence[Tensor | None], rates: Sequence[Tensor]
+    optimizer: Optimizer,
+    parameters: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    rates: Sequence[Tensor],
+    leaders: Sequence[int],
 ) -> tuple[list[Tensor], list[dict[str, Any]]]:
     """New parameters and states, computed by torch's own optimizer code without reading a tensor's value.
 
-    Counters are kept in float64, which makes bias corrections as precise as python's floats.
+    Counters are kept in float64, which makes bias corrections as precise as python's floats. `leaders`: for each
+    parameter, the one whose counter of steps it may use, as they are equal.
     """
     new = [p.detach().clone() for p in parameters]
     states = [
@@ -121,6 +155,10 @@ def step_in_graph(
         }
         for p in parameters
     ]
+    counters: dict[int, Tensor] = {}
+    for i, (state, grad) in enumerate(zip(states, grads, strict=True)):
+        if grad is not None and leaders[i] != i:
+            counters[leaders[i]] = state["step"] = states[leaders[i]]["step"]
     rest = iter(new)
     other = object.__new__(type(optimizer))
     other.__dict__.update(optimizer.__dict__)
@@ -134,6 +172,6 @@ def step_in_graph(
             group["capturable"] = True
     for p, grad in zip(new, grads, strict=True):
         p.grad = grad
-    with torch.no_grad(), _TensorScalars():
+    with torch.no_grad(), _TensorScalars([*counters.values()]):
         _compiling(type(optimizer).step)(other)
     return new, [other.state.get(p, {}) for p in new]

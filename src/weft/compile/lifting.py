@@ -19,6 +19,11 @@ from torch.utils._pytree import tree_map_only
 _aten = torch.ops.aten
 _MADE_ANEW = (_aten.lift_fresh.default, _aten.lift_fresh_copy.default)  # torch.tensor(...): torch knows its value
 
+NESTED = (
+    f"torch {torch.__version__} cannot trace forward-mode derivatives of reverse-mode ones inside vmap "
+    "(torch.func.hessian, say); torch.func.jacrev(torch.func.jacrev(f)) gives the same and can be traced"
+)
+
 
 class CannotCompile(RuntimeError):
     """Why a function cannot run as a graph, and where that was found."""
@@ -31,14 +36,19 @@ class NotYet(CannotCompile):
 class ByReference(TorchDispatchMode):
     """While make_fx traces: every real tensor that an operation of this thread meets is a constant of the graph.
 
-    Without this, operations that meet real tensors only are computed, and change them.
+    Without this, operations that meet real tensors only are computed, and change them. CannotCompile after `most`
+    operations.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
         super().__init__()
+        self._most, self._number = most, 0
         self._fakes: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._number += 1
+        if self._number > self._most:
+            raise CannotCompile(f"its graph has more than {self._most} nodes")
         if func not in _MADE_ANEW:
             args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -48,13 +58,15 @@ class ByReference(TorchDispatchMode):
             return tensor
         if type(tensor) not in (Tensor, nn.Parameter):
             raise CannotCompile(f"it makes a constant of {type(tensor).__name__}")
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # type: ignore[attr-defined]
+            raise CannotCompile(NESTED)
         if id(tensor) not in self._fakes:
             mode, fakes = get_proxy_mode(), detect_fake_mode()
             assert mode is not None and fakes is not None
             with _disable_current_modes():
                 fake = fakes.from_tensor(tensor.detach())
-            node: Any = mode.tracer.create_arg(tensor)
             tracer: Any = mode.tracer
+            node: Any = tracer.create_arg(tensor)
             track_tensor_tree(fake, fx.Proxy(node, tracer), constant=None, tracer=tracer)
             self._fakes[id(tensor)] = fake, tensor  # which keeps the number from being used again
         return self._fakes[id(tensor)][0]
@@ -88,7 +100,11 @@ def inputs_for_constants(graph: fx.GraphModule) -> tuple[fx.GraphModule, list[Te
             tensor: Any = functools.reduce(getattr, node.target.split("."), graph)
             if type(tensor) not in (Tensor, nn.Parameter):
                 raise CannotCompile(f"it makes a constant of {type(tensor).__name__}")
-            place = (tensor.data_ptr() if tensor.numel() else id(tensor), tensor.shape, tensor.stride(), tensor.dtype)
+            try:
+                at = tensor.data_ptr() if tensor.numel() else id(tensor)
+            except RuntimeError as error:  # a fake that torch lost sight of
+                raise CannotCompile(NESTED) from error
+            place = (at, tensor.shape, tensor.stride(), tensor.dtype)
             if place not in lifted:
                 lifted[place] = new.placeholder(f"constant{len(lifted)}"), tensor
                 lifted[place][0].meta["val"] = fakes.from_tensor(tensor.detach())  # the compiler asks for it

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from weft.compile import graph as graphs
 from weft.compile.checking import Effects, buffers_in_place, out_of_reach, tried, undone
-from weft.compile.functional import rebuild, step_in_graph
+from weft.compile.functional import leaders_of_counters, rebuild, step_in_graph
 from weft.compile.lifting import CannotCompile, NotYet
 from weft.compile.watching import Place, Watch
 from weft.devices import seeding
@@ -226,6 +226,7 @@ class UpdateGraph(GradientGraph):
         ]
         if any(t.device != device for t in (*self.rates, *self.kept)):
             raise CannotCompile(f"{type(optimizer).__name__} keeps some of its state on another device")
+        self.leaders = leaders_of_counters(optimizer)
         super().__init__(state, forward, batch, tensors)
         optimizer._opt_called = True  # type: ignore[attr-defined]  # a scheduler asks whether it has stepped
 
@@ -234,7 +235,9 @@ class UpdateGraph(GradientGraph):
         config = self.state.config
         grads, finite = _clipped(loss, grads, config.clip, config.clip_algorithm == "value")
         own, by_id = parameters_of(self.optimizer), {id(p): g for p, g in zip(self.trained, grads, strict=True)}
-        new, states = step_in_graph(self.optimizer, own, [by_id.get(id(p)) for p in own], self.rates)
+        given = [by_id.get(id(p)) for p in own]
+        leaders = [i if given[leader] is None else leader for i, leader in enumerate(self.leaders)]
+        new, states = step_in_graph(self.optimizer, own, given, self.rates, leaders)
         with torch.no_grad():
             for p, value, state in zip(own, new, states, strict=True):
                 before = self.optimizer.state.get(p, {})
@@ -252,6 +255,11 @@ class UpdateGraph(GradientGraph):
                 self.given_rates[i] = group["lr"]
                 self.rates[i].fill_(group["lr"])
         super().refresh()
+
+    def changed(self) -> str | None:
+        return super().changed() or (
+            "a parameter's counter of steps" if leaders_of_counters(self.optimizer) != self.leaders else None
+        )
 
     def further_places(self) -> list[Place]:
         optimizer, name = self.optimizer, type(self.optimizer).__name__

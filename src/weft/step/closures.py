@@ -78,16 +78,46 @@ class SearchReport:
 MAX_KEPT = 64  # evaluations of one line search whose parameters are kept to find the accepted one
 
 
-def with_closure(state: RunState, begin: Callable, end: Callable) -> Update:
+Read = list[tuple[Any, int]]
+Evaluation = Callable[[Any], tuple[Tensor, Read]]
+"""Batch -> its loss, and what was read with the numbers of examples; the gradients of the loss are in `.grad`."""
+
+
+def evaluation_of(state: RunState) -> Evaluation:
+    """The loss and gradients of a batch in the parts it is worked through in; gradients add to those that are there."""
+    forward, backward = forward_of(state, "train"), watched(state.hooks, "backward", state.fabric.backward)
+    split, combine = parts_of(state), combiner(state)
+
+    def evaluate(batch: Any) -> tuple[Tensor, Read]:
+        losses, read = [], []
+        for part, examples, share in split(batch):
+            loss, scalars = forward(part)
+            if state.training.outside:
+                look(state, loss)
+            share = weight_of(state, scalars, share)
+            read.append(({k: v.detach() if isinstance(v, Tensor) else v for k, v in scalars.items()}, examples))
+            if is_nothing(state, share):
+                continue
+            backward(loss * share if share != 1.0 else loss)
+            losses.append(loss.detach() * share)
+        loss = divided(state, total(state, losses), read)
+        if combine is not None:  # all processes must see one number, or their searches part ways
+            loss = combine(loss, num_read(read))
+        return loss, read
+
+    return evaluate
+
+
+def with_closure(state: RunState, begin: Callable, end: Callable, evaluate: Evaluation | None = None) -> Update:
     """LBFGS and other line searches: the same loss and gradients, evaluated as often as the optimizer asks.
 
     Nothing is clipped inside the search (values and gradients must agree), and nothing is evaluated in addition:
     the logged loss is that of the evaluation at the point the search accepted, or of the last one.
+    `evaluate`: how a batch is evaluated; None: by `evaluation_of`.
     """
     optimizer = _only_closure_optimizer(state)
-    forward, backward = forward_of(state, "train"), watched(state.hooks, "backward", state.fabric.backward)
-    split, params, before_step = parts_of(state), parameters_of(optimizer), state.listeners("on_before_optimizer_step")
-    combine, rest = combiner(state), rest_of(state)
+    measured = evaluate or evaluation_of(state)
+    params, before_step, rest = parameters_of(optimizer), state.listeners("on_before_optimizer_step"), rest_of(state)
     search = watched(state.hooks, "optimizer", optimizer.step)
     bound_to = getattr(optimizer, "bound_to", None)  # of one that looks behind the loss, at residuals
 
@@ -98,26 +128,12 @@ def with_closure(state: RunState, begin: Callable, end: Callable) -> Update:
 
     def update(batch: Any) -> Tensor:
         begin(batch)
-        parts = split(batch)
         evaluated: list[tuple[list[Tensor], Tensor, list]] = []  # parameters, loss, scalars
         before, saved, report = _copies(params), _copy_state(optimizer), SearchReport(optimizer)
 
         def closure() -> Tensor:
             clear()
-            losses, read = [], []
-            for part, examples, share in parts:
-                loss, scalars = forward(part)
-                if state.training.outside:
-                    look(state, loss)
-                share = weight_of(state, scalars, share)
-                read.append(({k: v.detach() if isinstance(v, Tensor) else v for k, v in scalars.items()}, examples))
-                if is_nothing(state, share):
-                    continue
-                backward(loss * share if share != 1.0 else loss)
-                losses.append(loss.detach() * share)
-            loss = divided(state, total(state, losses), read)
-            if combine is not None:  # all processes must see one number, or their searches part ways
-                loss = combine(loss, num_read(read))
+            loss, read = measured(batch)
             if not report.evaluations:
                 for call in before_step:
                     call(state.trainer, optimizer)

@@ -154,6 +154,9 @@ class LitModel:
         self.trainer, self.problem = trainer, problem
         self.training_step_outputs: list[Any] = []
         self.validation_step_outputs: list[Any] = []
+        self.num_evaluated = (
+            0  # batches of this evaluation so far; not the trainer's, whose attributes a graph stands for
+        )
 
     def __call__(self, batch: Any) -> Any:
         """What the problem returns for a batch."""
@@ -309,7 +312,7 @@ class Bridge(Hook):
         self.call("on_train_batch_end", {"loss": loss}, batch, trainer.batch_index)
 
     def on_validation_start(self, trainer: Any) -> None:
-        trainer.num_evaluated = 0
+        trainer.lit_problem.num_evaluated = 0
         if trainer.stage == "fit":
             trainer.lit_problem.validation_step_outputs.clear()
             self.call("on_validation_start")

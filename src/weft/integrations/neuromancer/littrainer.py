@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ class LitTrainer(Trainer):
             raise ValueError("custom_optimizer and the hook configure_optimizers both give the optimizer; give one.")
         self.automatic_optimization, self.shuffle = automatic_optimization, shuffle
         self.lit_problem: LitModel | None = None
-        self.stage, self.num_evaluated = "fit", 0
+        self.stage = "fit"
         self._batch_size, rate = _entry(hparam_config, "batch_size"), _entry(hparam_config, "learning_rate")
         if rate is not None and custom_optimizer is not None:
             warnings.warn(
@@ -129,6 +130,18 @@ class LitTrainer(Trainer):
             if self.config.accumulate > 1:
                 raise ValueError("accumulate > 1 needs the trainer's own backward; accumulate in your step instead.")
             self.update = self._update
+        self.evaluates_eagerly = bool(self.lit_hooks)  # what hooks are called with, no graph gives
+        self._given = {
+            "eval_metric": eval_metric or monitor_metric or dev_metric,
+            "save_weights": save_weights,
+            "weight_path": weight_path,
+            "weight_name": weight_name,
+            "custom_optimizer": custom_optimizer,
+            "custom_training_step": custom_training_step,
+            "custom_hooks": dict(custom_hooks or {}),
+            "logger": logger,
+            "hparam_config": hparam_config,
+        }
         self._weights = WeightsFile(Path(weight_path), weight_name or "{epoch}-{step}") if save_weights else None
         self.hooks += [*([self._weights] if self._weights is not None else []), Bridge(self)]
 
@@ -234,17 +247,20 @@ class LitTrainer(Trainer):
     def step_function(self, split: str, problem: nn.Module) -> Callable[[Any], Any]:
         """What is called with each batch of `split`."""
         step = super().step_function(split, problem)
+        if self.config.compile and not self.evaluates_eagerly:
+            return step  # of its outputs nobody is told
         stage = {"dev": "validation", "test": "test", "predict": "predict"}.get(split)
         return step if stage is None else partial(self._evaluation_step, stage, step)
 
     def _evaluation_step(self, stage: str, step: Callable[[Any], Any], batch: Any) -> Any:
-        index, name, watched = self.num_evaluated, f"{stage}_step", self.stage != "monitor"
-        self.num_evaluated += 1
+        assert self.lit_problem is not None
+        index, name, watched = self.lit_problem.num_evaluated, f"{stage}_step", self.stage != "monitor"
+        self.lit_problem.num_evaluated += 1
         if watched:
             self._call(f"on_{stage}_batch_start", batch, index)
         out = self._call(name, batch, index) if name in self.lit_hooks else step(batch)
         loss = out.get(self.dev_metric) if isinstance(out, Mapping) else out
-        if stage == "validation" and self.lit_problem is not None and isinstance(loss, Tensor):
+        if stage == "validation" and isinstance(loss, Tensor):
             self.lit_problem.validation_step_outputs.append(loss.detach())
         if watched:
             self._call(f"on_{stage}_batch_end", out, batch, index)
@@ -303,7 +319,9 @@ class LitTrainer(Trainer):
         return result
 
     def _staged(self, stage: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self.stage, self.num_evaluated = stage, 0
+        self.stage = stage
+        if self.lit_problem is not None:
+            self.lit_problem.num_evaluated = 0
         try:
             return function(*args, **kwargs)
         finally:
@@ -320,6 +338,15 @@ class LitTrainer(Trainer):
         if "on_load_checkpoint" in self.lit_hooks:
             self._call("on_load_checkpoint", archive.read(path))
         return load_weights(problem, path)
+
+    def __getattr__(self, name: str) -> Any:
+        """What scripts read of NeuroMANCER's and Lightning's trainers. To change it, make another trainer."""
+        given = self.__dict__.get("_given", {})
+        if name in given:
+            return given[name]
+        if name in _READ and given:
+            return _READ[name](self)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def weights_file(self) -> Path | None:
@@ -345,6 +372,35 @@ class LitTrainer(Trainer):
     def should_stop(self, value: bool) -> None:
         if value:
             self.stop("should_stop")
+
+
+def _latest(trainer: Any) -> dict[str, Tensor]:
+    """The metrics of the last epoch, by name."""
+    history = {} if trainer.run is None else trainer.run.history.values
+    return {name: torch.tensor(values[-1]) for name, values in history.items() if values}
+
+
+def _best_file(trainer: Any) -> SimpleNamespace:
+    """What Lightning's checkpoint callback tells: where the best weights are, and their value."""
+    best = None if trainer.run is None else trainer.run.best.value
+    return SimpleNamespace(
+        best_model_path=str(trainer.weights_file or ""),
+        best_model_score=None if best is None else torch.tensor(best),
+        dirpath=str(trainer.weight_path),
+        monitor=trainer.eval_metric,
+    )
+
+
+_READ: dict[str, Callable[[Any], Any]] = {
+    **{name: (lambda t, name=name: getattr(t.config, name)) for name in ("epochs", "patience", "warmup", "clip")},
+    "profiler": lambda t: t.config.profiler or t.options["profiler"],
+    "max_epochs": lambda t: t.config.epochs,
+    "callback_metrics": _latest,
+    "logged_metrics": _latest,
+    "checkpoint_callback": _best_file,
+    "lit_data_module": lambda t: None if t.run is None else t.run.data,
+}
+"""Attributes that are read off the trainer's state."""
 
 
 def _adam(rate: float) -> Callable[[Any], torch.optim.Optimizer]:

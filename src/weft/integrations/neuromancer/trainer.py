@@ -11,21 +11,27 @@ NeuroMANCER is never imported; any problem that returns a dict will do.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from weft.checkpoint.weights import state_of
+from weft.data.batches import num_examples
 from weft.data.data import Data
 from weft.devices.seeding import random_state, set_random_state
 from weft.loop import trainer as weft_trainer
 from weft.loop.result import FitResult
 from weft.loop.run import Run
-from weft.step.evaluation import evaluating
+from weft.step.evaluation import evaluate, evaluating
+from weft.step.forward import Forward, forward_of
+from weft.step.metrics import Means, named
 from weft.step.optimizers import needs_closure, parameters_of
+from weft.step.state import RunState, trial
 from weft.types import suggest
 
 DEFAULT_CLIP = 100.0
@@ -70,6 +76,10 @@ class Trainer:
       (a longer rollout) reaches on the dev data as they now are, not with a number from before the change. Where that
       cannot be measured (no dev data, a callback's own metric), it is compared with the best before, as there.
 
+    Two arguments are weft's own. `compile`: False, True or "auto", as in `weft.Trainer`; `clip` is then as it was when
+    `train` began, and a callback that reads each batch's output keeps training eager, which is said once.
+    `eval_batches`: "all", or "last" for NeuroMANCER's own rule, by which the last dev batch alone decides.
+
     All arguments are attributes that may be changed between two calls of `train`; the data, `clip` and `patience` also
     by a callback, for the next epoch. `result` is the last `FitResult`.
     """
@@ -96,7 +106,11 @@ class Trainer:
         clip: float | None = DEFAULT_CLIP,
         multi_fidelity: bool = False,
         device: Any = "cpu",
+        compile: bool | str = False,
+        eval_batches: str = "all",
     ) -> None:
+        if eval_batches not in ("all", "last"):
+            raise ValueError(f"eval_batches={eval_batches!r}: expected 'all' or 'last'.")
         self.model, self.train_data, self.dev_data, self.test_data = problem, train_data, dev_data, test_data
         self.optimizer = optimizer or torch.optim.Adam(problem.parameters(), 0.01, betas=(0.0, 0.9))
         self.logger, self.callback = logger, callback if callback is not None else Callback()
@@ -107,12 +121,16 @@ class Trainer:
         self.train_metric, self.dev_metric, self.test_metric = train_metric, dev_metric, test_metric
         self.eval_metric, self.eval_mode = eval_metric, eval_mode
         self.clip, self.multi_fidelity, self.device = clip, multi_fidelity, device
+        self.compile, self.eval_batches = compile, eval_batches
         self.current_epoch = self.badcount = 0
         self.best_model: dict[str, Any] = state_of(problem)
-        self.best_devloss: float | None = None
+        self.best_devloss: float = np.float64(np.finfo(np.float32).max * (1 if self._eval_min else -1))
+        """The best value so far: a float that also has `.item()`. As there, very bad before anything was compared."""
         self.result: FitResult | None = None
         self._seen: list[tuple[Tensor, dict[str, Any]]] = []  # loss and detached output of each batch of a pass
         self._output: dict[str, Any] = {}
+        self._fresh: dict[str, Any] = {}  # what the last step returned; nothing where it ran as a graph
+        self._compiles: Any = False
         self._compared: tuple[str, str] | None = None  # the metric and mode of `best_devloss`
         self._not_held: dict[str, Tensor] = {}
         self._piled: dict[Tensor, Tensor] = {}  # gradients that the optimizer does not clear
@@ -126,10 +144,10 @@ class Trainer:
 
         Trains for `epochs` epochs, or until patience ends.
         """
-        run, self._output, self.badcount = self._start(), {}, 0
-        run.progress.epoch = self.current_epoch
         held = set(map(id, parameters_of(self.optimizer)))
         self._not_held = {n: p for n, p in self.model.named_parameters() if id(p) not in held}
+        run, self._output, self.badcount = self._start(), {}, 0
+        run.progress.epoch = self.current_epoch
         run.progress.begin_fit(self.epochs, None)
         self.optimizer.zero_grad()
         if self.current_epoch:
@@ -162,6 +180,9 @@ class Trainer:
     def _start(self) -> Run:
         """A run with the attributes as they are now. Nothing is trained before it is entered."""
         device = torch.device(self.device)
+        self._compiles = self._may_compile()
+        clips = bool(self._compiles) and not self._not_held and not needs_closure(self.optimizer)
+        hooks = {} if clips else {"on_before_optimizer_step": self._clip}
         trainer = weft_trainer.Trainer(
             epochs=self.epochs,
             optimizer=self.optimizer,
@@ -174,16 +195,29 @@ class Trainer:
             devices=1 if device.index is None else [device.index],
             training_step=self._training_step,
             validation_step=self._validation_step,
-            hooks={
-                "on_before_optimizer_step": self._clip,
-                "on_step_end": self._end_batch,
-                "on_epoch_end": self._end_epoch,
-            },
+            hooks={**hooks, "on_step_end": self._end_batch, "on_epoch_end": self._end_epoch},
+            clip=self.clip if clips else None,
+            compile=self._compiles,
             progress=False,
         )
         names = ("train_data", "dev_data", "test_data")
-        train, dev, test = (None if getattr(self, name) is None else _Loader(self, name) for name in names)
+        train, dev, test = (None if getattr(self, name) is None else _loader(self, name) for name in names)
         return trainer.start(self.model, Data(train, dev, test))
+
+    def _may_compile(self) -> Any:
+        """`compile`, or False where something reads what a graph does not give: the whole output of a batch."""
+        reads = {"end_batch", "begin_epoch", "begin_eval", "end_eval", "end_epoch", "end_train"}
+        own = [n for kind in type(self.callback).__mro__[:-1] if kind.__name__ != "Callback" for n in vars(kind)]
+        if not self.compile or not (found := sorted(reads.intersection(own))):
+            return self.compile
+        if self.compile is True:
+            kind = type(self.callback).__name__
+            warnings.warn(f"compile=True: training stays eager, {kind}.{found[0]} reads outputs.", stacklevel=4)
+        return False
+
+    @property
+    def _eval_min(self) -> bool:
+        return self.eval_mode == "min"
 
     @property
     def _eval_metric(self) -> str:
@@ -204,7 +238,8 @@ class Trainer:
             if not alphas:
                 raise TypeError("multi_fidelity=True, but no node's callable has get_alpha_loss(), as StackedMLP has.")
             output[self.train_metric] = output[self.train_metric] + sum(alphas)
-        self._output = output
+        if trial.get() is None:  # no step that is only traced or tried
+            self._fresh = output
         return output
 
     def _clip(self, trainer: Any, optimizer: Any) -> None:
@@ -228,7 +263,7 @@ class Trainer:
         trainer.run.state.processes.clip(list(self.model.parameters()), self.clip)
 
     def _end_batch(self, trainer: Any, batch: Any, loss: Tensor) -> None:
-        self._output = {**_detached(self._output), self.train_metric: loss}
+        self._output, self._fresh = {**_detached(self._fresh), self.train_metric: loss}, {}
         self._seen.append((loss, self._output))
         self.callback.end_batch(self, self._output)
 
@@ -248,6 +283,8 @@ class Trainer:
         self._call_evaluating("begin_eval")
         if self._output.get(name) is not measured:  # the callback's own measure
             return self._output[name]
+        if self.eval_batches == "last" and name in self._output:
+            return self._output[name]
         if self._monitor not in means:
             known = sorted(
                 name for name, value in self._output.items() if isinstance(value, Tensor) and value.numel() == 1
@@ -264,15 +301,36 @@ class Trainer:
     def _over_dev(self, run: Run) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The last dev batch's output with the mean loss, and the means over batches."""
         self._seen = []
-        run.evaluate("dev")
+        if self._compiles:
+            forward = forward_of(run.state, "dev")
+            if run.graphs is not None:  # the run has begun
+                forward = run.graphs.forward("dev", forward)
+            run.state.epoch.evaluated |= evaluate(run.state, "dev", forward, self._by_graphs)
+        else:
+            run.evaluate("dev")
         mean = torch.stack([loss for loss, _ in self._seen]).mean()
         means = {**self._means(), f"mean_{self.dev_metric}": mean}
         return {**self._seen[-1][1], f"mean_{self.dev_metric}": mean}, means
 
     def _validation_step(self, trainer: Any, batch: Any) -> dict[str, Any]:
         output = self.model(_own_name(batch))
-        self._seen.append((output[self.dev_metric].detach(), _detached(output)))
+        if self._compiles:
+            self._fresh = _detached(output) if trial.get() is None else {}
+        else:
+            self._seen.append((output[self.dev_metric].detach(), _detached(output)))
         return output
+
+    def _by_graphs(self, state: RunState, split: str, forward: Forward) -> dict[str, float]:
+        """The dev set, of whose batches a graph gives the scalars alone."""
+        means = Means()
+        for batch in state.batches_of(split):
+            self._fresh = {}
+            _, scalars = forward(batch)
+            values = {**dict(scalars.items()), **self._fresh}
+            self._seen.append((values[named(self.dev_metric, split)].detach(), values))
+            means.add(scalars, num_examples(batch))
+        self._fresh = {}
+        return means.compute()
 
     def _means(self) -> dict[str, Tensor]:
         """The mean over the batches just seen of the metric that decides, if they have it."""
@@ -282,20 +340,26 @@ class Trainer:
 
     def _set_value_to_beat(self, run: Run) -> None:
         """What the problem reaches now; where that cannot be measured, the best value before, if it is of the same."""
-        means: dict[str, Tensor] = {}
+        means, last = dict[str, Tensor](), dict[str, Any]()
         if run.has("dev"):
             random = random_state()  # a loader draws when it is iterated; the curve must not depend on this look
-            _, means = self._over_dev(run)
+            last, means = self._over_dev(run)
             set_random_state(random)
         before = self.best_devloss if self._compared == (self._monitor, self.eval_mode) else None
         value = float(means[self._monitor]) if self._monitor in means else before
+        if self.eval_batches == "last" and run.has("dev") and self._eval_metric in last:
+            value = float(last[self._eval_metric])
         if run.best.update(self._monitor, value, self.current_epoch - 1, self.eval_mode, self.model) and not means:
             run.best.weights.load_state_dict(self.best_model)  # type: ignore[union-attr]
 
     def _end_epoch(self, trainer: Any, metrics: dict[str, float]) -> None:
         run, epoch = trainer.run, trainer.current_epoch
         if run.state.epoch.improved:
-            self.best_model, self.best_devloss, self.badcount = run.best.weights.state_dict(), run.best.value, 0
+            self.best_model, self.best_devloss, self.badcount = (
+                run.best.weights.state_dict(),
+                np.float64(run.best.value),
+                0,
+            )
             self._compared = self._monitor, self.eval_mode
         elif epoch > self.warmup:
             self.badcount += 1
@@ -337,6 +401,10 @@ class Trainer:
         return self.test(best_model)
 
 
+def _loader(trainer: Trainer, attribute: str) -> _Loader:
+    return (_SizedLoader if hasattr(getattr(trainer, attribute), "__len__") else _Loader)(trainer, attribute)
+
+
 class _Loader:
     """The loader that an attribute of the trainer holds when an epoch begins, as it is.
 
@@ -349,6 +417,11 @@ class _Loader:
     def __iter__(self) -> Iterator[Any]:
         for batch in getattr(self.trainer, self.attribute):
             yield {_OWN_NAME if k == "name" else k: v for k, v in batch.items()} if isinstance(batch, dict) else batch
+
+
+class _SizedLoader(_Loader):
+    def __len__(self) -> int:
+        return len(getattr(self.trainer, self.attribute))
 
 
 _OWN_NAME = "name given by its loader"
