@@ -65,11 +65,12 @@ if TYPE_CHECKING:
     from weft.problem.nodes import Node as Node
     from weft.problem.nodes import Rollout as Rollout
     from weft.problem.problem import Problem as Problem
+    from weft.problem.scores import whole as whole
+    from weft.problem.supervised import Supervised as Supervised
     from weft.problem.terms import equal as equal
     from weft.problem.terms import greater_equal as greater_equal
     from weft.problem.terms import less_equal as less_equal
     from weft.problem.terms import objective as objective
-    from weft.step.measures import whole as whole
     from weft.step.phase import Phase as Phase
     from weft.step.phase import Schedule as Schedule
     from weft.sweeps.sweep import sweep as sweep

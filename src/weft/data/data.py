@@ -8,7 +8,6 @@ def data_setup(nsim=5000):
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from typing import Any, Literal
 from torch.utils.data import DataLoader, Dataset
 
 from weft.config import BatchSize, Count, Natural, check
-from weft.data.datasets import is_array, short
+from weft.data.datasets import short
 
 SPLITS = ("train", "dev", "test", "predict")
 
@@ -25,7 +24,9 @@ SPLITS = ("train", "dev", "test", "predict")
 class Data:
     """The data of a run, by split, and how it is cut into batches.
 
-    Each split is a `DictDataset` (or NeuroMANCER's), a dict of tensors, a dict of datasets of different sizes
+    Each split is a `DictDataset` (or NeuroMANCER's), a dict of tensors, a pair `(X, y)` (the keys are then `x` and
+    `y`), a table (each column is a key, of shape (rows, 1)), an open HDF5 file, what `numpy.load` returns of an .npz
+    and `scipy.io.loadmat` of a .mat, a dict of datasets of different sizes
     (`{"interior": ..., "boundary": ...}`: the batch is nested by these names, and the smaller ones start over until
     the largest is through), any map-style dataset, a `DataLoader`, or an iterable of batches, which pass unchanged.
     """
@@ -47,13 +48,13 @@ class Data:
     refresh_every: Count | None = None
     """Call the data setup function again every n epochs (resampled collocation points)."""
     inputs_require_grad: tuple[str, ...] | list[str] = ()
-    """Keys that derivatives are taken with respect to; their batches require grad in every split."""
+    """Keys that derivatives are taken with respect to ("x"; "interior.x" of one part); they require grad in batches."""
 
     def __post_init__(self) -> None:
         if all(getattr(self, split) is None for split in SPLITS):
             raise ValueError("Data: there is no training data (train=None), and nothing to evaluate.")
         for split in SPLITS:
-            _refuse_array(split, getattr(self, split))
+            object.__setattr__(self, split, read_rows(split, getattr(self, split)))
         check(self)
         object.__setattr__(self, "batch_size", _none_for_all(self.batch_size))
         given = {split: source for split in SPLITS if (source := getattr(self, split)) is not None}
@@ -75,23 +76,20 @@ class Data:
         return size
 
 
-def _refuse_array(split: str, source: Any) -> None:
-    """Raise TypeError for tensors, arrays, tables and texts: their rows (or columns, or letters) are no batches."""
-    if not (is_array(source) or isinstance(source, str | bytes)):
-        return
-    shape = getattr(source, "shape", None)
-    found = "which is no data" if shape is None else f"of shape {tuple(shape)}"
-    columns = getattr(source, "columns", None)
-    if columns is not None:
-        line = "weft.DictDataset({name: table[name].to_numpy() for name in table.columns})"
-    else:
-        line = 'weft.DictDataset({"x": X, "y": y})'
-    if "Supervised" in getattr(sys.modules.get("weft"), "__all__", ()):
-        line += ", or fit(weft.Supervised(net, loss_fn), (X, y))"
-    raise TypeError(
-        f"The {split} data is a {type(source).__name__} {found}; its rows have no keys and are not taken for batches. "
-        f"Give each column its key: {line}."
-    )
+def read_rows(split: str, source: Any) -> Any:
+    """`source` with its rows under keys, where it has none itself: (X, y), a table, a file of arrays.
+
+    TypeError for a lone tensor or array, with the line to write.
+    """
+    if (
+        source is None
+        or (type(source) is dict and "__header__" not in source)
+        or isinstance(source, Dataset | DataLoader)
+    ):
+        return source
+    from weft.data.rows import read
+
+    return read(split, source)
 
 
 def makes_batches(source: Any) -> bool:
@@ -137,6 +135,7 @@ def evaluation_data(split: str, data: Any, setup_kwargs: Mapping[str, Any], batc
             raise ValueError(f"{split}: these data have no {split} split.")
         size = None if makes_batches(getattr(data, split)) else data.batch_size  # it may be that of another split
         return replace(data, **{other: None for other in SPLITS if other != split}, batch_size=size)
+    data = read_rows(split, data)
     if makes_batches(data) or (isinstance(batch_size, Mapping) and split not in batch_size):
         batch_size = None
     return Data(**{"train": None, split: data, "batch_size": batch_size})

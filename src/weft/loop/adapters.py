@@ -6,7 +6,7 @@ of `Run` itself. Here stands what holds for a plain problem.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from weft.data.data import Data, as_data, evaluation_data
+from weft.data.datasets import is_array
 from weft.devices.precision import numerics
 from weft.devices.processes import Processes
 from weft.loop import feeding
@@ -199,10 +200,12 @@ class Seams:
     ) -> Callable[[], Data]:
         """What makes the data of `Trainer.validate`, `test` or `predict`; `last` is the run of the last fit."""
         batch_size = last.feed.data.batch_size if last is not None else None
+        if split == "predict" and hasattr(self.state.problem, "own_output"):  # Supervised: X may come alone
+            data = {"x": data} if is_array(data) else data
         return partial(evaluation_data, split, data, setup_kwargs, batch_size)
 
-    def predict(self) -> Any:
-        """The predictions for the predict set."""
-        from weft.step.prediction import predict
+    def predict(self, keys: Sequence[str] | None = None) -> Any:
+        """The predictions for the predict set; of a `Supervised` problem what its net returns."""
+        from weft.loop.predicting import predictions
 
-        return predict(self.state, self.state.trainer.step_function("predict", self.state.problem))
+        return predictions(self.state, keys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ def renew_data(state: RunState) -> None:
 def use_data(state: RunState, data: Data) -> None:
     """Train, evaluate and predict with `data` from here on."""
     fabric, processes = state.fabric, state.processes
+    if read := getattr(state.problem, "own_data", None):  # Supervised
+        data = replace(data, **{split: read(getattr(data, split)) for split in SPLITS})
     state.feed.data = data
     check_finite(data, state.config.strict_data)
     place: dict[str, Any] = {"device": fabric.device, "dtype": float_dtype(fabric), "to_device": fabric.to_device}

@@ -47,6 +47,14 @@ def signature() -> inspect.Signature:
     return inspect.Signature([inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD), *named])
 
 
+def check_problem(problem: Any) -> None:
+    """Raise TypeError for what is no module."""
+    if not isinstance(problem, nn.Module):
+        from weft.loop.mistakes import no_problem
+
+        raise no_problem(problem)
+
+
 def asked(data: Any, dataloaders: Any, problem: nn.Module | None, datamodule: Any) -> tuple[nn.Module | None, Any]:
     """The problem and the data that an evaluation was asked for; either may be None."""
     if isinstance(data, nn.Module) and problem is None:

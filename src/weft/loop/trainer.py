@@ -159,8 +159,7 @@ class Trainer(Tools):
         **setup_kwargs: Any,
     ) -> Run:
         """A run for a loop of your own (`with trainer.start(...) as run:`); the arguments are those of `fit`."""
-        if not isinstance(problem, nn.Module):
-            raise TypeError(f"fit: the problem is {type(problem).__name__} {problem!r}; expected a torch.nn.Module.")
+        opts.check_problem(problem)
         given = {"datamodule": datamodule, "train_dataloaders": train_dataloaders, "val_dataloaders": val_dataloaders}
         previous = self.run if self.run is not None and self.run.is_of(problem) else None
         if previous is None:
@@ -260,7 +259,7 @@ class Trainer(Tools):
         datamodule: Any = None,
         **setup_kwargs: Any,
     ) -> dict[str, float]:
-        """Means over the test set (of the last fit, or `data`) as floats, with the history's keys; see `validate`."""
+        """Means over the test set (of the last fit, or `data`) as floats; see `validate`."""
         return self._evaluate("test", *opts.asked(data, dataloaders, problem, datamodule), setup_kwargs)
 
     def predict(
@@ -270,25 +269,27 @@ class Trainer(Tools):
         *,
         problem: nn.Module | None = None,
         datamodule: Any = None,
+        keys: Sequence[str] | None = None,
         **setup_kwargs: Any,
     ) -> Any:
         """What the nodes compute for each row of the predict set (or `data`), in order, on the CPU, by key.
 
-        Inputs and losses are left out, and targets may be missing from the data. Of a LightningModule: what its
-        `predict_step` returned, a list with one entry a batch (a list of such lists for several loaders).
+        Inputs and losses are left out; targets may be missing, and with `keys`, whose nodes alone are run, what others
+        read. Of a `weft.Supervised` (`data` may be X itself): what its net returns, one row per row. Of a
+        LightningModule: what its `predict_step` returned, a list with one entry a batch (lists for several loaders).
         """
-        return self._evaluate("predict", *opts.asked(data, dataloaders, problem, datamodule), setup_kwargs)
+        return self._evaluate("predict", *opts.asked(data, dataloaders, problem, datamodule), setup_kwargs, keys)
 
-    def _evaluate(self, split: str, problem: nn.Module | None, data: Any, setup_kwargs: Any) -> dict[str, Any]:
+    def _evaluate(self, split: str, problem: Any, data: Any, setup_kwargs: Any, keys: Any = None) -> dict[str, Any]:
         if (fabric := self._fabric_for_calls()) is not None:
             from weft.loop.launch import call
 
-            return call(self, fabric, "_evaluate", problem or self.problem, split, problem, data, setup_kwargs)
+            return call(self, fabric, "_evaluate", problem or self.problem, split, problem, data, setup_kwargs, keys)
         with run_to_evaluate(self, problem, split, data, setup_kwargs) as run:
             if not run.has(split):
                 raise ValueError(f"{split}: there is no {split} data; pass some.")
             if split == "predict":
-                return run.predict()
+                return run.predict(keys)
             return run.evaluate(split)
 
     def save_weights(self, path: Any) -> None:

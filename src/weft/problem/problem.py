@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from weft.problem.losses import PenaltyLoss
 from weft.problem.nodes import duplicates_in, node_list
-from weft.problem.terms import RESERVED_KEYS, Constraint, MissingKeyError, Objective, Term, explain
+from weft.problem.terms import RESERVED_KEYS, Constraint, MissingKeyError, Objective, Term, explain, with_parts
 from weft.types import Batch
 
 
@@ -26,7 +26,8 @@ class Problem(nn.Module):
 
     every node's outputs under their own keys, and as scalars, for the split s (`batch["name"]`, "train" if missing):
     `s_<term>` (its contribution to the loss, weight included), `s_<constraint>_violation` (mean, without weight),
-    `s_objective_loss`, `s_penalty_loss` and `s_loss`. What came with the batch is not returned.
+    `s_objective_loss`, `s_penalty_loss` and `s_loss`. What came with the batch is not returned. Of a batch with parts
+    (`{"interior": {"x": ...}}`) nodes and terms read keys like "interior.x".
 
     nodes: Node, Rollout, or anything like a NeuroMANCER node (`input_keys`, `output_keys`, dict in, dict out).
     loss: PenaltyLoss (the default), BarrierLoss or AugmentedLagrangian.
@@ -68,7 +69,7 @@ class Problem(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Outputs, terms and losses by key; see the class."""
         try:
-            split, data = batch.get("name", "train"), dict(batch)
+            split, data = batch.get("name", "train"), with_parts(batch)
         except AttributeError:
             raise TypeError(
                 f"{self} reads batches by key, and got one of type {type(batch).__name__}; give the data keys: "
@@ -81,7 +82,7 @@ class Problem(nn.Module):
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """The outputs of the nodes alone; targets, which only terms read, may be missing."""
-        return self._run_nodes(dict(batch))
+        return self._run_nodes(with_parts(batch))
 
     def _run_nodes(self, data: dict[str, Any]) -> dict[str, Tensor]:
         """The outputs of all nodes, which are also added to `data`."""

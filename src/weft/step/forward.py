@@ -31,16 +31,16 @@ def forward_of(state: RunState, split: str) -> Forward:
     """The step of `split` with what it returns read: a training step must give a loss, others may."""
     problem, metric = state.problem, metric_of(state, split)
     step = watched(state.hooks, "forward", in_precision(state.fabric, state.trainer.step_function(split, problem)))
-    read = reader(problem, split, metric, state.trainer.metric_functions, list(state.training.optimizers))
+    read = reader(problem, split, metric, state.metrics, list(state.training.optimizers))
     required, unseen = split == "train", [True]
 
     def forward(batch: Any) -> tuple[Any, dict[str, Any]]:
         try:
             out = watched_for_pairs(state, step, batch) if unseen else step(batch)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, AttributeError) as error:
             from weft.step.explaining import explained
 
-            if (clearer := explained(error, batch, problem)) is None:
+            if (clearer := explained(error, batch, problem, split)) is None:
                 raise
             raise clearer from error
         loss, scalars = read(out, batch)

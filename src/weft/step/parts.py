@@ -22,7 +22,7 @@ def means_by_part(state: RunState, split: str, forward: Forward) -> dict[str, fl
     of all for every part but one: exact, whatever the sizes of parts and batches are.
     """
     source = state.source(split)
-    if whole := whole_metrics(state.trainer.metric_functions, split):
+    if whole := whole_metrics(state.metrics, split):
         raise ValueError(
             f"The metric {next(iter(whole))!r} needs each row of the {split} data once, and its parts "
             f"{list(source.parts)} have different numbers of batches; take each part in one batch (batch_size=None)."

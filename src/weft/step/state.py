@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -259,7 +260,17 @@ class RunState:
     fabric: Fabric = None  # type: ignore[assignment]  # made when the run is prepared
 
     def __post_init__(self) -> None:
-        self.epoch.means.whole = whole_metrics(self.trainer.metric_functions, "train")
+        self.epoch.means.whole = whole_metrics(self.metrics, "train")
+
+    @cached_property
+    def metrics(self) -> dict[str, Any]:
+        """Metrics besides what steps return: those that the problem brings (`Supervised`), and the trainer's."""
+        own = getattr(self.problem, "own_metrics", None)
+        if not own:
+            return self.trainer.metric_functions
+        from weft.step.measures import measures_of
+
+        return {**measures_of(own), **self.trainer.metric_functions}
 
     @classmethod
     def of(cls, trainer: Owner, problem: nn.Module, previous: RunState | None = None) -> RunState:
