@@ -12,14 +12,15 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 TEST_ENV := OMP_NUM_THREADS=1 NUMBA_DISABLE_JIT=1 MPLBACKEND=agg
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-long examples bench lint clean
+.PHONY: demo test test-long examples bench docs lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       train the constrained Rosenbrock problem, write runs/demo/"
 	@echo "make test       run the test suite        make test-long  its slow part"
 	@echo "make examples   run all tutorials in full make bench      run the benchmarks"
-	@echo "make lint       ruff, format, types           make clean      remove .venv"
+	@echo "make docs       build the site                make lint       ruff, format, types"
+	@echo "make clean      remove .venv"
 
 demo: $(VENV)/ready-demo
 	$(BIN)/python -m weft.demo
@@ -35,6 +36,9 @@ examples: $(VENV)/ready-test
 
 bench: $(VENV)/ready-bench
 	$(BIN)/python -m benchmarks --readme
+
+docs: $(VENV)/ready-docs
+	$(BIN)/python docs/build.py
 
 lint: $(VENV)/ready-test
 	@status=0; $(BIN)/ruff check --output-format concise . || status=1; $(BIN)/ruff format --check . || status=1; \

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from weft.places import Place, places
 from weft.problem.hardcoded import misplaced
+from weft.problem.reading import needs_grad_in_eval
 
 
 def explained(error: Exception, batch: Any, problem: nn.Module, split: str = "train") -> Exception | None:
@@ -18,7 +18,7 @@ def explained(error: Exception, batch: Any, problem: nn.Module, split: str = "tr
     Of dtypes and devices that are mixed, of derivatives of what has none, and of a module that was given a batch where
     it expects a tensor.
     """
-    if (found := _of_gradients(error, batch, split) or _of_a_batch(error, batch, problem, split)) is not None:
+    if (found := _of_gradients(error, batch, problem, split) or _of_a_batch(error, batch, problem, split)) is not None:
         return found
     if not isinstance(error, RuntimeError):
         return None
@@ -43,7 +43,7 @@ def explained(error: Exception, batch: Any, problem: nn.Module, split: str = "tr
     )
 
 
-def _of_gradients(error: Exception, batch: Any, split: str) -> Exception | None:
+def _of_gradients(error: Exception, batch: Any, problem: nn.Module, split: str) -> Exception | None:
     """Derivatives with respect to what does not require grad, or in an evaluation without gradients."""
     text = str(error)
     if "One of the differentiated Tensors does not require grad" in text:
@@ -52,7 +52,8 @@ def _of_gradients(error: Exception, batch: Any, split: str) -> Exception | None:
             f"{text}. Derivatives are taken with respect to inputs that do not require grad: ask for it with "
             f"weft.Data(..., inputs_require_grad={keys or ['x']}), naming those that are differentiated."
         )
-    if "does not require grad and does not have a grad_fn" in text and not torch.is_grad_enabled():
+    is_evaluation = split != "train" and not needs_grad_in_eval(problem.modules())
+    if "does not require grad and does not have a grad_fn" in text and is_evaluation:
         return RuntimeError(
             f"{text}. Derivatives are taken in an evaluation ({split}), which computes without gradients: ask for them "
             "with weft.Problem(..., grad_inference=True), or problem.grad_inference = True on any module."

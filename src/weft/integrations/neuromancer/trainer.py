@@ -59,8 +59,8 @@ class Trainer:
     Where its rule is a defect, this one is right instead:
 
     * What decides about best weights and patience is the mean of `eval_metric` over the batches, not its last batch.
-    * Without dev data an `eval_metric` of the dev set means that of the training set; `test` leaves out what is
-    missing.
+    * Without dev data an `eval_metric` of the dev set means that of the training set; `test` leaves out what
+      is missing.
     * `eval_mode="max"` also works for negative metrics. A loss or gradient that is not finite raises before the step.
     * Optimizers that need a closure (LBFGS) work; nothing is clipped inside their line search. `clip=None` is allowed.
     * Weights are copied tensor by tensor, so sparse buffers (cvxpylayers) do no harm; no graph outlives its step.

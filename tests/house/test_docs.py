@@ -1,0 +1,80 @@
+"""The site: its cells run, each mistake on its page of mistakes happens as quoted, public names say what they are."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import weft
+
+ROOT = Path(__file__).parents[2]
+CELL = re.compile(r"```\{code-cell\}\n((?::\w+:[^\n]*\n)*)(.*?)```", re.DOTALL)
+
+
+def cells(page: str) -> list[tuple[str, str]]:
+    """The cells of a page: (its options, its code without the lines that only IPython reads)."""
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    return [(options, re.sub(r"^%.*\n", "", code, flags=re.MULTILINE)) for options, code in CELL.findall(text)]
+
+
+@pytest.mark.parametrize("page", ["index", "tour"])
+def test_the_cells_of_a_page_run_as_they_stand(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib import pyplot
+
+    monkeypatch.setattr(pyplot, "show", lambda: None)
+    names: dict[str, Any] = {"__name__": page}
+    with contextlib.redirect_stdout(io.StringIO()):
+        for _, code in cells(page):
+            exec(compile(code.replace("epochs=300", "epochs=3"), f"{page}.md", "exec"), names)  # noqa: S102, our own text
+    pyplot.close("all")
+
+
+def test_each_mistake_of_the_page_of_mistakes_happens_and_says_what_the_page_quotes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    quoted = re.findall(r"^\*\.\.\. (.*?) \.\.\.\*$", (ROOT / "docs" / "troubles.md").read_text(), flags=re.MULTILINE)
+    names: dict[str, Any] = {"__name__": "troubles"}
+    mistakes = [code for options, code in cells("troubles") if "raises-exception" in options]
+    assert len(mistakes) == len(quoted) >= 19
+    ((_, first),) = [cell for cell in cells("troubles") if "raises-exception" not in cell[0]]
+    exec(first, names)  # noqa: S102
+    for code, message in zip(mistakes, quoted, strict=True):
+        with pytest.raises(Exception) as caught:
+            exec(code, names)  # noqa: S102
+        told = " ".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+        assert message in told, f"{code}\nsays {told!r}"
+
+
+def test_no_page_is_without_a_test_of_its_cells() -> None:
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md") if CELL.search(path.read_text())}
+    assert pages == {"index", "tour", "troubles"}
+
+
+def test_every_public_name_says_what_it_is_and_what_its_arguments_are() -> None:
+    missing = []
+    for face in (weft, weft.hooks, weft.plot):
+        for name in face.__all__:
+            thing = getattr(face, name)
+            if not (inspect.getdoc(thing) or "").strip():
+                missing.append(f"{face.__name__}.{name}")
+            elif callable(thing) and len((inspect.getdoc(thing) or "").splitlines()[0]) > 120:
+                missing.append(f"{face.__name__}.{name}: its first line is no summary")
+    assert not missing
+
+
+@pytest.mark.long
+def test_the_site_is_built_without_a_warning_or_a_dead_link() -> None:
+    done = subprocess.run(
+        [sys.executable, "docs/build.py", "-E"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert len(list((ROOT / "build" / "docs" / "html").rglob("*.html"))) > 25
