@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch.utils.data import DataLoader, Dataset
 
-from weft.config import BatchSize, Count, Natural, check
+from weft.config import BatchSize, Count, Natural, TrainerConfig, check
 from weft.data.datasets import short
 
 SPLITS = ("train", "dev", "test", "predict")
@@ -112,7 +112,7 @@ def as_data(data: Any, dev: Any = None, setup_kwargs: Mapping[str, Any] | None =
             raise TypeError("fit: a data setup function returns its own dev set; `dev` cannot be given as well.")
         return _from_setup(data(**kwargs), getattr(data, "__name__", "data_setup"))
     if kwargs:
-        raise TypeError(f"fit: unknown arguments {sorted(kwargs)}; only a data setup function takes further arguments.")
+        raise _unknown_arguments(kwargs)
     if data is None:
         raise TypeError("fit: no data given. Pass a data setup function, weft.Data, a dataset or a loader.")
     if isinstance(data, Data):
@@ -122,6 +122,20 @@ def as_data(data: Any, dev: Any = None, setup_kwargs: Mapping[str, Any] | None =
             raise TypeError("fit: the tuple (train, dev, test, batch_size) holds a dev set; `dev` was given as well.")
         return Data(*data[:3], batch_size=data[3])
     return Data(data, dev)
+
+
+def _unknown_arguments(given: Mapping[str, Any]) -> TypeError:
+    from weft.foreign import advice
+
+    told = []
+    for name, value in given.items():
+        is_option = name in TrainerConfig.__dataclass_fields__ or name in ("optimizer", "scheduler", "hooks", "loggers")
+        here = f"; here it is an option of the trainer: weft.Trainer({name}=...)" if is_option else ""
+        told.append(f"{name!r}{here or advice(name, value, ('data', 'dev', 'epochs', 'resume', 'renew'))}")
+    more = "".join(f" {one}." for one in told if "; " in one)
+    return TypeError(
+        f"fit: unknown arguments {sorted(given)}; only a data setup function takes further arguments.{more}"
+    )
 
 
 def evaluation_data(split: str, data: Any, setup_kwargs: Mapping[str, Any], batch_size: Any = None) -> Data:

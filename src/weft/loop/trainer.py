@@ -26,7 +26,6 @@ from weft.problem.reading import forward_nodes
 from weft.step.optimizers import default_optimizer
 from weft.step.phase import Phase
 from weft.step.state import RunState
-from weft.types import suggest
 
 
 class Trainer(Tools):
@@ -60,10 +59,8 @@ class Trainer(Tools):
 
     def __init__(self, **options: Any) -> None:
         opts.refuse_misspelt(type(self), Trainer, options.get("hooks"))
-        known = {*TrainerConfig.__dataclass_fields__, *opts.OBJECTS}
-        if unknown := [name for name in options if name not in known]:
-            hint = suggest(unknown[0], known)
-            raise TypeError(f"{type(self).__name__} has no option {', '.join(map(repr, unknown))}{hint or '.'}")
+        if unknown := [name for name in options if name not in opts.KNOWN]:
+            raise opts.no_option(type(self), unknown, options)
         self.options = {**opts.OBJECTS, **{k: v for k, v in options.items() if k in opts.OBJECTS}}
         plain = {k: v for k, v in options.items() if k not in opts.OBJECTS}
         for name in ("strategy", "profiler"):  # a name is plain data, an object is not

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from weft.data.datasets import DictDataset
+from weft.foreign import told
 from weft.problem.pairs import PairWatch
 
 KEYS = ["prediction", "y"]
@@ -39,6 +40,7 @@ class Supervised(nn.Module):
     shape (n,), which torch would compare every row with every other.
     """
 
+    @told
     def __init__(self, net: nn.Module, loss_fn: nn.Module | Callable[..., Tensor], metrics: Any = None) -> None:
         super().__init__()
         if not isinstance(net, nn.Module):
