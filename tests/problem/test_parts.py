@@ -40,7 +40,7 @@ def slope_and_ends(net: nn.Module | None = None) -> weft.Problem:
     )
 
 
-def data_of(**sizes: Any) -> weft.Data:
+def data_of_parts(**sizes: Any) -> weft.Data:
     split = {"interior": INTERIOR, "boundary": BOUNDARY}
     return weft.Data(split, split, inputs_require_grad=["interior.x"], shuffle=False, **sizes)
 
@@ -52,7 +52,7 @@ def fit_parts(problem: nn.Module, given: Any, **options: Any) -> weft.FitResult:
 
 def test_terms_of_parts_train_as_the_loss_written_by_hand() -> None:
     net = net_of_points()
-    result = fit_parts(slope_and_ends(copy.deepcopy(net)), data_of())
+    result = fit_parts(slope_and_ends(copy.deepcopy(net)), data_of_parts())
     optimizer, losses = torch.optim.SGD(net.parameters(), lr=0.05), []
     for _ in range(3):
         x = INTERIOR["x"].clone().requires_grad_()
@@ -71,7 +71,7 @@ def test_terms_of_parts_train_as_the_loss_written_by_hand() -> None:
         weft.Problem(
             [*slope_and_ends().nodes], [weft.objective(excess, part="interior", name="pde")], grad_inference=True
         ),
-        data_of(),
+        data_of_parts(),
         epochs=1,
     )
     assert without.history["train_loss"][0] != pytest.approx(losses[0], rel=1e-2)
@@ -81,7 +81,7 @@ def test_parts_with_batches_of_their_own_are_evaluated_over_all_their_rows() -> 
     problem = slope_and_ends()
     result = fit_parts(
         problem,
-        data_of(batch_size={"interior": 5, "boundary": 2}),
+        data_of_parts(batch_size={"interior": 5, "boundary": 2}),
         epochs=1,
         optimizer=lambda p: torch.optim.SGD(p, lr=0.0),
     )
@@ -119,7 +119,7 @@ def test_a_part_or_key_that_is_not_there_is_told_with_those_that_are() -> None:
         KeyError,
         match=r"reads 'boundry.u', which neither the data.*'boundary.x', 'boundary.u0'.*did you mean 'boundary.u'",
     ):
-        fit_parts(problem, data_of())
+        fit_parts(problem, data_of_parts())
     with pytest.raises(ValueError, match=r"inputs_require_grad names \['inner.x'\].*'interior.x'"):
         fit_parts(
             slope_and_ends(), weft.Data({"interior": INTERIOR, "boundary": BOUNDARY}, inputs_require_grad=["inner.x"])
@@ -129,7 +129,7 @@ def test_a_part_or_key_that_is_not_there_is_told_with_those_that_are() -> None:
 def test_only_the_named_part_requires_grad() -> None:
     seen: list[tuple[bool, bool]] = []
     look = {"on_step_start": lambda t, b: seen.append(tuple(b[p]["x"].requires_grad for p in PARTS))}
-    fit_parts(slope_and_ends(), data_of(batch_size={"interior": 5, "boundary": 2}), epochs=1, hooks=look)
+    fit_parts(slope_and_ends(), data_of_parts(batch_size={"interior": 5, "boundary": 2}), epochs=1, hooks=look)
     assert seen == [(True, False)] * 3
     whole = weft.Data({"interior": INTERIOR, "boundary": BOUNDARY}, inputs_require_grad=["x"])
     fit_parts(slope_and_ends(), whole, epochs=1, hooks=look)
@@ -139,7 +139,9 @@ def test_only_the_named_part_requires_grad() -> None:
 def test_metrics_read_keys_of_parts() -> None:
     metrics = {"off": (lambda u, u0: (u - u0).abs().max(), ["boundary.u", "boundary.u0"])}
     problem = slope_and_ends()
-    result = fit_parts(problem, data_of(), epochs=1, metrics=metrics, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    result = fit_parts(
+        problem, data_of_parts(), epochs=1, metrics=metrics, optimizer=lambda p: torch.optim.SGD(p, lr=0.0)
+    )
     off = (problem.nodes[0].fn(BOUNDARY["x"]) - BOUNDARY["u0"]).abs().max().item()
     assert result.history["dev_off"] == [pytest.approx(off, rel=1e-6)]
 
@@ -150,7 +152,7 @@ def test_metrics_read_keys_of_parts() -> None:
 def test_predict_runs_the_nodes_of_the_asked_keys_alone() -> None:
     problem = slope_and_ends()
     trainer = weft.Trainer(epochs=1, progress=False)
-    trainer.fit(problem, data_of())
+    trainer.fit(problem, data_of_parts())
     found = trainer.predict({"interior": {"x": INTERIOR["x"]}}, keys=["interior.u"])
     assert found.keys() == {"interior.u"}
     assert torch.equal(found["interior.u"], problem.nodes[0].fn(INTERIOR["x"]).detach())
@@ -193,7 +195,7 @@ def test_derivatives_in_an_evaluation_name_grad_inference() -> None:
     problem = slope_and_ends()
     problem.grad_inference = False
     with pytest.raises(RuntimeError, match=r"in an evaluation \(dev\).*grad_inference=True"):
-        fit_parts(problem, data_of())
+        fit_parts(problem, data_of_parts())
     node = weft.Node(lambda x: slope((x**2).sum(), x), ["x"], ["v"], name="v")
     predicting = weft.Problem([node], [weft.objective(lambda v: v)])
     with pytest.raises(RuntimeError, match=r"in an evaluation \(predict\).*grad_inference=True"):

@@ -76,6 +76,20 @@ class Data:
         return size
 
 
+class NoData(Data):
+    """No data at all: a loop of one's own makes what it trains on."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+def nothing_to_train_on(data: Data) -> Exception:
+    """What to raise where there must be training data."""
+    if isinstance(data, NoData):
+        return TypeError("fit: no data given. Pass (X, y), weft.Data, a dataset, a loader or a data setup function.")
+    return ValueError("There is no training data (train=None).")
+
+
 def read_rows(split: str, source: Any) -> Any:
     """`source` with its rows under keys, where it has none itself: (X, y), a table, a file of arrays.
 
@@ -113,8 +127,8 @@ def as_data(data: Any, dev: Any = None, setup_kwargs: Mapping[str, Any] | None =
         return _from_setup(data(**kwargs), getattr(data, "__name__", "data_setup"))
     if kwargs:
         raise _unknown_arguments(kwargs)
-    if data is None:
-        raise TypeError("fit: no data given. Pass a data setup function, weft.Data, a dataset or a loader.")
+    if data is None and dev is None:
+        return NoData(None)
     if isinstance(data, Data):
         return data if dev is None else replace(data, dev=dev)
     if isinstance(data, tuple) and len(data) == 4 and (data[3] is None or isinstance(data[3], int | Mapping)):

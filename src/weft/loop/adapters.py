@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import nn
 from torch.optim import Optimizer
 
-from weft.data.data import Data, as_data, evaluation_data
+from weft.data.data import Data, as_data, evaluation_data, nothing_to_train_on
 from weft.data.datasets import is_array
 from weft.devices.precision import numerics
 from weft.devices.processes import Processes
@@ -106,6 +106,12 @@ class Told:
     def is_global_zero(self) -> bool:
         """Whether this process writes files and lines: the first of all."""
         return self.state.is_global_zero
+
+    def with_data(self) -> Self:
+        """This run, if there is something to train on; a loop of one's own may do without."""
+        if not self.has("train"):
+            raise nothing_to_train_on(self.data)
+        return self
 
     def is_of(self, problem: nn.Module) -> bool:
         """Whether this run trained `problem`."""

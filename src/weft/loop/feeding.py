@@ -79,3 +79,19 @@ def new_folder(state: RunState) -> Path | None:
     from weft.records import folders
 
     return state.processes.first(partial(folders.new_folder, config, options))
+
+
+def take_folder(state: RunState, is_new: bool) -> None:
+    """The run begins: what an earlier one of its name left in its new folder is moved out of the way."""
+    if is_new and state.kept.run_dir is not None:
+        from weft.records import folders
+
+        state.processes.first(partial(folders.set_aside, state.kept.run_dir))
+
+
+def forget_folder(state: RunState) -> None:
+    """The run was refused before it began: its new folder goes, where nothing is in it."""
+    if state.kept.run_dir is not None and state.is_global_zero and not state.control.begun:
+        from weft.records import folders
+
+        folders.forget(state.kept.run_dir, root_is_ours=state.config.root_dir is None)

@@ -27,6 +27,6 @@ def predictions(state: RunState, keys: Sequence[str] | None = None) -> Any:
 
         if (clearer := explained(error, {}, state.problem, "predict")) is None:
             raise
-        raise clearer from error
+        raise clearer from None
     put_back = None if is_own or keys is not None else getattr(state.problem, "own_output", None)
     return found if put_back is None else put_back(found)

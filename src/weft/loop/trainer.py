@@ -21,6 +21,7 @@ from weft.loop.default_hooks import hooks_from
 from weft.loop.evaluating import run_to_evaluate
 from weft.loop.result import FitResult
 from weft.loop.run import Run
+from weft.loop.short import SHORT
 from weft.loop.tools import Tools
 from weft.problem.reading import forward_nodes
 from weft.step.optimizers import default_optimizer
@@ -132,7 +133,7 @@ class Trainer(Tools):
             self.running.state.feed.make = opts.data_maker(self.running, data, dev, **given, setup_kwargs=setup_kwargs)
             return result
         given |= {"resume": resume, "epochs": epochs, "renew": renew}
-        with self.start(problem, data, dev, **given, **setup_kwargs) as run:
+        with self.start(problem, data, dev, **given, **setup_kwargs).with_data() as run:
             for _ in run.epochs():
                 for batch in run.batches("train"):
                     run.update(batch)
@@ -155,7 +156,7 @@ class Trainer(Tools):
         renew: Sequence[str] | str = (),
         **setup_kwargs: Any,
     ) -> Run:
-        """A run for a loop of your own (`with trainer.start(...) as run:`); the arguments are those of `fit`."""
+        """A run for a loop of your own (`with trainer.start(...) as run:`); as `fit`, and data need not be given."""
         opts.check_problem(problem)
         given = {"datamodule": datamodule, "train_dataloaders": train_dataloaders, "val_dataloaders": val_dataloaders}
         previous = self.run if self.run is not None and self.run.is_of(problem) else None
@@ -169,7 +170,8 @@ class Trainer(Tools):
             from weft.loop.renewal import checked
 
             renew = checked(renew, resume, run.takes_callbacks)
-        run.prepare(make_data, resume, epochs, tuple(renew))
+        with SHORT:
+            run.prepare(make_data, resume, epochs, tuple(renew))
         self.run = run
         return run
 
@@ -210,8 +212,7 @@ class Trainer(Tools):
 
     def configure_optimizers(self) -> Any:
         """The optimizer(s): an instance, a function of the parameters, or a dict of them by name."""
-        given = self.options["optimizer"]
-        return default_optimizer if given is None else given
+        return default_optimizer if (given := self.options["optimizer"]) is None else given
 
     def update(self, batch: Any) -> Any:
         """Update the parameters once from `batch` (a list of batches when accumulating).
@@ -243,7 +244,7 @@ class Trainer(Tools):
     ) -> dict[str, float]:
         """Means over the dev set (of the last fit, or `data`) as floats, with the history's keys.
 
-        A problem may come first: `validate(problem, data)`. A LightningModule may bring its own data or a `datamodule`.
+        A problem may come first: `validate(problem, data)`; a LightningModule may bring its own data or a `datamodule`.
         """
         return self._evaluate("dev", *opts.asked(data, dataloaders, problem, datamodule), setup_kwargs)
 
@@ -282,7 +283,7 @@ class Trainer(Tools):
             from weft.loop.launch import call
 
             return call(self, fabric, "_evaluate", problem or self.problem, split, problem, data, setup_kwargs, keys)
-        with run_to_evaluate(self, problem, split, data, setup_kwargs) as run:
+        with SHORT, run_to_evaluate(self, problem, split, data, setup_kwargs) as run:
             if not run.has(split):
                 raise ValueError(f"{split}: there is no {split} data; pass some.")
             if split == "predict":

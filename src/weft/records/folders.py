@@ -7,6 +7,7 @@ A run that starts anew under a name that was used before moves the files of the 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from weft.config import TrainerConfig
 def new_folder(config: TrainerConfig, options: dict[str, Any]) -> Path | None:
     """The folder of a new run, made; None if nothing asks for one (root_dir, a logger, checkpoint, a profile's trace).
 
-    The files of an earlier run of this name are moved out of the way. Call in the first process.
+    The files of an earlier run of this name stay until the new one begins (`set_aside`). Call in the first process.
     """
     traced = config.profiler == "pytorch" or getattr(options["profiler"], "needs_folder", False)
     wanted = config.root_dir is not None or config.checkpointing is not None or options["loggers"] or traced
@@ -30,8 +31,15 @@ def new_folder(config: TrainerConfig, options: dict[str, Any]) -> Path | None:
         folder = folder.with_name(f"{folder.name.split('-run')[0]}-run{number}")
     folder = folder.absolute()  # the same one if the working directory changes
     folder.mkdir(parents=True, exist_ok=True)
-    _set_aside(folder)
     return folder
+
+
+def forget(folder: Path, root_is_ours: bool) -> None:
+    """Take away the folder of a run that was refused before it began, if it is empty, and "runs" if that is ours."""
+    with contextlib.suppress(OSError):  # not empty: an earlier run of this name
+        folder.rmdir()
+        if root_is_ours:
+            folder.parent.rmdir()
 
 
 _OF_A_RUN = (
@@ -46,7 +54,7 @@ _OF_A_RUN = (
 )
 
 
-def _set_aside(folder: Path) -> None:
+def set_aside(folder: Path) -> None:
     """Move what an earlier run of this name left into `old/1`, `old/2`, ...: no file of one is taken for another's."""
     if left := [path for pattern in _OF_A_RUN for path in folder.glob(pattern)]:
         number = 1 + max((int(p.name) for p in folder.glob("old/*") if p.name.isdigit()), default=0)

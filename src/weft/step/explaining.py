@@ -15,9 +15,18 @@ from weft.problem.reading import needs_grad_in_eval
 def explained(error: Exception, batch: Any, problem: nn.Module, split: str = "train") -> Exception | None:
     """A clearer error that says what to do; None where there is nothing to add.
 
-    Of dtypes and devices that are mixed, of derivatives of what has none, and of a module that was given a batch where
-    it expects a tensor.
+    With its traceback and notes, to be raised in its place. Of dtypes and devices that are mixed, of derivatives of
+    what has none, and of a module that was given a batch where it expects a tensor.
     """
+    found = _explained(error, batch, problem, split)
+    if found is not None:
+        for note in getattr(error, "__notes__", ()):
+            found.add_note(note)
+        found.__traceback__ = error.__traceback__
+    return found
+
+
+def _explained(error: Exception, batch: Any, problem: nn.Module, split: str) -> Exception | None:
     if (found := _of_gradients(error, batch, problem, split) or _of_a_batch(error, batch, problem, split)) is not None:
         return found
     if not isinstance(error, RuntimeError):

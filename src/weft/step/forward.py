@@ -42,7 +42,7 @@ def forward_of(state: RunState, split: str) -> Forward:
 
             if (clearer := explained(error, batch, problem, split)) is None:
                 raise
-            raise clearer from error
+            raise clearer from None
         loss, scalars = read(out, batch)
         if unseen:
             unseen.clear()

@@ -383,7 +383,7 @@ class RunState:
         elif epoch.closing is None:
             epoch.logged.add(values, 1)
         else:
-            epoch.closing.update({name: float(value) for name, value in values.items()})
+            epoch.closing.update({n: float(v.detach() if isinstance(v, Tensor) else v) for n, v in values.items()})
             self.history.amend(epoch.closing)
 
     def refuse_taken(self, names: Iterable[str]) -> None:
