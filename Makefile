@@ -12,13 +12,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 TEST_ENV := OMP_NUM_THREADS=1 NUMBA_DISABLE_JIT=1 MPLBACKEND=agg
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-long examples bench docs lint clean
+.PHONY: demo test test-long examples bench docs gpu gpu-tests lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       train the constrained Rosenbrock problem, write runs/demo/"
 	@echo "make test       run the test suite        make test-long  its slow part"
 	@echo "make examples   run all tutorials in full make bench      run the benchmarks"
+	@echo "make gpu        accept weft on a GPU          make gpu-tests  the tests that need one"
 	@echo "make docs       build the site                make lint       ruff, format, types"
 	@echo "make clean      remove .venv"
 
@@ -39,6 +40,16 @@ bench: $(VENV)/ready-bench
 
 docs: $(VENV)/ready-docs
 	$(BIN)/python docs/build.py
+
+# These two run with whatever is there, as a GPU is seldom at hand and never for long: .venv, else PYTHON as it is.
+# ARGS="--out FOLDER" puts the results elsewhere.
+HERE = PYTHONPATH=src:$$PYTHONPATH $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+gpu:
+	$(HERE) -m benchmarks.gpu $(ARGS)
+
+gpu-tests:
+	MPLBACKEND=agg $(HERE) -m pytest -m gpu -q $(ARGS)
 
 lint: $(VENV)/ready-test
 	@status=0; $(BIN)/ruff check --output-format concise . || status=1; $(BIN)/ruff format --check . || status=1; \

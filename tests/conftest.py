@@ -50,7 +50,7 @@ FOREIGN_VARIABLES = {
     "LINES",
 }
 # Threads that a library starts once and keeps for the process.
-FOREIGN_THREADS = ("execnet", "tqdm", "pydevd", "IPythonHistory", "asyncio", "ThreadPoolExecutor")
+FOREIGN_THREADS = ("InductorSubproc", "execnet", "tqdm", "pydevd", "IPythonHistory", "asyncio", "ThreadPoolExecutor")
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +134,14 @@ def _open_figures() -> list[str]:
     numbers = pyplot.get_fignums()
     pyplot.close("all")
     return [f"{len(numbers)} open matplotlib figures"]
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m gpu` only the files that hold such tests are read: the others may need what is not installed there."""
+    is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    if config.option.markexpr == "gpu" and is_test and "pytest.mark.gpu" not in collection_path.read_text("utf-8"):
+        return True
+    return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

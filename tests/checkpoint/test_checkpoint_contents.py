@@ -25,7 +25,7 @@ from tests.helpers.hostile import evil_files
 from weft.checkpoint import archive
 from weft.checkpoint import folder as checkpoints
 from weft.checkpoint.archive import CheckpointError
-from weft.checkpoint.folder import BackgroundWriter
+from weft.checkpoint.background import BackgroundWriter
 from weft.checkpoint.weights_files import load_weights
 from weft.devices import seeding
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -10,6 +11,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections import Counter
@@ -29,7 +31,7 @@ from tests.helpers.crashes import die_at_every_moment, in_child, interrupted_at,
 from weft.checkpoint import archive
 from weft.checkpoint import folder as checkpoints
 from weft.checkpoint.archive import SEALED, CheckpointError
-from weft.checkpoint.folder import BackgroundWriter
+from weft.checkpoint.background import BackgroundWriter
 from weft.checkpoint.weights_files import load_weights
 
 # ---- crashes ---------------------------------------------------------------------------------------------------------
@@ -407,9 +409,55 @@ def test_an_error_of_the_background_writer_is_raised_once_in_the_training_thread
 
 def test_a_script_that_ends_without_waiting_still_finishes_its_file() -> None:
     script = (
-        "import torch; from weft.checkpoint.folder import BackgroundWriter\n"
+        "import torch; from weft.checkpoint.background import BackgroundWriter\n"
         "BackgroundWriter().save('c', 1, {'x': torch.arange(3_000_000)})\n"
     )
     source = str(Path(checkpoints.__file__).parents[2])
     subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": source})
     assert same(checkpoints.load("c")[0], {"x": torch.arange(3_000_000)})
+
+
+def test_a_large_write_is_taken_in_slices_and_is_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    state = {"x": torch.rand(3, archive.SLICE // 8), "y": torch.arange(5)}
+    monkeypatch.setattr(archive, "_InSlices", io.BytesIO)
+    archive.write(tmp_path / "at once", state)
+    monkeypatch.undo()
+    archive.write(tmp_path / "in slices", state)
+    assert (tmp_path / "at once").read_bytes() == (tmp_path / "in slices").read_bytes()
+    assert archive._InSlices().write(bytes(3 * archive.SLICE + 5)) == 3 * archive.SLICE + 5
+
+
+def test_a_save_in_the_background_copies_on_the_gpu_first_and_from_there_on_a_stream_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A GPU that is none: what is asked of it, in which order, by which thread."""
+    asked: list[tuple[str, bool]] = []
+
+    class Stream:
+        def note(self, what: str) -> Stream:
+            asked.append((what, threading.current_thread() is threading.main_thread()))
+            return self
+
+        def record_event(self) -> Stream:
+            return self.note("record")
+
+        def wait_event(self, event: Any) -> None:
+            self.note("wait")
+
+    x, stream = torch.rand(5), Stream()
+    expected = x.clone()
+    for name, value in {
+        "is_initialized": lambda: True,
+        "current_device": lambda: 0,
+        "current_stream": lambda device: stream,
+        "Stream": lambda device: stream.note("stream"),
+        "stream": lambda given: contextlib.nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    writer = BackgroundWriter()
+    writer.save(tmp_path, 1, {"x": x})
+    x.zero_()
+    writer.wait()
+    monkeypatch.undo()
+    assert asked == [("record", True), ("stream", False), ("wait", False)]
+    assert torch.equal(checkpoints.load(tmp_path)[0]["x"], expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import weft
+from tests.helpers.waits import no_waits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
 
@@ -65,12 +67,9 @@ def test_a_step_in_the_graph_waits_for_nothing() -> None:
     with trainer.start(rosenbrock_to_compile(), random_data()) as run:
         for epoch in run.epochs():
             for number, batch in enumerate(run.batches("train")):
-                if epoch == 3 and number:  # graphs are made and checked by then
-                    torch.cuda.set_sync_debug_mode("error")
-                try:
+                # graphs are made and checked by then
+                with no_waits() if epoch == 3 and number else contextlib.nullcontext():
                     run.update(batch)
-                finally:
-                    torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_loss_that_is_not_finite_raises_with_its_step_and_keeps_the_weights() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import weft
+from weft.step.nonfinite import Doubts
 
 TIMES = torch.tensor([[1000.3], [2.0], [3.5], [0.25]])  # 1000.3 is 1000 in bfloat16
 
@@ -152,3 +155,89 @@ def test_where_each_step_must_be_looked_at_it_is_said_once(options: dict[str, An
     with pytest.warns(UserWarning, match="waits for the GPU in each step") as caught:
         trained_in("32-true", **options)
     assert len(caught) == 1
+
+
+def test_a_note_of_a_step_costs_a_gpu_two_operations() -> None:
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    net, doubts, names = nn.Linear(2, 2), Doubts(torch.device("cpu")), list[str]()
+    loss = net(torch.ones(3, 2)).square().mean()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    optimizer, before = fused_adam(net.parameters()), loss._version
+    with Counted():
+        doubts.guard(7, loss.detach(), [norm], net.parameters(), [optimizer])
+        doubts.note(8, torch.tensor(True))
+    assert [name for name in names if name not in ("detach", "alias")] == [
+        "zeros_like",
+        "_amp_foreach_non_finite_check_and_unscale_",
+        "lift_fresh",  # of the flag that this test makes
+    ]
+    assert loss._version == before and doubts.look() is None
+
+
+@pytest.mark.parametrize("bad", ["loss", "norm", "gradient", "flag"])
+def test_the_first_of_many_noted_steps_that_was_not_finite_is_found(bad: str) -> None:
+    net, doubts = nn.Linear(1, 1), Doubts(torch.device("cpu"))
+    for step in range(100):
+        is_bad = step in (41, 70)
+        value = torch.tensor(float("inf") if is_bad else 1.0)
+        for p in net.parameters():
+            p.grad = torch.full_like(p, value.item() if bad == "gradient" else 1.0)
+        fine = torch.tensor(1.0)
+        if bad == "flag":
+            doubts.note(step, torch.tensor(not is_bad))
+        else:
+            doubts.guard(
+                step,
+                value if bad == "loss" else fine,
+                [value if bad == "norm" else fine],
+                net.parameters(),
+                [fused_adam(net.parameters())],
+            )
+    assert doubts.look() == 41 and doubts.look() is None
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_step_on_a_gpu_reads_nothing_and_queues_four_operations_more_than_one_by_hand(clip: float | None) -> None:
+    """Small steps take as long there as it takes to queue them. The four: the loss among the means, and the check."""
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    def by_hand(batch: dict[str, Any]) -> None:
+        optimizer.zero_grad()
+        problem(batch)["train_loss"].backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(problem.parameters(), clip)
+        optimizer.step()
+
+    def counted(act: Any, batch: Any) -> Counter[str]:
+        names.clear()
+        with Counted():
+            act(batch)
+        found = Counter(name for name in names if not name.startswith("_record_function"))
+        return Counter({name: n for name, n in found.items() if name not in ("detach", "alias", "view")})
+
+    problem, names = DtypeNet(), list[str]()
+    optimizer, batch = fused_adam(problem.parameters()), {"t": TIMES, "name": "train"}
+    by_hand(batch)
+    hand = counted(by_hand, batch)
+    trainer = weft.Trainer(epochs=1, optimizer=fused_adam, clip=clip, progress=False, accelerator="cpu")
+    data = weft.Data({"t": TIMES.repeat(100, 1)}, batch_size=4, shuffle=False)
+    with trainer.start(DtypeNet(), data) as run:
+        for _ in run.epochs():
+            batches = run.batches("train")
+            run.update(next(batches))
+            first = counted(run.update, next(batches))
+            others = sum((counted(run.update, batch) for batch in batches), Counter[str]())
+    assert first - hand == Counter(
+        ["stack", "zeros_like", "_amp_foreach_non_finite_check_and_unscale_", "_foreach_sub_"]
+    )
+    assert "_local_scalar_dense" not in others and others["mm"] == 98 * hand["mm"]

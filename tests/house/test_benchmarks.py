@@ -8,11 +8,6 @@ from pathlib import Path
 import pytest
 
 
-@pytest.fixture(autouse=True)
-def importable(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(repo))
-
-
 def test_a_quick_run_prints_the_table_of_ratios(capsys: pytest.CaptureFixture[str]) -> None:
     from benchmarks.__main__ import main
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import weft
 from weft.problem.hardcoded import constants_of, constants_on, misplaced
+from weft.step.explaining import explained
 
 META = torch.device("meta")
 A = torch.tensor([[1.2, 1.0], [0.0, 1.0]])
@@ -113,6 +114,13 @@ def test_an_error_says_which_node_uses_which_constant_where() -> None:
     node = weft.Node(uses_module, ["x"], ["y"], name="plant")
     assert misplaced(node, META) == ["node 'plant' uses A on cpu", "node 'plant' uses TABLE['B'] on cpu"]
     assert misplaced(node, torch.device("cpu")) == []
+
+
+def test_a_tensor_that_a_function_makes_anew_is_what_the_error_speaks_of_where_no_constant_is_misplaced() -> None:
+    error = RuntimeError("Expected all tensors to be on the same device, but found at least two, cuda:0 and cpu!")
+    told = explained(error, {}, nn.Linear(2, 2, device=META))
+    assert told is not None and str(told).startswith(str(error)) and "make it once outside of the function" in str(told)
+    assert explained(error, {}, nn.Linear(2, 2)) is None  # on the CPU it is something else
 
 
 def test_in_float64_a_plant_with_float32_matrices_trains() -> None:

@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from weft.checkpoint.archive import CheckpointError, is_in_parts, local, plain, put, read, remove, write
+from weft.checkpoint.archive import CheckpointError, is_in_parts, local, put, read, remove, write
 
 STEP_FILE = re.compile(r"step-(\d{9,})\.ckpt")
 TEMPORARY_FILE = re.compile(r"\..+\.(\d+)-\d+@(.+)\.tmp")
@@ -200,48 +200,6 @@ def _first_whole(folder: str | os.PathLike[str], which: str, map_location: Any) 
             warnings.warn(f"{' '.join(dict.fromkeys(damaged))} {name} is used instead.", stacklevel=3)
         return state, folder / name
     raise CheckpointError(f"{folder} has no checkpoint that can be loaded. {' '.join(damaged)}".rstrip())
-
-
-class BackgroundWriter:
-    """Saves checkpoints while the next steps run, with the same guarantees as `save`.
-
-        writer = BackgroundWriter()
-        writer.save(folder, step, state)     # copies the tensors, then returns
-        writer.wait()                        # at the end: the last file is there, or its error is raised
-
-    One save is in flight; the next one waits for it. An error of the writing thread is raised, once, by the next `save`
-    or `wait`. The interpreter does not exit before the thread is done.
-    """
-
-    def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-
-    def save(
-        self, folder: str | os.PathLike[str], step: int, state: Mapping[str, Any], *, keep: int = 2, best: bool = False
-    ) -> Path:
-        """The path that the checkpoint will have; see `save`. What cannot be loaded safely raises here and now."""
-        self.wait()
-        kept = plain(state, clone=True)  # on the CPU: waits for the device, once
-
-        def run() -> None:
-            try:
-                save(folder, step, kept, keep=keep, best=best)
-            except BaseException as error:  # noqa: BLE001, carried to the training thread
-                self._error = error
-
-        self._thread = threading.Thread(target=run, name="weft-checkpoint", daemon=False)
-        self._thread.start()
-        return step_path(folder, step)
-
-    def wait(self) -> None:
-        """Return when the save in flight is on the disk; raises its error."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
 
 
 def read_any(path: Path, map_location: Any = "cpu") -> dict[str, Any]:

@@ -20,6 +20,7 @@ import platform
 import tempfile
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -210,10 +211,13 @@ def _captured(graph: fx.GraphModule, inputs: Sequence[Tensor], moving: int) -> C
     device, addresses = inputs[0].device, [t.data_ptr() for t in inputs[moving:]]
     on_cpu = {i: t for i, t in enumerate(inputs) if i >= moving and not t.is_cuda}
     inputs = [t.clone() if i < moving else t.to(device) for i, t in enumerate(inputs)]
-    own, scalars = inputs[:moving], [(inputs[i], t) for i, t in on_cpu.items()]
+    read = [bool(node.users) for node in graph.graph.nodes if node.op == "placeholder"]
+    own = [(i, t) for i, t in enumerate(inputs[:moving]) if read[i]]  # the row numbers, mostly, nobody reads
+    scalars = [(inputs[i], t) for i, t in on_cpu.items()]
     before, random = [t.clone() for t in inputs], torch.cuda.get_rng_state(device)
     with torch.no_grad(), torch.cuda.device(device):
-        pool, stream = _apart(device)
+        apart = _apart(device)
+        pool, stream = apart.pool, apart.stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):  # compile, and let libraries make their workspaces before the capture
@@ -230,19 +234,32 @@ def _captured(graph: fx.GraphModule, inputs: Sequence[Tensor], moving: int) -> C
 
     def run(given: Sequence[Tensor]) -> Sequence[Tensor]:
         with torch.no_grad():  # a batch may require grad
-            for mine, new in (*zip(own, given, strict=False), *scalars):
+            for mine, new in (*((t, given[i]) for i, t in own), *scalars):
                 mine.copy_(new, non_blocking=True)
             captured.replay()
             return [o.clone() for o in outputs]  # the next replay writes to the same places
 
-    run.addresses = addresses  # type: ignore[attr-defined]
+    run.addresses, run.apart = addresses, apart  # type: ignore[attr-defined]
     return run
 
 
-@functools.cache
-def _apart(device: torch.device) -> tuple[Any, torch.cuda.Stream]:
-    """Memory and stream for all captures: memory is only shared by captures on the same stream."""
-    return torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+class _Apart:
+    """Memory and stream for all captures of a device: memory is only shared by captures on the same stream.
+
+    Every captured graph holds it, and it goes with the last: torch refuses to capture into memory that no graph holds.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+
+
+_held: weakref.WeakValueDictionary[torch.device, _Apart] = weakref.WeakValueDictionary()
+
+
+def _apart(device: torch.device) -> _Apart:
+    if (found := _held.get(device)) is None:
+        found = _held[device] = _Apart(device)
+    return found
 
 
 def _first_line(error: BaseException) -> str:

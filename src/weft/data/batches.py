@@ -83,7 +83,9 @@ class Batches:
             cycle, first = divmod(done, per_cycle)
             shuffle = self.shuffle and size < rows  # in one batch of all rows the order is of no consequence
             order = (
-                seeded_order(rows, self.seed, (epoch, number_of_part, cycle)).to(self._device()) if shuffle else None
+                seeded_order(rows, self.seed, (epoch, number_of_part, cycle)).to(self._device(), non_blocking=True)
+                if shuffle
+                else None
             )
             last = min(per_cycle, first + self._num_batches - done)
             yield from self._slices(part, order, range(first, last), epoch, done)

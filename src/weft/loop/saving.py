@@ -88,7 +88,9 @@ def prepare_folder(state: RunState) -> None:
     if why:
         raise ValueError(f"Checkpoints are asked for, but the training data {why}, or checkpoint=False.")
     if state.config.checkpointing is not None and state.config.checkpointing.background:
-        state.kept.writer = checkpoints.BackgroundWriter()
+        from weft.checkpoint.background import BackgroundWriter
+
+        state.kept.writer = BackgroundWriter()
     data_prints(state)  # of the data as it was made: a hook may resample it, and restores that itself
     assert state.kept.run_dir is not None
     if state.is_global_zero:

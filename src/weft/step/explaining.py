@@ -38,6 +38,11 @@ def _explained(error: Exception, batch: Any, problem: nn.Module, split: str) -> 
             f"{text}. The parameters are on {device}, and {'; '.join(found)}. Give a node what it needs as an input, "
             "or as a buffer of a module."
         )
+    if "device" in text and device is not None and device.type != "cpu" and "cpu" in text:
+        return RuntimeError(
+            f"{text}. The parameters are on {device}. A tensor that a function makes anew, torch.tensor([1.0, 2.0]), "
+            "is on the CPU: make it once outside of the function, from where weft moves it, or with device=x.device."
+        )
     if "dtype" not in text and "must be the same" not in text and "expected scalar type" not in text:
         return None
     weights = {p.dtype for p in problem.parameters() if p.is_floating_point()}

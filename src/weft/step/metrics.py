@@ -235,7 +235,7 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
         return torch.stack(tensors)  # pyright: ignore[reportArgumentType]: any sequence will do
     except RuntimeError:  # on several devices
         device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
-        return torch.stack([t.to(device, _widest(device)) for t in tensors])
+        return torch.stack([t.to(device, _widest(device), non_blocking=True) for t in tensors])
 
 
 def check_scalars(values: Mapping[str, Any]) -> None:

@@ -26,11 +26,16 @@ def skips_by_itself(optimizer: Optimizer) -> bool:
 
 
 class Doubts:
-    """Steps in which the loss or a gradient was not finite, noted on the device."""
+    """Steps in which the loss or a gradient was not finite, noted on the device.
+
+    A small step on a GPU takes as long as it takes to queue its operations, so a note is a flag that is kept, and many
+    flags are looked through together.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._first = torch.full((), -1, dtype=torch.int64, device=device)
         self._one = torch.ones((), dtype=torch.float32, device=device)
+        self._first = self._none = torch.full((), NEVER, dtype=torch.int64, device=device)
+        self._waiting: dict[torch.dtype, list[tuple[int, Tensor]]] = {}
 
     def guard(
         self,
@@ -44,32 +49,45 @@ class Doubts:
 
         Without optimizers (a gradient scaler watches the gradients) only the loss is looked at.
         """
-        found = torch.zeros_like(self._one)
+        found, by_dtype = torch.zeros_like(self._one), dict[torch.dtype, list[Tensor]]()
         for value in (loss, *(norms if optimizers else ())):
-            if value is not None:
-                found = torch.maximum(found, (~value.detach().isfinite()).to(torch.float32))
-        if optimizers:
-            by_dtype: dict[torch.dtype, list[Tensor]] = {}
-            for p in params:
-                if p.grad is not None:
-                    by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
-            for grads in by_dtype.values():
-                _check_and_unscale(grads, found, self._one)
+            if value is not None:  # the kernel writes what it reads; `.data` has a count of changes of its own
+                value = value.data if value.dtype in (torch.float32, torch.float64) else value.detach().float()
+                by_dtype.setdefault(value.dtype, []).append(value)
+        for p in params if optimizers else ():
+            if p.grad is not None:
+                by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
+        for values in by_dtype.values():
+            _check_and_unscale(values, found, self._one)
         for optimizer in optimizers:
             optimizer.found_inf = found  # type: ignore[attr-defined]
-        self._first = torch.where((found > 0) & (self._first < 0), step, self._first)
+        self.note(step, found)
 
-    def note(self, step: int, finite: Tensor) -> None:
-        """Note `step` if `finite`, a tensor on the device, is False: a compiled update has left it out by itself."""
-        self._first = torch.where(~finite & (self._first < 0), step, self._first)
+    def note(self, step: int, flag: Tensor) -> None:
+        """Note `step` by a flag on the device: a number that is not 0 where it was bad, or whether it was finite."""
+        waiting = self._waiting.setdefault(flag.dtype, [])
+        waiting.append((step, flag))
+        if len(waiting) >= FLUSH_AFTER:
+            self._flush()
+
+    def _flush(self) -> None:
+        for dtype, waiting in self._waiting.items():
+            steps, flags = zip(*waiting, strict=True)
+            stacked = torch.stack(flags)
+            fine = stacked if dtype == torch.bool else stacked == 0
+            bad = torch.tensor(steps).to(stacked.device, non_blocking=True).masked_fill(fine, NEVER)
+            self._first = torch.minimum(self._first, bad.min())
+        self._waiting = {}
 
     def look(self) -> int | None:
         """The first step since the last look that was not finite, None if all were. Waits for the device."""
-        first = int(self._first)
-        self._first = torch.full_like(self._first, -1)
-        return None if first < 0 else first
+        self._flush()
+        first, self._first = int(self._first), self._none
+        return None if first == NEVER else first
 
 
+NEVER = 2**62  # the step that no run comes to
+FLUSH_AFTER = 32  # flags that wait before they are looked through
 MAX_SKIPPED = 100  # steps in a row that on_nonfinite="skip" leaves out before it gives up
 
 

@@ -198,7 +198,7 @@ class Kept:
     best_saved: tuple[Any, ...] | None = None
     """Name, value and epoch of the best weights that `best` points to."""
     writer: Any = None
-    """Of checkpoints in the background (`checkpoint.folder.BackgroundWriter`)."""
+    """Of checkpoints in the background (`checkpoint.background.BackgroundWriter`)."""
     save_wanted: bool = False
     """A hook has asked for a checkpoint while others had not seen the step yet."""
 

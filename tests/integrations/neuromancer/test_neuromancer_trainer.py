@@ -418,9 +418,3 @@ def test_no_graph_outlives_its_step(capsys: pytest.CaptureFixture) -> None:
         end_batch = begin_epoch = begin_eval = end_eval = end_epoch = check
 
     trained_by(Trainer, FORMULATIONS["Burgers PINN"], epochs=2, callback=Graphs())
-
-
-@pytest.mark.gpu
-def test_the_problem_goes_where_its_batches_go(capsys: pytest.CaptureFixture) -> None:
-    trainer = trained_by(Trainer, FORMULATIONS["pNLP"], epochs=2, device="cuda")
-    assert {p.device.type for p in trainer.model.parameters()} == {"cuda"}
