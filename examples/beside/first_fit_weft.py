@@ -1,4 +1,5 @@
 import torch
+
 import weft
 
 torch.manual_seed(0)

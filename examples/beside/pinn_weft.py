@@ -1,5 +1,6 @@
 import numpy as np
 import torch
+
 import weft
 
 torch.manual_seed(0)

@@ -41,7 +41,8 @@ def test_both_scripts_solve_their_task(task: str, kind: str) -> None:
     if find_spec(library) is None:
         pytest.skip(f"{library} is not installed")
     expression, bound = BOUNDS[task]
-    code = f"import runpy; names = runpy.run_path({str(BESIDE / f'{task}_{library}.py')!r}); print(eval({expression!r}, names))"
+    script = str(BESIDE / f"{task}_{library}.py")
+    code = f"import runpy; names = runpy.run_path({script!r}); print(eval({expression!r}, names))"
     environment = {**os.environ, "KERAS_BACKEND": "torch", "DDE_BACKEND": "pytorch", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -72,7 +72,7 @@ ALWAYS: dict[str, Callable[[Figures], bool]] = {
 # - digits: the standard error of the difference of two classifiers on 300 digits is 1 %: two of them;
 # - GAN: no nearer to the distribution than the samples it learned from, so at most twice as far;
 # - heat equation: the conditions are soft, so the solution, of size 1, may be off by as much as they are: 0.5 %;
-# - custom tasks: lines fitted to lines are exact but for rounding; the GAN's mean is one of 64 samples (0.1 / 8, twice);
+# - custom tasks: lines fitted to lines are exact but for rounding; the GAN has the mean of 64 samples (0.1 / 8, twice);
 #   the largest rate lies below 2 over the largest curvature (2), from where the loss grows;
 # - own loop: least squares leave about a tenth of the noise's variance, 0.05**2, with 40 effective parameters for 400
 # rows.
