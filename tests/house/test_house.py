@@ -40,7 +40,7 @@ ROOMS = {"problem", "data", "devices", "checkpoint", "step", "loop", "loggers", 
 # with rows (problem/pairs: 70), options without effect (loop/remarks: 60), and what a batch counts for and metrics of
 # all rows (150), and keys of parts of a batch, problems over (X, y) and words of other libraries, and runs that
 # are refused or have no data (100).
-PLAIN_FIT, FIT_WITH_CHECKPOINTS = 5280, 7080
+PLAIN_FIT, FIT_WITH_CHECKPOINTS = 5300, 7080
 TOUR = ("loop/trainer.py", "loop/run.py", "step/update.py", "step/forward.py", "problem/problem.py")
 
 # ---- who may know whom
