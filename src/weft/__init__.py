@@ -43,6 +43,7 @@ def _face(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], 
 if TYPE_CHECKING:
     from weft import hooks as hooks
     from weft import integrations as integrations
+    from weft import optim as optim
     from weft import plots as plot  # noqa: F401 - the one name that is not its module's
     from weft.checkpoint.archive import CheckpointError as CheckpointError
     from weft.checkpoint.weights_files import load_weights as load_weights
@@ -65,14 +66,17 @@ if TYPE_CHECKING:
     from weft.problem.nodes import Node as Node
     from weft.problem.nodes import Rollout as Rollout
     from weft.problem.problem import Problem as Problem
+    from weft.problem.residuals import residual as residual
     from weft.problem.scores import whole as whole
     from weft.problem.supervised import Supervised as Supervised
     from weft.problem.terms import equal as equal
     from weft.problem.terms import greater_equal as greater_equal
     from weft.problem.terms import less_equal as less_equal
     from weft.problem.terms import objective as objective
+    from weft.slurm.submitting import submit as submit
     from weft.step.phase import Phase as Phase
     from weft.step.phase import Schedule as Schedule
+    from weft.step.until import Until as Until
     from weft.sweeps.sweep import sweep as sweep
 else:
     __getattr__, __dir__, __all__ = _face(__name__)

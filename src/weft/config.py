@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import UnionType
@@ -50,11 +51,31 @@ def _sizes(sizes: Mapping[str, Any]) -> str:
     return next((wrong for size in sizes.values() if (wrong := complaint(size, BatchSize))), "")
 
 
+def _path(text: str) -> str:
+    try:
+        return "" if "\0" not in os.fsencode(text).decode("latin-1") else "must not hold the character NUL"
+    except UnicodeEncodeError:
+        return "cannot be the name of a file"
+
+
+def _folder_name(text: str) -> str:
+    """What is wrong with the name of a folder below another one; it may have folders of its own ("a/b")."""
+    parts = text.split("/")
+    if "" in parts or "." in parts or ".." in parts or os.path.isabs(text):
+        return "expected a name below root_dir, without '.', '..' or a leading '/'"
+    if not text.isprintable() or (wrong := _path(text)):
+        return wrong if text.isprintable() else "must not hold control characters"
+    return "must not be longer than 200 bytes" if max(len(os.fsencode(p)) for p in parts) > 200 else ""
+
+
 Count = Annotated[int, at_least(1)]
 Natural = Annotated[int, at_least(0)]
 Positive = Annotated[float, _positive]
 Time = Annotated[str, _time]
 """Text like "DD:HH:MM:SS"."""
+Path = Annotated[str, _path]
+FolderName = Annotated[str, _folder_name]
+"""Of a folder below another one."""
 Limit = Annotated[int | float | dict[str, int | float], _limit]
 """A number of batches or a share of them, or a dict of these by split."""
 BatchSize = Count | Literal["all"] | Annotated[Mapping[str, Any], _sizes] | None
@@ -161,13 +182,13 @@ class TrainerConfig:
     """Seeds python, numpy and torch, and the order of the data (>= 0); None: random state is left alone."""
     deterministic: bool = False
     """Only deterministic algorithms (torch.use_deterministic_algorithms) during the fit."""
-    on_nonfinite: Literal["raise", "skip", "stop"] = "raise"
-    """What happens when a loss or gradient is NaN or infinite, before the optimizer steps."""
+    on_nonfinite: Literal["raise", "skip", "stop", "ignore"] = "raise"
+    """What happens when a loss or gradient is NaN or infinite, before the optimizer steps; "ignore": it steps."""
     strict_data: bool = False
     """NaN or Inf in the data is an error instead of a warning."""
-    root_dir: str | None = None
+    root_dir: Path | None = None
     """Folder that run folders go into; None: nothing is written unless a logger or checkpoint asks ("runs")."""
-    run_name: str | None = None
+    run_name: FolderName | None = None
     """Name of the run's folder below root_dir; None: a timestamp."""
     log_every: Count | None = None
     """Also log step values every n steps (>= 1); None: once per epoch."""
@@ -250,9 +271,23 @@ _LISTS = (list, tuple, Sequence)
 
 
 def check(config: Any) -> None:
-    """Raise one ValueError that names every field of the dataclass `config` with a wrong type or value."""
+    """Raise one ValueError that names every field of the dataclass `config` with a wrong type or value.
+
+    Containers of other libraries (OmegaConf's) become lists and dicts.
+    """
+    for name, value in vars(config).items():
+        if (plain := _plain(value)) is not value:
+            object.__setattr__(config, name, plain)
     if wrong := complaints(type(config), vars(config)):
         raise ValueError(f"{type(config).__name__}: " + "; ".join(wrong))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping) and not isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes | list | tuple):
+        return [_plain(part) for part in value]
+    return value
 
 
 @functools.cache

@@ -9,10 +9,16 @@ These are the rules of YAML 1.2's core schema; PyYAML alone follows 1.1.
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 64
+MAX_VALUES = 100_000
+"""Of a file, so that one that somebody else wrote is read in bounded time."""
 
 _PATTERNS = {
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -52,11 +58,13 @@ def _float(loader: yaml.SafeLoader, node: Any) -> float:
 
 def _mapping(loader: yaml.SafeLoader, node: Any) -> dict[Any, Any]:
     keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-    if wrong := [key for key in keys if isinstance(key, list | dict)]:
-        raise yaml.constructor.ConstructorError(None, None, f"{wrong[0]} cannot be a key", node.start_mark)
-    if twice := [i for i, key in enumerate(keys) if key in keys[:i]]:
-        mark = node.value[twice[0]][0].start_mark
-        raise yaml.constructor.ConstructorError(None, None, f"the key {keys[twice[0]]!r} stands twice", mark)
+    seen: set[Any] = set()
+    for key, (key_node, _) in zip(keys, node.value, strict=True):
+        if not isinstance(key, Hashable):
+            raise yaml.constructor.ConstructorError(None, None, f"{key} cannot be a key", node.start_mark)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
+        seen.add(key)
     return {k: loader.construct_object(v, deep=True) for k, (_, v) in zip(keys, node.value, strict=True)}
 
 
@@ -68,18 +76,47 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 def load(text: str, name: str = "the text") -> Any:
     """What a YAML text says. Raises ValueError naming `name`, the line and what is wrong there."""
     try:
-        return yaml.load(text, _Loader)  # a SafeLoader
+        found = yaml.load(text, _Loader)  # a SafeLoader
+        if depth_of(found) > MAX_DEPTH:
+            raise yaml.YAMLError(f"nested deeper than {MAX_DEPTH}")
+        if "*" in text and _size_of(found, {}) > MAX_VALUES:
+            raise yaml.YAMLError(f"its aliases stand for more than {MAX_VALUES} values")
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(f"{name}{line}: not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
         raise ValueError(f"{name}: not valid YAML: {error}") from None
+    return found
+
+
+def depth_of(data: Any) -> int:
+    """How deep lists and dicts are nested in `data`, up to a little more than MAX_DEPTH (it may contain itself)."""
+    depth, level = 0, [data]
+    while level and depth <= MAX_DEPTH:
+        inner = {id(item): item for item in level if isinstance(item, list | dict)}  # what is used twice counts once
+        level = [v for item in inner.values() for v in (item.values() if isinstance(item, dict) else item)]
+        depth += bool(inner)
+    return depth
+
+
+def _size_of(data: Any, known: dict[int, int]) -> int:
+    """How many values `data` has where each alias stands for all of what it names."""
+    if not isinstance(data, list | dict):
+        return 1
+    if id(data) not in known:
+        items = data.values() if isinstance(data, dict) else data
+        known[id(data)] = 1 + sum(_size_of(item, known) for item in items)
+    return known[id(data)]
 
 
 def load_file(path: str | Path) -> Any:
     """What a YAML file says. Raises FileNotFoundError or ValueError naming the file."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"{path}: longer than {MAX_BYTES >> 10} KiB")
+        text = data.decode("utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a text file") from None
     return load(text, str(path))

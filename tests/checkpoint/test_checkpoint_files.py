@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -417,14 +418,34 @@ def test_a_script_that_ends_without_waiting_still_finishes_its_file() -> None:
     assert same(checkpoints.load("c")[0], {"x": torch.arange(3_000_000)})
 
 
-def test_a_large_write_is_taken_in_slices_and_is_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    state = {"x": torch.rand(3, archive.SLICE // 8), "y": torch.arange(5)}
-    monkeypatch.setattr(archive, "_InSlices", io.BytesIO)
-    archive.write(tmp_path / "at once", state)
-    monkeypatch.undo()
-    archive.write(tmp_path / "in slices", state)
-    assert (tmp_path / "at once").read_bytes() == (tmp_path / "in slices").read_bytes()
-    assert archive._InSlices().write(bytes(3 * archive.SLICE + 5)) == 3 * archive.SLICE + 5
+def test_a_checkpoint_is_summed_once_while_it_is_written_and_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, summed, sizes = {"weights": [torch.rand(50_000) for _ in range(4)]}, [0], []
+    real = zlib.crc32
+
+    def counting(data: Any, start: int = 0) -> int:
+        summed[0] += len(data)
+        sizes.append(len(data))
+        return real(data, start)
+
+    monkeypatch.setattr(archive.zlib, "crc32", counting)
+    archive.write(tmp_path / "a.ckpt", state)
+    size = (tmp_path / "a.ckpt").stat().st_size
+    assert summed[0] == size - archive.SEALED and max(sizes) < 250_000  # each tensor as it comes, no whole in memory
+    assert same(archive.read(tmp_path / "a.ckpt"), state) and summed[0] == 2 * (size - archive.SEALED)
+
+
+def test_copies_for_a_save_in_the_background_are_written_over_by_the_next(tmp_path: Path) -> None:
+    weights, copies = {"a": torch.rand(3, 4), "b": torch.rand(4, 3).t()}, {}
+    first = archive.plain(weights, clone="cpu", kept=copies)
+    places = {name: tensor.data_ptr() for name, tensor in first.items()}
+    weights["a"] += 1
+    weights["b"] = torch.rand(5)
+    second = archive.plain(weights, clone="cpu", kept=copies)
+    assert same(second, weights) and second["a"].data_ptr() == places["a"] and second["b"].data_ptr() != places["b"]
+    weights["a"] += 1
+    assert not same(second, weights)
 
 
 def test_a_save_in_the_background_copies_on_the_gpu_first_and_from_there_on_a_stream_of_its_own(

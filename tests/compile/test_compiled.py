@@ -446,4 +446,4 @@ def test_checks_leave_problem_optimizer_and_random_state_alone() -> None:
 
 def test_a_cache_folder_that_is_given_is_used(cache: Path) -> None:
     assert graphs.cache_folder() == cache
-    assert all(path.suffix == ".pt2" for path in cache.iterdir())
+    assert all(path.suffix == ".pt2" for path in cache.iterdir() if path.name != "torch")  # torch's own is below it

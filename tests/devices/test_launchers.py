@@ -241,6 +241,11 @@ def test_a_job_ends_when_one_of_its_processes_does(
     if kind == "raise":  # the first traceback is that of the cause
         first = errors.split("Traceback (most recent call last):")[1]
         assert "ValueError: this is the cause" in first, errors
+    if kind == "hang":  # the other names it, and all have written down where they are
+        line = next(n for n, text in enumerate(JOB.read_text().splitlines(), 1) if "time.sleep(1000)" in text)
+        assert f"Process {of} was at {JOB}, line {line}, in on_step_end, in or after step" in errors, errors
+        stacks = [(tmp_path / f"run/hang/rank-{rank}.txt").read_text() for rank in (0, 1)]
+        assert all("last collective" in stack and "most recent call first" in stack for stack in stacks)
     if kind == "term":  # of one process: all leave after the same step
         assert status == 143 and "Traceback" not in errors, errors
     state, _ = load_checkpoint(tmp_path / "run")

@@ -35,6 +35,7 @@ TRANSLATED = {
 }
 # What Lightning warns about on a small machine; warnings of weft stay errors.
 LIGHTNING_WARNINGS = (
+    r"ignore:The `srun` command is available on your system but is not used.*",
     r"ignore:.*does not have many workers.*",
     r"ignore:.*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
     r"ignore:.*Trying to infer the `batch_size` from an ambiguous collection.*",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import UserDict, UserList
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +189,12 @@ def test_a_monitored_metric_that_is_never_finite_is_told(value: float) -> None:
     with pytest.warns(UserWarning, match=r"dev_odd, which is monitored, was not finite in any of 2 epochs"):
         result = trained(Fit("odd", value=value), weft.Data({"x": X}, {"x": X}), monitor_metric="dev_odd")
     assert result.best_epoch is None
+
+
+def test_containers_of_other_libraries_are_lists_and_dicts() -> None:
+    """As OmegaConf's are: a Sequence and a Mapping that are no list and no dict."""
+    trainer = weft.Trainer(devices=UserList([0]), limit_batches=UserDict(train=2), checkpoint=UserDict(keep=3))
+    assert trainer.config.devices == [0] and type(trainer.config.devices) is list
+    assert trainer.config.limit("train") == 2 and trainer.config.checkpointing.keep == 3  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="devices"):
+        weft.Trainer(devices=UserList([0.5]))

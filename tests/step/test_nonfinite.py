@@ -253,3 +253,41 @@ def test_a_skip_is_resumed_bitwise(tmp_path: Path) -> None:
         del end["progress"]["seconds"]
     assert ends[0]["progress"]["skipped_total"] == 2 and same(*[e["problem"] for e in ends])
     assert same(*[e["progress"] for e in ends]) and same(*[e["history"] for e in ends])
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.LBFGS])
+@pytest.mark.parametrize("bad", [math.inf, 1.0])
+@pytest.mark.filterwarnings("ignore:LBFGS no longer finds a lower loss")
+def test_ignored_numbers_train_on_as_a_plain_loop_does(optimizer: Any, bad: float) -> None:
+    """Weights that a loop by hand has after steps with an infinite loss (control: with a finite one)."""
+    x = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+
+    class Scaled(nn.Linear):
+        def forward(self, batch: Any) -> Any:
+            return super().forward(batch["x"]).square().mean() * (bad if batch["epoch"] == 1 else 1.0)
+
+    torch.manual_seed(0)
+    ours, theirs = Scaled(2, 1), Scaled(2, 1)
+    theirs.load_state_dict(ours.state_dict())
+    trainer = weft.Trainer(epochs=3, optimizer=optimizer, on_nonfinite="ignore", accelerator="cpu", progress=False)
+    trainer.fit(ours, weft.Data(weft.DictDataset({"x": x}), batch_size="all"))
+    steps = optimizer(theirs.parameters())
+    for epoch in range(3):
+
+        def closure(epoch: int = epoch) -> Any:
+            steps.zero_grad()
+            loss = theirs({"x": x, "epoch": epoch})
+            loss.backward()
+            return loss
+
+        steps.step(closure)
+    last = trainer.run.result.last_weights  # type: ignore[union-attr]
+    assert all(torch.equal(last[k], v) or (last[k].isnan() & v.isnan()).all() for k, v in theirs.state_dict().items())
+    assert bool(theirs.weight.isnan().any()) == (bad == math.inf)
+
+
+def test_an_ignoring_run_is_not_compiled() -> None:
+    data = weft.Data(weft.DictDataset({"x": torch.ones(4, 1)}), batch_size=2)
+    trainer = weft.Trainer(epochs=1, compile=True, on_nonfinite="ignore", accelerator="cpu", progress=False)
+    with pytest.warns(UserWarning, match="stays eager: on_nonfinite='ignore' steps with numbers"):
+        trainer.fit(weft.Problem([weft.Node(nn.Linear(1, 1), ["x"], ["y"])], [weft.objective(lambda y: y**2)]), data)

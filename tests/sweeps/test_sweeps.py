@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -99,12 +98,8 @@ def test_three_workers_killed_at_random_moments_complete_exactly_the_asked_trial
     found = weft.sweep(slowly, LINE, trials=20, workers=3, seed=0, root_dir=str(tmp_path))
     (tmp_path / "sweep" / "over").touch()
     out, _ = killer.communicate(timeout=patience())
-    states = [t["state"] for t in found.trials]
-    assert states.count("complete") == 20 and int(out) >= 1
-    lost = [t for t in found.trials if t["state"] == "fail"]
-    assert 1 <= len(lost) <= int(out)
-    completed = [t["params"] for t in found.trials if t["state"] == "complete"]
-    assert all(t["params"] in completed for t in lost if t["params"])  # their settings were tried again
+    assert int(out) >= 1
+    assert [t["state"] for t in found.trials] == ["complete"] * 20  # each that was lost was taken over, none twice
     assert not processes(tmp_path / "sweep")
 
 
@@ -140,17 +135,12 @@ def test_a_sweep_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 def count_of(folder: Path) -> int:
-    """How many trials are complete, read from the database itself."""
-    path = folder / "sweep" / "sweep.db"
+    """How many trials are complete, read from the journal itself: lines of JSON, 6 sets a state, 1 is complete."""
+    path = folder / "sweep" / "sweep.journal"
     if not path.is_file():
         return 0
-    try:
-        with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as database:
-            found = database.execute("select count(*) from trials where state = 'COMPLETE'").fetchone()[0]
-        database.close()
-    except sqlite3.OperationalError:  # it is being made
-        return 0
-    return found
+    said = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return sum(entry["op_code"] == 6 and entry["state"] == 1 for entry in said)
 
 
 def test_another_space_under_the_same_name_is_refused(tmp_path: Path) -> None:

@@ -29,13 +29,15 @@ class BackgroundWriter:
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._copies: dict[str, Any] = {}
+        """The tensors of the last save on the CPU, written over by the next: new memory costs more than copying."""
 
     def save(
         self, folder: str | os.PathLike[str], step: int, state: Mapping[str, Any], *, keep: int = 2, best: bool = False
     ) -> Path:
         """The path that the checkpoint will have; see `save`. What cannot be loaded safely raises here and now."""
         self.wait()
-        take = _copied(state)
+        take = _copied(state, self._copies)
 
         def run() -> None:
             try:
@@ -57,7 +59,7 @@ class BackgroundWriter:
             raise error
 
 
-def _copied(state: Mapping[str, Any]) -> Callable[[], dict[str, Any]]:
+def _copied(state: Mapping[str, Any], copies: dict[str, Any]) -> Callable[[], dict[str, Any]]:
     """A function that gives, in another thread, a copy of `state` as it is now, on the CPU.
 
     What is on a GPU is copied there, if there is room, which takes a thousandth of the time of the way to the CPU; that
@@ -71,8 +73,10 @@ def _copied(state: Mapping[str, Any]) -> Callable[[], dict[str, Any]]:
             def take() -> dict[str, Any]:
                 with torch.cuda.stream(torch.cuda.Stream(device)):
                     torch.cuda.current_stream(device).wait_event(ready)
-                    return plain(kept.pop(), clone="cpu")  # each waits for its own copy; then the GPU's are free
+                    return plain(
+                        kept.pop(), clone="cpu", kept=copies
+                    )  # each waits for its own copy; then the GPU's are free
 
             return take
-    on_cpu = plain(state, clone="cpu")
+    on_cpu = plain(state, clone="cpu", kept=copies)
     return lambda: on_cpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,7 +94,22 @@ def _resume(call: Call) -> int:
         if not any(checkpoints.glob("step-*.ckpt")):
             call.wrong.append(f"{place}: has no checkpoints to resume from (train with --trainer.checkpoint true)")
         call.config = merge(call.config, {"trainer": {"resume": str(checkpoints)}})
+        _refuse_foreign(call)
     return _fit(call)
+
+
+def _refuse_foreign(call: Call) -> None:
+    """Note as wrong that a run's folder is another user's: what its config names would be run."""
+    place = Path(call.places[0])
+    if "trust" in call.flags or "print_config" in call.flags or not hasattr(os, "geteuid"):
+        return
+    for path in (place, place / "config.yaml"):
+        if path.exists() and path.stat().st_uid != os.geteuid():
+            call.wrong.append(
+                f"{path}: belongs to another user (number {path.stat().st_uid}), and its config names code that would "
+                f"be run; look at it (weft {call.command} {place} --print_config), then add --trust"
+            )
+            return
 
 
 def _evaluate(call: Call) -> int:
@@ -157,6 +173,8 @@ def _for_evaluation(call: Call) -> tuple[Any, Any, dict[str, Any]]:
         folder = Path(call.places[0])
         kept = folder / "weights.pt"
         call.config["weights"] = {"path": str(kept.resolve() if kept.is_file() else folder.resolve())}
+    if call.places:
+        _refuse_foreign(call)
     if "weights" not in call.config and not call.wrong:
         call.wrong.append("weights: missing; name a run's folder, or give --weights FILE")
     checked = _checked(call, needed=("problem", "data"))
@@ -200,7 +218,7 @@ def _compare(call: Call) -> int:
         print(report.compare(a, b))
         if "html" in call.others:
             print(report.write_comparison(a, b, call.others["html"]))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         raise ConfigError([str(error)]) from None
     return OK
 
@@ -209,8 +227,30 @@ def _sweep(call: Call) -> int:
     if call.wrong:
         raise ConfigError(call.wrong)
 
-    result = sweep_from_file(call.places[0], {k: yamlfile.load(v) for k, v in call.others.items()})
-    print(result)
+    slurm = {key.removeprefix("slurm."): value for key, value in call.others.items() if key.startswith("slurm.")}
+    own = {key: yamlfile.load(value) for key, value in call.others.items() if not key.startswith("slurm.")}
+    own |= {"setup": own["setup"].split(";")} if "setup" in own else {}
+    found = sweep_from_file(call.places[0], {**own, **({"slurm": slurm} if slurm else {})})
+    print(f"job {found.job}\n{found.folder}" if hasattr(found, "job") else found)
+    return OK
+
+
+def _submit(call: Call) -> int:
+    from weft.slurm.submitting import Submitted, submit
+
+    if call.wrong:
+        raise ConfigError(call.wrong)
+    slurm = {key.removeprefix("slurm."): value for key, value in call.others.items() if key.startswith("slurm.")}
+    own: dict[str, Any] = {key: value for key, value in call.others.items() if not key.startswith("slurm.")}
+    own |= {key: yamlfile.load(own[key]) for key in ("grace", "dry_run") if key in own}
+    own |= {"setup": own["setup"].split(";")} if "setup" in own else {}
+    try:
+        job = submit(call.config, slurm=slurm, **own)
+    except FileExistsError as error:
+        raise ConfigError([str(error)]) from None
+    print(
+        f"job {job.job}\n{job.folder}" if isinstance(job, Submitted) else job, end="" if isinstance(job, str) else "\n"
+    )
     return OK
 
 
@@ -263,7 +303,27 @@ COMMANDS = {
             "name": "the sweep's name: its folder, and its study in the database",
             "seed": "of the sampler",
             "take_over": "true: trials of lost machines are run again",
+            "on": "local (default), or slurm: the workers are jobs",
+            "setup": "with slurm: lines of bash before Python starts, separated by ;",
+            "grace": "with slurm: seconds before the time limit at which a trial is saved (default: 300)",
+            "slurm.OPTION": "any option of sbatch: --slurm.partition gpu --slurm.time 4:00:00",
         },
+        prefix="slurm.",
+    ),
+    "submit": Command(
+        _submit,
+        "run a config as a job of SLURM, which survives time limits and preemption",
+        own={
+            "name": "of the run's folder (default: trainer.run_name, or the time)",
+            "setup": "lines of bash before Python starts, separated by ; (modules, conda)",
+            "python": "what starts Python (default: this one)",
+            "grace": "seconds before the time limit at which the run saves and is requeued (default: 300)",
+            "dry_run": "print the batch script, and submit nothing",
+            "slurm.OPTION": "any option of sbatch: --slurm.partition gpu --slurm.time 4:00:00 --slurm.gres gpu:1",
+        },
+        switches=("dry_run",),
+        takes_config=True,
+        prefix="slurm.",
     ),
     "completion": Command(_completion, 'completion for your shell: eval "$(weft completion bash)"', ("SHELL",)),
 }

@@ -15,6 +15,7 @@ COMMON = {
     "config FILE": "a YAML file; several are merged, later ones and options go before earlier ones",
     "print_config": "print the config that all of this amounts to, and do nothing",
     "seed N, --devices N, --epochs N, --fast_dev_run [N]": "short for --trainer.seed, ...",
+    "trust": "run what the config of a folder names although another user owns it",
     "debug": "show whole tracebacks",
     "help": "this text",
 }

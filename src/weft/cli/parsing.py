@@ -10,7 +10,7 @@ from typing import Any
 from weft.recipes.schema import ConfigError, merge, with_option
 from weft.types import suggest
 
-FLAGS = ("help", "debug", "print_config")
+FLAGS = ("help", "debug", "print_config", "trust")
 SHORT = {
     "seed": "trainer.seed",
     "devices": "trainer.devices",
@@ -45,7 +45,11 @@ class Command:
     """What it takes without an option; in brackets: may be left out."""
     own: dict[str, str] = field(default_factory=dict)
     """Options of its own and what they mean."""
+    switches: tuple[str, ...] = ()
+    """Those of them that need no value."""
     takes_config: bool = False
+    prefix: str = "-"
+    """Options of any name that begin so are its own too ("slurm.")."""
 
 
 def parse(name: str, known: Command, words: Sequence[str]) -> Call:
@@ -66,11 +70,11 @@ def parse(name: str, known: Command, words: Sequence[str]) -> Call:
             option, equals, value = word[2:].partition("=")
             if not equals:
                 has_value = i < len(words) and not words[i].startswith("--")
-                value, i = (words[i], i + 1) if has_value else (_bare(option), i)
+                value, i = (words[i], i + 1) if has_value else (_bare(option, known), i)
                 if value is None:
                     call.wrong.append(f"--{option}: needs a value")
                     continue
-            if option in known.own:
+            if option in known.own or option.startswith(known.prefix):
                 call.others[option] = value
             elif option == "config" and known.takes_config:
                 files.append(value)
@@ -82,8 +86,10 @@ def parse(name: str, known: Command, words: Sequence[str]) -> Call:
     return call
 
 
-def _bare(name: str) -> str | None:
+def _bare(name: str, known: Command) -> str | None:
     """What an option without a value means: true if it is a switch, else None."""
+    if name in known.switches or name.startswith(known.prefix):
+        return "true"
     from weft.config import DataConfig, TrainerConfig
 
     section, _, option = SHORT.get(name, name).partition(".")

@@ -31,7 +31,7 @@ from weft.devices.precision import scaler_of
 from weft.step.forward import Forward, forward_of
 from weft.step.metrics import DENOMINATOR, counted
 from weft.step.microbatches import combiner, num_read, record
-from weft.step.nonfinite import READS_ARE_FREE, Doubts, not_finite
+from weft.step.nonfinite import READS_ARE_FREE, Doubts, ignores, not_finite
 from weft.step.optimizer_step import Step, make_step
 from weft.step.optimizers import needs_closure
 
@@ -203,6 +203,8 @@ def _obstacle(state: RunState) -> str | None:
         return f"there are several optimizers ({', '.join(state.training.optimizers)})"
     if any(needs_closure(o) for o in state.training.optimizers.values()):
         return f"{type(next(iter(state.training.optimizers.values()))).__name__} evaluates the loss in a line search"
+    if ignores(state):
+        return "on_nonfinite='ignore' steps with numbers that are not finite, which a graph leaves out"
     if scaler_of(state.fabric) is not None:
         return f"precision={state.config.precision!r} scales the loss"
     return None

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from weft.compile.cache import cache_folder, is_private, torchs_cache
 from weft.compile.lifting import ByReference, CannotCompile, NoReading, inputs_for_constants
 
 Compiled = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -119,18 +120,20 @@ def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor], moving: int) 
 
     Raises CannotCompile where that fails (no C++ compiler, say).
     """
-    detached = [t.detach() for t in inputs]
+    detached, folder = [t.detach() for t in inputs], cache_folder()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's own deprecations
             if inputs[0].is_cuda:
-                return _captured(graph, detached, moving)
-            path = cache_folder() / f"{_key(graph, inputs)}.pt2"
-            if path.exists():
+                with torchs_cache():
+                    return _captured(graph, detached, moving)
+            path = folder / f"{_key(graph, inputs)}.pt2"
+            if path.exists() and is_private(path):
                 with contextlib.suppress(Exception):  # damaged where the power went, say: it is made anew
                     os.utime(path)
                     return _loaded(path)
-            _write_package(path, graph, detached)
+            with torchs_cache():
+                _write_package(path, graph, detached)
             return _loaded(path)
     except Exception as error:
         if "InvalidCxxCompiler" in repr(error):
@@ -152,7 +155,6 @@ def _write_package(path: Path, graph: fx.GraphModule, inputs: Sequence[Tensor]) 
     from torch._inductor.package.package import package_aoti
 
     files = torch._inductor.aot_compile(graph, tuple(inputs), options=OPTIONS)
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # code is loaded from here
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".pt2")
     os.close(handle)
     package_aoti(name, files)  # type: ignore[arg-type]
@@ -160,12 +162,6 @@ def _write_package(path: Path, graph: fx.GraphModule, inputs: Sequence[Tensor]) 
     packages = sorted(path.parent.glob("*.pt2"), key=lambda p: p.stat().st_mtime)
     for old in packages[:-MAX_FILES]:
         old.unlink(missing_ok=True)
-
-
-def cache_folder() -> Path:
-    """Where compiled packages are kept: $WEFT_CACHE, else weft/ in the user's cache folder ($XDG_CACHE_HOME)."""
-    given = os.environ.get("WEFT_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "weft"
 
 
 def _key(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from weft.config import BatchSize, Count, Natural, TrainerConfig, check
@@ -121,6 +122,8 @@ def _none_for_all(size: Any) -> Any:
 def as_data(data: Any, dev: Any = None, setup_kwargs: Mapping[str, Any] | None = None) -> Data:
     """`Data` made of whatever `fit` was given: a setup function, a Data, a 4-tuple, a dataset, a loader, batches."""
     kwargs = dict(setup_kwargs or {})
+    if isinstance(data, nn.Module):
+        raise TypeError(f"fit: the data is a module, {type(data).__name__}; expected a data setup function, or data.")
     if callable(data) and not isinstance(data, Dataset | DataLoader):
         if dev is not None:
             raise TypeError("fit: a data setup function returns its own dev set; `dev` cannot be given as well.")

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from weft.data.data import Data
 
 
+_NO_BATCHES = (str, bytes, int, float, complex, type(None), type, set, memoryview, BaseException)
+
+
 class LoaderBatches:
     """The batches of a DataLoader or of any iterable, exactly as it yields them (its order, its random numbers).
 
@@ -63,7 +66,7 @@ class LoaderBatches:
             self.sampler.epoch = number
         if self._workers is not None:
             self._workers.begin(number)
-        batches = iter(self.loader)
+        batches = iterator_of(self.loader)
         for _ in range(start):
             next(batches)
         sampler: Any = getattr(self.loader, "batch_sampler", None)
@@ -87,6 +90,11 @@ class LoaderBatches:
 
     def _named(self, batch: Any, number: int) -> Any:
         if not isinstance(batch, dict):
+            if isinstance(batch, _NO_BATCHES):
+                raise TypeError(
+                    f"The {self.split} data yields {str(batch)[:60]!r} ({type(batch).__name__}) as a batch; expected a "
+                    "dict of tensors, or what your step takes as one."
+                )
             return batch
         name = batch.get("name", self.split)
         if "epoch" in batch or not isinstance(name, str):
@@ -99,6 +107,15 @@ class LoaderBatches:
         if name != self.split and self.split != "predict":
             raise ValueError(wrong_name(name, self.split))
         return {**batch, "name": self.split, "epoch": number}
+
+
+def iterator_of(loader: Any) -> Iterator[Any]:
+    """`iter(loader)`; the workers of a DataLoader do not die of a signal to all processes of the run."""
+    if not getattr(loader, "num_workers", 0) or not isinstance(loader, DataLoader):
+        return iter(loader)
+    from weft.data.workers import iterate
+
+    return iterate(loader)
 
 
 class WorkerSeeds:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import subprocess
 import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -50,8 +51,9 @@ def make_fabric(config: TrainerConfig, strategy: Any = None, plugins: Any = None
     devices: Any = list(config.devices) if isinstance(config.devices, list | tuple) else config.devices
     if not any(isinstance(p, ClusterEnvironment) for p in plugins):
         _check_launch(config, asked)
-        if is_one(devices) and config.num_nodes == 1 and asked == "auto":
-            plugins.append(LightningEnvironment())  # Fabric 2.6 asks SLURM even for one device, and refuses --ntasks=2
+        alone = is_one(devices) and config.num_nodes == 1 and asked == "auto"
+        if alone or (slurm_tasks() == 1 and config.num_nodes == 1):
+            plugins.append(LightningEnvironment())  # Fabric takes SLURM's number of tasks for what is asked, unasked
     _check_precision(config)
     if asked == "dp":  # Fabric takes "ddp" instead on a CPU, unasked; on GPUs it copies the problem in each step
         raise ValueError("strategy='dp' is not supported; use 'ddp', which starts one process for each device.")
@@ -59,7 +61,8 @@ def make_fabric(config: TrainerConfig, strategy: Any = None, plugins: Any = None
     if any(isinstance(p, Precision) for p in plugins) and precision == "32-true":
         precision = None  # the default must not contradict the plugin
     try:
-        with _without_overrides():
+        with _without_overrides(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*`srun` command is available")  # outside of a job that is no hint
             fabric = Fabric(
                 accelerator=config.accelerator,
                 devices=devices,
@@ -119,6 +122,18 @@ def start_processes(fabric: Fabric, timeout: float | None) -> None:
         atexit.register(_leave_group)  # else a process may abort when it ends after the first one
     if fabric.local_rank and os.environ.get("LOCAL_RANK") and isinstance(_environment(fabric), LightningEnvironment):
         _end_after_parent(timeout)
+
+
+def let_others_end(fabric: Fabric) -> None:
+    """Wait for the processes that this script started, which leave because of a signal, too.
+
+    Fabric's watcher would take that for a failure, and kill this one. It watches the list that is emptied here.
+    """
+    started = getattr(getattr(fabric.strategy, "launcher", None), "procs", None) or []
+    others, started[:] = list(started), []
+    for process in others:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(30)
 
 
 def _leave_group() -> None:
@@ -197,6 +212,19 @@ def is_one(devices: Any) -> bool:
     return devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
 
 
+def slurm_tasks() -> int:
+    """How many processes SLURM started of this script; 0 outside of a job, and in a shell that it gave to a user.
+
+    Python in the batch script itself, without srun, is one, whatever was asked for.
+    """
+    if "SLURM_NTASKS" not in os.environ or os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+        return 0
+    if "SLURM_GTIDS" in os.environ and "SLURM_STEP_ID" not in os.environ:
+        return 1
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ["SLURM_NTASKS"]
+    return int(tasks) if tasks.isdigit() else 0
+
+
 def _check_launch(config: TrainerConfig, strategy: Any) -> None:
     """Processes that were started outside must be those that are asked for; else each would train alone, or wait."""
     world = int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
@@ -205,6 +233,19 @@ def _check_launch(config: TrainerConfig, strategy: Any) -> None:
         raise ValueError(
             f"torchrun started {world} processes, but devices=1: each of them would train alone. "
             f"Set devices={here} and num_nodes={world // int(here)}, or start one process."
+        )
+    tasks, alone = slurm_tasks(), is_one(config.devices) and config.num_nodes == 1 and strategy == "auto"
+    is_told_apart = "SLURM_STEP_ID" in os.environ or os.environ.get("SLURM_PROCID", "0") != "0"
+    if alone and tasks > 1 and is_told_apart:
+        raise ValueError(
+            f"SLURM started {tasks} tasks of this script, but devices=1: each would train alone, in one folder. "
+            f"Set devices and num_nodes to the tasks a node and the nodes (strategy='ddp'), or start one task "
+            "(srun --ntasks=1)."
+        )
+    if tasks == 1 and config.num_nodes > 1:
+        raise ValueError(
+            f"num_nodes={config.num_nodes}, but SLURM started one process. Start the script with srun, and give sbatch "
+            f"--nodes={config.num_nodes} --ntasks-per-node={config.devices}."
         )
     if config.num_nodes > 1 and world == 1 and "SLURM_NTASKS" not in os.environ and "NODE_RANK" not in os.environ:
         raise ValueError(

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import copyreg
 import pickle
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -52,6 +54,7 @@ class Group(Processes):
         self._interrupted = interrupted
         self._called, self._num_combined = False, 0
         self._buffers: dict[str, Tensor] = {}
+        self._hangs: Any = None
         self.num_rows = torch.ones(())  # of the last update, in all processes; on the device
 
     def gather(self, value: T) -> list[T]:
@@ -234,15 +237,24 @@ class Group(Processes):
             self.wishes[name] = True
         return self.granted.pop(name, False)
 
+    def watch(self, folder: Path, step: Callable[[], int], timeout: float | None) -> Callable[[], None]:
+        """Have each process write down in `folder` where it is when it hangs; call what this returns at the end."""
+        from weft.devices.hangs import HangWatch
+
+        self._hangs = HangWatch(folder, self.rank, timeout or 1800.0, step)
+        return self._hangs.close
+
     @contextmanager
     def _contact(self) -> Iterator[None]:
+        if self._hangs is not None:
+            self._hangs.mark(sys._getframe(2).f_code.co_name)
         try:
             yield
         except RuntimeError as error:
             raise LostProcessError(
                 f"Process {self.rank} of {self.world} lost contact with another one, which ended or did not come to "
-                "the "
-                "same point in time (see `timeout`). If it raised an error, that one is the cause."
+                "the same point in time (see `timeout`). If it raised an error, that one is the cause."
+                f"{self._hangs.found() if self._hangs is not None else ''}"
             ) from error
 
 

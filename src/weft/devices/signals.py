@@ -1,7 +1,8 @@
 """Interruption by signals: a flag that is read between steps, so that no step is torn.
 
-SIGTERM and SIGUSR1 (a cluster takes the machine back) and SIGINT (Ctrl-C) set it; at the next boundary of a step the
-run saves, if it writes checkpoints, and leaves.
+SIGTERM, SIGUSR1 and SIGXCPU (a cluster takes the machine back), SIGHUP (the terminal is gone) and SIGINT (Ctrl-C) set
+it; at the next boundary of a step the run saves, if it writes checkpoints, and leaves. Where code of the user's own
+runs between two pieces of a run (`with trainer.start(...)`), there is no boundary to wait for: it acts at once.
 """
 
 from __future__ import annotations
@@ -13,11 +14,18 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from types import FrameType
 from typing import Any
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP", "SIGXCPU")
+SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+PATIENCE = 10.0  # seconds that a loop of the user's own has to come to the end of its step
+BY_SCRIPT = "WEFT_REQUEUED_BY_SCRIPT"
+"""Set in a job whose batch script requeues it at exit status 138, after it wrote down how it left."""
+_STARTS_OTHERS = {"sweeps", "recipes", "cli"}  # rooms whose frames stand below the user's code, not above it
 
 
 class SignalExit(SystemExit):
@@ -27,20 +35,40 @@ class SignalExit(SystemExit):
         super().__init__(128 + number)
         self.number = signal.Signals(number)
 
+    def __reduce__(self) -> Any:  # from a launched process to the one that waits for it
+        return SignalExit, (int(self.number),)
+
+    @property
+    def comes_back(self) -> bool:
+        """Whether the job is to be put back into SLURM's queue."""
+        job, name = os.environ.get("SLURM_JOB_ID"), self.number.name
+        return job is not None and (name == "SIGUSR1" or (name == "SIGTERM" and _is_preempted(job)))
+
     def requeue(self, is_saved: bool) -> None:
         """Ask SLURM to put this job back into its queue: what SIGUSR1 (`sbatch --signal=USR1@60`) means there.
 
-        Nothing for other signals and outside SLURM. Warns if nothing was saved (it would start over again and again),
-        and with SLURM's own words if it refuses.
+        So does SIGTERM where the job is preempted with a time of grace: SLURM takes one that leaves within it for done.
+        Nothing for other signals, outside SLURM, and where the batch script does it (`BY_SCRIPT`). Warns if nothing was
+        saved (it would start over again and again), and with SLURM's own words if it refuses.
         """
         job = os.environ.get("SLURM_JOB_ID")
-        if self.number.name != "SIGUSR1" or job is None:
+        if job is None or BY_SCRIPT in os.environ or not self.comes_back:
             return
         if "SLURM_ARRAY_JOB_ID" in os.environ and "SLURM_ARRAY_TASK_ID" in os.environ:
             job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
         failure = "it writes no checkpoints to go on from" if not is_saved else _scontrol_requeue(job)
         if failure:
             warnings.warn(f"SLURM job {job} was not requeued: {failure}.", stacklevel=2)
+
+
+def _is_preempted(job: str) -> bool:
+    """Whether the job still counts as running, and is to make room for another one. After scancel it is completing."""
+    try:
+        done = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    said = {key: value for key, _, value in (word.partition("=") for word in done.stdout.split())}
+    return said.get("JobState") == "RUNNING" and said.get("PreemptTime", "None") not in ("None", "")
 
 
 def _scontrol_requeue(job: str) -> str:
@@ -59,38 +87,60 @@ class Interruption:
 
     def __init__(self) -> None:
         self.asked = 0
+        self.between: Callable[[], None] | None = None
+        """What leaves the run where code around it is at work, unless that may be in the middle of a step."""
         self._held = False
+        self._alarm: threading.Timer | None = None
+        self._overdue = False
 
     @contextmanager
-    def caught(self) -> Iterator[None]:
-        """Within: SIGINT, SIGTERM and SIGUSR1 set `asked`. The handlers before are restored.
+    def caught(self, at_once: bool = False) -> Iterator[None]:
+        """Within: the SIGNALS set `asked`. The handlers before are restored.
 
         A second Ctrl-C before the step is over interrupts at once. Only in the main thread, and only signals that
-        nobody
-        else handles: a handler that you have installed stays in force.
+        nobody else handles: a handler that you have installed stays in force. `at_once`: there is nothing to finish.
         """
-        if threading.current_thread() is not threading.main_thread():
-            yield
+        with handled_by(partial(self._heed, at_once)):
+            try:
+                yield
+            finally:
+                self.between = None
+                self._forget_alarm()
+
+    def _heed(self, at_once: bool, number: int, frame: FrameType | None) -> None:
+        """What a signal does, in the main thread, where `frame` was being run."""
+        if self._overdue:  # the alarm's own: see `_wait_for_the_step`
+            self._overdue = False
+            if self.asked and not _is_under_way(frame):
+                self.leave(self.asked)
             return
-        before = {number: signal.getsignal(number) for number in SIGNALS}
-        ours = {number: handler for number, handler in before.items() if _is_free(handler)}
+        if number == signal.SIGINT and self.asked == number and not self._held:
+            raise KeyboardInterrupt
+        if number != signal.SIGINT or not self.asked:  # SIGTERM goes before a Ctrl-C
+            self.asked = number
+        if at_once:
+            self.leave(number)
+        if self.between is not None and not self._held and not _is_under_way(frame):
+            self.between()
+            self._wait_for_the_step()
 
-        def on_signal(number: int, frame: Any) -> None:
-            if number == signal.SIGINT and self.asked == number and not self._held:
-                raise KeyboardInterrupt
-            elif number != signal.SIGINT or not self.asked:  # SIGTERM goes before a Ctrl-C
-                self.asked = number
+    def _wait_for_the_step(self) -> None:
+        """The user's code may be in the middle of a step, or wait for something: it has some time to end it."""
 
-        on_signal.is_of_weft = True  # type: ignore[attr-defined]
-        try:
-            _REPLACED.append(ours)
-            for number in ours:
-                signal.signal(number, on_signal)
-            yield
-        finally:
-            _REPLACED.pop()
-            for number, handler in ours.items():
-                signal.signal(number, handler)
+        def remind() -> None:
+            self._overdue = True
+            signal.pthread_kill(threading.main_thread().ident or 0, self.asked or signal.SIGTERM)
+
+        if self._alarm is None:
+            self._alarm = threading.Timer(PATIENCE, remind)
+            self._alarm.daemon = True
+            self._alarm.start()
+
+    def _forget_alarm(self) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm.join()
+            self._alarm = None
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -109,22 +159,62 @@ class Interruption:
         raise SignalExit(number)
 
 
+@contextmanager
+def handled_by(heed: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Within: `heed` is called at the SIGNALS that nobody else handles. Nothing outside of the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    ours = {number: handler for number, handler in before.items() if _is_free(handler)}
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        heed(number, frame)
+
+    on_signal.is_of_weft = True  # type: ignore[attr-defined]
+    try:
+        _REPLACED.append(ours)
+        for number in ours:
+            signal.signal(number, on_signal)
+        yield
+    finally:
+        _REPLACED.pop()
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+
+
+def _is_under_way(frame: FrameType | None) -> bool:
+    """Whether a piece of a run is being executed: then it comes to a boundary by itself."""
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "").split(".")
+        if name[0] == "weft" and len(name) > 1 and name[1] not in _STARTS_OTHERS:
+            return True
+        frame = frame.f_back
+    return False
+
+
 _REPLACED: list[dict[int, Any]] = []
 """The handlers that the fits under way replaced, of the outermost one first."""
 
 
+_MASKS: list[Any] = []
+
+
 def _before_fork() -> None:
     if _REPLACED:  # a signal to a child that still has our handlers would be lost
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        _MASKS.append(signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS))
 
 
 def _after_fork() -> None:
-    if _REPLACED:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    if _MASKS:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _MASKS.pop())
 
 
 def _in_child() -> None:
-    """A forked child (a worker of a loader, of a pool) ends at signals as it would without a fit around it."""
+    """A forked child (of a pool) ends at signals as it would without a fit around it.
+
+    A worker of a loader does not: it begins with them blocked, and ignores them (`weft.data.workers`).
+    """
     replaced = [item for handlers in reversed(_REPLACED) for item in handlers.items()]
     for number, handler in replaced:
         signal.signal(number, handler)

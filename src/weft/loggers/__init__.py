@@ -99,7 +99,8 @@ def learning_rates(optimizers: Mapping[str, Any]) -> dict[str, float]:
         base = "lr" if len(optimizers) == 1 else f"lr/{name}"
         groups = optimizer.param_groups
         for i, group in enumerate(groups):
-            rates[base if len(groups) == 1 else f"{base}/{i}"] = float(group["lr"])
+            if "lr" in group:  # a line search has none
+                rates[base if len(groups) == 1 else f"{base}/{i}"] = float(group["lr"])
     return rates
 
 

@@ -55,7 +55,13 @@ class CSVLogger:
         now = round(self._clock(), 3)
         epoch = int(metrics.get("epoch", 0))
         self._waiting += [
-            (int(step), epoch, name.replace("\r", " "), repr(float(value)), now)  # csv leaves a bare \r unquoted
+            (
+                int(step),
+                epoch,
+                _quoted(name.replace("\r", " ")),
+                repr(float(value)),
+                now,
+            )  # csv leaves a bare \r unquoted
             for name, value in metrics.items()
             if name != "epoch"
         ]
@@ -99,7 +105,7 @@ class CSVLogger:
         of_steps = (level is Level.STEP for level in levels(rows))
         kept = [r for r, of_step in zip(rows, of_steps, strict=True) if r.step <= step and (r.epoch < epoch or of_step)]
         if len(kept) < len(rows) or broken:
-            text = _as_text([COLUMNS, *((*row[:3], repr(row.value), row.time) for row in kept)])
+            text = _as_text([COLUMNS, *((*row[:2], _quoted(row.name), repr(row.value), row.time) for row in kept)])
             put(self.path, text.encode())
 
     def finalize(self, status: str) -> None:
@@ -134,13 +140,34 @@ def _split(path: Path) -> tuple[list[Row], list[str]]:
     reader = csv.reader(io.StringIO(whole, newline=""))
     next(reader)
     rows, broken = [], []
-    for fields in reader:
+    while True:
+        fields: list[str] = []
         try:
+            fields = next(reader)
             step, epoch, name, value, seconds = fields
-            rows.append(Row(int(step), int(epoch), name, float(value), float(seconds)))
-        except ValueError:
+            rows.append(Row(_count(step), _count(epoch), _unquoted(name), float(value), float(seconds)))
+        except StopIteration:
+            return rows, broken
+        except (ValueError, csv.Error):
             broken.append(f"line {reader.line_num}: found {','.join(fields)[:80]!r}")
-    return rows, broken
+
+
+def _count(text: str) -> int:
+    if len(text) > 18 or (number := int(text)) < 0:
+        raise ValueError(text[:20])
+    return number
+
+
+# What a spreadsheet takes for a formula when a cell begins with it; written with an apostrophe, which it hides.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def _quoted(name: str) -> str:
+    return f"'{name}" if name.lstrip("'").startswith(_FORMULA) else name
+
+
+def _unquoted(name: str) -> str:
+    return name[1:] if name.startswith("'") and name.lstrip("'").startswith(_FORMULA) else name
 
 
 def read_history(path: str | os.PathLike[str], num_epochs: int) -> dict[str, list[float]]:

@@ -13,9 +13,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from weft.checkpoint.weights import state_of
 from weft.data.data import Data, as_data, evaluation_data, nothing_to_train_on
 from weft.data.datasets import is_array
 from weft.devices.precision import numerics
@@ -194,6 +195,10 @@ class Seams:
         numbers = numerics(state.fabric, state.config.deterministic, state.problem, trained)
         with numbers, state.processes.holding(state.problem):
             yield
+
+    def last_weights(self) -> dict[str, Tensor]:
+        """Copies of the weights as they are now."""
+        return self.state.processes.whole(state_of(self.state.problem))
 
     def data_of_fit(self, data: Any, dev: Any, datamodule: Any, setup_kwargs: Mapping[str, Any]) -> Callable[[], Data]:
         """What makes the data of a fit from what `Trainer.fit` was given."""

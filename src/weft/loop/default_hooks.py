@@ -18,6 +18,10 @@ def hooks_from(state: RunState) -> list[Any]:
         from weft.loop.stopping import EarlyStopping
 
         hooks.append(EarlyStopping(config.patience, config.min_delta, config.warmup, config.min_epochs))
+    if any(phase.until for phase in state.training.phases):
+        from weft.loop.until import Ending
+
+        hooks.append(Ending())
     if config.progress is not False:
         from weft.loop.progress_line import ProgressLine
 

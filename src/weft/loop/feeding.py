@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -68,6 +69,53 @@ def forget_best_of_other_data(state: RunState, before: Mapping[str, Any]) -> Non
         return
     state.best = Best()
     state.warn_once(f"The {split} data are others than in the fit before: the best epoch is one of this fit.")
+
+
+def enter_folder(state: RunState, until: ExitStack) -> Path | None:
+    """The folder of the run, which the first process owns `until` then: new, of the fit before, or of the resumed run.
+
+    None if nothing asks for one. Raises RunInUseError, in every process, where another run is under way in it.
+    """
+    folder, is_new = state.kept.run_dir, state.kept.run_dir is None
+    if is_new:
+        folder = new_folder(state)
+    if folder is not None:
+        from weft.records import lease
+
+        if not is_new:
+            state.processes.first(partial(lease.acquire, folder))
+        if state.is_global_zero:
+            lease.enter(folder)
+            until.callback(lease.release, folder)
+        if state.processes.world > 1:
+            watch: Any = state.processes
+            until.callback(watch.watch(folder, lambda: state.progress.step, state.config.timeout))
+    return folder
+
+
+def leave_folder(state: RunState) -> None:
+    """Let others have the folder of the run."""
+    if state.kept.run_dir is not None and state.is_global_zero:
+        from weft.records import lease
+
+        lease.release(state.kept.run_dir)
+
+
+def check_folder(state: RunState) -> None:
+    """Raise RunInUseError if it is known that another process has taken the folder over."""
+    if state.kept.run_dir is not None and state.is_global_zero:
+        from weft.records import lease
+
+        lease.check(state.kept.run_dir, look=False)
+
+
+def save_result(state: RunState, result: Any) -> None:
+    """Write what came out into the folder of the run, unless it is another's by now."""
+    from weft.records import lease
+
+    assert state.kept.run_dir is not None
+    lease.check(state.kept.run_dir)
+    result.save(state.kept.run_dir)
 
 
 def new_folder(state: RunState) -> Path | None:

@@ -9,15 +9,15 @@ Everything else that changed there (an attribute of the trainer, a list that a h
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import pickle
 import signal
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from weft.checkpoint.weights import load_into, state_of
 from weft.devices import seeding
 from weft.devices.fabric import quiet, start_method
 from weft.devices.group import dumps
+from weft.devices.signals import SignalExit, handled_by, interactive
 from weft.events import Hook
 from weft.loop.contents import state_of_run
 from weft.loop.result import FitResult
@@ -49,7 +50,7 @@ def call(trainer: Any, fabric: Fabric, method: str, problem: nn.Module, *args: A
     with (
         tempfile.TemporaryDirectory(prefix="weft-") as folder,
         _same_environment(),
-        _interrupts_go_to_children() as asked,
+        _signals_go_to_children() as asked,
     ):
         work: Any = (trainer, problem, method, args, kwargs)
         if spawns:  # pickle cannot send lambdas, cloudpickle can
@@ -61,16 +62,21 @@ def call(trainer: Any, fabric: Fabric, method: str, problem: nn.Module, *args: A
                 fabric.launch(_work, work, folder, _Quiet())  # pyright: ignore[reportArgumentType]: takes arguments
         except Exception as error:
             if asked:
-                raise KeyboardInterrupt from error
+                raise _meant_by(asked) from error
             _raise_first(Path(folder), error)
         told = archive.read(Path(folder) / "told.ckpt")
     fabric.strategy.precision.convert_module(problem)  # as it was there (64-true, bf16-true)
     load_into(problem, told["problem"], source="the launched processes", any_size=True)
-    if told["state"] is None:
-        return told["returned"]
-    problem.eval()
-    trainer.run = _run_after(trainer, problem, told)
-    return trainer.run.result
+    if told["state"] is not None:
+        problem.eval()
+        trainer.run = _run_after(trainer, problem, told)
+    if asked and not (asked[-1] == signal.SIGINT and interactive()):  # it came when all was over
+        raise _meant_by(asked)
+    return told["returned"] if told["state"] is None else trainer.run.result
+
+
+def _meant_by(asked: list[int]) -> BaseException:
+    return KeyboardInterrupt() if asked[-1] == signal.SIGINT else SignalExit(asked[-1])
 
 
 class _Quiet:
@@ -170,19 +176,19 @@ def _same_environment() -> Iterator[None]:
 
 
 @contextmanager
-def _interrupts_go_to_children() -> Iterator[list[int]]:
-    """Ctrl-C reaches every process of the group; here it is only noted, and the children end their step."""
+def _signals_go_to_children() -> Iterator[list[int]]:
+    """A signal is only noted here, and handed on: the children end their step, save and leave, then this process does.
+
+    Ctrl-C is not handed on, as it reaches every process of the group, and twice means at once.
+    """
     asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
+    others = set(multiprocessing.active_children())
 
     def note(number: int, frame: Any) -> None:
         asked.append(number)
+        for child in set(multiprocessing.active_children()) - others if number != signal.SIGINT else ():
+            with suppress(ProcessLookupError):
+                os.kill(child.pid or 0, number)
 
-    note.is_of_weft = True  # type: ignore[attr-defined]: a fit in a forked process may handle the signal itself
-    before = signal.signal(signal.SIGINT, note)
-    try:
+    with handled_by(note):
         yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -107,6 +107,19 @@ def check_epochs(epochs: Any, phases: list[Phase]) -> None:
         raise ValueError(f"fit: epochs={epochs}, but the phases last {[p.epochs for p in phases]}.")
 
 
+def objects_in(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that may be objects. Raises TypeError for a tensor or an array where one is to do something."""
+    for name in OBJECTS:
+        value = options.get(name)
+        inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+        if found := [v for v in (value, *inner) if hasattr(type(v), "__array__")]:
+            kind = type(found[0])
+            raise TypeError(
+                f"{name}: {kind.__module__}.{kind.__name__} is data; see help(weft.Trainer) for what it takes."
+            )
+    return {**OBJECTS, **{name: value for name, value in options.items() if name in OBJECTS}}
+
+
 def as_phases(phases: Any, plain: Mapping[str, Any]) -> list[Phase]:
     """The `phases` option as a list, checked against the plain options."""
     if not phases:

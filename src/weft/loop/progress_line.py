@@ -9,6 +9,8 @@ file) plain lines are printed now and then. It shows only floats that are there 
 from __future__ import annotations
 
 import math
+import os
+import select
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -50,7 +52,9 @@ class ProgressLine(Hook):
         self._due = math.inf
         if not run.is_global_zero:
             return
-        file = self._file or sys.stderr
+        if (self._file or sys.stderr) is None:  # started without a stderr
+            return
+        file = _Lasting(self._file or sys.stderr)
         self._screen = _open_screen(self._mode or _find_mode(file), file)
         self._started = self._last_time = self._clock()
         self._first_step = self._last_step = run.progress.step
@@ -110,6 +114,25 @@ class ProgressLine(Hook):
         return values if best.epoch is None else [*values, f"best {best.value:.4g} (epoch {best.epoch})"]
 
 
+def silence() -> None:
+    """Send what goes to a stdout or stderr that is gone to nowhere: warnings, logs and prints would end the training.
+
+    On the level of the system, so that what waits in a buffer is no error when the interpreter exits.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            number = stream.fileno()
+            found = select.poll()
+            found.register(number, 0)
+            gone = any(event & (select.POLLERR | select.POLLHUP | select.POLLNVAL) for _, event in found.poll(0))
+        except (AttributeError, OSError, ValueError):  # no file, or a system without poll
+            continue
+        if gone:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)
+            os.close(nowhere)
+
+
 def duration(seconds: float) -> str:
     """Seconds as "m:ss", or "h:mm:ss" from an hour on."""
     minutes, rest = divmod(int(seconds), 60)
@@ -130,7 +153,7 @@ def _bar(share: float) -> tuple[str, str]:
     return "━" * done, "─" * (BAR_WIDTH - done)
 
 
-def _find_mode(file: TextIO) -> Mode:
+def _find_mode(file: Any) -> Mode:
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     if shell is not None and hasattr(shell, "kernel"):
@@ -138,7 +161,33 @@ def _find_mode(file: TextIO) -> Mode:
     return "terminal" if file.isatty() else "plain"
 
 
-def _open_screen(mode: Mode, file: TextIO) -> _Terminal | _Notebook | _Plain:
+class _Lasting:
+    """A text file that goes silent when it is gone: a closed terminal, a pipe that nobody reads, a closed file."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def write(self, text: str) -> int:
+        try:
+            return self._file.write(text)
+        except (OSError, ValueError):
+            silence()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._file.flush()
+        except (OSError, ValueError):
+            silence()
+
+    def isatty(self) -> bool:
+        return not self._file.closed and self._file.isatty()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def _open_screen(mode: Mode, file: Any) -> _Terminal | _Notebook | _Plain:
     if mode == "terminal":
         return _Terminal(file)
     return _Notebook() if mode == "notebook" else _Plain(file)
@@ -150,7 +199,7 @@ class _Plain:
     seconds = PLAIN_SECONDS
     by_share = True
 
-    def __init__(self, file: TextIO) -> None:
+    def __init__(self, file: Any) -> None:
         self._file = file
 
     def show(self, head: str, share: float, text: str) -> None:
@@ -166,7 +215,7 @@ class _Terminal:
     seconds = REFRESH_SECONDS
     by_share = False
 
-    def __init__(self, file: TextIO) -> None:
+    def __init__(self, file: Any) -> None:
         from rich.console import Console
         from rich.live import Live
 

@@ -59,12 +59,15 @@ class Renewal:
 def _options(optimizer: Optimizer) -> list[dict[str, Any]]:
     """The options of each group, with the learning rate that schedules start from."""
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    return [{**group, "lr": group.get("initial_lr", group["lr"])} for group in groups]
+    return [{**group, "lr": group.get("initial_lr", group["lr"])} if "lr" in group else group for group in groups]
 
 
 def _set_options(optimizer: Optimizer, options: list[dict[str, Any]], schedule: Scheduled | None) -> None:
     """The learning rate too; where a schedule goes on, in the same proportion to the rate it starts from as before."""
     for number, (group, new) in enumerate(zip(optimizer.param_groups, options, strict=True)):
+        if "lr" not in new:  # a line search has no rate
+            group.update(new)
+            continue
         before = group.get("initial_lr")
         factor = float(group["lr"]) / float(before) if schedule is not None and before else 1.0
         group.update({k: v for k, v in new.items() if k not in ("lr", "initial_lr")})

@@ -16,6 +16,7 @@ a guess. What it holds is told in `weft.loop.contents`.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -32,6 +33,7 @@ from weft.checkpoint.folder import complete
 from weft.checkpoint.hidden import attributes, set_attributes
 from weft.checkpoint.weights import load_into
 from weft.config import TrainerConfig
+from weft.data.loaders import iterator_of
 from weft.devices import seeding
 from weft.devices.precision import scaler_of
 from weft.loop.compatibility import compare
@@ -39,7 +41,7 @@ from weft.loop.contents import FORMAT, PARTS, parameter_names, stateful
 from weft.loop.order import set_generators_in
 from weft.loop.phases import num_epochs, replaces_optimizers
 from weft.problem.reading import set_term_weights
-from weft.records import folders
+from weft.records import folders, lease
 from weft.step.state import FOUND_AGAIN
 
 if TYPE_CHECKING:
@@ -64,6 +66,15 @@ def find_state(state: RunState, resume: str) -> dict[str, Any] | None:
 
 def _load(config: TrainerConfig, resume: str) -> tuple[dict[str, Any], Path] | None:
     folder = folders.folder_to_resume(config, resume)
+    try:
+        return _load_from(config, resume, folder)
+    except BaseException:
+        if folder is not None:
+            lease.release(folder.parent)
+        raise
+
+
+def _load_from(config: TrainerConfig, resume: str, folder: Path | None) -> tuple[dict[str, Any], Path] | None:
     if folder is None and resume in folders.RESUME_WORDS:
         if resume == "auto":
             return None
@@ -72,11 +83,14 @@ def _load(config: TrainerConfig, resume: str) -> tuple[dict[str, Any], Path] | N
             "'auto' starts anew where there are none."
         )
     try:
-        saved, path = checkpoints.load(folder or resume, "best" if resume == "best" else "last", with_shards=False)
+        place = folder if resume in folders.RESUME_WORDS else None
+        saved, path = checkpoints.load(place or resume, "best" if resume == "best" else "last", with_shards=False)
     except CheckpointError as error:
         if resume != "auto":
             raise
-        warnings.warn(f"{error} The run starts anew (resume='auto').", stacklevel=7)
+        warnings.warn(f"{error} The run starts anew (resume='auto').", stacklevel=8)
+        if folder is not None:
+            lease.release(folder.parent)
         return None
     check_format(saved, path)
     return saved, path
@@ -128,8 +142,20 @@ def begin(
         state.call("on_epoch_start")
     _put_back(state, saved, renewal)
     put_back_hooks(state.hooks, saved)
+    _start_workers_that_stay(state)
     _put_back_random(state, saved)
     state.progress.begin_fit(num_epochs(state), state.config.max_steps, goes_on=True)
+
+
+def _start_workers_that_stay(state: RunState) -> None:
+    """Have a dev loader with persistent workers begin, if it did in the process before.
+
+    Only its first iterator draws a random number: the next epochs would begin from other ones.
+    """
+    loader = getattr(state.feed.splits.get("dev"), "loader", None)
+    measured = state.history.values.get(state.config.dev_metric, [])
+    if getattr(loader, "persistent_workers", False) and not all(map(math.isnan, measured)):
+        iterator_of(loader)
 
 
 def state_of_process(saved: Mapping[str, Any], rank: int) -> Mapping[str, Any]:

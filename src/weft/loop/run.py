@@ -22,7 +22,6 @@ from typing import Any, Self
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from weft.checkpoint.weights import state_of
 from weft.data.batches import in_lists, num_examples
 from weft.data.data import Data
 from weft.devices import seeding
@@ -31,7 +30,7 @@ from weft.devices.signals import SignalExit, interactive
 from weft.events import AT_REST, Hook, listeners
 from weft.loop import feeding, phases
 from weft.loop.adapters import Seams, Told
-from weft.loop.order import train_batches
+from weft.loop.leaving import batches_unless_left, before_training, come_back, heed_early, heed_late, rest_if_waiting
 from weft.loop.remarks import tell_of_no_best, tell_of_options, tell_of_used_up
 from weft.loop.result import FitResult, result_of
 from weft.loop.short import SHORT
@@ -39,7 +38,7 @@ from weft.step.evaluation import evaluate, monitored_metric
 from weft.step.forward import Forward, forward_of
 from weft.step.instrument import bind_watched, watched, watched_batches
 from weft.step.manual import Manual
-from weft.step.nonfinite import RunningStatistics, look_back
+from weft.step.nonfinite import RunningStatistics, ignores, look_back
 from weft.step.state import Listeners, Owner, RunState, Stage, Update
 from weft.step.trained import clear, clear_gradients, prepare_look
 from weft.step.update import built_in
@@ -77,30 +76,31 @@ class Run(Told, Seams):
         """Devices first, then the data: all that evaluation alone needs. `make_data` is called again at a refresh."""
         self._renew, self.state.control.epochs = renew, epochs
         state, options = self.state, self.state.trainer.options
-        state.fabric = state.trainer.launched or make_fabric(state.config, options["strategy"], options["plugins"])
-        start_processes(state.fabric, state.config.timeout)
-        state.processes = self.meet()
-        state.problem = self.place(state.problem)
-        state.processes.share_weights(state.problem)
-        state.feed.seed = state.processes.first(lambda: state.feed.seed)
-        if resume is not None:
-            from weft.loop.resume import find_state
+        with before_training(state):
+            state.fabric = state.trainer.launched or make_fabric(state.config, options["strategy"], options["plugins"])
+            start_processes(state.fabric, state.config.timeout)
+            state.processes = self.meet()
+            state.problem = self.place(state.problem)
+            state.processes.share_weights(state.problem)
+            state.feed.seed = state.processes.first(lambda: state.feed.seed)
+            if resume is not None:
+                from weft.loop.resume import find_state
 
-            self._resumed = find_state(state, resume)
-        goes_on = self._resumed is not None
-        if epochs is not None and not goes_on:
-            state.progress.interrupted = False  # so many, not those that were left of an interrupted fit
-        state.progress.begin_fit(phases.num_epochs(state), state.config.max_steps, goes_on=goes_on)
-        state.feed.make = make_data
-        feeding.make_data(state, None if self._resumed is None else self._resumed["random_before_data"])
+                self._resumed = find_state(state, resume)
+            goes_on = self._resumed is not None
+            if epochs is not None and not goes_on:
+                state.progress.interrupted = False  # so many, not those that were left of an interrupted fit
+            state.progress.begin_fit(phases.num_epochs(state), state.config.max_steps, goes_on=goes_on)
+            state.feed.make = make_data
+            feeding.make_data(state, None if self._resumed is None else self._resumed["random_before_data"])
         return self
 
     def __enter__(self) -> Self:
         state, trainer = self.state, self.state.trainer
         if state.control.is_new:
             seeding.begin(state.config.seed, state.feed.seed, state.processes.data_rank)
-        if makes_folder := state.kept.run_dir is None:
-            state.kept.run_dir = feeding.new_folder(state)
+        makes_folder = state.kept.run_dir is None
+        state.kept.run_dir = feeding.enter_folder(state, self._stack)
         self._stack.enter_context(self.in_use())
         self._stack.enter_context(state.control.interruption.caught())
         state.control.continues = self._resumed is not None or state.progress.interrupted
@@ -110,7 +110,7 @@ class Run(Told, Seams):
             of_problem = [m for m in state.problem.modules() if isinstance(m, Hook)]
             self.listen(listeners([*of_problem, *trainer.hooks, *trainer.default_hooks(state)]))
             state.problem.train()
-            state.step.statistics = RunningStatistics(state.problem)
+            state.step.statistics = RunningStatistics(nn.Module() if ignores(state) else state.problem)
             self.begin_phases(resumed=self._resumed is not None)
             if state.saves:
                 from weft.loop.saving import prepare_folder
@@ -123,6 +123,7 @@ class Run(Told, Seams):
             self._start()
             if is_second:
                 tell_of_used_up(state.training.schedules, state)
+            heed_early(state, lambda: rest_if_waiting(state, self._in_batches, self._rest))
         except BaseException as error:
             self.__exit__(type(error), error, None)
             feeding.forget_folder(state)
@@ -161,6 +162,7 @@ class Run(Told, Seams):
             with self._stack:
                 self._finish(error)
             SHORT.__exit__(kind, error, trace)
+        heed_late(self.state, error)
         return isinstance(error, KeyboardInterrupt) and interactive()
 
     def _finish(self, error: BaseException | None) -> None:
@@ -172,28 +174,28 @@ class Run(Told, Seams):
         if error is None:
             tell_of_no_best(state)
         control.stop_reason = "interrupted" if interrupted else "error" if error else control.stop_reason or "epochs"
-        last_weights = state.processes.whole(state_of(state.problem))
+        self.put_in_eval_mode()
+        last_weights = self.last_weights()
         if error is None or interrupted:
             state.best.restore(state.problem, state.training.others)
         phases.unfreeze(state.training.frozen)
-        self.put_in_eval_mode()
         self.result = result = result_of(state, last_weights)
         bound, state.hooks = state.hooks.bound, Listeners(state.hooks.hooks)
         with ExitStack() as last:  # each is called, even if one before it raises
             for call in reversed(bound["on_fit_end"]):
                 last.callback(call, state.trainer, result)
             if state.kept.run_dir is not None and state.is_global_zero and control.begun:
-                last.callback(result.save, state.kept.run_dir)
+                last.callback(feeding.save_result, state, result)
             last.callback(setattr, progress, "batch", 0)  # the next fit begins this epoch again
             for call in reversed(bound["on_exception"] if error is not None and not interrupted else []):
                 last.callback(call, state.trainer, error)
             if error is not None:
                 last.callback(self._finish_saving, error)
-        if isinstance(error, SignalExit) and state.is_global_zero:
-            error.requeue(state.saves)
+        come_back(state, error)
 
     def put_in_eval_mode(self) -> None:
         """Whoever uses the problem now wants its predictions; the last hooks see it so."""
+        self.state.training.turn("eval")
         self.state.problem.eval()
 
     def _finish_saving(self, error: BaseException | None = None) -> None:
@@ -283,7 +285,7 @@ class Run(Told, Seams):
             self.leave_open()
             return  # it was told to stop in the last step before it was resumed
         is_empty = progress.batch == 0
-        found = watched_batches(state.hooks, state.epoch.throughput.timed(train_batches(state)))
+        found = watched_batches(state.hooks, state.epoch.throughput.timed(batches_unless_left(state, self._rest)))
         for batch in found if size == 1 else in_lists(found, size):
             is_empty = False
             progress.batch += 1 if size == 1 else len(batch)
@@ -363,9 +365,10 @@ class Run(Told, Seams):
         if state.kept.save_wanted:  # a loop of one's own left its batches in the step at which a hook asked for it
             self.save()
         epoch.is_open, state.control.stage = False, Stage.EPOCH_END
+        feeding.check_folder(state)
         look_back(state)
-        gather = state.processes.gather
-        means, logged = epoch.means.compute(gather), epoch.logged.compute(gather)
+        state.training.turn("eval")  # the best weights are those that an evaluation sees
+        means, logged = (of.compute(state.processes.gather) for of in (epoch.means, epoch.logged))
         epoch.measured = {*means, *epoch.evaluated} if self.names_are_apart and state.trainer.names_are_apart else set()
         state.refuse_taken(logged)
         metrics = {**means, **logged, **epoch.evaluated}
@@ -415,6 +418,7 @@ class Run(Told, Seams):
         if batch is not state.step.batch:
             state.step.batch = batch
             prepare_look(state)
+            state.training.turn("train")
             state.step.statistics.take()
             state.call("on_step_start", batch)
 

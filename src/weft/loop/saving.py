@@ -21,6 +21,7 @@ from weft.events import Hook
 from weft.loop.contents import state_of_run
 from weft.loop.settings import data_prints
 from weft.loop.watching import Watch
+from weft.records import lease
 from weft.step.state import FOUND_AGAIN, RunState, Stage
 
 
@@ -128,9 +129,14 @@ def save_run(state: RunState) -> Path:
             state.processes.first(state.kept.writer.wait)
         elif state.kept.writer is not None:
             write = state.kept.writer.save
-        state.processes.first(partial(write, folder, step, content, **options))
+        state.processes.first(partial(_write_as_owner, write, folder, step, content, **options))
         state.kept.best_saved = best
     return checkpoints.step_path(folder, step)
+
+
+def _write_as_owner(write: Any, folder: Path, *args: Any, **options: Any) -> Any:
+    lease.check(folder.parent)
+    return write(folder, *args, **options)
 
 
 def save_open(state: RunState) -> None:

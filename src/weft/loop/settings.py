@@ -172,6 +172,8 @@ def _of_phases(state: RunState) -> dict[str, Any]:
     phases = state.training.phases if len(state.training.phases) > 1 else []
     for number, phase in enumerate(phases):
         found[f"phase {number}"] = f"epochs={phase.epochs}, freeze={list(phase.freeze)}, patience={phase.patience}"
+        if phase.until is not None:
+            found[f"end of phase {number}"] = str(phase.until)
         found[f"weights of phase {number}"] = in_words(dict(phase.weights or {}))
     return found
 

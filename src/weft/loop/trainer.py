@@ -62,7 +62,7 @@ class Trainer(Tools):
         opts.refuse_misspelt(type(self), Trainer, options.get("hooks"))
         if unknown := [name for name in options if name not in opts.KNOWN]:
             raise opts.no_option(type(self), unknown, options)
-        self.options = {**opts.OBJECTS, **{k: v for k, v in options.items() if k in opts.OBJECTS}}
+        self.options = opts.objects_in(options)
         plain = {k: v for k, v in options.items() if k not in opts.OBJECTS}
         for name in ("strategy", "profiler"):  # a name is plain data, an object is not
             if isinstance(self.options[name], str):

@@ -35,7 +35,7 @@ def term_keys(problem: nn.Module, split: str) -> dict[str, str] | None:
             if isinstance(term, Constraint):
                 keys[f"{name}_violation"] = f"{name}_violation"
     elif is_neuromancer(problem):
-        for name, term in _neuromancer_terms(problem).items():
+        for name, term in neuromancer_terms(problem).items():
             keys[name] = term.output_keys[0]
             if len(term.output_keys) > 2:  # a constraint: penalty, value, violation
                 keys[f"{name}_violation"] = term.output_keys[2]
@@ -109,10 +109,10 @@ def _is_loss(key: str) -> bool:
 def _terms(problem: nn.Module) -> dict[str, Any]:
     if isinstance(problem, Problem):
         return dict(problem.terms)
-    return _neuromancer_terms(problem) if is_neuromancer(problem) else {}
+    return neuromancer_terms(problem) if is_neuromancer(problem) else {}
 
 
-def _neuromancer_terms(problem: Any) -> dict[str, Any]:
+def neuromancer_terms(problem: Any) -> dict[str, Any]:
     """Its terms by name; `objective_0`, `constraint_0` where a name is used twice or holds a memory address."""
     numbered = [(f"objective_{i}", term) for i, term in enumerate(problem.loss.objectives)]
     numbered += [(f"constraint_{i}", term) for i, term in enumerate(problem.loss.constraints)]

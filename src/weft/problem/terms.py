@@ -192,16 +192,25 @@ class Objective(Term):
 
         Raises KeyError for a missing key, TypeError for no float tensor, ValueError for every row with every other.
         """
+        value = self.value(data)
         try:
-            value = self.fn(*[data[k] for k in self.keys]) if self._shapes.seen else self._first(data)
-        except Exception as error:
-            explain(error, str(self), self.keys, data)
-            raise
-        try:
-            return self.weight * (value.mean() if value.ndim else value)
+            return self.weight * self.reduced(value)
         except (AttributeError, TypeError, RuntimeError) as error:
             found = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"{self} returned {found}; expected a floating point tensor, which is averaged.") from error
+
+    def value(self, data: Batch) -> Any:
+        """What the function returns, not reduced."""
+        try:
+            return self.fn(*[data[k] for k in self.keys]) if self._shapes.seen else self._first(data)
+        except Exception as error:
+            explain(error, str(self), self.keys, data)
+            raise
+
+    @staticmethod
+    def reduced(value: Tensor) -> Tensor:
+        """The mean over all entries."""
+        return value.mean() if value.ndim else value
 
     def _first(self, data: Batch) -> Any:
         """What the function returns; ValueError where it pairs every row with every other."""

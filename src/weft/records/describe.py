@@ -14,7 +14,7 @@ from weft import yamlfile
 from weft.checkpoint import folder as checkpoints
 from weft.checkpoint.archive import put
 from weft.events import Hook
-from weft.records.environment import _loaded, config_of, read_sessions, surroundings
+from weft.records.environment import config_of, read_sessions, surroundings
 
 
 class RunFolder(Hook):
@@ -31,8 +31,8 @@ class RunFolder(Hook):
         sessions = read_sessions(folder)
         session = surroundings(trainer)
         if (folder / "config.yaml").is_file() and sessions:
-            before = (folder / "config.yaml").read_text(encoding="utf-8")
-            session["config_before"] = _loaded(before) if before != text else "the same"
+            before = (folder / "config.yaml").read_text(encoding="utf-8", errors="replace")
+            session["config_before"] = _config_in(before) if before != text else "the same"
         put(folder / "config.yaml", text.encode())  # whole at any moment: a run that is killed here must still resume
         put(folder / "environment.yaml", yamlfile.dump({"sessions": [*sessions, session]}).encode())
 
@@ -47,3 +47,11 @@ class RunFolder(Hook):
             report.write(run.run_dir)
         except Exception as error:  # noqa: BLE001 - the result matters more than its picture
             warnings.warn(f"No report.html was written to {run.run_dir}: {error!r}", stacklevel=2)
+
+
+def _config_in(text: str) -> Any:
+    """What the YAML says; the text itself if it is damaged."""
+    try:
+        return yamlfile.load(text)
+    except ValueError:
+        return text

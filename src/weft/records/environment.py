@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,15 @@ def read_sessions(folder: Path) -> list[dict[str, Any]]:
     path = folder / "environment.yaml"
     if not path.is_file():
         return []
-    found = _loaded(path.read_text(encoding="utf-8", errors="replace"))
+    try:
+        found = yamlfile.load_file(path)
+    except (ValueError, OSError):
+        found = None
     sessions = found.get("sessions") if isinstance(found, dict) else None
-    if not isinstance(sessions, list):
+    if not isinstance(sessions, list) or not all(isinstance(session, dict) for session in sessions):
         warnings.warn(f"{path} is damaged: earlier sessions of this run are not known any more.", stacklevel=2)
         return []
     return sessions
-
-
-def _loaded(text: str) -> Any:
-    """What the YAML says; the text itself if it is damaged."""
-    try:
-        return yamlfile.load(text)
-    except ValueError:
-        return text
 
 
 PACKAGES = ("lightning", "numpy", "neuromancer")
@@ -121,10 +117,17 @@ def _versions() -> dict[str, str]:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """The commit that `folder` is at and whether anything differs from it; None outside git or without it."""
+    """The commit that `folder` is at and whether anything differs from it; None outside git or without it.
+
+    A checkout is somebody else's as long as nobody looked at it, and its config can name programs: git is asked in a
+    way that starts none of them (hooks, file monitors, filters, those of submodules).
+    """
     try:
-        commit = _git(folder, "rev-parse", "HEAD")
-        changed = _git(folder, "status", "--porcelain").splitlines()
+        commit = _git(folder, "rev-parse", "--verify", "HEAD")
+        named = _git(folder, "config", "--list", "--name-only", "-z", "--show-scope").split("\0")
+        own = {name for scope, name in zip(named[::2], named[1::2], strict=False) if scope not in ("system", "global")}
+        filters = [name for name in own if name.startswith("filter.")]
+        changed = _git(folder, "status", "--porcelain", "--ignore-submodules=all", off=filters).splitlines()
     except (OSError, subprocess.SubprocessError):
         return None
     return {
@@ -134,15 +137,16 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     }
 
 
-def _git(folder: Path, *arguments: str) -> str:
+_OFF = {"core.fsmonitor": "false", "core.hooksPath": os.devnull, "core.pager": "cat", "diff.external": ""}
+
+
+def _git(folder: Path, *arguments: str, off: Sequence[str] = ()) -> str:
+    settings = {**_OFF, **{name: "false" if name.endswith(".required") else "" for name in off}}
+    env = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_CONFIG_COUNT": str(len(settings))}
+    for number, (key, value) in enumerate(settings.items()):
+        env |= {f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value}
     done = subprocess.run(
-        ["git", *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=10,
-        check=True,
-        env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+        ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True, env=env
     )
     return done.stdout
 

@@ -8,36 +8,55 @@ A run that starts anew under a name that was used before moves the files of the 
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 from weft.config import TrainerConfig
+from weft.records import lease
 
 
 def new_folder(config: TrainerConfig, options: dict[str, Any]) -> Path | None:
     """The folder of a new run, made; None if nothing asks for one (root_dir, a logger, checkpoint, a profile's trace).
 
-    The files of an earlier run of this name stay until the new one begins (`set_aside`). Call in the first process.
+    The files of an earlier run of this name stay until the new one begins (`set_aside`). Call in the first process,
+    which owns the folder from then on. Raises RunInUseError where a run of this name is under way.
     """
     traced = config.profiler == "pytorch" or getattr(options["profiler"], "needs_folder", False)
     wanted = config.root_dir is not None or config.checkpointing is not None or options["loggers"] or traced
     if not wanted or config.fast_dev_run:
         return None
-    folder = Path(config.root_dir or "runs") / (config.run_name or time.strftime("%Y-%m-%d_%H-%M-%S"))
-    number = 1
-    while config.run_name is None and folder.exists():  # two runs in one second
+    root = Path(config.root_dir or "runs").absolute()  # the same one if the working directory changes
+    if config.run_name is not None:
+        folder = root / config.run_name
+        lease.acquire(folder)
+        return folder
+    name, number = time.strftime("%Y-%m-%d_%H-%M-%S"), 1
+    folder = root / name
+    while not _made(folder):  # two runs in one second
         number += 1
-        folder = folder.with_name(f"{folder.name.split('-run')[0]}-run{number}")
-    folder = folder.absolute()  # the same one if the working directory changes
-    folder.mkdir(parents=True, exist_ok=True)
+        folder = root / f"{name}-run{number}"
+    lease.acquire(folder)
     return folder
+
+
+def _made(folder: Path) -> bool:
+    """Make a folder, unless it is there already."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
 
 
 def forget(folder: Path, root_is_ours: bool) -> None:
     """Take away the folder of a run that was refused before it began, if it is empty, and "runs" if that is ours."""
-    with contextlib.suppress(OSError):  # not empty: an earlier run of this name
-        folder.rmdir()
+    with contextlib.suppress(OSError):
+        if {path.name for path in folder.iterdir()} <= {lease.FOLDER}:
+            shutil.rmtree(folder / lease.FOLDER, ignore_errors=True)
+        folder.rmdir()  # raises where it is not empty: an earlier run of this name
         if root_is_ours:
             folder.parent.rmdir()
 
@@ -70,13 +89,40 @@ RESUME_WORDS = ("auto", "last", "best")
 def folder_to_resume(config: TrainerConfig, resume: str) -> Path | None:
     """The checkpoints folder that "auto", "last" or "best" mean: of this run name, else of the newest run.
 
-    None if there is none, or if `resume` is a path.
+    None if there is none. If `resume` is a path: the folder of its run. This process owns the run from then on. "auto"
+    without a name takes no run that is under way, in a SLURM job first the one that this job had begun, and in a job
+    array no other.
     """
     if resume not in RESUME_WORDS:
+        place = Path(resume) / "checkpoints" / "last" if (Path(resume) / "checkpoints").is_dir() else Path(resume)
+        folder = folder_of(place / "last" if place.name == "checkpoints" else place)
+        if folder is None or not Path(resume).exists():
+            return None
+        lease.acquire(folder)
+        return folder / "checkpoints"
+    root = Path(config.root_dir or "runs")
+    folders = [where_to_look(config)] if config.run_name else root.glob("*/checkpoints")
+    found = [folder.absolute() for folder in folders if any(folder.glob("step-*.ckpt"))]
+    found.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
+    if resume == "auto" and not config.run_name:
+        return _first_free(found)
+    if not found:
         return None
-    folders = [where_to_look(config)] if config.run_name else Path(config.root_dir or "runs").glob("*/checkpoints")
-    found = [folder for folder in folders if any(folder.glob("step-*.ckpt"))]
-    return max(found, key=lambda folder: folder.stat().st_mtime, default=None)
+    lease.acquire(found[0].parent, wait=resume == "auto")
+    return found[0]
+
+
+def _first_free(found: list[Path]) -> Path | None:
+    """The first of the folders whose run nobody is at; of this SLURM job before all others."""
+    own = [folder for folder in found if lease.is_of_this_job(folder.parent)]
+    others = [] if "SLURM_ARRAY_TASK_ID" in os.environ else [folder for folder in found if folder not in own]
+    for folder in own + others:
+        try:
+            lease.acquire(folder.parent)
+        except lease.RunInUseError:
+            continue
+        return folder
+    return None
 
 
 def where_to_look(config: TrainerConfig) -> Path:

@@ -10,8 +10,8 @@ Everything is read from the files in the run's folder, so one that still runs, o
 from __future__ import annotations
 
 import html
-import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from weft import yamlfile
 from weft.loggers.csv import CONTEXT, Level, Row, levels, read_rows
 from weft.records.charts import STYLE, Line, chart
 from weft.records.environment import read_sessions
+from weft.records.foreign import MAX_ROWS_BYTES, RESULT, printable, read_json
 
 SPLITS = ("train", "dev", "test")
 
@@ -68,16 +69,23 @@ class RunRecord:
 
 
 def read_run(folder: str | Path) -> RunRecord:
-    """What is known of the run in `folder`. Raises FileNotFoundError if it is no run's folder."""
+    """What is known of the run in `folder`.
+
+    Raises FileNotFoundError if it is no run's folder, and ValueError, naming the file, for one that no run writes.
+    """
     folder = Path(folder)
     files = ("config.yaml", "metrics.csv", "result.json")
     if not any((folder / name).is_file() for name in files):
         raise FileNotFoundError(f"{folder} is no folder of a run: it has none of {', '.join(files)}.")
     config = yamlfile.load_file(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
-    result = json.loads((folder / "result.json").read_text()) if (folder / "result.json").is_file() else {}
-    rows = read_rows(folder / "metrics.csv") if (folder / "metrics.csv").is_file() else []
+    result = read_json(folder / "result.json", RESULT) if (folder / "result.json").is_file() else {}
+    rows = []
+    if (table := folder / "metrics.csv").is_file():
+        if table.stat().st_size > MAX_ROWS_BYTES:
+            raise ValueError(f"{table}: longer than {MAX_ROWS_BYTES >> 20} MiB")
+        rows = read_rows(table)
     found = folder / "profile" / "profile.json"
-    profile = json.loads(found.read_text(encoding="utf-8")) if found.is_file() else {}
+    profile = read_json(found) if found.is_file() else {}
     return RunRecord(folder, config if isinstance(config, dict) else {}, read_sessions(folder), result, rows, profile)
 
 
@@ -212,7 +220,7 @@ def _short(value: Any) -> str:
 
 
 def find_runs(root: str | Path = "runs") -> list[RunRecord]:
-    """The runs below `root`, newest last; those of a sweep one level deeper. Unreadable ones are left out."""
+    """The runs below `root`, newest last; those of a sweep one level deeper. Unreadable ones are named and left out."""
     root = Path(root)
     files = [
         path
@@ -223,8 +231,8 @@ def find_runs(root: str | Path = "runs") -> list[RunRecord]:
     for folder in sorted({path.parent for path in files}, key=lambda f: f.stat().st_mtime):
         try:
             found.append(read_run(folder))
-        except (ValueError, OSError):
-            continue
+        except (ValueError, OSError) as error:
+            warnings.warn(f"{printable(folder)} is left out: {printable(error)}", stacklevel=2)
     return found
 
 
@@ -250,7 +258,8 @@ def runs_table(root: str | Path = "runs") -> str:
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text, aligned; the first is the head."""
+    """Rows of text, aligned; the first is the head. What a terminal would obey is written out."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

@@ -14,7 +14,7 @@ from weft.devices.precision import scaler_of
 from weft.step.forward import forward_of
 from weft.step.instrument import watched
 from weft.step.microbatches import combiner, divided, is_nothing, num_read, parts_of, record, total, weight_of
-from weft.step.nonfinite import not_finite
+from weft.step.nonfinite import ignores, not_finite
 from weft.step.optimizers import needs_closure, parameters_of
 from weft.step.trained import look, rest_of
 
@@ -41,12 +41,12 @@ class SearchReport:
             self._gradients.append((loss, nn.utils.get_total_norm(grads, norm_type=math.inf)))
 
     def reason(self, loss: float) -> str | None:
-        """Which option of LBFGS ended the step, given the loss it accepted; None for another optimizer.
+        """Which option of LBFGS ended the step, given the loss it accepted; of another optimizer its `search_stop`.
 
         In the order in which torch.optim.LBFGS.step looks at them (torch 2.13).
         """
         if not isinstance(self.optimizer, torch.optim.LBFGS):
-            return None
+            return getattr(self.optimizer, "search_stop", None)
         group, state = self.optimizer.param_groups[0], self.optimizer.state[self._params[0]]
         iterations, change = state["n_iter"] - self._iterations_before, group["tolerance_change"]
         if iterations == 0:
@@ -65,7 +65,11 @@ class SearchReport:
     def is_at_the_end_of_float32(self, loss: float) -> bool:
         """Whether the search ended without a lower loss where float32 has no digits for one."""
         reason = self.reason(loss) or ""
-        if not reason.startswith("tolerance_change") or self._first is None or self._params[0].dtype == torch.float64:
+        if (
+            not reason.startswith(("tolerance_change", "no lower loss"))
+            or self._first is None
+            or self._params[0].dtype == torch.float64
+        ):
             return False
         first = float(self._first)
         return abs(first - loss) <= 10 * torch.finfo(torch.float32).eps * abs(first)
@@ -85,6 +89,7 @@ def with_closure(state: RunState, begin: Callable, end: Callable) -> Update:
     split, params, before_step = parts_of(state), parameters_of(optimizer), state.listeners("on_before_optimizer_step")
     combine, rest = combiner(state), rest_of(state)
     search = watched(state.hooks, "optimizer", optimizer.step)
+    bound_to = getattr(optimizer, "bound_to", None)  # of one that looks behind the loss, at residuals
 
     def clear() -> None:
         optimizer.zero_grad()
@@ -122,13 +127,14 @@ def with_closure(state: RunState, begin: Callable, end: Callable) -> Update:
             return loss
 
         try:
-            search(cast(Any, closure))  # annotated for floats; LBFGS takes tensors
+            asked = closure if bound_to is None else bound_to(state.problem, batch, closure)
+            search(cast(Any, asked))  # annotated for floats; LBFGS takes tensors
         except BaseException:  # in the middle of a search the weights are those of a trial
             _put_back(optimizer, params, before, saved)
             raise
         accepted = [e for e in evaluated if all(map(torch.equal, e[0], params))]
         _, loss, read = accepted[-1] if accepted else evaluated[-1]
-        if math.isfinite(loss.item()) and all(bool(p.isfinite().all()) for p in params):
+        if ignores(state) or (math.isfinite(loss.item()) and all(bool(p.isfinite().all()) for p in params)):
             record(state, read)
             state.progress.skipped = 0
             _tell(state, report, loss.item())
@@ -156,12 +162,32 @@ def _only_closure_optimizer(state: RunState) -> Optimizer:
         state.warn_once(
             f"clip={state.config.clip} has no effect with {name}: its line search needs unclipped gradients."
         )
+    if getattr(optimizer, "needs_residuals", False):
+        _refuse_parts_of_residuals(state, name)
+    batches = state.num_batches("train")
+    if getattr(optimizer, "needs_full_batch", False) and batches is not None and batches > state.config.accumulate:
+        state.warn_once(
+            f"{name} uses what it learned of one batch for the next, and an epoch has {batches} batches: a line search "
+            "on one of them may raise the loss of the others. Make the whole set one batch (batch_size: all rows)."
+        )
     return optimizer
+
+
+def _refuse_parts_of_residuals(state: RunState, name: str) -> None:
+    """Raise ValueError where the residuals that an optimizer asks for would be those of a part of the batch."""
+    wrong = {
+        f"{state.processes.world} processes": state.processes.world > 1,
+        f"accumulate={state.config.accumulate}": state.config.accumulate > 1,
+        f"precision={state.config.precision!r}": "mixed" in str(state.config.precision),
+    }
+    if found := [what for what, there in wrong.items() if there]:
+        raise ValueError(f"{name} needs all residuals of a step together and in full precision; not with {found[0]}.")
 
 
 def _tell(state: RunState, report: SearchReport, loss: float) -> None:
     """Log how many evaluations a search used, keep why it ended, and say so if float32 was what ended it."""
     progress, name = state.progress, type(report.optimizer).__name__
+    report.evaluations += getattr(report.optimizer, "evaluations", 0)
     progress.evaluations += report.evaluations
     progress.search_stop = report.reason(loss)
     state.log({f"{name.lower()}_evaluations": report.evaluations})

@@ -59,6 +59,7 @@ def evaluate(state: RunState, split: str, forward: Forward, measure: Measuring |
 
     `measure`: how the split is gone through; None: batch by batch. ValueError if there is nothing to report.
     """
+    state.training.turn("eval")
     state.processes.average_buffers(state.problem)
     with evaluating(state.problem), state.processes.gathered(state.problem):
         try:
@@ -93,7 +94,7 @@ def monitored_metric(state: RunState, metrics: Mapping[str, float], by_default: 
     """
     config, has_dev = state.config, state.has("dev")
     asked = config.monitor_metric is not None or any(
-        (config.patience, *(phase.patience for phase in state.training.phases))
+        (config.patience, *(phase.patience or (phase.until and phase.until.watches) for phase in state.training.phases))
     )
     name = config.monitor_metric or (config.dev_metric if has_dev else config.train_metric)
     if not asked and not by_default:

@@ -146,8 +146,14 @@ def whole_metrics(metrics: Mapping[str, Any], split: str) -> dict[str, Any]:
 
 
 def named(key: str, split: str) -> str:
-    """The name in the history of what `split` has under `key`."""
-    return key if key.startswith(f"{split}_") else f"{split}_{key}"
+    """The name in the history of what `split` has under `key`. Raises TypeError for one that is no text."""
+    try:
+        return key if key.startswith(f"{split}_") else f"{split}_{key}"
+    except (AttributeError, TypeError):
+        raise TypeError(
+            f"A {split} step returned a number under the key {str(key)[:60]!r} ({type(key).__name__}); "
+            "what is reported has a name, which is text."
+        ) from None
 
 
 def is_scalar(value: Any) -> bool:

@@ -93,8 +93,8 @@ MAX_SKIPPED = 100  # steps in a row that on_nonfinite="skip" leaves out before i
 
 def doubts_of(state: RunState, optimizers: Sequence[Optimizer], scaled: bool) -> Doubts | None:
     """Where steps that are not finite are noted for later, on a GPU; None where each step is looked at by itself."""
-    if state.fabric.device.type in READS_ARE_FREE or state.processes.in_shards:  # there all ask each other anyhow
-        return None
+    if ignores(state) or state.fabric.device.type in READS_ARE_FREE or state.processes.in_shards:
+        return None  # in shards all ask each other anyhow
     names = [type(o).__name__ for o in optimizers if not (scaled or skips_by_itself(o))]
     if state.config.on_nonfinite == "skip" or names:
         why = f"{names[0]} is not fused" if names else "on_nonfinite='skip' counts them"
@@ -102,6 +102,11 @@ def doubts_of(state: RunState, optimizers: Sequence[Optimizer], scaled: bool) ->
         return None
     state.step.doubts = state.step.doubts or Doubts(state.fabric.device)
     return state.step.doubts
+
+
+def ignores(state: RunState) -> bool:
+    """Whether nobody looks whether numbers are finite: the optimizer steps with what there is."""
+    return state.config.on_nonfinite == "ignore"
 
 
 def look_back(state: RunState) -> None:
@@ -113,12 +118,16 @@ def look_back(state: RunState) -> None:
         not_finite(state, None, [(state.epoch.means.compute(), 1)], step)
 
 
-def finite_check(params: Sequence[Tensor], scaled: bool) -> Callable[[Tensor | None, Sequence[Tensor | None]], bool]:
+def finite_check(
+    params: Sequence[Tensor], scaled: bool, ignore: bool = False
+) -> Callable[[Tensor | None, Sequence[Tensor | None]], bool]:
     """A function (loss, gradient norms where known) -> whether loss and all gradients are finite, exactly.
 
     With known norms these are looked at; else torch's own multi-tensor check, which costs about 2 % of a small
     step. Under a gradient scaler the scaler decides about gradients (an overflow skips the step by design).
     """
+    if ignore:
+        return lambda loss, norms: True
     by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for p in params:
         by_kind.setdefault((p.dtype, p.device), []).append(p)
@@ -161,7 +170,9 @@ def not_finite(state: RunState, loss: Tensor | None, read: Sequence, step: int |
     what = what or ("a gradient is not finite" if math.isfinite(values[-1][1]) else f"the loss is {values[-1][1]}")
     message = f"{what} in step {progress.step if step is None else step} (epoch {progress.epoch}, rank {rank})"
     if policy == "raise":
-        raise FloatingPointError(f"{message}; the weights are as they were. on_nonfinite='skip' or 'stop' goes on.")
+        raise FloatingPointError(
+            f"{message}; the weights are as they were. on_nonfinite='skip' or 'stop' goes on, 'ignore' steps with it."
+        )
     if policy == "stop":
         state.warn_once(f"{message}; training stops (on_nonfinite='stop').")
         state.decide_to_stop("nonfinite")

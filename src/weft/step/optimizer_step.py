@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from weft.devices.precision import stepping
 from weft.step.instrument import watched
-from weft.step.nonfinite import doubts_of, finite_check, not_finite
+from weft.step.nonfinite import doubts_of, finite_check, ignores, not_finite
 from weft.step.optimizers import needs_closure, parameters_of
 from weft.step.trained import rest_of
 
@@ -40,7 +40,7 @@ def make_step(state: RunState, optimizers: Sequence[Optimizer]) -> Step:
     params, (do_step, unscale) = [p for _, mine in own for p in mine], stepping(state.fabric, optimizers)
     cleared = [*params, *rest_of(state)]  # what gathers in parameters of no optimizer belongs to no later step
     do_step = watched(state.hooks, "optimizer", do_step)
-    is_finite = finite_check(params, scaled=unscale is not None)
+    is_finite = finite_check(params, scaled=unscale is not None, ignore=ignores(state))
     doubts, guarded = (
         doubts_of(state, optimizers, scaled=unscale is not None),
         () if unscale is not None else optimizers,

@@ -17,7 +17,8 @@ class Phase:
     `freeze`: names of nodes or submodules (dotted) whose parameters do not train in this phase only.
     `weights`: weights of loss terms by name. `patience`: validations without improvement that end this phase,
     counted anew. `setup`: a function of the trainer, called when the phase begins (a longer rollout, say); a resumed
-    run calls those of all phases up to its own again.
+    run calls those of all phases up to its own again. `until`: a `weft.Until`, or its fields as a dict, that may end
+    the phase before its epochs are over (`until={"plateau": 200}`).
 
     A phase goes on from the weights as they are. There is one best over all phases: where weights, data or the rollout
     change what the loss measures, name a `monitor_metric` that means the same throughout.
@@ -31,9 +32,14 @@ class Phase:
     weights: Mapping[str, Any] | None = None
     patience: Count | None = None
     setup: Callable[[Any], Any] | None = None
+    until: Any = None
 
     def __post_init__(self) -> None:
         check(self)
+        if self.until is not None:
+            from weft.step.until import Until
+
+            object.__setattr__(self, "until", Until.of(self.until))
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,11 @@ class Training:
     outside: dict[int, Any] | None = None
     """In the first update of a phase, what requires grad besides (`trained.outside_of`); None: not looked for yet."""
 
+    def turn(self, to: str) -> None:
+        """Optimizers that train at other weights than they evaluate (schedule-free ones) turn to "train" or "eval"."""
+        for optimizer in self.optimizers.values():
+            getattr(optimizer, to, int)()
+
 
 @dataclass
 class Feed:

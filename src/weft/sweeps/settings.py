@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from weft.config import Count, Natural, check
+from weft.config import Count, Natural, at_least, check
+from weft.recipes.schema import ConfigError
 from weft.types import suggest
 
 Space = Mapping[str, Any]
@@ -36,14 +39,24 @@ class SweepConfig:
     root_dir: str = "runs"
     """The folder that the sweep's own folder goes into."""
     storage: str | None = None
-    """A database by URL (postgresql://..., mysql://...) for several machines; None: SQLite in the sweep's folder."""
+    """A database by URL (postgresql://..., mysql://...); None: a journal in the sweep's folder, machines share it."""
     max_failures: Natural = 3
     """After more trials than this that raised an error, the sweep ends with the first one (>= 0)."""
     take_over: bool = False
-    """Treat trials that run on other machines as lost, and try their settings again."""
+    """Treat trials that run on other machines as lost, and go on with them here."""
+    on: Literal["local", "slurm"] = "local"
+    """Where the workers run: processes on this machine, or an array of jobs of SLURM."""
+    slurm: dict[str, Any] | None = None
+    """Options of sbatch for on="slurm": partition, time, gres, mem, ..."""
+    setup: list[str] | None = None
+    """Lines of bash before Python starts in a job (modules, conda)."""
+    grace: Annotated[int, at_least(60)] = 300
+    """Seconds before a job's time limit at which its trial is saved and the job goes back into the queue (>= 60 s)."""
 
     def __post_init__(self) -> None:
         check(self)
+        if self.on == "local" and (without := [n for n in ("slurm", "setup") if getattr(self, n)]):
+            raise ConfigError([f"{without[0]} has no effect with on='local'; give on='slurm'"])
 
 
 @dataclass
@@ -69,6 +82,12 @@ class SweepResult:
             else ""
         )
         return f"SweepResult({said}{best}; {self.folder})"
+
+    def save(self) -> Path:
+        """Write it into the sweep's folder, as `sweep.json`, whole or not at all."""
+        path, new = self.folder / "sweep.json", self.folder / f"sweep.json.{os.getpid()}"
+        new.write_text(json.dumps({**asdict(self), "folder": str(self.folder)}, indent=1))
+        return new.replace(path)
 
     def to_dataframe(self) -> Any:
         """The trials as a pandas DataFrame, one row each. Needs pandas."""

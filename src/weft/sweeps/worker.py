@@ -1,61 +1,57 @@
-"""One trial of a sweep, and the process it runs in: a python of its own at the end of a pipe.
+"""One trial of a sweep, and the process that runs one after the other: python -m weft.sweeps.worker FOLDER.
 
-The worker is started by its own command line, not by importing the caller's script again, so a sweep needs no
-`if __name__ == "__main__"` and works in a notebook.
+A worker is started by a command line of its own, not by importing the caller's script again, so a sweep needs no
+`if __name__ == "__main__"` and works in a notebook. All it shares with the others is the sweep's folder.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Mapping
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weft.events import Hook
 from weft.recipes.schema import ConfigError, with_option
 
-_CODE = "import sys; from weft.sweeps.worker import serve; serve(int(sys.argv[1]))"
+if TYPE_CHECKING:
+    from weft.sweeps.study import Study, Taken
+
+WORK = "work.pkl"
+_PARENT = "WEFT_SWEEP_PARENT"
 
 
 class Worker:
-    """A process that runs one trial after the other. It leaves when the pipe is closed."""
+    """A process on this machine that runs trials until none is left. It ends when the process that started it does."""
 
-    def __init__(self, number: int, num_workers: int, folder: Path, work: bytes) -> None:
+    def __init__(self, number: int, num_workers: int, folder: Path) -> None:
         self.number, self.log_path = number, folder / f"worker-{number}.log"
-        self.connection, theirs = Pipe()
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}  # the job is its parent's
+        environment |= {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path), _PARENT: str(os.getpid())}
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_workers)))
         if gpus := _gpus():
             environment["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _CODE, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
+                [sys.executable, "-m", "weft.sweeps.worker", str(folder)],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C is for the coordinator, which ends its workers
+                start_new_session=True,  # Ctrl-C is for its parent, which ends its workers
             )
-        theirs.close()
-        with contextlib.suppress(OSError):  # one that died at once is found when its trial is asked for
-            self.connection.send_bytes(work)
 
-    def close(self) -> str:
-        """End the process and return the end of what it printed."""
-        self.connection.close()
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
+    def log(self) -> str:
+        """The end of what it printed."""
         return self.log_path.read_bytes()[-2000:].decode(errors="replace") if self.log_path.exists() else ""
 
 
@@ -71,15 +67,15 @@ def _gpus() -> list[str]:
     return names if len(names) > 1 else []
 
 
-def work_of(run: Any, space: Mapping[str, Any], folder: Path, metric: str | None) -> bytes:
-    """What every worker is sent: the function that makes a trial of `run`, pickled.
+def work_of(run: Any, space: Mapping[str, Any], metric: str | None, keeps: bool) -> tuple[Any, str | None]:
+    """What every worker does: the function that makes a trial of `run`, and the metric that is told.
+
+    `keeps`: a config's trials write checkpoints, unless it says how.
 
     A config is checked here with the first settings of the space, before any worker starts. Raises ConfigError.
     """
-    import cloudpickle
-
     if callable(run):
-        return cloudpickle.dumps((run, str(folder.resolve()), metric))
+        return run, metric
     from weft.recipes import recipe
     from weft.recipes.schema import normal
 
@@ -101,7 +97,7 @@ def work_of(run: Any, space: Mapping[str, Any], folder: Path, metric: str | None
     if metric is None and trainer.get("monitor_metric"):
         metric = trainer["monitor_metric"]
     plain, _ = normal(config)
-    return cloudpickle.dumps((ConfigRun(plain), str(folder.resolve()), metric))
+    return ConfigRun(plain, keeps), metric
 
 
 def _as_text(value: Any) -> str:
@@ -111,8 +107,8 @@ def _as_text(value: Any) -> str:
 class ConfigRun:
     """Runs a config with a trial's settings."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.config = config
+    def __init__(self, config: Mapping[str, Any], keeps: bool) -> None:
+        self.config, self.keeps = config, keeps
 
     def __call__(self, trial: Trial) -> Any:
         """The FitResult of the config with the trial's settings, in the trial's folder."""
@@ -122,16 +118,27 @@ class ConfigRun:
         for name, value in trial.params.items():
             config = with_option(config, name, _as_text(value))
         own = {"root_dir": str(trial.folder.parent), "run_name": trial.folder.name, "progress": False, "devices": 1}
-        config = {**config, "trainer": {**config.get("trainer", {}), **own}}
+        default = {"checkpoint": True} if self.keeps else {}
+        config = {**config, "trainer": {**default, **config.get("trainer", {}), **own, "resume": "auto"}}
         made = recipe.make(recipe.check(config, needed=("problem", "data")), hooks=[trial.hook])
         return made.fit()
 
 
 class Trial:
-    """One trial: its number, its settings (`trial["lr"]`), a folder for its files, and a hook for its trainer."""
+    """One trial: its number, its settings (`trial["lr"]`), a folder for its files, and a hook for its trainer.
+
+    `weft.Trainer(**trial.options, ...)` writes checkpoints into the folder, so that a trial which is interrupted goes
+    on where it was.
+    """
 
     def __init__(self, number: int, params: Mapping[str, Any], folder: Path, hook: EpochReport) -> None:
         self.number, self.params, self.folder, self.hook = number, dict(params), folder, hook
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For the trainer: the folder, checkpoints, resume="auto", and the hook."""
+        place = {"root_dir": str(self.folder.parent), "run_name": self.folder.name}
+        return {**place, "checkpoint": True, "resume": "auto", "hooks": [self.hook], "progress": False}
 
     def __getitem__(self, name: str) -> Any:
         return self.params[name]
@@ -141,11 +148,12 @@ class Trial:
 
 
 class EpochReport(Hook):
-    """Tells the coordinator the metric after each epoch; stops training if it says so."""
+    """Reports the metric after each epoch to the study; stops training if that says so."""
 
-    def __init__(self, connection: Connection, metric: str | None) -> None:
-        self.connection, self.metric = connection, metric
+    def __init__(self, trial: Any, metric: str | None, prunes: bool) -> None:
+        self.trial, self.metric, self.prunes = trial, metric, prunes
         self.values: list[float] = []
+        self._told = set(trial.storage.get_trial(trial._trial_id).intermediate_values)  # before an interruption
 
     def on_epoch_end(self, trainer: Any, metrics: Mapping[str, float]) -> None:
         """Report, and stop with the reason "pruned" if the trial is not worth going on."""
@@ -154,25 +162,47 @@ class EpochReport(Hook):
         if not math.isfinite(value):
             return
         self.values.append(value)
-        self.connection.send(("epoch", trainer.current_epoch, value))
-        if self.connection.recv():
+        if trainer.current_epoch not in self._told:
+            self.trial.report(value, trainer.current_epoch)
+        if self.prunes and self.trial.should_prune():
             trainer.stop("pruned")
 
 
-def serve(descriptor: int) -> None:
-    """The life of a worker: run what comes through the pipe until it is closed."""
+def main(folder: Path) -> None:
+    """The life of a worker: take a trial, run it, tell, until none is left."""
     import cloudpickle
 
-    connection = Connection(descriptor)
-    try:
-        run, folder, metric = cloudpickle.loads(connection.recv_bytes())
-        while True:
-            number, params = connection.recv()
-            hook = EpochReport(connection, metric)
-            trial = Trial(number, params, Path(folder) / f"trial-{number:04d}", hook)
-            connection.send(_outcome(run, trial))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # the coordinator has what it wanted, or is gone
+    from weft.sweeps.study import Study
+
+    if parent := os.environ.pop(_PARENT, ""):
+        threading.Thread(target=_end_after, args=(int(parent),), daemon=True).start()
+    run, config, space, metric = cloudpickle.loads((folder / WORK).read_bytes())
+    study = Study(config, space, folder)
+    while (taken := study.take()) is not None:
+        _run(study, taken, run, metric)
+    if not study.trials(study.State.RUNNING, study.State.WAITING):
+        study.result().save()
+
+
+def _run(study: Study, taken: Taken, run: Any, metric: str | None) -> None:
+    number = taken.trial.number
+    prunes = study.config.pruner != "none"
+    with study.quiet():
+        hook = EpochReport(study.optuna.trial.Trial(study.study, taken.trial._trial_id), metric, prunes)
+        kind, value, notes = _outcome(run, Trial(number, taken.params, study.folder / f"trial-{number:04d}", hook))
+        study.tell(taken, kind, value, notes)
+    shown = ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in taken.params.items())
+    what = f"{value:.6g}" if value is not None else kind
+    print(f"trial {number}: {what}  {shown}" + ("  (pruned)" if kind == "pruned" else ""), flush=True)
+    if kind == "done" and prunes and not hook.values:
+        print(f"trial {number} reported no epochs, so nothing can be pruned; give its trainer hooks=trial.hook")
+
+
+def _end_after(parent: int) -> None:
+    """End this process when the one that started it is gone: a fit saves its state first."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _outcome(run: Any, trial: Trial) -> tuple[str, float | None, dict[str, Any]]:
@@ -181,9 +211,7 @@ def _outcome(run: Any, trial: Trial) -> tuple[str, float | None, dict[str, Any]]
         result = run(trial)
     except FloatingPointError as error:
         return "diverged", None, {"stopped": str(error)}
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        raise
-    except Exception:  # noqa: BLE001 - whatever the user's run raises is told to the coordinator
+    except Exception:  # noqa: BLE001 - whatever the user's run raises is told to the study
         return "failed", None, {"error": traceback.format_exc(limit=-8)}
     notes: dict[str, Any] = {}
     value = result
@@ -209,3 +237,7 @@ def _best_of(result: Any, metric: str | None) -> float | None:
         return result.best_metric
     values = [v for v in result.history.get(metric, []) if math.isfinite(v)]
     return values[-1] if values else None
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

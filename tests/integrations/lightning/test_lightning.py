@@ -12,7 +12,14 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torchmetrics
-from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, LearningRateMonitor, ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    LambdaCallback,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    Timer,
+)
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
@@ -245,7 +252,7 @@ def test_loggers_get_settings_and_what_the_module_logs(tmp_path: Path) -> None:
             seen.append((self.logger, self.trainer.loggers))
 
     weft_trainer(max_epochs=2, loggers=logger, log_every=2).fit(Sees(width=1), **loaders())
-    assert seen[0][0] is logger and len(seen[0][1]) == 2  # the other one is metrics.csv of the run's folder
+    assert seen == [(logger, [logger])]  # metrics.csv of the run's folder is none that a callback could use
     text = (tmp_path / "csv/version_0/metrics.csv").read_text()
     assert "val_loss" in text.splitlines()[0] and "loss" in text.splitlines()[0]
     assert "width: 1" in (tmp_path / "csv/version_0/hparams.yaml").read_text()
@@ -338,8 +345,36 @@ def test_callbacks_without_a_lightning_module_are_refused() -> None:
     trainer = weft_trainer(callbacks=[EarlyStopping("loss")])
     with pytest.raises(TypeError, match="EarlyStopping are Lightning Callbacks, which need a LightningModule"):
         trainer.fit(nn.Linear(1, 1), weft.DictDataset({"x": torch.zeros(2, 1)}))
-    with pytest.raises(NotImplementedError, match="LearningRateMonitor cannot be used with weft: weft's loggers"):
-        weft_trainer(callbacks=[LearningRateMonitor()]).fit(line(), **loaders())
+
+
+def test_a_callback_without_effect_is_named_and_one_that_changes_the_loop_refused() -> None:
+    with pytest.warns(UserWarning, match="LearningRateMonitor has no effect with weft.Trainer: learning rates are"):
+        weft_trainer(max_epochs=1, callbacks=[LearningRateMonitor()]).fit(line(), **loaders())
+    with pytest.raises(NotImplementedError, match="from weft.integrations.lightning import Trainer` runs it as it is"):
+        weft_trainer(max_epochs=1, callbacks=[StochasticWeightAveraging(0.1)]).fit(line(), **loaders())
+
+
+def test_a_model_checkpoint_goes_with_a_run_folder(tmp_path: Path) -> None:
+    callback = ModelCheckpoint(tmp_path / "theirs", monitor="val_loss")
+    trainer = weft_trainer(max_epochs=1, callbacks=[callback], root_dir=str(tmp_path), checkpoint=True)
+    trainer.fit(line(), **loaders())
+    assert Path(callback.best_model_path).is_file() and (trainer.run.run_dir / "metrics.csv").is_file()
+
+
+def test_a_failing_test_reaches_callbacks_and_loggers() -> None:
+    class Fails(LineModule):
+        def test_step(self, batch: Any, batch_idx: int) -> Any:
+            raise KeyError("mine")
+
+    class Notes(CSVLogger):
+        def finalize(self, status: str) -> None:
+            seen.append(status)
+
+    seen: list[Any] = []
+    callback = LambdaCallback(on_exception=lambda trainer, module, error: seen.append(error.args[0]))
+    with pytest.raises(KeyError, match="mine"):
+        weft_trainer(callbacks=[callback], loggers=Notes("unused")).test(Fails(), point_loader(4))
+    assert seen == ["mine", "failed"]
 
 
 def test_an_error_reaches_the_callbacks_and_ends_the_run() -> None:

@@ -12,9 +12,25 @@
     states.py      what a checkpoint holds besides the core's state; checkpoints in Lightning's format
     run.py         LightningRun: the order of it all
 
+    trainer.py     `from weft.integrations.lightning import Trainer`: Lightning's own, with weft's training loop
+    fitting.py     FitRun: that loop
+
 The core knows nothing of this folder: `weft.integrations.adapter_for` names `LightningRun` for a LightningModule.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from weft.integrations.lightning.run import LightningRun
 
-__all__ = ["LightningRun"]
+if TYPE_CHECKING:
+    from weft.integrations.lightning.trainer import Trainer
+
+__all__ = ["LightningRun", "Trainer"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "Trainer":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from weft.integrations.lightning.trainer import Trainer  # imports Lightning, which a weft.Trainer does not need
+
+    return Trainer

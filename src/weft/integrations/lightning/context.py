@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -41,6 +42,12 @@ class Context(Protocol):
     skip_rest_of_epoch: bool
     began: bool
     at_epoch_end: bool
+    step_context: Any
+    """What a step is called in, None: nothing."""
+    training_step: Any
+    """What calls the module's training step, None: it is called as it is."""
+    skips_backward: bool
+    """Whether only forward passes are wanted."""
 
     @property
     def fabric(self) -> Fabric:
@@ -65,6 +72,14 @@ class Context(Protocol):
     @property
     def loggers(self) -> list[Any]:
         """The loggers of the run."""
+        ...
+
+    def unsynced(self) -> AbstractContextManager[Any]:
+        """In a batch after which the optimizer does not step yet."""
+        ...
+
+    def count_zero_grad(self) -> None:
+        """Gradients are cleared."""
         ...
 
     def begin_step(self, batch: Any) -> None:

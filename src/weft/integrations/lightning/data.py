@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader
 
+from weft.data.loaders import iterator_of
 from weft.devices import seeding
 from weft.integrations.lightning.names import is_a, lightning_class, overrides
 
@@ -87,6 +88,14 @@ class Source:
     def forget(self) -> None:
         """Ask anew the next time."""
         self.loaders, self.flat, self.combined = None, [], None
+
+    def end_workers(self) -> None:
+        """End the processes of loaders with persistent workers, as Lightning does."""
+        for loader in self.flat:
+            iterator: Any = getattr(loader, "_iterator", None)
+            if hasattr(iterator, "_shutdown_workers"):
+                iterator._shutdown_workers()
+                loader._iterator = None
 
     def _provider(self) -> Any:
         """The data module or module that has this dataloader method, None if neither does."""
@@ -251,7 +260,7 @@ class Restartable:
 
     def __iter__(self) -> Iterator[Any]:
         self._tape.mark()
-        return self._first_marked(iter(self._loader))
+        return self._first_marked(iterator_of(self._loader))
 
     def _first_marked(self, iterator: Iterator[Any]) -> Iterator[Any]:
         self._tape.mark()
@@ -340,11 +349,11 @@ def _take(iterator: Iterator[Any]) -> list[Any]:
 
 def _in_turn(loaders: list[Any], limits: list[float]) -> Iterator[tuple[Any, int, int]]:
     """The batches of the loaders one after the other. The first iterator is made now, the others when needed."""
-    first: Iterator[Any] = iter(loaders[0]) if loaders else iter(())
+    first: Iterator[Any] = iterator_of(loaders[0]) if loaders else iter(())
 
     def triples() -> Iterator[tuple[Any, int, int]]:
         for loader, limit in enumerate(limits):
-            iterator = first if loader == 0 else iter(loaders[loader])
+            iterator = first if loader == 0 else iterator_of(loaders[loader])
             number = 0
             while number < limit:
                 batch = next(iterator, _END)

@@ -85,7 +85,10 @@ def in_order(callbacks: list[Any]) -> list[Any]:
     tuning = [c for c in callbacks if is_a(c, "BatchSizeFinder") or is_a(c, "LearningRateFinder")]
     if tuning:
         names = [type(c).__name__ for c in tuning]
-        raise NotImplementedError(f"The callbacks {names} rerun the trainer itself, which weft does not support.")
+        raise NotImplementedError(
+            f"The callbacks {names} rerun the trainer itself, which weft.Trainer does not support; "
+            "`from weft.integrations.lightning import Trainer` runs them as they are."
+        )
     saving = [c for c in callbacks if is_a(c, "Checkpoint")]
     return [c for c in callbacks if not any(c is s for s in saving)] + saving
 

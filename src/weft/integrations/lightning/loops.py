@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from weft.integrations.lightning.data import STEPS, Source, Transfer
-from weft.integrations.lightning.names import is_a, names_explicitly, overrides, refuse_log_dict, takes
+from weft.integrations.lightning.names import is_a, names_explicitly, overrides, takes, tell_of_log_dict
 from weft.integrations.lightning.update import step_of
 from weft.problem.reading import needs_grad_in_eval
 
@@ -50,7 +50,7 @@ def evaluate(run: Context, source: Source) -> dict[str, float]:
                 on_start(batch, number, *which)
             output = step(batch, number, *which)
             if isinstance(output, dict):
-                refuse_log_dict(output, run.module, STEPS[source.split])
+                tell_of_log_dict(run, output, STEPS[source.split])
             if on_end is not None:
                 on_end(output, batch, number, *which)
             results.end_batch()
@@ -77,7 +77,10 @@ def predict(run: Context, source: Source) -> list[Any]:
     """What `predict_step` returned for each batch, on the CPU; with several loaders a list of such lists."""
     hooks = run.hooks_of
     if writers := [type(c).__name__ for c in run.callbacks if is_a(c, "BasePredictionWriter")]:
-        raise NotImplementedError(f"{writers} ask the trainer for the rows of each batch, which weft does not track.")
+        raise NotImplementedError(
+            f"{writers} ask the trainer for the rows of each batch, which weft.Trainer does not track; "
+            "`from weft.integrations.lightning import Trainer` runs them as they are."
+        )
     with torch.set_grad_enabled(needs_grad_in_eval(run.module.modules())):
         source.load()
         stream, several = source.open(), _several(run, source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from pkgutil import resolve_name
 from typing import Any
 
@@ -44,6 +45,12 @@ def package_of(thing: Any) -> str:
     raise TypeError(f"{type(thing).__name__} comes from none of {PACKAGES}.")
 
 
+def package_in_use() -> str:
+    """The package that a script has imported: the older one where it is there alone."""
+    is_older = PACKAGES[1] in sys.modules and PACKAGES[0] not in sys.modules
+    return PACKAGES[1] if is_older else PACKAGES[0]
+
+
 def lightning_class(thing: Any, path: str) -> Any:
     """A class of the package that `thing` comes from: `lightning_class(module, "trainer.states.TrainerState")`."""
     module, name = path.rsplit(".", 1)
@@ -57,11 +64,12 @@ def is_a(thing: Any, name: str) -> bool:
 
 def overrides(thing: Any, method: str) -> bool:
     """Whether a module, data module or callback has its own version of one of Lightning's methods."""
-    if method in vars(thing):
-        return vars(thing)[method] is not None
     base = next(b for n in ("LightningModule", "LightningDataModule", "Callback") if (b := _base(thing, n)) is not None)
-    own = getattr(type(thing), method, None)
-    return own is not None and own is not getattr(base, method, None)
+    own, inherited = vars(thing).get(method, getattr(type(thing), method, None)), getattr(base, method, None)
+    if method in vars(thing) and vars(thing)[method] is None:
+        return False
+    # the base's own method, bound (`self.val_dataloader = super().val_dataloader`), is no override
+    return own is not None and getattr(own, "__func__", own) is not inherited
 
 
 def takes(function: Any, argument: str, at_least: int | None = None) -> bool:
@@ -84,30 +92,29 @@ def refuse_legacy(module: Any) -> None:
     if found:
         today = "; ".join(f"{name} is today {LEGACY[name]}" for name in found)
         raise NotImplementedError(f"{who} has {found}, which Lightning 2 does not call: {today}. Keep outputs in self.")
-    if names_explicitly(module.training_step, "optimizer_idx") or names_explicitly(
-        module.optimizer_step, "optimizer_idx"
-    ):
+    steps = [step for step in (module.training_step, module.optimizer_step) if step is not None]
+    if any(names_explicitly(step, "optimizer_idx") for step in steps):
         raise NotImplementedError(
             f"{who} takes 'optimizer_idx'. Today: self.automatic_optimization = False in __init__, and in "
             "training_step "
             "`opt_a, opt_b = self.optimizers()`, self.manual_backward(loss), opt_a.step()."
         )
-    if names_explicitly(module.training_step, "hiddens"):
+    if module.training_step is not None and names_explicitly(module.training_step, "hiddens"):
         raise NotImplementedError(f"{who}.training_step takes 'hiddens'. Today: keep the hidden state in self.")
     for step in ("training_step", "validation_step", "test_step", "predict_step"):
-        if names_explicitly(getattr(module, step), "dataloader_iter"):
+        if (own := getattr(module, step)) is not None and names_explicitly(own, "dataloader_iter"):
             raise NotImplementedError(
                 f"{who}.{step} takes 'dataloader_iter', which weft does not support; take `batch`."
             )
 
 
-def refuse_log_dict(returned: Any, module: Any, step: str) -> None:
-    """Raise TypeError for a returned `{"log": {...}}`, a form that Lightning 1 took."""
+def tell_of_log_dict(run: Any, returned: Any, step: str) -> None:
+    """Warn once of a returned `{"log": {...}}`, a form that Lightning 1 took."""
     for key in ("log", "progress_bar"):
         if isinstance(returned.get(key), dict):
             values = ", ".join(f"{name!r}: ..." for name in returned[key])
-            raise TypeError(
-                f"{type(module).__name__}.{step} returned {key!r}: {{{values}}}, which Lightning 2 does not read. "
+            run.state.warn_once(
+                f"{type(run.module).__name__}.{step} returned {key!r}: {{{values}}}, which Lightning 2 does not read. "
                 f"Today: self.log_dict({{{values}}}{', prog_bar=True' if key == 'progress_bar' else ''})."
             )
 

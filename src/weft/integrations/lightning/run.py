@@ -14,6 +14,7 @@ There is no sanity check before training, as with `num_sanity_val_steps=0`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -30,8 +31,8 @@ from weft.integrations.lightning.log import Results, uses_own_log
 from weft.integrations.lightning.loops import evaluate, predict, restore_modes
 from weft.integrations.lightning.names import overrides, refuse_legacy
 from weft.integrations.lightning.optimizers import Schedulers, configured
-from weft.integrations.lightning.states import resume_module, resume_training, state_of, unsupported
-from weft.integrations.lightning.strategy import Strategy
+from weft.integrations.lightning.states import is_idle, resume_module, resume_training, state_of
+from weft.integrations.lightning.strategy import Strategy, step_context
 from weft.integrations.lightning.update import make_update
 from weft.integrations.lightning.view import TrainerView
 from weft.loop.run import Run
@@ -54,6 +55,9 @@ class LightningRun(Run):
     monitors_by_default = False  # nothing is monitored unless it is named
     strategy: Strategy
     schedulers: Schedulers
+    training_step, skips_backward = None, False
+    unsynced = staticmethod(nullcontext)
+    count_zero_grad = staticmethod(lambda: None)
 
     def __init__(self, trainer: Trainer, problem: nn.Module, previous: Run | None = None) -> None:
         super().__init__(trainer, problem, previous)
@@ -71,6 +75,7 @@ class LightningRun(Run):
         self.generators_to_resume: list[Tensor] = []
         self.batch_idx, self.is_last_batch, self.skip_rest_of_epoch = 0, False, False
         self.began = self.at_epoch_end = False
+        self.schedulers = Schedulers(self, [])
         self._schedules_before = previous.schedulers.configs if isinstance(previous, LightningRun) else []
         self._stream: Stream | None = None
         self._in_fit = self._is_training = self._plateau_waits = False
@@ -152,7 +157,8 @@ class LightningRun(Run):
         module, view = self.module, self.view
         if self.fabric.world_size > 1:
             raise NotImplementedError(
-                "A LightningModule trains in one process for now; devices and num_nodes must be 1."
+                "weft.Trainer trains a LightningModule in one process: devices and num_nodes must be 1. With "
+                "`from weft.integrations.lightning import Trainer` it trains in several."
             )
         view.enter(fn, stage)
         view.reset_metrics()
@@ -166,9 +172,8 @@ class LightningRun(Run):
         self.callbacks = with_model_callbacks(
             list(self.state.trainer.callbacks), self.hooks_of.call_module("configure_callbacks")
         )
+        self.callbacks = [callback for callback in self.callbacks if not is_idle(self, callback)]
         for callback in self.callbacks:
-            if why := unsupported(callback):
-                raise NotImplementedError(f"{type(callback).__name__} cannot be used with weft: {why}.")
             callback.log, callback.log_dict = module.log, module.log_dict
         self.hooks_of.callbacks = self.callbacks
         for part in module.modules():
@@ -206,7 +211,14 @@ class LightningRun(Run):
         for name in ("log", "log_dict"):
             vars(self.module).pop(name, None)
         self.module._current_fx_name = self.module._metric_attributes = None
+        for source in self.sources.values():
+            source.end_workers()
         self.view.leave(status)
+
+    def _tell_of(self, error: BaseException) -> None:
+        self.hooks_of.call_callbacks("on_exception", error)
+        if self.datamodule is not None:
+            self.datamodule.on_exception(error)
 
     def _alone(self, split: str, loop: Callable[[LightningRun, Source], Any]) -> Any:
         """An evaluation or prediction outside of a fit, from prepare_data to teardown."""
@@ -221,6 +233,11 @@ class LightningRun(Run):
             self.module.zero_grad()
             found = loop(self, self.sources[split])
             status = "finished"
+        except BaseException as error:
+            self._tell_of(error)
+            for logger in self.loggers:
+                logger.finalize("failed")
+            raise
         finally:
             self._end_stage(fn, status)
             torch.set_default_dtype(dtype)
@@ -313,6 +330,11 @@ class LightningRun(Run):
             self.tape.states = []
             stream = self.sources["train"].open(self.tape)
         return stream
+
+    @property
+    def step_context(self) -> Callable[[], Any] | None:
+        """What a step is called in, in the run's precision."""
+        return step_context(self.fabric)
 
     @property
     def is_accumulating(self) -> bool:
@@ -424,11 +446,12 @@ class LightningRun(Run):
 
     @property
     def loggers(self) -> list[Any]:
-        """The loggers of the run, those that were given as objects first; before it has begun only these."""
+        """Lightning's loggers, those that were given as objects first; weft's own lack what callbacks ask of them."""
         given = self.state.trainer.options["loggers"]
         given = [g for g in (given if isinstance(given, list | tuple) else [given]) if hasattr(g, "log_metrics")]
         all_of_them = next((hook.loggers for hook in self.state.hooks if hasattr(hook, "loggers")), [])
-        return given + [logger for logger in all_of_them if not any(logger is g for g in given)]
+        theirs = [logger for logger in all_of_them if hasattr(logger, "after_save_checkpoint")]
+        return given + [logger for logger in theirs if not any(logger is g for g in given)]
 
 
 _TRAINED: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
@@ -454,9 +477,7 @@ class Events(Hook):
 
     def on_exception(self, trainer: Any, error: BaseException) -> None:
         """The hooks of the same name."""
-        self.run.hooks_of.call_callbacks("on_exception", error)
-        if self.run.datamodule is not None:
-            self.run.datamodule.on_exception(error)
+        self.run._tell_of(error)
 
     def on_fit_end(self, trainer: Any, result: Any) -> None:
         """After success the hooks of the same name and teardown; otherwise only what was put into the module goes."""

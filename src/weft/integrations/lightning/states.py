@@ -162,13 +162,21 @@ def save_lightning_checkpoint(run: Context, path: Any, weights_only: bool) -> No
     run.fabric.barrier()
 
 
-def unsupported(callback: Any) -> str | None:
-    """Why a callback of Lightning's own cannot be used here, None if it can."""
+def is_idle(run: Context, callback: Any) -> bool:
+    """Whether a callback of Lightning's own has no effect here, which is said once.
+
+    Raises NotImplementedError for one that would change what is trained.
+    """
+    name, way = type(callback).__name__, "`from weft.integrations.lightning import Trainer` runs it as it is"
+    if is_a(callback, "StochasticWeightAveraging"):
+        raise NotImplementedError(f"{name} changes Lightning's loops, which weft.Trainer does not have; {way}.")
     reasons = {
-        "LearningRateMonitor": "weft's loggers record learning rates themselves",
-        "ProgressBar": "it reads Lightning's loops; weft draws its own progress line",
-        "StochasticWeightAveraging": "it changes Lightning's loops",
+        "LearningRateMonitor": "learning rates are always logged",
+        "ProgressBar": "weft has its own line",
         "DeviceStatsMonitor": "it reads Lightning's accelerator",
         "ThroughputMonitor": "it reads Lightning's loops",
     }
-    return next((why for name, why in reasons.items() if is_a(callback, name)), None)
+    why = next((why for kind, why in reasons.items() if is_a(callback, kind)), None)
+    if why is not None:
+        run.state.warn_once(f"{name} has no effect with weft.Trainer: {why}. {way}.")
+    return why is not None

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from weft.devices.precision import scaler_of
 from weft.integrations.lightning.names import lightning_class
 from weft.step.instrument import watched
-from weft.step.nonfinite import finite_check, not_finite
+from weft.step.nonfinite import finite_check, ignores, not_finite
 from weft.step.optimizers import needs_closure, parameters_of
 from weft.step.trained import look
 
@@ -43,16 +43,21 @@ class Strategy:
         self.optimizers: list[Optimizer] = []
         self._lightning_optimizers: list[Any] = []
 
+    @property
+    def steps_plainly(self) -> bool:
+        """Whether a step is the optimizer's own, without a gradient scaler."""
+        return self.precision_plugin.scaler is None
+
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
             f"trainer.strategy has no {name!r} under weft; it has {sorted(n for n in dir(self) if n[0] != '_')}."
         )
 
-    def use(self, optimizers: list[Optimizer]) -> None:
-        """Hand these optimizers to the module, wrapped as Lightning wraps them."""
+    def use(self, optimizers: list[Optimizer], as_wrapped: list[Any] | None = None) -> None:
+        """Hand these optimizers to the module, wrapped as Lightning wraps them (where they are: `as_wrapped`)."""
         wrapper = lightning_class(self._run.module, "core.optimizer.LightningOptimizer")
         self.optimizers = optimizers
-        self._lightning_optimizers = [o if isinstance(o, wrapper) else wrapper(o) for o in optimizers]
+        self._lightning_optimizers = as_wrapped or [o if isinstance(o, wrapper) else wrapper(o) for o in optimizers]
         for wrapped in self._lightning_optimizers:
             wrapped._strategy = self
             if not self._run.module.automatic_optimization:
@@ -109,7 +114,7 @@ class Strategy:
 
     def checked(self, optimizer: Any, closure: Callable[[], Any]) -> Callable[[], Any]:
         """`closure`, then the hooks, clipping and the check of the gradients. It raises NotFinite."""
-        after = self.precision_plugin.after_closure
+        after, goes_on = self.precision_plugin.after_closure, ignores(self._run.state)
         closure = watched(
             self._run.state.hooks, "loop", closure
         )  # forward and backward are no parts of the optimizer's step
@@ -117,7 +122,8 @@ class Strategy:
         def call() -> Any:
             loss = closure()
             norm = after(optimizer)
-            is_finite = finite_check(parameters_of(optimizer), scaled=False)  # a callback may have added parameters
+            params = parameters_of(optimizer)  # a callback may have added some
+            is_finite = finite_check(params, scaled=False, ignore=goes_on)
             if not is_finite(loss if isinstance(loss, Tensor) else None, [norm]):
                 raise NotFinite(loss)
             return loss
@@ -129,7 +135,7 @@ class Strategy:
         if needs_closure(optimizer):
             raise ValueError(f"{type(optimizer).__name__} calls its closure itself, which 16-mixed cannot scale.")
         loss = closure()
-        if isinstance(loss, Tensor) and not bool(loss.isfinite().all()):
+        if not ignores(self._run.state) and isinstance(loss, Tensor) and not bool(loss.isfinite().all()):
             raise NotFinite(loss)
         skipped = loss is None and self._run.module.automatic_optimization
         if not skipped:
@@ -151,6 +157,8 @@ class Strategy:
             return losses[0]
 
         returned = optimizer.step(closure=call, **kwargs)
+        if ignores(self._run.state):
+            return returned
         finite = all(bool(p.detach().isfinite().all()) for p in parameters_of(optimizer))
         if not finite or isinstance(losses[0], Tensor) and not bool(losses[0].isfinite().all()):
             raise FloatingPointError(

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from weft.data.batches import num_examples
-from weft.integrations.lightning.names import refuse_log_dict, takes
-from weft.integrations.lightning.strategy import NotFinite, step_context
+from weft.integrations.lightning.names import takes, tell_of_log_dict
+from weft.integrations.lightning.strategy import NotFinite
 from weft.step.instrument import watched
 from weft.step.nonfinite import not_finite
 from weft.step.optimizers import needs_closure
@@ -78,16 +78,22 @@ def automatic(run: Context) -> Callable[[Any, int], tuple[Tensor | None, dict[st
     )
     own_step = hooks.bind("optimizer_step", callbacks=False)
     progress, take_gradients, params = run.progress, strategy.take_gradients, _parameter_lists(optimizer)
-    quick = optimizer is not None and strategy.precision_plugin.scaler is None and not needs_closure(optimizer)
+    quick = optimizer is not None and strategy.steps_plainly and not needs_closure(optimizer)
     state: dict[str, Any] = {"batch": None, "number": 0, "loss": None, "extra": {}}
 
+    @torch.enable_grad()  # an optimizer may call it in a step that is under no_grad
     def closure() -> Tensor | None:
         returned = step(state["batch"], state["number"])
-        loss, extra = _loss_of(module, returned)
+        loss, extra = _loss_of(run, returned)
+        state["called"], state["raw"] = True, None if loss is None else loss.detach()
+        state["loss"], state["extra"] = state["raw"], extra
         if loss is None:
             run.state.warn_once("`training_step` returned `None`: nothing is learned from such batches.")
+        if run.skips_backward:
+            return state["loss"]
         every = view.accumulate_grad_batches
         if state["number"] % every == 0:
+            run.count_zero_grad()
             if before_zero_grad is not None:
                 before_zero_grad(optimizer)
             if own_zero_grad is not None:
@@ -98,12 +104,11 @@ def automatic(run: Context) -> Callable[[Any, int], tuple[Tensor | None, dict[st
                         p.grad = None
             elif optimizer is not None:
                 optimizer.zero_grad()
-        state["raw"] = None if loss is None else loss.detach()
         if loss is not None:
             if every != 1:
                 loss = loss / every
             take_gradients(loss)
-        state["loss"], state["extra"] = None if loss is None else loss.detach(), extra
+            state["loss"] = loss.detach()
         return state["loss"]
 
     guarded = strategy.checked(optimizer, closure) if quick else None
@@ -111,9 +116,10 @@ def automatic(run: Context) -> Callable[[Any, int], tuple[Tensor | None, dict[st
     step_quickly = watched(run.state.hooks, "optimizer", lambda: step_with(closure=guarded))
 
     def optimize(batch: Any, number: int) -> tuple[Tensor | None, dict[str, Any]]:
-        state["batch"], state["number"] = batch, number
+        state["batch"], state["number"], state["called"] = batch, number, False
         if run.is_accumulating:
-            closure()
+            with run.unsynced():
+                closure()
         else:
             try:
                 if optimizer is None:
@@ -127,7 +133,12 @@ def automatic(run: Context) -> Callable[[Any, int], tuple[Tensor | None, dict[st
             except NotFinite as found:
                 run.module.zero_grad()
                 not_finite(run.state, found.args[0], ())
-            progress.step += 1
+            run.count_optimizer_step()
+        if not state["called"]:
+            raise RuntimeError(
+                f"{type(module).__name__}.optimizer_step did not execute the closure: it trains by "
+                "`optimizer.step(closure=optimizer_closure)`, or calls `optimizer_closure()` itself before."
+            )
         raw, loss, extra = state["raw"], state["loss"], state["extra"]
         state["batch"], state["extra"] = None, {}
         return raw, {} if loss is None else {"loss": loss, **extra}
@@ -147,7 +158,7 @@ def manual(run: Context) -> Callable[[Any, int], tuple[Tensor | None, dict[str, 
         if returned is None:
             return None, {}
         if isinstance(returned, Mapping):
-            refuse_log_dict(returned, module, "training_step")
+            tell_of_log_dict(run, returned, "training_step")
             outputs = dict(returned)
             if isinstance(outputs.get("loss"), Tensor):
                 outputs["loss"] = outputs["loss"].detach()
@@ -164,14 +175,15 @@ def manual(run: Context) -> Callable[[Any, int], tuple[Tensor | None, dict[str, 
 EXPECTED = "expected a loss, a dict with 'loss', or None."
 
 
-def _loss_of(module: Any, returned: Any) -> tuple[Tensor | None, dict[str, Any]]:
+def _loss_of(run: Context, returned: Any) -> tuple[Tensor | None, dict[str, Any]]:
     """(The loss with its graph, the other keys) of what training_step returned in automatic optimization."""
+    module = run.module
     if isinstance(returned, Tensor):
         loss, extra = returned, {}
     elif returned is None:
         return None, {}
     elif isinstance(returned, Mapping):
-        refuse_log_dict(returned, module, "training_step")
+        tell_of_log_dict(run, returned, "training_step")
         loss, extra = returned.get("loss"), {k: v for k, v in returned.items() if k != "loss"}
         if not isinstance(loss, Tensor):
             raise TypeError(f"{type(module).__name__}.training_step returned a dict with {list(returned)}; {EXPECTED}")
@@ -182,22 +194,22 @@ def _loss_of(module: Any, returned: Any) -> tuple[Tensor | None, dict[str, Any]]
 
 def training_step(run: Context) -> Callable[[Any, int], Any]:
     """The module's training_step as a function of (batch, its number), in the run's precision."""
-    return step_of(run, "training_step")
+    return step_of(run, "training_step", run.training_step)
 
 
-def step_of(run: Context, name: str) -> Callable[..., Any]:
-    """A step of the module as a function of (batch, its number[, number of the loader])."""
-    function, state = getattr(run.module, name), vars(run.module)
-    numbered, context = takes(function, "batch_idx", at_least=2), step_context(run.fabric)
+def step_of(run: Context, name: str, function: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """A step of the module (or `function`, which calls it) as one of (batch, its number[, number of the loader])."""
+    own, state = getattr(run.module, name), vars(run.module)
+    numbered, context, called = takes(own, "batch_idx", at_least=2), run.step_context, function or own
 
     def step(batch: Any, number: int, *loader: int) -> Any:
         before, state["_current_fx_name"] = state["_current_fx_name"], name
         args = (batch, number, *loader) if numbered else (batch, *loader)
         if context is None:
-            returned = function(*args)
+            returned = called(*args)
         else:
             with context():
-                returned = function(*args)
+                returned = called(*args)
         state["_current_fx_name"] = before
         return returned
 

@@ -1,0 +1,318 @@
+"""What Gauss-Newton methods ask of a problem: its residuals on a batch, and how they change with the parameters.
+
+    closure = weft.optim.LeastSquares(problem, batch)       # for an optimizer used by hand; a trainer makes its own
+    loss = optimizer.step(closure)
+
+The loss is the sum of mean squares of what `weft.problem.residuals` finds. Divided by the root of its number,
+each entry is one of a vector r with loss = r'r; its Jacobian J has a row for each entry, a column for each parameter.
+
+Where each row of a residual depends on its own row of the batch alone, J is made of as many small gradients as there
+are rows: the derivative for one row is traced to a graph, which is applied to all rows at once. Whether that is so is
+found out by computing it both ways; else J comes from products with whole vectors, which takes longer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from weft.problem.residuals import residuals_of
+
+CHUNK = 2**25
+"""Numbers of the Jacobian that are made at once."""
+MAX_OUTPUTS = 64
+"""Entries of a residual in one row of the batch that are differentiated one by one in a graph."""
+
+
+class LeastSquares:
+    """A closure that evaluates the loss, and what lies behind it: called, it leaves the gradients in the parameters.
+
+    problem: a module with a method `residuals(batch)`, or a NeuroMANCER Problem. params: those that train; None: all
+        that require grad. evaluate: what returns the loss and makes its gradients; None: from the residuals.
+    Raises TypeError, with what to write, where the loss is no sum of squares.
+    """
+
+    def __init__(
+        self,
+        problem: nn.Module,
+        batch: Any,
+        params: Iterable[Tensor] | None = None,
+        evaluate: Callable[[], Tensor] | None = None,
+        rows: Rows | None = None,
+    ) -> None:
+        self.problem, self.batch = problem, batch
+        self.params = [p for p in (problem.parameters() if params is None else params) if p.requires_grad]
+        self.read, self._evaluate = residuals_of(problem), evaluate
+        self.rows = Rows() if rows is None else rows
+
+    def __call__(self) -> Tensor:
+        """The loss, with its gradients."""
+        if self._evaluate is not None:
+            return self._evaluate()
+        loss = torch.stack([r.square().mean() for r in self.parts().values()]).sum()
+        for p, grad in zip(self.params, torch.autograd.grad(loss, self.params, allow_unused=True), strict=True):
+            p.grad = grad
+        return loss.detach()
+
+    @torch.enable_grad()
+    def parts(self) -> dict[str, Tensor]:
+        """The residuals by name, as the problem returns them."""
+        found = self.read(self.batch)
+        if isinstance(found, Tensor):
+            return {"residuals": found}
+        return dict(found if isinstance(found, Mapping) else {f"residuals_{i}": r for i, r in enumerate(found)})
+
+    def values(self) -> Tensor:
+        """r, whose sum of squares is the loss, without gradients."""
+        return torch.cat([_scaled(r.detach()) for r in self.parts().values()])
+
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """r and J, some rows at a time."""
+        for name, whole in self.parts().items():
+            by_row = self.rows.of(self, name, whole)
+            yield from by_row(self) if by_row is not None else _by_products(self, whole)
+
+    def product(self, vector: Tensor) -> Tensor:
+        """J times a vector of parameters, without J: the derivative of J' w with respect to w."""
+        r = self._vector()
+        w = torch.zeros_like(r, requires_grad=True)
+        back = _flat(torch.autograd.grad(r, self.params, w, create_graph=True, allow_unused=True), self.params)
+        return torch.autograd.grad(back, w, vector)[0].detach()
+
+    def transposed(self, vector: Tensor) -> Tensor:
+        """J' times a vector of residuals, without J."""
+        return _flat(torch.autograd.grad(self._vector(), self.params, vector, allow_unused=True), self.params).detach()
+
+    @torch.enable_grad()
+    def _vector(self) -> Tensor:
+        return torch.cat([_scaled(r) for r in self.parts().values()])
+
+
+def _scaled(residual: Tensor) -> Tensor:
+    return residual.reshape(-1) / math.sqrt(max(1, residual.numel()))
+
+
+def _flat(gradients: Sequence[Tensor | None], params: Sequence[Tensor]) -> Tensor:
+    """One vector of all gradients; zeros where a parameter is not read."""
+    pairs = zip(gradients, params, strict=True)
+    return torch.cat([(p.new_zeros(p.numel()) if g is None else g.reshape(-1)) for g, p in pairs])
+
+
+# ---- by products with the whole batch --------------------------------------------------------------------------------
+
+
+def _by_products(problem: LeastSquares, whole: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """A column for each parameter, or a row for each entry, whichever are fewer."""
+    r, params = _scaled(whole), problem.params
+    n, m = sum(p.numel() for p in params), r.numel()
+    if n < m:
+        w = torch.zeros_like(r, requires_grad=True)
+        back = _flat(torch.autograd.grad(r, params, w, create_graph=True, allow_unused=True), params)
+        if back.requires_grad:
+            yield r.detach(), _vjps(back, [w], n).T
+        else:  # nothing that trains is read
+            yield r.detach(), r.new_zeros(m, n)
+        return
+    at_once = max(1, CHUNK // max(1, n))
+    for start in range(0, m, at_once):
+        part = r[start : start + at_once]
+        yield part.detach(), _vjps(part, params, len(part))
+
+
+def _vjps(outputs: Tensor, inputs: Sequence[Tensor], count: int) -> Tensor:
+    """The gradient of each of `count` outputs: (count, numbers of the inputs)."""
+    eye = torch.eye(count, dtype=outputs.dtype, device=outputs.device)
+    if not outputs.requires_grad:
+        return eye.new_zeros(count, sum(p.numel() for p in inputs))
+
+    def gradients(vectors: Tensor, batched: bool) -> list[Tensor]:
+        found = torch.autograd.grad(
+            outputs, inputs, vectors, retain_graph=True, allow_unused=True, is_grads_batched=batched
+        )
+        lead = (len(vectors),) if batched else (1,)
+        pairs = zip(found, inputs, strict=True)
+        return [(p.new_zeros(*lead, p.numel()) if g is None else g.reshape(*lead, -1)).detach() for g, p in pairs]
+
+    try:
+        return torch.cat(gradients(eye, batched=True), dim=1)
+    except RuntimeError:  # an operation that vmap has no rule for
+        return torch.cat([torch.cat(gradients(row, batched=False), dim=1) for row in eye])
+
+
+# ---- row by row ------------------------------------------------------------------------------------------------------
+
+ByRow = Callable[[LeastSquares], Iterator[tuple[Tensor, Tensor]]]
+
+
+class Rows:
+    """Which residuals can be differentiated row by row, and the graphs that do it. Kept from step to step."""
+
+    def __init__(self) -> None:
+        self.graphs: dict[str, tuple[Any, ByRow | None]] = {}
+        self.given_up = False
+        """Whether the graphs gave something else than the problem: they hold values that change."""
+
+    def of(self, problem: LeastSquares, name: str, whole: Tensor) -> ByRow | None:
+        """What yields r and J of the residual `name`, now `whole`; None where it must be differentiated as a whole."""
+        shape = _shape_of(problem, whole)
+        if self.given_up or shape is None:
+            return None
+        kept = self.graphs.get(name)
+        if kept is None or kept[0] != shape:
+            kept = self.graphs[name] = (shape, _by_row(problem, name, whole))
+        return kept[1]
+
+    def forget(self) -> bool:
+        """Give up the graphs, which no longer agree with the problem. False if there are none."""
+        held = any(graph is not None for _, graph in self.graphs.values())
+        self.given_up = self.given_up or held
+        self.graphs.clear()
+        return held
+
+
+def _shape_of(problem: LeastSquares, whole: Tensor) -> Any:
+    """What a graph is made for; None where there are no rows, or too many entries in one."""
+    known = {id(p) for p in problem.problem.parameters()}
+    if whole.ndim == 0 or whole.shape[0] < 2 or whole[0].numel() > MAX_OUTPUTS:
+        return None
+    if any(id(p) not in known for p in problem.params):
+        return None
+    leaves = list(_leaves(problem.batch))
+    if not any(_has_rows(leaf, len(whole)) for leaf in leaves):
+        return None
+    return whole.shape, [(leaf.shape, leaf.dtype) for leaf in leaves], [p.shape for p in problem.params]
+
+
+@dataclass
+class _Traced:
+    """The graph of one row's residual and its gradients: of parameters, buffers and the batch's tensors."""
+
+    graph: Callable[..., Any]
+    in_dims: tuple[Any, ...]
+
+    def inputs(self, problem: LeastSquares, rows: slice, count: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        leaves = [leaf[rows] if _has_rows(leaf, count) else leaf for leaf in _leaves(problem.batch)]
+        others = [*_others(problem).values()]
+        return [p.detach() for p in problem.params], [o.detach() for o in others], [x.detach() for x in leaves]
+
+
+def _by_row(problem: LeastSquares, name: str, whole: Tensor) -> ByRow | None:
+    """A graph for all rows, if there is one and it gives what the whole batch gives; else None."""
+    count, per_row = whole.shape[0], whole[0].numel()
+    try:
+        traced = _trace(problem, name, count)
+        apply = vmap(traced.graph, in_dims=traced.in_dims)
+        n = sum(p.numel() for p in problem.params)
+        at_once = max(1, min(count, CHUNK // (per_row * n)))
+
+        def by_row(now: LeastSquares) -> Iterator[tuple[Tensor, Tensor]]:
+            for start in range(0, count, at_once):
+                with torch.no_grad():
+                    r, jacobian = apply(*traced.inputs(now, slice(start, start + at_once), count))
+                yield r.reshape(-1) / math.sqrt(whole.numel()), jacobian.reshape(-1, n).div_(math.sqrt(whole.numel()))
+
+        r, gradient = r_and_gradient(by_row(problem))
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError):
+        return None  # the problem is no function of one row, or torch cannot trace or batch it: never an error of its
+    want = _scaled(whole)
+    gradients = torch.autograd.grad(want, problem.params, want.detach(), retain_graph=True, allow_unused=True)
+    agree = _is_close(r, want.detach()) and _is_close(gradient, _flat(gradients, problem.params).detach())
+    return by_row if agree else None
+
+
+def r_and_gradient(blocks: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """r, and J' r."""
+    found = [(r, jacobian.T @ r) for r, jacobian in blocks]
+    return torch.cat([r for r, _ in found]), torch.stack([g for _, g in found]).sum(0)
+
+
+def _is_close(a: Tensor, b: Tensor) -> bool:
+    bound = 1e3 * torch.finfo(b.dtype).eps * float(b.abs().max()) * math.sqrt(b.numel())
+    return a.shape == b.shape and bool(((a - b).abs() <= bound).all())
+
+
+def _trace(problem: LeastSquares, name: str, count: int) -> _Traced:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    by_id = {id(p): key for key, p in problem.problem.named_parameters()}
+    trained, others, batch = [by_id[id(p)] for p in problem.params], _others(problem), problem.batch
+    leaves = list(_leaves(batch))
+    read = _Reading(problem)
+
+    def one_row(values: list[Tensor], held: list[Tensor], tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
+        params = [v.detach().requires_grad_() for v in values]
+        rows = [
+            (x[None] if _has_rows(leaf, count) else x).detach().requires_grad_(leaf.requires_grad)
+            for x, leaf in zip(tensors, leaves, strict=True)
+        ]
+        state = dict(zip([*trained, *others], [*params, *held], strict=True))
+        with torch.enable_grad():
+            r = functional_call(
+                read, {f"problem.{k}": v for k, v in state.items()}, (_rebuilt(batch, iter(rows)), name)
+            )
+            entries = r.reshape(-1)
+            gradients = [
+                _flat(torch.autograd.grad(e, params, retain_graph=True, allow_unused=True), params) for e in entries
+            ]
+        return entries.detach(), torch.stack(gradients)
+
+    dims = [0 if _has_rows(leaf, count) else None for leaf in leaves]
+    traced = _Traced(one_row, (None, None, dims))
+    values, held, tensors = traced.inputs(problem, slice(0, 1), count)
+    rows = [x[0] if d == 0 else x for x, d in zip(tensors, dims, strict=True)]
+    graph = make_fx(one_row)(values, held, rows)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    traced.graph = graph
+    return traced
+
+
+class _Reading(nn.Module):
+    """The residual of a problem as the forward of a module, so that parameters can be handed in."""
+
+    def __init__(self, problem: LeastSquares) -> None:
+        super().__init__()
+        self.problem, self._read = problem.problem, problem.read
+
+    def forward(self, batch: Any, name: str) -> Tensor:
+        found = self._read(batch)
+        if isinstance(found, Tensor):
+            return found
+        return found[name] if isinstance(found, Mapping) else found[int(name.rpartition("_")[2])]
+
+
+def _others(problem: LeastSquares) -> dict[str, Tensor]:
+    """What the problem holds besides what trains: inputs of a graph, so that they may change."""
+    trained = {id(p) for p in problem.params}
+    named = [*problem.problem.named_parameters(), *problem.problem.named_buffers()]
+    return {key: value for key, value in named if id(value) not in trained}
+
+
+def _leaves(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _leaves(value)
+    elif isinstance(batch, list | tuple):
+        for value in batch:
+            yield from _leaves(value)
+
+
+def _rebuilt(batch: Any, tensors: Iterator[Tensor]) -> Any:
+    """The batch with other tensors, in the order of `_leaves`."""
+    if isinstance(batch, Tensor):
+        return next(tensors)
+    if isinstance(batch, Mapping):
+        return {key: _rebuilt(value, tensors) for key, value in batch.items()}
+    return [_rebuilt(value, tensors) for value in batch] if isinstance(batch, list | tuple) else batch
+
+
+def _has_rows(leaf: Tensor, count: int) -> bool:
+    return leaf.ndim > 0 and leaf.shape[0] == count

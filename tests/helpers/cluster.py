@@ -1,0 +1,150 @@
+"""A SLURM of one machine for tests: its daemons as ordinary processes below one folder, listening on loopback alone."""
+
+from __future__ import annotations
+
+import os
+import platform
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "scancel")
+PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+
+
+def missing() -> str:
+    """Why there can be no cluster here, "" if there can."""
+    gone = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
+    if gone:
+        return f"no {', '.join(gone)} (apt-get install -y --no-install-recommends slurm-wlm munge)"
+    try:
+        addresses = socket.gethostbyname_ex(platform.node().split(".")[0])[2]
+    except OSError:
+        addresses = []
+    return (
+        "" if any(a.startswith("127.") for a in addresses) else f"the name {platform.node()} is not this machine's own"
+    )
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def _settings(folder: Path, cpus: int) -> dict[str, str]:
+    user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
+    scheduling = "sched_interval=1,bf_interval=1,batch_sched_delay=0"
+    return {
+        "ClusterName": "test",
+        "SlurmctldHost": f"{platform.node().split('.')[0]}(127.0.0.1)",
+        "SlurmctldPort": str(_free_port()),
+        "SlurmdPort": str(_free_port()),
+        "CommunicationParameters": "NoInAddrAny,NoCtldInAddrAny",
+        "SlurmUser": user,
+        "SlurmdUser": user,
+        "AuthInfo": f"socket={folder}/munge.socket,cred_expire=5",  # how long a job that is requeued waits
+        "StateSaveLocation": str(folder / "state"),
+        "SlurmdSpoolDir": str(folder / "spool"),
+        "SlurmctldPidFile": str(folder / "slurmctld.pid"),
+        "SlurmdPidFile": str(folder / "slurmd.pid"),
+        "SlurmctldLogFile": str(folder / "slurmctld.log"),
+        "SlurmdLogFile": str(folder / "slurmd.log"),
+        "ProctrackType": "proctrack/linuxproc",
+        "SelectType": "select/cons_tres",
+        "SelectTypeParameters": "CR_CPU",
+        "SlurmdParameters": "config_overrides",  # more CPUs than there are
+        "SchedulerType": "sched/backfill",
+        "SchedulerParameters": scheduling,
+        "PreemptType": "preempt/partition_prio",
+        "PreemptMode": "REQUEUE",
+        "KillWait": "5",
+        "MinJobAge": "3600",
+        "ReturnToService": "2",
+        "MailProg": "/bin/true",
+    }
+
+
+class Cluster:
+    """One node with partitions "main" and "urgent", whose jobs push those of "main" back into the queue."""
+
+    def __init__(self, folder: Path, cpus: int = 4) -> None:
+        self.folder, self.cpus = folder, cpus
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.environment = {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": PATH}
+        for name in ("state", "spool"):
+            (folder / name).mkdir()
+        node = platform.node().split(".")[0]
+        lines = [f"{key}={value}" for key, value in _settings(folder, cpus).items()]
+        lines += [f"NodeName={node} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=2000 State=UNKNOWN"]
+        lines += [f"PartitionName=main Nodes={node} Default=YES PriorityTier=1"]
+        lines += [f"PartitionName=urgent Nodes={node} PriorityTier=10"]
+        (folder / "slurm.conf").write_text("\n".join(lines) + "\n")
+        key = folder / "munge.key"
+        key.touch(0o600)
+        key.write_bytes(secrets.token_bytes(128))
+
+    def start(self) -> None:
+        """Until the node is idle. Raises RuntimeError with the daemons' logs if it never is."""
+        f = self.folder
+        names = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+        files = [f"--{option}={f}/munge.{end}" for option, end in names.items()]
+        self._run("munged", "--foreground", "--force", "--num-threads=2", *files)
+        for _ in range(100):
+            if (f / "munge.socket").exists():
+                break
+            time.sleep(0.1)
+        self._run("slurmctld", "-D", "-i")
+        self._run("slurmd", "-D")
+        for _ in range(600):
+            if self.call("sinfo", "-h", "-o", "%T", "-p", "main", check=False).strip() == "idle":
+                return
+            if any(p.poll() is not None for p in self.processes):
+                break
+            time.sleep(0.1)
+        logs = "\n".join(path.read_text(errors="replace")[-1000:] for path in f.glob("*.log"))
+        self.stop()
+        raise RuntimeError(f"SLURM did not start:\n{logs}")
+
+    def _run(self, *command: str) -> None:
+        with (self.folder / f"{command[0]}.out").open("wb") as out:
+            self.processes.append(
+                subprocess.Popen(
+                    command,
+                    env={**os.environ, **self.environment},
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=out,
+                    start_new_session=True,
+                )
+            )
+
+    def call(self, *command: str, check: bool = True) -> str:
+        """What a command of SLURM prints."""
+        done = subprocess.run(
+            command, env={**os.environ, **self.environment}, capture_output=True, text=True, check=check, timeout=60
+        )
+        return done.stdout
+
+    def stop(self) -> None:
+        """Cancel all jobs and end the daemons."""
+        self.call("scancel", "--user", str(os.getuid()), check=False)
+        for _ in range(100):
+            if not self.call("squeue", "-h", check=False).strip():
+                break
+            time.sleep(0.1)
+        for process in reversed(self.processes):
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def job(self, number: str) -> dict[str, str]:
+        """What SLURM says of a job: JobState, Restarts, ..."""
+        said = self.call("scontrol", "show", "job", number, check=False)
+        return {key: value for key, _, value in (word.partition("=") for word in said.split())}
