@@ -13,6 +13,7 @@ os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # `import neuromancer` takes 4 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("WEFT_TRACEBACK", "full")  # of a test that fails all frames are wanted
 
 import multiprocessing
 import signal

@@ -67,6 +67,8 @@ if TYPE_CHECKING:
     from weft.problem.nodes import Rollout as Rollout
     from weft.problem.problem import Problem as Problem
     from weft.problem.residuals import residual as residual
+    from weft.problem.scores import whole as whole
+    from weft.problem.supervised import Supervised as Supervised
     from weft.problem.terms import equal as equal
     from weft.problem.terms import greater_equal as greater_equal
     from weft.problem.terms import less_equal as less_equal
@@ -74,7 +76,6 @@ if TYPE_CHECKING:
     from weft.records.comparison import compare as compare
     from weft.records.listing import runs as runs
     from weft.slurm.submitting import submit as submit
-    from weft.step.measures import whole as whole
     from weft.step.phase import Phase as Phase
     from weft.step.phase import Schedule as Schedule
     from weft.step.until import Until as Until

@@ -349,7 +349,9 @@ def complaints(cls: type, values: Mapping[str, Any], prefix: str = "") -> list[s
     wrong = []
     for name, value in values.items():
         if name not in types:
-            hint = suggest(str(name), types) or f"; there are {', '.join(types)}"
+            from weft.foreign import advice
+
+            hint = advice(str(name), value, types) or f"; there are {', '.join(types)}"
             wrong.append(f"{prefix}{name}={value!r}: there is no such option{hint}")
         elif isinstance(value, dict) and (inner := config_in(types[name])):
             wrong += complaints(inner, value, f"{prefix}{name}.")
@@ -406,7 +408,12 @@ def _alternatives(kind: Any) -> tuple[Any, ...]:
 def expected(kind: Any, found: Any) -> str:
     """What the type `kind` asks for, in words, with the closest of its choices to the text `found`."""
     choices = [c for a in _alternatives(kind) if get_origin(a) is Literal for c in get_args(a) if isinstance(c, str)]
-    return f"expected {describe(kind)}{suggest(found, choices) if isinstance(found, str) else ''}"
+    if not isinstance(found, str) or not choices:
+        return f"expected {describe(kind)}"
+    from weft.foreign import VALUES
+
+    theirs = VALUES.get(found.lower())
+    return f"expected {describe(kind)}{suggest(found if theirs not in choices else theirs, choices)}"
 
 
 def describe(kind: Any) -> str:

@@ -72,6 +72,8 @@ def listeners(hooks: Iterable[Any]) -> list[Any]:
     """
     flat: list[Any] = []
     for hook in hooks:
+        if isinstance(hook, type):
+            raise TypeError(f"hooks: {hook.__name__} is a class; give an object of it, {hook.__name__}(...).")
         names = list(hook) if isinstance(hook, Mapping) else [n for n in dir(hook) if n.startswith("on_")]
         owner = "The dict of hooks" if isinstance(hook, Mapping) else f"Hook {type(hook).__name__!r}"
         unknown = [n for n in names if n not in EVENTS and n != AT_REST]

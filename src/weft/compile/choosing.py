@@ -230,7 +230,7 @@ def _may_be_in_graph(state: RunState, optimizer: torch.optim.Optimizer) -> bool:
 
 def of_all_rows(state: RunState) -> list[str]:
     """The metrics that are no means, which graphs cannot hand on."""
-    return [name for name, metric in state.trainer.metric_functions.items() if getattr(metric, "of_all_rows", False)]
+    return [name for name, metric in state.metrics.items() if getattr(metric, "of_all_rows", False)]
 
 
 def _obstacle(state: RunState) -> str | None:

@@ -46,7 +46,9 @@ class Batches:
         world: int = 1,
     ) -> None:
         self.parts, self.split, self.nested, self.shuffle, self.seed = parts, split, nested, shuffle, seed
-        self.require_grad, self.rank, self.world, self.drop_last = set(require_grad), rank, world, drop_last
+        self.rank, self.world, self.drop_last = rank, world, drop_last
+        asked = set(require_grad)
+        self.require_grad = {p: {k for k in t if k in asked or f"{p}.{k}" in asked} for p, t in parts.items()}
         self.lengths = {p: next(iter(t.values())).shape[0] for p, t in parts.items()}
         num_bytes = {p: sum(t.element_size() * t.numel() for t in tensors.values()) for p, tensors in parts.items()}
         self.row_bytes = {p: num_bytes[p] // max(1, n) for p, n in self.lengths.items()}
@@ -104,7 +106,7 @@ class Batches:
         tensors, size, rows = self.parts[part], self.sizes[part], self.lengths[part]
         keys = list(tensors)
         chunk = max(1, CHUNK_BYTES // max(1, self.row_bytes[part] * size))  # batches gathered at a time
-        grad = [k in self.require_grad or tensors[k].requires_grad for k in keys]
+        grad = [k in self.require_grad[part] or tensors[k].requires_grad for k in keys]
         any_grad, fixed = any(grad), {} if self.nested else {"name": self.split, "epoch": epoch}
         for first in range(batches.start, batches.stop, chunk):
             lo, hi = first * size, min(min(first + chunk, batches.stop) * size, rows)

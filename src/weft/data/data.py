@@ -8,7 +8,6 @@ def data_setup(nsim=5000):
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -16,8 +15,8 @@ from typing import Any, Literal
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from weft.config import BatchSize, Count, Natural, check, with_manual
-from weft.data.datasets import is_array, short
+from weft.config import BatchSize, Count, Natural, TrainerConfig, check, with_manual
+from weft.data.datasets import short
 
 SPLITS = ("train", "dev", "test", "predict")
 
@@ -27,7 +26,9 @@ SPLITS = ("train", "dev", "test", "predict")
 class Data:
     """The data of a run, by split, and how it is cut into batches.
 
-    Each split is a `DictDataset` (or NeuroMANCER's), a dict of tensors, a dict of datasets of different sizes
+    Each split is a `DictDataset` (or NeuroMANCER's), a dict of tensors, a pair `(X, y)` (the keys are then `x` and
+    `y`), a table (each column is a key, of shape (rows, 1)), an open HDF5 file, what `numpy.load` returns of an .npz
+    and `scipy.io.loadmat` of a .mat, a dict of datasets of different sizes
     (`{"interior": ..., "boundary": ...}`: the batch is nested by these names, and the smaller ones start over until
     the largest is through), any map-style dataset, a `DataLoader`, or an iterable of batches, which pass unchanged.
     """
@@ -53,13 +54,13 @@ class Data:
     refresh_every: Count | None = None
     """Call the data setup function again every n epochs (resampled collocation points)."""
     inputs_require_grad: tuple[str, ...] | list[str] = ()
-    """Keys that derivatives are taken with respect to; their batches require grad in every split."""
+    """Keys that derivatives are taken with respect to ("x"; "interior.x" of one part); they require grad in batches."""
 
     def __post_init__(self) -> None:
         if all(getattr(self, split) is None for split in SPLITS):
             raise ValueError("Data: there is no training data (train=None), and nothing to evaluate.")
         for split in SPLITS:
-            _refuse_array(split, getattr(self, split))
+            object.__setattr__(self, split, read_rows(split, getattr(self, split)))
         check(self)
         object.__setattr__(self, "batch_size", _none_for_all(self.batch_size))
         given = {split: source for split in SPLITS if (source := getattr(self, split)) is not None}
@@ -81,23 +82,34 @@ class Data:
         return size
 
 
-def _refuse_array(split: str, source: Any) -> None:
-    """Raise TypeError for tensors, arrays, tables and texts: their rows (or columns, or letters) are no batches."""
-    if not (is_array(source) or isinstance(source, str | bytes)):
-        return
-    shape = getattr(source, "shape", None)
-    found = "which is no data" if shape is None else f"of shape {tuple(shape)}"
-    columns = getattr(source, "columns", None)
-    if columns is not None:
-        line = "weft.DictDataset({name: table[name].to_numpy() for name in table.columns})"
-    else:
-        line = 'weft.DictDataset({"x": X, "y": y})'
-    if "Supervised" in getattr(sys.modules.get("weft"), "__all__", ()):
-        line += ", or fit(weft.Supervised(net, loss_fn), (X, y))"
-    raise TypeError(
-        f"The {split} data is a {type(source).__name__} {found}; its rows have no keys and are not taken for batches. "
-        f"Give each column its key: {line}."
-    )
+class NoData(Data):
+    """No data at all: a loop of one's own makes what it trains on."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+def nothing_to_train_on(data: Data) -> Exception:
+    """What to raise where there must be training data."""
+    if isinstance(data, NoData):
+        return TypeError("fit: no data given. Pass (X, y), weft.Data, a dataset, a loader or a data setup function.")
+    return ValueError("There is no training data (train=None).")
+
+
+def read_rows(split: str, source: Any) -> Any:
+    """`source` with its rows under keys, where it has none itself: (X, y), a table, a file of arrays.
+
+    TypeError for a lone tensor or array, with the line to write.
+    """
+    if (
+        source is None
+        or (type(source) is dict and "__header__" not in source)
+        or isinstance(source, Dataset | DataLoader)
+    ):
+        return source
+    from weft.data.rows import read
+
+    return read(split, source)
 
 
 def makes_batches(source: Any) -> bool:
@@ -122,9 +134,9 @@ def as_data(data: Any, dev: Any = None, setup_kwargs: Mapping[str, Any] | None =
             raise TypeError("fit: a data setup function returns its own dev set; `dev` cannot be given as well.")
         return _from_setup(data(**kwargs), getattr(data, "__name__", "data_setup"))
     if kwargs:
-        raise TypeError(f"fit: unknown arguments {sorted(kwargs)}; only a data setup function takes further arguments.")
-    if data is None:
-        raise TypeError("fit: no data given. Pass a data setup function, weft.Data, a dataset or a loader.")
+        raise _unknown_arguments(kwargs)
+    if data is None and dev is None:
+        return NoData(None)
     if isinstance(data, Data):
         return data if dev is None else replace(data, dev=dev)
     if isinstance(data, tuple) and len(data) == 4 and (data[3] is None or isinstance(data[3], int | Mapping)):
@@ -132,6 +144,20 @@ def as_data(data: Any, dev: Any = None, setup_kwargs: Mapping[str, Any] | None =
             raise TypeError("fit: the tuple (train, dev, test, batch_size) holds a dev set; `dev` was given as well.")
         return Data(*data[:3], batch_size=data[3])
     return Data(data, dev)
+
+
+def _unknown_arguments(given: Mapping[str, Any]) -> TypeError:
+    from weft.foreign import advice
+
+    told = []
+    for name, value in given.items():
+        is_option = name in TrainerConfig.__dataclass_fields__ or name in ("optimizer", "scheduler", "hooks", "loggers")
+        here = f"; here it is an option of the trainer: weft.Trainer({name}=...)" if is_option else ""
+        told.append(f"{name!r}{here or advice(name, value, ('data', 'dev', 'epochs', 'resume', 'renew'))}")
+    more = "".join(f" {one}." for one in told if "; " in one)
+    return TypeError(
+        f"fit: unknown arguments {sorted(given)}; only a data setup function takes further arguments.{more}"
+    )
 
 
 def evaluation_data(split: str, data: Any, setup_kwargs: Mapping[str, Any], batch_size: Any = None) -> Data:
@@ -145,6 +171,7 @@ def evaluation_data(split: str, data: Any, setup_kwargs: Mapping[str, Any], batc
             raise ValueError(f"{split}: these data have no {split} split.")
         size = None if makes_batches(getattr(data, split)) else data.batch_size  # it may be that of another split
         return replace(data, **{other: None for other in SPLITS if other != split}, batch_size=size)
+    data = read_rows(split, data)
     if makes_batches(data) or (isinstance(batch_size, Mapping) and split not in batch_size):
         batch_size = None
     return Data(**{"train": None, split: data, "batch_size": batch_size})

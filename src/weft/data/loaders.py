@@ -60,10 +60,7 @@ class LoaderBatches:
     def raw(self, number: int, start: int = 0) -> Iterable[Any]:
         """The same as the loader made them."""
         if self.one_shot and self._used:
-            raise RuntimeError(
-                f"The {self.split} data is a one-shot iterable and was used up by the first epoch; "
-                "pass a list, a DataLoader, or an object whose __iter__ starts anew."
-            )
+            return self._going_on()
         self._used = True
         if self.sampler is not None:
             self.sampler.epoch = number
@@ -78,6 +75,18 @@ class LoaderBatches:
 
             return without_empty(batches, sampler, start)
         return batches
+
+    def _going_on(self) -> Iterator[Any]:
+        """What a one-shot iterable has left after the epochs before, which `limit_batches` ended."""
+        is_used_up = True
+        for batch in self.loader:
+            is_used_up = False
+            yield batch
+        if is_used_up:
+            raise RuntimeError(
+                f"The {self.split} data is a one-shot iterable and was used up by the epochs before; pass a list, a "
+                "DataLoader, or an object whose __iter__ starts anew. An endless one needs limit_batches."
+            )
 
     def _named(self, batch: Any, number: int) -> Any:
         if not isinstance(batch, dict):

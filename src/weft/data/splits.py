@@ -122,6 +122,7 @@ def _check_keys(data: Data, split: str, parts: Parts) -> None:
                 f"({', '.join(WRITTEN_KEYS)}); rename it, for example to {f'row_{taken[0]}'!r}."
             )
     keys = {key for tensors in parts.values() for key in tensors}
+    keys |= {f"{part}.{key}" for part, tensors in parts.items() if part for key in tensors}
     if unknown := [key for key in data.inputs_require_grad if key not in keys]:
         raise ValueError(f"Data: inputs_require_grad names {unknown}, the {split} data has {sorted(keys)}.")
 

@@ -6,18 +6,19 @@ of `Run` itself. Here stands what holds for a plain problem.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from weft.checkpoint.weights import state_of
-from weft.data.data import Data, as_data, evaluation_data
+from weft.data.data import Data, as_data, evaluation_data, nothing_to_train_on
+from weft.data.datasets import is_array
 from weft.devices.precision import numerics
 from weft.devices.processes import Processes
 from weft.loop import feeding
@@ -106,6 +107,12 @@ class Told:
     def is_global_zero(self) -> bool:
         """Whether this process writes files and lines: the first of all."""
         return self.state.is_global_zero
+
+    def with_data(self) -> Self:
+        """This run, if there is something to train on; a loop of one's own may do without."""
+        if not self.has("train"):
+            raise nothing_to_train_on(self.data)
+        return self
 
     def is_of(self, problem: nn.Module) -> bool:
         """Whether this run trained `problem`."""
@@ -227,10 +234,12 @@ class Seams:
     ) -> Callable[[], Data]:
         """What makes the data of `Trainer.validate`, `test` or `predict`; `last` is the run of the last fit."""
         batch_size = last.feed.data.batch_size if last is not None else None
+        if split == "predict" and hasattr(self.state.problem, "own_output"):  # Supervised: X may come alone
+            data = {"x": data} if is_array(data) else data
         return partial(evaluation_data, split, data, setup_kwargs, batch_size)
 
-    def predict(self) -> Any:
-        """The predictions for the predict set."""
-        from weft.step.prediction import predict
+    def predict(self, keys: Sequence[str] | None = None) -> Any:
+        """The predictions for the predict set; of a `Supervised` problem what its net returns."""
+        from weft.loop.predicting import predictions
 
-        return predict(self.state, self.state.trainer.step_function("predict", self.state.problem))
+        return predictions(self.state, keys)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ def renew_data(state: RunState) -> None:
 def use_data(state: RunState, data: Data) -> None:
     """Train, evaluate and predict with `data` from here on."""
     fabric, processes = state.fabric, state.processes
+    if read := getattr(state.problem, "own_data", None):  # Supervised
+        data = replace(data, **{split: read(getattr(data, split)) for split in SPLITS})
     state.feed.data = data
     check_finite(data, state.config.strict_data)
     place: dict[str, Any] = {"device": fabric.device, "dtype": float_dtype(fabric), "to_device": fabric.to_device}
@@ -124,3 +127,19 @@ def new_folder(state: RunState) -> Path | None:
     from weft.records import folders
 
     return state.processes.first(partial(folders.new_folder, config, options))
+
+
+def take_folder(state: RunState, is_new: bool) -> None:
+    """The run begins: what an earlier one of its name left in its new folder is moved out of the way."""
+    if is_new and state.kept.run_dir is not None:
+        from weft.records import folders
+
+        state.processes.first(partial(folders.set_aside, state.kept.run_dir))
+
+
+def forget_folder(state: RunState) -> None:
+    """The run was refused before it began: its new folder goes, where nothing is in it."""
+    if state.kept.run_dir is not None and state.is_global_zero and not state.control.begun:
+        from weft.records import folders
+
+        folders.forget(state.kept.run_dir, root_is_ours=state.config.root_dir is None)

@@ -65,7 +65,7 @@ def rest_if_waiting(state: RunState, in_batches: bool, rest: Callable[..., None]
 
 def batches_unless_left(state: RunState, rest: Callable[..., None]) -> Iterable[Any]:
     """The training batches; an error in making one, after a signal that its processes heeded too, is that signal's."""
-    alone = state.processes.world == 1 and not state.source("train").resident
+    alone = state.processes.world == 1 and not getattr(state.source("train"), "resident", True)
     return _guarded(state, train_batches(state), rest) if alone else train_batches(state)
 
 

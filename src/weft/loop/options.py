@@ -26,7 +26,8 @@ OBJECTS: dict[str, Any] = dict.fromkeys(
     )
 )
 """Options that may be objects; all others are fields of TrainerConfig."""
-FIXED = {*TrainerConfig.__dataclass_fields__, *OBJECTS} - {*STEPS.values(), "hooks", "phases"}
+KNOWN = {*TrainerConfig.__dataclass_fields__, *OBJECTS}
+FIXED = KNOWN - {*STEPS.values(), "hooks", "phases"}
 """Options that are read when the trainer is made: setting an attribute of their name changes nothing."""
 OF_FIT = ("epochs", "resume", "renew")
 
@@ -40,6 +41,21 @@ def signature() -> inspect.Signature:
         for name, (default, annotation) in options.items()
     ]
     return inspect.Signature([inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD), *named])
+
+
+def no_option(kind: type, names: list[str], options: Mapping[str, Any]) -> TypeError:
+    """What to raise for options that a trainer does not have."""
+    from weft.foreign import unknown_options
+
+    return unknown_options(kind.__name__, [(name, options[name]) for name in names], KNOWN)
+
+
+def check_problem(problem: Any) -> None:
+    """Raise TypeError for what is no module."""
+    if not isinstance(problem, nn.Module):
+        from weft.loop.mistakes import no_problem
+
+        raise no_problem(problem)
 
 
 def asked(data: Any, dataloaders: Any, problem: nn.Module | None, datamodule: Any) -> tuple[nn.Module | None, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from weft.data.data import nothing_to_train_on
 from weft.devices import seeding
 from weft.devices.seeding import generator_states, generators_of, own_generators, set_generator_states
 from weft.step.state import RunState
@@ -17,6 +18,8 @@ def train_batches(state: RunState) -> Iterable[Any]:
     again what it was, or what a checkpoint says.
     """
     start, kept = state.progress.batch, state.kept
+    if state.source("train") is None:
+        raise nothing_to_train_on(state.feed.data)
     random, generators = kept.random_to_resume, kept.generators_to_resume
     kept.random_to_resume, kept.generators_to_resume = None, {}
     if start == 0:
@@ -44,7 +47,7 @@ def generators_in(state: RunState) -> dict[str, Any]:
     """
     found = own_generators((f"problem.{name}", module) for name, module in state.problem.named_modules())
     source = state.source("train")
-    if not source.resident:
+    if source is not None and not source.resident:
         found = generators_of(source.loader) | found
     loaders = [(split, getattr(state.feed.splits.get(split), "loader", None)) for split in ("train", "dev", "test")]
     if all(loader is None for _, loader in loaders):

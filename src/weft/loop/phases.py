@@ -9,7 +9,7 @@ from torch import nn
 
 from weft.data.data import Data, as_data
 from weft.problem.reading import set_term_weights
-from weft.step.optimizers import build_optimizers, build_schedulers, submodule
+from weft.step.optimizers import build_optimizers, build_schedulers, parameters_under
 from weft.step.state import RunState
 from weft.step.trained import adopt
 
@@ -108,8 +108,8 @@ def replaces_optimizers(state: RunState) -> bool:
 
 
 def freeze(problem: nn.Module, names: Iterable[str]) -> list[tuple[nn.Parameter, bool]]:
-    """Stop the training of the named nodes or submodules; `unfreeze` puts it back."""
-    parameters = [p for name in names for p in submodule(problem, name).parameters()]
+    """Stop the training of the named nodes, submodules or parameters; `unfreeze` puts it back."""
+    parameters = [p for name in names for p in parameters_under(problem, name)[1]]
     frozen = [(p, p.requires_grad) for p in dict.fromkeys(parameters)]
     for p, _ in frozen:
         p.requires_grad_(False)

@@ -14,6 +14,10 @@ def tell_of_options(state: RunState, stops_itself: bool = False) -> None:
 
     `stops_itself`: the problem has other ways than patience to end training.
     """
+    if hasattr(state.problem, "own_output"):  # Supervised
+        from weft.loop.mistakes import tell_of_one_batch
+
+        tell_of_one_batch(state)
     if found := [f"{name} ({why})" for name, why in _without_effect(state, stops_itself)]:
         state.warn_once(f"No effect in this fit: {'; '.join(found)}.")
 

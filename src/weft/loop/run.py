@@ -32,6 +32,7 @@ from weft.loop.adapters import Seams, Told
 from weft.loop.leaving import batches_unless_left, before_training, come_back, heed_early, heed_late, rest_if_waiting
 from weft.loop.remarks import tell_of_no_best, tell_of_options, tell_of_used_up
 from weft.loop.result import FitResult, result_of
+from weft.loop.short import SHORT
 from weft.step.evaluation import add_up_terms, evaluate, monitored_metric
 from weft.step.forward import Forward, forward_of
 from weft.step.instrument import bind_watched, watched, watched_batches
@@ -94,10 +95,9 @@ class Run(Told, Seams):
 
     def __enter__(self) -> Self:
         state, trainer = self.state, self.state.trainer
-        if not self.has("train"):
-            raise ValueError("fit: there is no training data (train=None).")
         if state.control.is_new:
             seeding.begin(state.config.seed, state.feed.seed, state.processes.data_rank)
+        makes_folder = state.kept.run_dir is None
         state.kept.run_dir = feeding.enter_folder(state, self._stack)
         self._stack.enter_context(self.in_use())
         self._stack.enter_context(state.control.interruption.caught())
@@ -114,6 +114,7 @@ class Run(Told, Seams):
                 from weft.loop.saving import prepare_folder
 
                 prepare_folder(state)
+            feeding.take_folder(state, makes_folder)
             tell_of_options(state, stops_itself=self.takes_callbacks)
             feeding.forget_best_of_other_data(state, {} if self.takes_callbacks else self._before)
             is_second = not (state.control.is_new or state.control.continues) or phases.was_over(self._resumed)
@@ -123,6 +124,7 @@ class Run(Told, Seams):
             heed_early(state, lambda: rest_if_waiting(state, self._in_batches, self._rest))
         except BaseException as error:
             self.__exit__(type(error), error, None)
+            feeding.forget_folder(state)
             raise
         return self
 
@@ -157,6 +159,7 @@ class Run(Told, Seams):
         finally:
             with self._stack:
                 self._finish(error)
+            SHORT.__exit__(kind, error, trace)
         heed_late(self.state, error)
         return isinstance(error, KeyboardInterrupt) and interactive()
 

@@ -80,7 +80,9 @@ def prepare_folder(state: RunState) -> None:
     on from one of its older checkpoints."""
     source = state.source("train")
     why = ""
-    if not source.resident and source.one_shot:
+    if source is None:  # a loop of one's own
+        pass
+    elif not source.resident and source.one_shot:
         why = "is a one-shot iterable (a generator), which cannot be started again; pass a list or a DataLoader"
     elif not source.resident and getattr(source.loader, "persistent_workers", False):
         why = "keeps random state in its workers from epoch to epoch; pass persistent_workers=False"

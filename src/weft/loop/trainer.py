@@ -22,12 +22,12 @@ from weft.loop.evaluating import run_to_evaluate
 from weft.loop.remarks import tell_of_left_out
 from weft.loop.result import FitResult
 from weft.loop.run import Run
+from weft.loop.short import SHORT
 from weft.loop.tools import Tools
 from weft.problem.reading import forward_nodes
 from weft.step.optimizers import default_optimizer
 from weft.step.phase import Phase
 from weft.step.state import RunState
-from weft.types import suggest
 
 if TYPE_CHECKING:
     from weft.loop.signatures import TrainerOptions
@@ -61,10 +61,8 @@ class Trainer(TrainerOptions, Tools):
             from weft.loop.misspelt import refuse_misspelt
 
             refuse_misspelt(type(self), Trainer, options.get("hooks"))
-        known = {*TrainerConfig.__dataclass_fields__, *opts.OBJECTS}
-        if unknown := [name for name in options if name not in known]:
-            hint = suggest(unknown[0], known)
-            raise TypeError(f"{type(self).__name__} has no option {', '.join(map(repr, unknown))}{hint or '.'}")
+        if unknown := [name for name in options if name not in opts.KNOWN]:
+            raise opts.no_option(type(self), unknown, options)
         self.options = opts.objects_in(options)
         plain = {k: v for k, v in options.items() if k not in opts.OBJECTS}
         for name in ("strategy", "profiler"):  # a name is plain data, an object is not
@@ -136,7 +134,7 @@ class Trainer(TrainerOptions, Tools):
             self.running.state.feed.make = opts.data_maker(self.running, data, dev, **given, setup_kwargs=setup_kwargs)
             return result
         given |= {"resume": resume, "epochs": epochs, "renew": renew}
-        with self.start(problem, data, dev, **given, **setup_kwargs) as run:
+        with self.start(problem, data, dev, **given, **setup_kwargs).with_data() as run:
             for _ in run.epochs():
                 for batch in run.batches("train"):
                     run.update(batch)
@@ -159,9 +157,8 @@ class Trainer(TrainerOptions, Tools):
         renew: Sequence[str] | str = (),
         **setup_kwargs: Any,
     ) -> Run:
-        """A run for a loop of your own (`with trainer.start(...) as run:`); the arguments are those of `fit`."""
-        if not isinstance(problem, nn.Module):
-            raise TypeError(f"fit: the problem is {type(problem).__name__} {problem!r}; expected a torch.nn.Module.")
+        """A run for a loop of your own (`with trainer.start(...) as run:`); as `fit`, and data need not be given."""
+        opts.check_problem(problem)
         given = {"datamodule": datamodule, "train_dataloaders": train_dataloaders, "val_dataloaders": val_dataloaders}
         previous = self.run if self.run is not None and self.run.is_of(problem) else None
         if previous is None:
@@ -174,7 +171,8 @@ class Trainer(TrainerOptions, Tools):
             from weft.loop.renewal import checked
 
             renew = checked(renew, resume)
-        run.prepare(make_data, resume, epochs, tuple(renew))
+        with SHORT:
+            run.prepare(make_data, resume, epochs, tuple(renew))
         self.run = run
         return run
 
@@ -214,8 +212,7 @@ class Trainer(TrainerOptions, Tools):
 
     def configure_optimizers(self) -> Any:
         """The optimizer(s): an instance, a function of the parameters, or a dict of them by name."""
-        given = self.options["optimizer"]
-        return default_optimizer if given is None else given
+        return default_optimizer if (given := self.options["optimizer"]) is None else given
 
     def update(self, batch: Any) -> Any:
         """Update the parameters once from `batch` (a list of batches when accumulating).
@@ -247,7 +244,7 @@ class Trainer(TrainerOptions, Tools):
     ) -> dict[str, float]:
         """Means over the dev set (of the last fit, or `data`) as floats, with the history's keys.
 
-        A problem may come first: `validate(problem, data)`. A LightningModule may bring its own data or a `datamodule`.
+        A problem may come first: `validate(problem, data)`; a LightningModule may bring its own data or a `datamodule`.
         """
         return self._evaluate("dev", *opts.asked(data, dataloaders, problem, datamodule), setup_kwargs)
 
@@ -260,7 +257,7 @@ class Trainer(TrainerOptions, Tools):
         datamodule: Any = None,
         **setup_kwargs: Any,
     ) -> dict[str, float]:
-        """Means over the test set (of the last fit, or `data`) as floats, with the history's keys; see `validate`."""
+        """Means over the test set (of the last fit, or `data`) as floats; see `validate`."""
         return self._evaluate("test", *opts.asked(data, dataloaders, problem, datamodule), setup_kwargs)
 
     def predict(
@@ -270,25 +267,27 @@ class Trainer(TrainerOptions, Tools):
         *,
         problem: nn.Module | None = None,
         datamodule: Any = None,
+        keys: Sequence[str] | None = None,
         **setup_kwargs: Any,
     ) -> Any:
         """What the nodes compute for each row of the predict set (or `data`), in order, on the CPU, by key.
 
-        Inputs and losses are left out, and targets may be missing from the data. Of a LightningModule: what its
-        `predict_step` returned, a list with one entry a batch (a list of such lists for several loaders).
+        Inputs and losses are left out; targets may be missing, and with `keys`, whose nodes alone are run, what others
+        read. Of a `weft.Supervised` (`data` may be X itself): what its net returns, one row per row. Of a
+        LightningModule: what its `predict_step` returned, a list with one entry a batch (lists for several loaders).
         """
-        return self._evaluate("predict", *opts.asked(data, dataloaders, problem, datamodule), setup_kwargs)
+        return self._evaluate("predict", *opts.asked(data, dataloaders, problem, datamodule), setup_kwargs, keys)
 
-    def _evaluate(self, split: str, problem: nn.Module | None, data: Any, setup_kwargs: Any) -> dict[str, Any]:
+    def _evaluate(self, split: str, problem: Any, data: Any, setup_kwargs: Any, keys: Any = None) -> dict[str, Any]:
         if (fabric := self._fabric_for_calls()) is not None:
             from weft.loop.launch import call
 
-            return call(self, fabric, "_evaluate", problem or self.problem, split, problem, data, setup_kwargs)
-        with run_to_evaluate(self, problem, split, data, setup_kwargs) as run:
+            return call(self, fabric, "_evaluate", problem or self.problem, split, problem, data, setup_kwargs, keys)
+        with SHORT, run_to_evaluate(self, problem, split, data, setup_kwargs) as run:
             if not run.has(split):
                 raise ValueError(f"{split}: there is no {split} data; pass some.")
             if split == "predict":
-                return run.predict()
+                return run.predict(keys)
             return run.evaluate(split)
 
     def save_weights(self, path: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from weft.problem.terms import explain, function_name
+from weft.problem.terms import check_function, explain, function_name
 from weft.types import Batch
 
 
@@ -27,8 +27,7 @@ class Node(nn.Module):
         self, fn: Callable[..., Any], inputs: Sequence[str], outputs: Sequence[str], name: str | None = None
     ) -> None:
         super().__init__()
-        if not callable(fn):
-            raise TypeError(f"A node is made of a function or module; got {type(fn).__name__} {fn!r}.")
+        check_function(fn, "A node is made of a function or module")
         self.name = name or function_name(fn) or "node"
         self.input_keys, self.output_keys = _keys(inputs, self), _keys(outputs, self)
         if not self.output_keys:

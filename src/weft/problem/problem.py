@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from weft.problem.losses import PenaltyLoss
 from weft.problem.nodes import duplicates_in, node_list
-from weft.problem.terms import RESERVED_KEYS, Constraint, MissingKeyError, Objective, Term, explain, weights_of_picked
+from weft.problem.terms import (
+    RESERVED_KEYS,
+    Constraint,
+    MissingKeyError,
+    Objective,
+    Term,
+    explain,
+    weights_of_picked,
+    with_parts,
+)
 from weft.types import Batch
 
 
@@ -28,6 +37,7 @@ class Problem(nn.Module):
     `s_<term>` (its contribution to the loss, weight included), `s_<constraint>_violation` (mean, without weight),
     `s_objective_loss`, `s_penalty_loss` and `s_loss`. What came with the batch is not returned. A term that picks rows
     by a mask counts for those: their number is `s_<term>_weight`, and of the only term there is also `num_examples`.
+    Of a batch with parts (`{"interior": {"x": ...}}`) nodes and terms read keys like "interior.x".
 
     nodes: Node, Rollout, or anything like a NeuroMANCER node (`input_keys`, `output_keys`, dict in, dict out).
     loss: PenaltyLoss (the default), BarrierLoss or AugmentedLagrangian.
@@ -69,7 +79,7 @@ class Problem(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Any]:
         """Outputs, terms and losses by key; see the class."""
         try:
-            split, data = batch.get("name", "train"), dict(batch)
+            split, data = batch.get("name", "train"), with_parts(batch)
         except AttributeError:
             raise TypeError(
                 f"{self} reads batches by key, and got one of type {type(batch).__name__}; give the data keys: "
@@ -82,7 +92,7 @@ class Problem(nn.Module):
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """The outputs of the nodes alone; targets, which only terms read, may be missing."""
-        return self._run_nodes(dict(batch))
+        return self._run_nodes(with_parts(batch))
 
     def _run_nodes(self, data: dict[str, Any]) -> dict[str, Tensor]:
         """The outputs of all nodes, which are also added to `data`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -71,9 +71,18 @@ def needs_grad_in_eval(modules: Iterable[nn.Module]) -> bool:
     return any(vars(m).get("grad_inference", getattr(type(m), "grad_inference", False)) for m in modules)
 
 
-def forward_nodes(problem: nn.Module) -> Callable[[Batch], dict[str, Tensor]]:
-    """A function of a batch that returns the problem's tensors without its inputs and losses, for prediction."""
+def forward_nodes(problem: nn.Module, keys: Sequence[str] | None = None) -> Callable[[Batch], dict[str, Tensor]]:
+    """A function of a batch that returns the problem's tensors without its inputs and losses, for prediction.
+
+    keys: the ones to return; only the nodes that they need are run. ValueError for one that nothing writes.
+    """
     nodes_only = isinstance(problem, Problem) or is_neuromancer(problem)
+    if keys is not None:
+        from weft.problem.asked import nodes_for, picked
+
+        return nodes_for(problem, keys) if nodes_only else picked(forward_nodes(problem), keys)
+    if hasattr(problem, "own_output"):  # Supervised
+        return cast(Any, problem).step
     function = cast(Callable[..., Any], problem.step if nodes_only else problem)
 
     def forward(batch: Batch) -> dict[str, Tensor]:

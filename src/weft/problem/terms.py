@@ -28,6 +28,16 @@ Side = Callable[..., Tensor] | str | float | Tensor
 RESERVED_KEYS = WRITTEN_KEYS
 
 
+def with_parts(batch: Batch) -> dict[str, Any]:
+    """The batch as a dict of its own, in which what stands in its parts has keys too: "interior.x"."""
+    data = dict(batch)
+    for part, value in batch.items():
+        if type(value) is dict:
+            for key, one in value.items():
+                data[f"{part}.{key}"] = one
+    return data
+
+
 class MissingKeyError(KeyError):
     """A key that is read but not there. (A plain KeyError shows its message quoted.)"""
 
@@ -54,6 +64,14 @@ def argument_keys(fn: Callable[..., Any], what: str) -> list[str]:
                 "arguments (lambda x, y: ...) and constants as arguments with a default."
             )
     return [p.name for p in required]
+
+
+def check_function(fn: Any, what: str) -> None:
+    """Raise TypeError for what is no function, and for the class of a module, where an object of it is meant."""
+    if not callable(fn):
+        raise TypeError(f"{what}; got {type(fn).__name__} {fn!r}.")
+    if isinstance(fn, type) and issubclass(fn, nn.Module):
+        raise TypeError(f"{what}; got the class {fn.__name__}. Give an object of it, {fn.__name__}(...).")
 
 
 def function_name(fn: Callable[..., Any]) -> str | None:
@@ -126,11 +144,12 @@ class Term(nn.Module):
     weight: Tensor
     kind = "term"
 
-    def __init__(self, weight: float | Tensor, name: str | None) -> None:
+    def __init__(self, weight: float | Tensor, name: str | None, part: str | None = None) -> None:
         super().__init__()
         if name is not None and (not isinstance(name, str) or not name):
             raise TypeError(f"The name of a term is a non-empty text; got {name!r}.")
         self.name: str = name or ""  # a Problem numbers those without
+        self._prefix = "" if part is None else f"{part}."
         self.keys: list[str] = []
         self._shapes = Shapes()
         if isinstance(weight, Tensor) and weight.requires_grad:
@@ -148,7 +167,7 @@ class Term(nn.Module):
         owner = getattr(fn, "__self__", None)
         if isinstance(owner, nn.Module):
             self.add_module(f"owner{len(self._modules)}", owner)
-        keys = argument_keys(fn, str(self))
+        keys = [f"{self._prefix}{key}" for key in argument_keys(fn, str(self))]
         self.keys += [k for k in keys if k not in self.keys]
         return keys
 
@@ -183,10 +202,11 @@ class Objective(Term):
 
     kind = "objective"
 
-    def __init__(self, fn: Callable[..., Tensor], weight: float | Tensor = 1.0, name: str | None = None) -> None:
-        if not callable(fn):
-            raise TypeError(f"An objective is a function of keys; got {type(fn).__name__} {fn!r}.")
-        super().__init__(weight, name or function_name(fn))
+    def __init__(
+        self, fn: Callable[..., Tensor], weight: float | Tensor = 1.0, name: str | None = None, part: str | None = None
+    ) -> None:
+        check_function(fn, "An objective is a function of keys")
+        super().__init__(weight, name or function_name(fn), part)
         self.fn = fn
         self._add_function(fn)
 
@@ -234,9 +254,16 @@ class Constraint(Term):
     kind = "constraint"
 
     def __init__(
-        self, lhs: Side, sense: str, rhs: Side, weight: float | Tensor = 1.0, norm: int = 1, name: str | None = None
+        self,
+        lhs: Side,
+        sense: str,
+        rhs: Side,
+        weight: float | Tensor = 1.0,
+        norm: int = 1,
+        name: str | None = None,
+        part: str | None = None,
     ) -> None:
-        super().__init__(weight, name)
+        super().__init__(weight, name, part)
         if self.given_weight < 0:
             raise ValueError(f"The weight of {self} must not be negative, it would reward violation; got {weight!r}.")
         if norm not in (1, 2):
@@ -249,13 +276,15 @@ class Constraint(Term):
 
     def _side(self, side: Side) -> tuple[Callable[..., Any], list[str]]:
         if isinstance(side, str):
-            self.keys += [side] if side not in self.keys else []
-            return _identity, [side]
+            key = f"{self._prefix}{side}"
+            self.keys += [key] if key not in self.keys else []
+            return _identity, [key]
         if isinstance(side, Tensor):
             return _Constant(side), []
         if isinstance(side, Real):
             return partial(_identity, side), []
         if callable(side):
+            check_function(side, f"A side of {self} is a function of keys")
             return side, self._add_function(side)
         raise TypeError(f"A side of {self} is a function, a key, a number or a tensor; got {type(side).__name__}.")
 
@@ -313,39 +342,45 @@ class Constraint(Term):
         return self.weight * (mean if self.norm == 1 else self._shapes.mean(violation.square())), mean
 
 
-def objective(fn: Callable[..., Tensor], weight: float | Tensor = 1.0, name: str | None = None) -> Objective:
+def objective(
+    fn: Callable[..., Tensor], weight: float | Tensor = 1.0, name: str | None = None, part: str | None = None
+) -> Objective:
     """A term that adds `weight * mean(fn(...))` to the loss.
 
     fn: a function whose argument names are the keys it reads (arguments with a default are constants), or a module, by
         the arguments of its `forward`. It may return a tensor of any shape. What picks rows by a mask (`e[m]`) counts
         for those that it returns; return them, not their mean.
     name: defaults to the function's; a lambda becomes `objective_0`, by its place in the problem.
+    part: of a batch with parts, the one whose keys the arguments name: with "interior", `x` is the key "interior.x".
     Raises TypeError where the argument names do not say what is read (`*args`, a builtin).
     """
-    return Objective(fn, weight, name)
+    return Objective(fn, weight, name, part)
 
 
 def less_equal(
-    lhs: Side, rhs: Side, weight: float | Tensor = 1.0, norm: int = 1, name: str | None = None
+    lhs: Side, rhs: Side, weight: float | Tensor = 1.0, norm: int = 1, name: str | None = None, part: str | None = None
 ) -> Constraint:
     """The constraint `lhs <= rhs`; penalty `weight * mean(relu(lhs - rhs) ** norm)`.
 
     Each side is a function whose argument names are the keys it reads, a key, a number or a tensor; their shapes must
     broadcast. norm: 1 (exact for a large enough weight) or 2 (smooth). name: defaults to `constraint_0`, by its place.
+    part: of a batch with parts, the one whose keys both sides name: with "boundary", `u` is the key "boundary.u".
     """
-    return Constraint(lhs, "<=", rhs, weight, norm, name)
+    return Constraint(lhs, "<=", rhs, weight, norm, name, part)
 
 
 def greater_equal(
-    lhs: Side, rhs: Side, weight: float | Tensor = 1.0, norm: int = 1, name: str | None = None
+    lhs: Side, rhs: Side, weight: float | Tensor = 1.0, norm: int = 1, name: str | None = None, part: str | None = None
 ) -> Constraint:
     """The constraint `lhs >= rhs`; penalty `weight * mean(relu(rhs - lhs) ** norm)`. See `less_equal`."""
-    return Constraint(lhs, ">=", rhs, weight, norm, name)
+    return Constraint(lhs, ">=", rhs, weight, norm, name, part)
 
 
-def equal(lhs: Side, rhs: Side, weight: float | Tensor = 1.0, norm: int = 1, name: str | None = None) -> Constraint:
+def equal(
+    lhs: Side, rhs: Side, weight: float | Tensor = 1.0, norm: int = 1, name: str | None = None, part: str | None = None
+) -> Constraint:
     """The constraint `lhs == rhs`; penalty `weight * mean(abs(lhs - rhs) ** norm)`. See `less_equal`."""
-    return Constraint(lhs, "==", rhs, weight, norm, name)
+    return Constraint(lhs, "==", rhs, weight, norm, name, part)
 
 
 def picks_rows(problem: nn.Module) -> bool:

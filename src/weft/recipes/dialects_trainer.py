@@ -6,42 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from weft.config import TrainerConfig
+from weft.foreign import LIMITS, NEUTRAL, NOTED, RENAMED
 from weft.types import suggest
 
-RENAMED = {
-    "max_epochs": "epochs",
-    "gradient_clip_val": "clip",
-    "gradient_clip_algorithm": "clip_algorithm",
-    "accumulate_grad_batches": "accumulate",
-    "check_val_every_n_epoch": "validate_every",
-    "log_every_n_steps": "log_every",
-    "default_root_dir": "root_dir",
-    "enable_checkpointing": "checkpoint",
-}
-LIMITS = {
-    "limit_train_batches": "train",
-    "limit_val_batches": "dev",
-    "limit_test_batches": "test",
-    "limit_predict_batches": "predict",
-}
-NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
-    "barebones": ((False,), "name what should be off: progress, loggers, checkpoint"),
-    "detect_anomaly": ((False,), "call torch.autograd.set_detect_anomaly in the problem's file"),
-    "min_steps": ((None,), "use min_epochs"),
-    "overfit_batches": ((0, 0.0), "use limit_batches with batches.shuffle: false"),
-    "sync_batchnorm": ((False,), "convert the module in the problem's file"),
-    "use_distributed_sampler": ((True,), "a loader in several processes gets weft's sampler or is refused"),
-    "val_check_interval": ((None, 1.0), "use validate_every, in epochs"),
-    "benchmark": ((None, False), "set torch.backends.cudnn.benchmark in the problem's file"),
-    "plugins": ((None, []), "plugins are given in Python: weft.Trainer(plugins=...)"),
-}
-"""Lightning options without a counterpart: the values that ask for nothing, and what to do about the others."""
-NOTED = {
-    "enable_model_summary": "weft prints no summary of the model",
-    "num_sanity_val_steps": "weft makes no dry runs",
-    "inference_mode": "weft evaluates under no_grad, or with gradients where the problem asks for them",
-}
-"""Lightning options that change no result: a note says what happens instead."""
 PROFILERS = {"SimpleProfiler": "simple", "AdvancedProfiler": "advanced", "PyTorchProfiler": "pytorch"}
 
 

@@ -7,7 +7,9 @@ A run that starts anew under a name that was used before moves the files of the 
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,8 @@ from weft.records import lease
 def new_folder(config: TrainerConfig, options: dict[str, Any]) -> Path | None:
     """The folder of a new run, made; None if nothing asks for one (root_dir, a logger, checkpoint, a profile's trace).
 
-    The files of an earlier run of this name are moved out of the way. Call in the first process, which owns the folder
-    from then on. Raises RunInUseError where a run of this name is under way.
+    The files of an earlier run of this name stay until the new one begins (`set_aside`). Call in the first process,
+    which owns the folder from then on. Raises RunInUseError where a run of this name is under way.
     """
     traced = config.profiler == "pytorch" or getattr(options["profiler"], "needs_folder", False)
     wanted = config.root_dir is not None or config.checkpointing is not None or options["loggers"] or traced
@@ -30,7 +32,6 @@ def new_folder(config: TrainerConfig, options: dict[str, Any]) -> Path | None:
     if config.run_name is not None:
         folder = root / config.run_name
         lease.acquire(folder)
-        _set_aside(folder)
         return folder
     name, number = time.strftime("%Y-%m-%d_%H-%M-%S"), 1
     folder = root / name
@@ -50,6 +51,16 @@ def _made(folder: Path) -> bool:
     return True
 
 
+def forget(folder: Path, root_is_ours: bool) -> None:
+    """Take away the folder of a run that was refused before it began, if it is empty, and "runs" if that is ours."""
+    with contextlib.suppress(OSError):
+        if {path.name for path in folder.iterdir()} <= {lease.FOLDER}:
+            shutil.rmtree(folder / lease.FOLDER, ignore_errors=True)
+        folder.rmdir()  # raises where it is not empty: an earlier run of this name
+        if root_is_ours:
+            folder.parent.rmdir()
+
+
 _OF_A_RUN = (
     "checkpoints",
     "metrics.csv",
@@ -62,7 +73,7 @@ _OF_A_RUN = (
 )
 
 
-def _set_aside(folder: Path) -> None:
+def set_aside(folder: Path) -> None:
     """Move what an earlier run of this name left into `old/1`, `old/2`, ...: no file of one is taken for another's."""
     if left := [path for pattern in _OF_A_RUN for path in folder.glob(pattern)]:
         number = 1 + max((int(p.name) for p in folder.glob("old/*") if p.name.isdigit()), default=0)

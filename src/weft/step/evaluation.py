@@ -82,7 +82,7 @@ def add_up_terms(state: RunState, split: str, means: dict[str, float]) -> None:
 
 
 def _by_batch(state: RunState, split: str, forward: Forward) -> dict[str, float]:
-    means, skips = Means(whole_metrics(state.trainer.metric_functions, split)), state.processes.skips_empty
+    means, skips = Means(whole_metrics(state.metrics, split)), state.processes.skips_empty
     for batch in state.batches_of(split):
         examples = num_examples(batch)
         if examples or not skips:  # of several processes one may have no row of a short batch

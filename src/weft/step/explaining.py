@@ -9,11 +9,29 @@ from torch import Tensor, nn
 
 from weft.places import Place, places
 from weft.problem.hardcoded import misplaced
+from weft.problem.reading import needs_grad_in_eval
 from weft.types import suggest
 
 
-def explained(error: Exception, batch: Any, problem: nn.Module) -> Exception | None:
-    """A clearer error for a mixture of dtypes or devices, that says what to do; None for every other error."""
+def explained(error: Exception, batch: Any, problem: nn.Module, split: str = "train") -> Exception | None:
+    """A clearer error that says what to do; None where there is nothing to add.
+
+    With its traceback and notes, to be raised in its place. Of dtypes and devices that are mixed, of derivatives of
+    what has none, and of a module that was given a batch where it expects a tensor.
+    """
+    found = _explained(error, batch, problem, split)
+    if found is not None:
+        for note in getattr(error, "__notes__", ()):
+            found.add_note(note)
+        found.__traceback__ = error.__traceback__
+    return found
+
+
+def _explained(error: Exception, batch: Any, problem: nn.Module, split: str) -> Exception | None:
+    if (found := _of_gradients(error, batch, problem, split) or _of_a_batch(error, batch, problem, split)) is not None:
+        return found
+    if not isinstance(error, RuntimeError):
+        return None
     text = str(error)
     device = next((p.device for p in problem.parameters()), None)
     if "device" in text and device is not None and (found := misplaced(problem, device)):
@@ -37,6 +55,59 @@ def explained(error: Exception, batch: Any, problem: nn.Module) -> Exception | N
     way = f"give {whole} as floats (.float())" if whole else "train with precision='64-true', which casts both"
     return TypeError(
         f"{text}. The data has {other}, the parameters are {sorted(map(str, weights))}. Convert the data, or {way}."
+    )
+
+
+def _of_gradients(error: Exception, batch: Any, problem: nn.Module, split: str) -> Exception | None:
+    """Derivatives with respect to what does not require grad, or in an evaluation without gradients."""
+    text = str(error)
+    if "One of the differentiated Tensors does not require grad" in text:
+        keys = _may_require_grad(batch)
+        return RuntimeError(
+            f"{text}. Derivatives are taken with respect to inputs that do not require grad: ask for it with "
+            f"weft.Data(..., inputs_require_grad={keys or ['x']}), naming those that are differentiated."
+        )
+    is_evaluation = split != "train" and not needs_grad_in_eval(problem.modules())
+    if "does not require grad and does not have a grad_fn" in text and is_evaluation:
+        return RuntimeError(
+            f"{text}. Derivatives are taken in an evaluation ({split}), which computes without gradients: ask for them "
+            "with weft.Problem(..., grad_inference=True), or problem.grad_inference = True on any module."
+        )
+    if "appears to not have been used in the graph" in text:
+        return RuntimeError(
+            f"{text}. Something is differentiated with respect to an input that it was not computed from: of a batch "
+            "with parts, take both from the same part (part='interior'); else compute it from that very tensor."
+        )
+    return None
+
+
+def _may_require_grad(batch: Any) -> list[str]:
+    """The keys of a batch whose numbers can require grad and do not; of a batch with parts those of the parts."""
+    if not isinstance(batch, Mapping):
+        return []
+    found = [k for k, v in batch.items() if isinstance(v, Tensor) and v.is_floating_point() and not v.requires_grad]
+    found += [key for part in batch.values() if isinstance(part, Mapping) for key in _may_require_grad(part)]
+    return list(dict.fromkeys(found))
+
+
+def _of_a_batch(error: Exception, batch: Any, problem: nn.Module, split: str) -> Exception | None:
+    """A module that wants a tensor was called with the batch: a net that was given as the problem, or a step forgotten.
+
+    Torch says so in several ways, most of which name the type of the batch.
+    """
+    kind = type(batch).__name__
+    named = (f"not {kind}", f"'{kind}' object has no attribute", f"{kind}\\' object", f"got {kind}", f"({kind}")
+    is_torchs = isinstance(error, TypeError | AttributeError) and any(name in str(error) for name in named)
+    if not is_torchs or isinstance(batch, Tensor) or hasattr(problem, "terms") or hasattr(problem, "loss_fn"):
+        return None
+    if type(problem).__module__.startswith("torch.nn"):
+        way = "It is a net: give it with a loss, weft.Supervised(net, loss_fn) over (X, y), or a weft.Problem of nodes."
+    else:
+        way = "A problem is called with the batch and returns its loss."
+    step = {"dev": "validation_step", "test": "test_step"}.get(split, "training_step")
+    return TypeError(
+        f"{error}. The {split} step calls {type(problem).__name__} with a whole batch, a {kind}. {way} "
+        f"Or give a {step}=function of (trainer, batch){', as there is a training_step' if split != 'train' else ''}."
     )
 
 

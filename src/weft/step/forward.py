@@ -31,7 +31,7 @@ def forward_of(state: RunState, split: str) -> Forward:
     """The step of `split` with what it returns read: a training step must give a loss, others may."""
     problem, metric = state.problem, state.config.metric_of(split)
     step = watched(state.hooks, "forward", in_precision(state.fabric, state.trainer.step_function(split, problem)))
-    read = reader(problem, split, metric, state.trainer.metric_functions, list(state.training.optimizers))
+    read = reader(problem, split, metric, state.metrics, list(state.training.optimizers))
     required, calls = split == "train", 0
 
     def forward(batch: Any) -> tuple[Any, dict[str, Any]]:
@@ -39,12 +39,12 @@ def forward_of(state: RunState, split: str) -> Forward:
         calls += 1
         try:
             out = step(batch) if calls > 2 else looked_at(state, step, batch, calls)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, AttributeError) as error:
             from weft.step.explaining import explained
 
-            if (clearer := explained(error, batch, problem)) is None:
+            if (clearer := explained(error, batch, problem, split)) is None:
                 raise
-            raise clearer from error
+            raise clearer from None
         loss, scalars = read(out, batch)
         if calls == 1:
             tell_of_counting(state, split, batch, loss, scalars)

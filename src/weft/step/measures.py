@@ -21,25 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from weft.problem.pairs import PairWatch, has_rows, refuse_pairs
-from weft.problem.terms import argument_keys
+from weft.problem.scores import whole
+from weft.problem.terms import argument_keys, with_parts
 
 Measure = Callable[[Any, Any], Any]
 """(What a step returned, batch) -> a number."""
 Gather = Callable[[Any], list[Any]]
-
-
-class whole:
-    """A metric computed from all rows of a split at once: `fn` gets each key it names, concatenated.
-
-    For what is no mean over batches: R2, RMSE, maxima, quantiles, anything of scipy or sklearn (tensors come detached,
-    in the order of the data; of several processes too). It returns a number, or a dict of numbers. The rows stay where
-    they were computed until the epoch, or the evaluation, is over.
-    """
-
-    def __init__(self, fn: Callable[..., Any]) -> None:
-        if not callable(fn):
-            raise TypeError(f"whole: {fn!r} is no function of keys.")
-        self.fn = fn
 
 
 def measures_of(given: Any) -> dict[str, Any]:
@@ -79,7 +66,7 @@ class Keys:
         self._shapes_seen = False
 
     def __call__(self, out: Any, batch: Any) -> list[Any]:
-        inputs, out = batch if isinstance(batch, Mapping) else {}, out if isinstance(out, Mapping) else {}
+        inputs, out = with_parts(batch) if isinstance(batch, Mapping) else {}, out if isinstance(out, Mapping) else {}
         values, prefix = [], f"{inputs.get('name', '')}_"
         for key in self.keys:
             found = next((d[k] for d in (out, inputs) for k in (key, prefix + key) if k in d), None)

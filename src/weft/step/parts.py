@@ -30,7 +30,7 @@ def means_by_part(state: RunState, split: str, forward: Forward) -> dict[str, fl
     """
     source = state.source(split)
     found: dict[str, list[tuple[dict[str, Any], int]]] = {part: [] for part in ("", *source.parts)}
-    logged, whole = {part: Means() for part in found}, WholeByPart(whole_metrics(state.trainer.metric_functions, split))
+    logged, whole = {part: Means() for part in found}, WholeByPart(whole_metrics(state.metrics, split))
     limit = within(state.config.limit(split), source)
     for part, batch in passes(source, state.progress.epoch, limit):
         examples = num_examples(batch[part]) if part else 1
@@ -69,7 +69,7 @@ def _cut(source: Any, part: str, lo: int, hi: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, tensor in source.parts[part].items():
         value = found[key] = tensor.detach()[lo:hi].clone()
-        value.requires_grad_(key in source.require_grad or tensor.requires_grad)
+        value.requires_grad_(key in source.require_grad[part] or tensor.requires_grad)
     return {**found, "index": torch.arange(lo, min(hi, source.lengths[part]), device=source.device())}
 
 

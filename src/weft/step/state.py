@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -282,7 +283,17 @@ class RunState:
     fabric: Fabric = None  # type: ignore[assignment]  # made when the run is prepared
 
     def __post_init__(self) -> None:
-        self.epoch.means.whole = whole_metrics(self.trainer.metric_functions, "train")
+        self.epoch.means.whole = whole_metrics(self.metrics, "train")
+
+    @cached_property
+    def metrics(self) -> dict[str, Any]:
+        """Metrics besides what steps return: those that the problem brings (`Supervised`), and the trainer's."""
+        own = getattr(self.problem, "own_metrics", None)
+        if not own:
+            return self.trainer.metric_functions
+        from weft.step.measures import measures_of
+
+        return {**measures_of(own), **self.trainer.metric_functions}
 
     @classmethod
     def of(cls, trainer: Owner, problem: nn.Module, previous: RunState | None = None) -> RunState:
@@ -408,7 +419,7 @@ class RunState:
         elif epoch.closing is None:
             epoch.logged.add(values, 1)
         else:
-            epoch.closing.update({name: float(value) for name, value in values.items()})
+            epoch.closing.update({n: float(v.detach() if isinstance(v, Tensor) else v) for n, v in values.items()})
             self.history.amend(epoch.closing)
 
     def refuse_taken(self, names: Iterable[str]) -> None:

@@ -13,7 +13,7 @@ There is no sanity check before training, as with `num_sanity_val_steps=0`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -396,8 +396,10 @@ class LightningRun(Run):
         self.state.call("on_validation_end", metrics)
         return metrics
 
-    def predict(self) -> Any:
+    def predict(self, keys: Sequence[str] | None = None) -> Any:
         """What `predict_step` returned for each batch."""
+        if keys is not None:
+            raise TypeError(f"predict: keys={list(keys)}; a LightningModule's predict_step says what it returns.")
         return self._alone("predict", predict)
 
     def _begin_epoch(self) -> bool:

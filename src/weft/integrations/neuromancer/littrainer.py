@@ -169,7 +169,7 @@ class LitTrainer(Trainer):
         ):  # ddp_spawn, ddp_fork, ddp_notebook: each of the processes comes here again
             self._set_model(problem)
             return super().fit(problem, data_setup_function, dev, resume=resume, **setup_kwargs)
-        with self.start(problem, data_setup_function, dev, resume=resume, **setup_kwargs) as run:
+        with self.start(problem, data_setup_function, dev, resume=resume, **setup_kwargs).with_data() as run:
             for _ in run.epochs():
                 for batch in run.batches("train"):
                     if self._call("on_train_batch_start", batch, self.batch_index) == -1:

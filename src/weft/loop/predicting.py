@@ -1,0 +1,32 @@
+"""What `Trainer.predict` returns. Loaded when something is predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from weft.problem.reading import forward_nodes
+from weft.step.prediction import predict
+from weft.step.state import RunState
+
+
+def predictions(state: RunState, keys: Sequence[str] | None = None) -> Any:
+    """The predictions for the predict set by key, or these keys of them; of a `Supervised` what its net returns."""
+    if is_own := state.trainer.overrides("predict_step"):
+        step = state.trainer.step_function("predict", state.problem)
+        if keys is not None:
+            from weft.problem.asked import picked
+
+            step = picked(step, keys)
+    else:
+        step = forward_nodes(state.problem, keys)
+    try:
+        found = predict(state, step)
+    except RuntimeError as error:
+        from weft.step.explaining import explained
+
+        if (clearer := explained(error, {}, state.problem, "predict")) is None:
+            raise
+        raise clearer from None
+    put_back = None if is_own or keys is not None else getattr(state.problem, "own_output", None)
+    return found if put_back is None else put_back(found)
