@@ -71,8 +71,10 @@ def _folder_name(text: str) -> str:
     parts = text.split("/")
     if "" in parts or "." in parts or ".." in parts or os.path.isabs(text):
         return "expected a name below root_dir, without '.', '..' or a leading '/'"
-    if not text.isprintable() or (wrong := _path(text)):
-        return wrong if text.isprintable() else "must not hold control characters"
+    if not text.isprintable():
+        return "must not hold control characters"
+    if wrong := _path(text):
+        return wrong
     return "must not be longer than 200 bytes" if max(len(os.fsencode(p)) for p in parts) > 200 else ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from weft.events import Hook
@@ -28,7 +29,7 @@ class Ending(Hook):
         if trainer.run.progress.phase != self.phase:
             self._begin(trainer.run.state)
 
-    def on_epoch_end(self, trainer: Any, metrics: dict[str, float]) -> None:
+    def on_epoch_end(self, trainer: Any, metrics: Mapping[str, float]) -> None:
         state = trainer.run.state
         until = state.phase.until or Until()
         value = metrics.get(state.epoch.monitor or "")
