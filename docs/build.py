@@ -27,7 +27,8 @@ def assemble(source: Path) -> None:
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(ROOT / "docs", source, ignore=shutil.ignore_patterns("build.py", "__pycache__"))
     examples = source / "examples"
-    shutil.copytree(ROOT / "examples" / "pictures", examples / "pictures")
+    for folder in ("pictures", "beside"):
+        shutil.copytree(ROOT / "examples" / folder, examples / folder)
     for kind in ("ipynb", "py", "md"):
         for file in (ROOT / "examples").glob(f"*.{kind}"):
             shutil.copy(file, examples)

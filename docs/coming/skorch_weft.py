@@ -1,0 +1,12 @@
+import torch
+
+import weft
+
+torch.manual_seed(0)
+X = torch.rand(500, 1)
+y = torch.sin(6 * X)
+net = torch.nn.Sequential(torch.nn.Linear(1, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
+problem = weft.Supervised(net, torch.nn.functional.mse_loss)
+trainer = weft.Trainer(epochs=100, optimizer=lambda p: torch.optim.Adam(p, 1e-2), progress=False)
+trainer.fit(problem, weft.Data((X[:400], y[:400]), dev=(X[400:], y[400:]), batch_size=64))
+figure = float((trainer.predict(X[400:]) - y[400:]).square().mean())
