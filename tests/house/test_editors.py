@@ -104,7 +104,7 @@ def test_an_unknown_option_is_met_with_the_closest_at_run_time(name: str) -> Non
         call()
 
 
-FACES = [weft.hooks, weft.plot, weft.integrations]
+FACES = [weft.hooks, weft.optim, weft.plot, weft.integrations]
 
 
 @pytest.mark.parametrize("face", FACES, ids=lambda face: face.__name__)

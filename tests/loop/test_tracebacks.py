@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 import warnings
 from collections.abc import Callable
@@ -111,6 +112,7 @@ def test_a_notebook_shows_as_few_frames(monkeypatch: pytest.MonkeyPatch) -> None
         with warnings.catch_warnings():  # IPython's own, of its colours
             warnings.simplefilter("ignore")
             view = ultratb.VerboseTB()
-        shown[wanted] = "\n".join(view.structured_traceback(type(error), error, error.__traceback__))
+        coloured = "\n".join(view.structured_traceback(type(error), error, error.__traceback__))
+        shown[wanted] = re.sub(r"\x1b\[[0-9;]*m", "", coloured)
     assert "step/update.py" not in shown["short"] and "step/update.py" in shown["full"]
     assert "run.update(batch)" in shown["short"] and "u @ torch.rand(7, 7)" in shown["short"]
