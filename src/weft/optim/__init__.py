@@ -2,7 +2,7 @@
 
 weft.Trainer(phases=[weft.Phase(epochs=1000), weft.Phase(epochs=100, optimizer=weft.optim.SSBroyden)])
 
-LeastSquares       A closure that evaluates the loss, and what lies behind it: called, it leaves the gradients in the parameters.
+LeastSquares       A closure that evaluates the loss and its residuals; called, it leaves gradients in the parameters.
 LevenbergMarquardt Steps d of (J'J + damping I) d = -J'r whose damping falls while they go well and rises until they do.
 NaturalGradient    Natural gradient steps of a least-squares loss: Gauss-Newton directions with a search along each.
 SSBFGS             BFGS whose inverse Hessian is scaled before each update, so that large early curvature is forgotten.

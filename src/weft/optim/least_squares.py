@@ -31,7 +31,7 @@ MAX_OUTPUTS = 64
 
 
 class LeastSquares:
-    """A closure that evaluates the loss, and what lies behind it: called, it leaves the gradients in the parameters.
+    """A closure that evaluates the loss and its residuals; called, it leaves gradients in the parameters.
 
     problem: a module with a method `residuals(batch)`, or a NeuroMANCER Problem. params: those that train; None: all
         that require grad. evaluate: what returns the loss and makes its gradients; None: from the residuals.
