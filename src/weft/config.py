@@ -81,6 +81,8 @@ def _folder_name(text: str) -> str:
 Count = Annotated[int, at_least(1)]
 Natural = Annotated[int, at_least(0)]
 Positive = Annotated[float, _positive]
+Devices = Annotated[int, _devices]
+Nodes = Annotated[int, _nodes]
 Time = Annotated[str, _time]
 """Text like "DD:HH:MM:SS"."""
 Path = Annotated[str, _path]
@@ -208,9 +210,9 @@ class TrainerConfig:
     """Validate after every n epochs and after the last (>= 1)."""
     accelerator: str = "auto"
     """"auto", "cpu", "gpu", "cuda", "mps", "tpu"."""
-    devices: Annotated[int, _devices] | str | list[int] = 1
+    devices: Devices | str | list[int] = 1
     """How many devices, which ones ([0, 2] or "0,2"), -1 or "auto" for all."""
-    num_nodes: Annotated[int, _nodes] = 1
+    num_nodes: Nodes = 1
     """Machines (>= 1)."""
     strategy: str = "auto"
     """"auto", "ddp", "ddp_spawn", "ddp_fork", "ddp_notebook", "ddp_find_unused_parameters_true", or "fsdp": shards."""
