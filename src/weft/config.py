@@ -103,7 +103,7 @@ class Manual:
         self.text, self.kinds = text, kinds
 
     def __get__(self, instance: Any, owner: Any = None) -> str:
-        from weft.editors import manual
+        from weft.words.editors import manual
 
         return manual(self.text, self.kinds)
 
@@ -353,7 +353,7 @@ def complaints(cls: type, values: Mapping[str, Any], prefix: str = "") -> list[s
     wrong = []
     for name, value in values.items():
         if name not in types:
-            from weft.foreign import advice
+            from weft.words.foreign import advice
 
             hint = advice(str(name), value, types) or f"; there are {', '.join(types)}"
             wrong.append(f"{prefix}{name}={value!r}: there is no such option{hint}")
@@ -414,7 +414,7 @@ def expected(kind: Any, found: Any) -> str:
     choices = [c for a in _alternatives(kind) if get_origin(a) is Literal for c in get_args(a) if isinstance(c, str)]
     if not isinstance(found, str) or not choices:
         return f"expected {describe(kind)}"
-    from weft.foreign import VALUES
+    from weft.words.foreign import VALUES
 
     theirs = VALUES.get(found.lower())
     return f"expected {describe(kind)}{suggest(found if theirs not in choices else theirs, choices)}"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from weft.types import suggest
 
 if TYPE_CHECKING:  # an editor knows the events and what they are called with
-    from weft.editors import Events
+    from weft.words.editors import Events
 else:
     Events = object
 

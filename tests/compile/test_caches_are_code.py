@@ -15,7 +15,7 @@ from weft.compile import cache as caches
 from weft.compile.graph import compile_graph, trace
 
 
-def compiled(x: torch.Tensor) -> Any:
+def fitted_in_cache(x: torch.Tensor) -> Any:
     graph, constants = trace(lambda x: (x.sin() + 3.25,), [x])
     return compile_graph(graph, [x, *constants], 1)([x])[0]
 
@@ -24,14 +24,14 @@ def test_a_package_that_others_can_write_is_made_anew(tmp_path: Path, monkeypatc
     monkeypatch.setenv("WEFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", os.environ.get("WEFT_TEST_TORCH", str(tmp_path / "torch")))
     x = torch.rand(5)
-    assert torch.equal(compiled(x), x.sin() + 3.25)
+    assert torch.equal(fitted_in_cache(x), x.sin() + 3.25)
     (package,) = (tmp_path / "cache").glob("*.so")
     assert caches.is_private(package) and caches.is_private(package.parent) and caches.is_private(tmp_path / "torch")
     before = package.stat().st_mtime_ns
-    assert torch.equal(compiled(x), x.sin() + 3.25)
+    assert torch.equal(fitted_in_cache(x), x.sin() + 3.25)
     package.write_bytes(b"planted")
     package.chmod(0o666)
-    assert torch.equal(compiled(x), x.sin() + 3.25)  # not loaded
+    assert torch.equal(fitted_in_cache(x), x.sin() + 3.25)  # not loaded
     assert caches.is_private(package) and package.read_bytes() != b"planted" and package.stat().st_mtime_ns > before
     package.parent.chmod(0o777)
     with pytest.warns(

@@ -22,7 +22,7 @@ def compiled(fn: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> Callable[.
     return lambda *given: run([*given, *fixed])
 
 
-def seeded(fn: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> tuple[list[Tensor], Tensor]:
+def with_seed(fn: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> tuple[list[Tensor], Tensor]:
     torch.manual_seed(3)
     return [t.detach() for t in fn(*inputs)], torch.get_rng_state()
 
@@ -40,12 +40,12 @@ def test_random_numbers_are_at_the_places_where_eager_code_has_them() -> None:
         return [seen * mask, nn.functional.dropout(seen, 0.3), *(n + 0 for n in noise)]
 
     x = torch.rand(3, 4, 5)
-    found, random_after = seeded(compiled(drawn, x), x)
-    expected, random_expected = seeded(drawn, x)
+    found, random_after = with_seed(compiled(drawn, x), x)
+    expected, random_expected = with_seed(drawn, x)
     for mine, value in zip(found, expected, strict=True):
         assert torch.equal(mine, value)
     assert torch.equal(random_after, random_expected)
-    assert not torch.equal(expected[0], seeded(drawn, x.flip(0))[0][0])
+    assert not torch.equal(expected[0], with_seed(drawn, x.flip(0))[0][0])
 
 
 def test_a_transformer_with_dropout_draws_what_eager_draws() -> None:
@@ -57,8 +57,8 @@ def test_a_transformer_with_dropout_draws_what_eager_draws() -> None:
         return [loss.detach(), *torch.autograd.grad(loss, list(layer.parameters()))]
 
     x = torch.rand(4, 5, 8)
-    found, random_after = seeded(compiled(step, x), x)
-    expected, random_expected = seeded(step, x)
+    found, random_after = with_seed(compiled(step, x), x)
+    expected, random_expected = with_seed(step, x)
     for mine, value in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, value, rtol=1e-4, atol=1e-5)
     assert torch.equal(random_after, random_expected)

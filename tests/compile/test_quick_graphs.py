@@ -40,13 +40,13 @@ def stock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "OPTIONS", graphs.OPTIONS | {"aot_inductor.compile_wrapper_opt_level": "O0"})
 
 
-def compiled(fn: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> Callable[..., Sequence[Tensor]]:
+def compiled_fit(fn: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> Callable[..., Sequence[Tensor]]:
     graph, fixed = graphs.trace(fn, inputs)
     run = graphs.compile_graph(graph, [*inputs, *fixed], moving=len(inputs))
     return lambda *given: run([*given, *fixed])
 
 
-def made(folder: Path) -> list[str]:
+def graph_files(folder: Path) -> list[str]:
     return sorted(path.suffix for path in folder.iterdir() if path.suffix in (".so", ".pt2"))
 
 
@@ -95,7 +95,7 @@ class Embedded(nn.Module):
         return (self.head(self.table((batch["x"][:, 0] * 6).long())) - 1).square().mean()
 
 
-class Squared(nn.Module):
+class SquaredNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.net = tanh_net(16, 2)
@@ -109,13 +109,13 @@ PROBLEMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "gru": (Recurrent, {"clip": 1.0}),
     "pinn": (Pinn, {}),
     "embedding": (Embedded, {}),
-    "float64": (Squared, {"precision": "64-true"}),
-    "sgd": (Squared, {"optimizer": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=1e-2)}),
+    "float64": (SquaredNet, {"precision": "64-true"}),
+    "sgd": (SquaredNet, {"optimizer": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=1e-2)}),
     "rosenbrock": (small_rosenbrock, {"clip": 1.0}),
 }
 
 
-def fit(name: str) -> tuple[weft.FitResult, dict[str, Any]]:
+def quick_fit(name: str) -> tuple[weft.FitResult, dict[str, Any]]:
     torch.manual_seed(0)
     make, options = PROBLEMS[name]
     rows = torch.rand(22, 16, generator=torch.Generator().manual_seed(1))
@@ -136,13 +136,13 @@ def test_weights_are_bit_for_bit_those_of_torchs_own_packages(
 ) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        quick, graphs_made = fit(name)
-        assert set(made(folder)) == {".so"}
+        quick, graphs_made = quick_fit(name)
+        assert set(graph_files(folder)) == {".so"}
         assert set(graphs_made.values()) == {1}
         monkeypatch.setenv("WEFT_CACHE", str(folder) + "-stock")
         monkeypatch.setattr(library, "is_supported", lambda: False)
-        stock, _ = fit(name)
-    assert set(made(Path(f"{folder}-stock"))) == {".pt2"}
+        stock, _ = quick_fit(name)
+    assert set(graph_files(Path(f"{folder}-stock"))) == {".pt2"}
     assert same(quick.last_weights, stock.last_weights)
     assert quick.history == stock.history
 
@@ -155,13 +155,13 @@ def test_a_graph_has_the_bits_of_torchs_own_package(folder: Path, monkeypatch: p
         loss = (net(x) - 1).square().mean()
         return [loss.detach(), *torch.autograd.grad(loss, list(net.parameters()))]
 
-    quick = compiled(step, x)(x)
+    quick = compiled_fit(step, x)(x)
     monkeypatch.setattr(library, "is_supported", lambda: False)
     monkeypatch.setenv("WEFT_CACHE", f"{folder}-stock")
-    stock = compiled(step, x)(x)
-    assert (made(folder), made(Path(f"{folder}-stock"))) == ([".so"], [".pt2"])
+    stock = compiled_fit(step, x)(x)
+    assert (graph_files(folder), graph_files(Path(f"{folder}-stock"))) == ([".so"], [".pt2"])
     assert same([*quick], [*stock])
-    assert not same([*quick], [t.detach() for t in compiled(step, x)(x + 1e-6)])
+    assert not same([*quick], [t.detach() for t in compiled_fit(step, x)(x + 1e-6)])
 
 
 def test_which_torch_was_read() -> None:
@@ -172,7 +172,7 @@ def test_which_torch_was_read() -> None:
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-def several(x: Tensor, y: Tensor) -> list[Tensor]:
+def several_kinds(x: Tensor, y: Tensor) -> list[Tensor]:
     """Outputs that are inputs, views of each other and of temporaries, and the same one twice."""
     z = (x @ y).tanh()
     w = z @ z + 1
@@ -181,14 +181,14 @@ def several(x: Tensor, y: Tensor) -> list[Tensor]:
 
 def test_outputs_own_their_memory_and_inputs_stay(folder: Path) -> None:
     one, other = torch.rand(2, 4, 4), torch.rand(2, 4, 4)
-    run = compiled(several, *one)
+    run = compiled_fit(several_kinds, *one)
     kept = run(*one)
     first = [t.clone() for t in kept]
     second = run(*other)
-    assert made(folder) == [".so"]
+    assert graph_files(folder) == [".so"]
     assert same(first, kept)  # nothing that the second call did has reached them
     for given, found in ((one, first), (other, second)):
-        for expected, value in zip(several(*given), found, strict=True):
+        for expected, value in zip(several_kinds(*given), found, strict=True):
             torch.testing.assert_close(value, expected)
     assert not same(first[1], second[1])
 
@@ -204,7 +204,7 @@ def test_temporaries_are_kept_only_up_to_a_limit(folder: Path, monkeypatch: pyte
         monkeypatch.setattr(
             library, "build", lambda path, source, k, b=build, s=sources: (s.append(source), b(path, source, k))
         )
-        run = compiled(lambda a, b: [((a @ b).tanh() @ b).sum()], *x)
+        run = compiled_fit(lambda a, b: [((a @ b).tanh() @ b).sum()], *x)
         run(*x)
         found.append(run(*x)[0])
         assert ("if (!kept[0])" in sources[0]) == (most > 0)
@@ -212,7 +212,7 @@ def test_temporaries_are_kept_only_up_to_a_limit(folder: Path, monkeypatch: pyte
 
 
 def test_nothing_of_a_batch_stays_after_its_call(folder: Path) -> None:
-    run = compiled(lambda x: [x.sum()], torch.ones(2**20))
+    run = compiled_fit(lambda x: [x.sum()], torch.ones(2**20))
     run(torch.ones(2**20))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(100):  # 4 MiB each
@@ -231,7 +231,7 @@ def test_another_shape_dtype_or_stride_is_refused_before_anything_is_computed(fo
         return [(x @ weight).sum()]
 
     good = torch.rand(4, 3)
-    run, before = compiled(step, good), weight.clone()
+    run, before = compiled_fit(step, good), weight.clone()
     for bad in (torch.rand(5, 3), good.double(), torch.rand(3, 4).t(), torch.rand(12)):
         with pytest.raises(RuntimeError, match="another shape, dtype, stride or device"):
             run(bad)
@@ -246,7 +246,7 @@ def test_another_shape_dtype_or_stride_is_refused_before_anything_is_computed(fo
 
 def test_threads_may_call_one_graph_at_the_same_time(folder: Path) -> None:
     weight = torch.rand(64, 64) / 8
-    run = compiled(
+    run = compiled_fit(
         lambda x: [torch.linalg.multi_dot([x, weight, weight, weight, weight]).tanh() @ weight], torch.rand(64, 64)
     )
     given = [torch.rand(64, 64) for _ in range(4)]
@@ -267,7 +267,7 @@ def test_threads_may_call_one_graph_at_the_same_time(folder: Path) -> None:
 
 
 def test_a_forked_process_may_go_on_calling(folder: Path) -> None:
-    run, x = compiled(lambda x: [x.tanh() @ x], torch.rand(4, 4)), torch.rand(4, 4)
+    run, x = compiled_fit(lambda x: [x.tanh() @ x], torch.rand(4, 4)), torch.rand(4, 4)
     expected = run(x)[0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of forking with threads
@@ -278,14 +278,14 @@ def test_a_forked_process_may_go_on_calling(folder: Path) -> None:
 
 
 def test_an_error_of_a_kernel_is_an_error_of_the_call(folder: Path) -> None:
-    run = compiled(lambda a, b: [a // b], torch.tensor([4, 6]), torch.tensor([2, 3]))
+    run = compiled_fit(lambda a, b: [a // b], torch.tensor([4, 6]), torch.tensor([2, 3]))
     with pytest.raises(RuntimeError, match="(?i)zero"):
         run(torch.tensor([4, 6]), torch.tensor([2, 0]))
     assert torch.is_grad_enabled()
     assert run(torch.tensor([4, 6]), torch.tensor([2, 3]))[0].tolist() == [2, 2]
 
 
-# ---- what goes wrong while it is made --------------------------------------------------------------------------------
+# ---- what goes wrong while it is made ---------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("stock")
@@ -293,8 +293,8 @@ def test_what_has_no_c_function_takes_torchs_own_way_without_a_word(folder: Path
     a = torch.rand(3, 3) + 3 * torch.eye(3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run = compiled(lambda b: [torch.linalg.solve(a, b)], torch.rand(3, 2))
-    assert made(folder) == [".pt2"]
+        run = compiled_fit(lambda b: [torch.linalg.solve(a, b)], torch.rand(3, 2))
+    assert graph_files(folder) == [".pt2"]
     b = torch.rand(3, 2)
     torch.testing.assert_close(a @ run(b)[0], b)
 
@@ -308,9 +308,9 @@ def test_text_that_is_not_recognised_takes_torchs_own_way_and_says_so(
     with pytest.warns(
         UserWarning, match="not as expected .no run function.*, so torch's own package is built"
     ) as caught:
-        run = compiled(lambda x: [x.tanh() @ x], torch.rand(4, 4))
+        run = compiled_fit(lambda x: [x.tanh() @ x], torch.rand(4, 4))
     assert len(caught) == 1
-    assert made(folder) == [".pt2"]
+    assert graph_files(folder) == [".pt2"]
     torch.testing.assert_close(run(torch.eye(4))[0], torch.eye(4).tanh())
 
 
@@ -327,14 +327,14 @@ def test_a_header_that_was_cut_short_is_thrown_away(folder: Path, monkeypatch: p
         header[0].write_bytes(b"gpch.013" + bytes(1000))
 
     monkeypatch.setattr(library, "prepare_header", cut_short)
-    run = compiled(lambda x: [x.tanh() @ x], torch.rand(4, 4))
+    run = compiled_fit(lambda x: [x.tanh() @ x], torch.rand(4, 4))
     torch.testing.assert_close(run(torch.eye(4))[0], torch.eye(4).tanh())
-    assert made(folder) == [".so"]
+    assert graph_files(folder) == [".so"]
 
 
 def test_a_file_that_was_cut_short_is_made_anew(folder: Path) -> None:
     def build() -> Tensor:
-        return compiled(lambda x: [x.tanh() @ x], torch.rand(4, 4))(torch.eye(4))[0]
+        return compiled_fit(lambda x: [x.tanh() @ x], torch.rand(4, 4))(torch.eye(4))[0]
 
     first = build()
     (path,) = folder.glob("*.so")
@@ -354,8 +354,8 @@ def test_a_full_disk_means_eager_and_says_so(folder: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(library, "build", full)
     with pytest.raises(CannotCompile, match="No space left"):
-        compiled(lambda x: [x.tanh() @ x], torch.rand(4, 4))
-    assert made(folder) == []
+        compiled_fit(lambda x: [x.tanh() @ x], torch.rand(4, 4))
+    assert graph_files(folder) == []
 
 
 def test_vector_units_that_the_compiler_does_not_know_are_looked_for(
@@ -371,6 +371,6 @@ def test_vector_units_that_the_compiler_does_not_know_are_looked_for(
         return compiler, [*flags, "-mno-such-unit"] if config.cpp.vec_isa_ok else flags, libraries
 
     monkeypatch.setattr(library, "_commands", misled)
-    run = compiled(lambda x: [x.tanh() @ x], torch.rand(4, 4))
+    run = compiled_fit(lambda x: [x.tanh() @ x], torch.rand(4, 4))
     torch.testing.assert_close(run(torch.eye(4))[0], torch.eye(4).tanh())
     assert seen == [True, None]

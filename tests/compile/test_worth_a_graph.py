@@ -19,14 +19,14 @@ from weft.compile import choosing, functional
 from weft.compile import graph as graphs
 
 
-def fit(compile: Any, epochs: int = 6, problem: nn.Module | None = None, **options: Any) -> tuple[Any, Any]:
+def counted_fit(compile: Any, epochs: int = 6, problem: nn.Module | None = None, **options: Any) -> tuple[Any, Any]:
     """43 rows in batches of 10, the last of 3; 10 rows of dev data."""
     given = weft.Data(parameter_rows(43), parameter_rows(10, 2), batch_size=10)
     trainer = weft.Trainer(**{"epochs": epochs, "seed": 0, "progress": False, "compile": compile} | options)
     return trainer.fit(copy.deepcopy(problem or small_rosenbrock()), given), trainer
 
 
-def graphs_made(trainer: Any) -> list[int]:
+def graphs_counted(trainer: Any) -> list[int]:
     return list(trainer.run.graphs.made.values())
 
 
@@ -55,7 +55,7 @@ def test_how_often_a_kind_will_come_is_known_when_it_comes_again(
 
     monkeypatch.setattr(choosing.Chosen, "_pays", note)
     monkeypatch.setattr(choosing.Chosen, "find", count)
-    fit(True, epochs=12, **options)
+    counted_fit(True, epochs=12, **options)
     assert len(said) == 3  # full and short batches, dev
     for kind, number in said.items():
         assert came[kind] / 2 < number < came[kind] * 2, kind  # not all batches are full
@@ -65,9 +65,9 @@ def test_how_often_a_kind_will_come_is_known_when_it_comes_again(
 def test_a_short_fit_has_a_graph_of_full_batches_alone_and_says_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found, trainer = fit(True)
-    assert graphs_made(trainer) == [1, -1, -1]  # full batches, the short last one, dev
-    eager, _ = fit(False)
+        found, trainer = counted_fit(True)
+    assert graphs_counted(trainer) == [1, -1, -1]  # full batches, the short last one, dev
+    eager, _ = counted_fit(False)
     for name, values in eager.history.items():
         assert found.history[name] == pytest.approx(values, rel=1e-5)
 
@@ -85,8 +85,8 @@ def test_a_kind_that_wins_what_it_costs_has_its_graph(
         if trainer.current_epoch == 2:
             trainer.stop("enough")
 
-    _, trainer = fit(True, epochs=200, hooks={"on_epoch_end": stop})
-    assert graphs_made(trainer) == expected
+    _, trainer = counted_fit(True, epochs=200, hooks={"on_epoch_end": stop})
+    assert graphs_counted(trainer) == expected
 
 
 @pytest.mark.usefixtures("uncompiled", "true_costs")
@@ -103,14 +103,14 @@ def test_a_resumed_run_decides_as_the_uninterrupted_one(
             raise InterruptedError
 
     options: dict[str, Any] = {"epochs": 12, "hooks": {"on_step_end": stop}}
-    whole, first = fit(True, **options)
-    assert graphs_made(first) == [1, 1, 1] or -1 in graphs_made(first)
+    whole, first = counted_fit(True, **options)
+    assert graphs_counted(first) == [1, 1, 1] or -1 in graphs_counted(first)
     options |= {"root_dir": str(tmp_path), "run_name": "run", "checkpoint": {"every_n_steps": 1}}
     is_armed = True
     with pytest.raises(InterruptedError):
-        fit(True, **options)
+        counted_fit(True, **options)
     is_armed = False
-    rest, second = fit(True, resume="last", **options)
+    rest, second = counted_fit(True, resume="last", **options)
     assert second.run.graphs.made == first.run.graphs.made
     assert same(rest.last_weights, whole.last_weights)
 
@@ -127,7 +127,7 @@ def test_the_size_of_a_graph_is_known_before_it_is_traced(monkeypatch: pytest.Mo
     monkeypatch.setattr(
         graphs, "compile_graph", lambda g, *a, **k: (sizes.append(len(g.graph.nodes)), run_itself(g, *a, **k))[1]
     )
-    fit(True)
+    counted_fit(True)
     assert len(said) == len(sizes) == 3
     for guess, size in zip(said, sizes, strict=True):
         assert 0.4 * size < guess < 1.4 * size
@@ -181,9 +181,9 @@ def test_one_counter_for_all_parameters_gives_the_same_bits(name: str, monkeypat
     monkeypatch.setattr(
         graphs, "compile_graph", lambda g, *a, **k: (sizes.append(len(g.graph.nodes)), run_itself(g, *a, **k))[1]
     )
-    shared, _ = fit(True, optimizer=OPTIMIZERS[name], limit_batches=2)
+    shared, _ = counted_fit(True, optimizer=OPTIMIZERS[name], limit_batches=2)
     monkeypatch.setattr(functional, "COUNTING_ONCE", ())
-    own, trainer = fit(True, optimizer=OPTIMIZERS[name], limit_batches=2)
+    own, trainer = counted_fit(True, optimizer=OPTIMIZERS[name], limit_batches=2)
     assert same(shared.last_weights, own.last_weights)
     assert type(trainer.run.graphs.all()[0]).__name__ == "UpdateGraph"
     assert (sizes[0] < sizes[2]) == (name != "Groups")
@@ -212,9 +212,9 @@ def test_counters_that_differ_stay_their_own(resets: bool) -> None:
             optimizer.state[trainer.problem.second.bias]["step"].zero_()
 
     options: dict[str, Any] = {"hooks": {"on_epoch_start": turn}, "problem": TwoStages()}
-    eager, _ = fit(False, **options)
-    compiled, trainer = fit(True, **options)
-    assert min(graphs_made(trainer)) >= 1
+    eager, _ = counted_fit(False, **options)
+    compiled, trainer = counted_fit(True, **options)
+    assert min(graphs_counted(trainer)) >= 1
     for name, values in eager.history.items():
         assert compiled.history[name] == pytest.approx(values, rel=1e-5)
     counters = [float(s["step"]) for s in trainer.run.optimizers["default"].state.values()]

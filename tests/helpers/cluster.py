@@ -16,7 +16,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "sc
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
 
-def missing() -> str:
+def missing_programs() -> str:
     """Why there can be no cluster here, "" if there can."""
     gone = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
     if gone:

@@ -16,11 +16,11 @@ import pytest
 
 import weft
 from tests.helpers.source import SOURCE, told_by
-from weft import editors
 from weft.events import EVENTS
 from weft.loop.options import OBJECTS
 from weft.loop.signatures import TrainerOptions
 from weft.recipes.arguments import fields
+from weft.words import editors
 
 OF_OPTIONS = (weft.TrainerConfig, weft.DataConfig, weft.CheckpointConfig, weft.SweepConfig, weft.Data, weft.Phase)
 

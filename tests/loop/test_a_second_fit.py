@@ -21,7 +21,7 @@ def squared(u: Tensor, y: Tensor) -> Tensor:
     return (u - y) ** 2
 
 
-def line(slope: float, offset: float = 0.0) -> dict[str, Tensor]:
+def points_of_a_line(slope: float, offset: float = 0.0) -> dict[str, Tensor]:
     x = torch.linspace(0, 1, 32)[:, None]
     return {"x": x, "y": slope * x + offset}
 
@@ -37,7 +37,9 @@ def test_a_second_fit_on_other_data_keeps_what_it_learned(with_dev: bool) -> Non
     torch.manual_seed(0)
     net = nn.Linear(1, 1)
     problem, one = problem_of(net, squared), trainer()
-    data = [weft.Data(d, d if with_dev else None, batch_size=8) for d in (line(1.0), line(3.0, 2.0))]
+    data = [
+        weft.Data(d, d if with_dev else None, batch_size=8) for d in (points_of_a_line(1.0), points_of_a_line(3.0, 2.0))
+    ]
     one.fit(problem, data[0])
     first = net.weight.detach().clone()
     with pytest.warns(UserWarning, match="data are others than in the fit before"):
@@ -50,12 +52,12 @@ def test_a_second_fit_on_the_same_data_keeps_the_best_of_both() -> None:
     torch.manual_seed(0)
     net = nn.Linear(1, 1)
     problem, one = problem_of(net, squared), trainer()
-    one.fit(problem, weft.Data(line(1.0), batch_size=8))
+    one.fit(problem, weft.Data(points_of_a_line(1.0), batch_size=8))
     best = net.weight.detach().clone()
     one.optimizer.param_groups[0]["lr"] = 10.0  # makes it worse
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        one.fit(problem, weft.Data(line(1.0), batch_size=8), epochs=2)
+        one.fit(problem, weft.Data(points_of_a_line(1.0), batch_size=8), epochs=2)
     assert torch.equal(net.weight, best)
 
 
@@ -72,9 +74,9 @@ def test_a_backward_of_a_hook_is_in_no_step(event: str, accumulate: int) -> None
         problem = problem_of(net, squared)
 
         def look(*_: Any, problem: nn.Module = problem) -> None:
-            problem(line(5.0))["train_loss"].backward()
+            problem(points_of_a_line(5.0))["train_loss"].backward()
 
-        data = weft.Data(line(1.0), line(1.0), batch_size=8)
+        data = weft.Data(points_of_a_line(1.0), points_of_a_line(1.0), batch_size=8)
         trainer(epochs=3, accumulate=accumulate, hooks={event: look} if looks else None).fit(problem, data)
         ends.append(net.weight.detach().clone())
     assert torch.equal(*ends)
@@ -92,7 +94,7 @@ def test_what_somebody_else_s_optimizer_holds_is_no_finding() -> None:
     problem = problem_of(net, lambda u, y: weight * (u - y) ** 2)
     by_hand, own = copy.deepcopy(net), nn.Parameter(torch.ones(1))
     ours, theirs = torch.optim.SGD(by_hand.parameters(), lr=0.1), torch.optim.SGD([own], lr=0.1, maximize=True)
-    data = line(1.0)
+    data = points_of_a_line(1.0)
     trainer(epochs=5, hooks={"on_step_end": step}, monitor_metric=None).fit(problem, weft.Data(data))
     for _ in range(5):
         ours.zero_grad()

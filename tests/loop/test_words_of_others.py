@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import weft
-from weft import foreign
 from weft.config import TrainerConfig
 from weft.loop.options import KNOWN
 from weft.recipes import dialects_trainer
+from weft.words import foreign
 
 X = torch.rand(8, 2)
 

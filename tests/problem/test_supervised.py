@@ -214,7 +214,7 @@ def test_the_metrics_of_a_trainer_read_prediction_and_y() -> None:
 # ---- predictions
 
 
-class Several(nn.Module):
+class SeveralOutputs(nn.Module):
     """Two outputs, in the container that is asked for."""
 
     def __init__(self, kind: type) -> None:
@@ -241,7 +241,7 @@ def test_predict_returns_what_the_net_returns_one_row_per_row(given: Any) -> Non
 @pytest.mark.parametrize("kind", [tuple, dict])
 def test_a_net_of_several_outputs_predicts_them_as_it_returns_them(kind: type) -> None:
     first = (lambda out: out["a"]) if kind is dict else (lambda out: out[0])
-    problem = weft.Supervised(Several(kind), lambda out, y: (first(out) - y).square())
+    problem = weft.Supervised(SeveralOutputs(kind), lambda out, y: (first(out) - y).square())
     trainer = quiet_trainer()
     trainer.fit(problem, weft.Data((X, TARGET), batch_size=7))
     found = trainer.predict(X)

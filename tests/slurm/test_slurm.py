@@ -18,7 +18,7 @@ from tests.helpers import cluster as one_node
 from tests.helpers.patience import patience
 from weft.slurm import events
 
-pytestmark = pytest.mark.skipif(bool(one_node.missing()), reason=f"needs SLURM: {one_node.missing()}")
+pytestmark = pytest.mark.skipif(bool(one_node.missing_programs()), reason=f"needs SLURM: {one_node.missing_programs()}")
 
 MODULE = """
     import time
@@ -85,7 +85,7 @@ def until(happened: Callable[[], Any]) -> None:
         time.sleep(0.05)
 
 
-def digest(folder: Path) -> str:
+def digest_of(folder: Path) -> str:
     weights = torch.load(folder / "weights.pt", weights_only=True)
     tensors = {k: v for k, v in _tensors(weights)}
     assert tensors
@@ -101,7 +101,7 @@ def _tensors(thing: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
+def undisturbed_digests(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
     """The digest of the weights of a run that nobody disturbs, by its number of loader workers."""
     from weft import cli
 
@@ -115,7 +115,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
             assert cli.main(["fit", "--config", config(folder, workers), *words]) == 0
         finally:
             os.chdir(before)
-        found[workers] = digest(folder / "runs" / "u")
+        found[workers] = digest_of(folder / "runs" / "u")
     return found
 
 
@@ -125,7 +125,7 @@ def stepped(job: Any) -> bool:
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.long)])
 def test_a_job_that_is_signalled_comes_back_and_ends_with_the_same_bits(
-    workers: int, project: Path, cluster: one_node.Cluster, undisturbed: dict[int, str]
+    workers: int, project: Path, cluster: one_node.Cluster, undisturbed_digests: dict[int, str]
 ) -> None:
     job = weft.submit(config(project, workers), name="a", slurm={"time": 10})
     assert job.state == "queued" or job.state == "running"
@@ -134,7 +134,7 @@ def test_a_job_that_is_signalled_comes_back_and_ends_with_the_same_bits(
     cluster.call("scancel", "-s", "USR1", job.job)  # what --signal=USR1@300 sends before the time limit
     until(lambda: events.state(job.folder) == "queued")
     assert job.result(patience()).epochs == 5 and job.state == "finished"
-    assert digest(job.folder) == undisturbed[workers] != undisturbed[2 - workers]
+    assert digest_of(job.folder) == undisturbed_digests[workers] != undisturbed_digests[2 - workers]
     happened = [e["event"] for e in events.events(job.folder)]
     assert happened == ["submitted", "started", "requeued", "started", "finished"]
     assert cluster.job(job.job)["Restarts"] == "1" and "epoch" in job.log()
@@ -144,7 +144,7 @@ def test_a_job_that_is_signalled_comes_back_and_ends_with_the_same_bits(
 @pytest.mark.parametrize("grace", [0, 20])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_job_that_is_preempted_comes_back_and_ends_with_the_same_bits(
-    workers: int, grace: int, project: Path, cluster: one_node.Cluster, undisturbed: dict[int, str]
+    workers: int, grace: int, project: Path, cluster: one_node.Cluster, undisturbed_digests: dict[int, str]
 ) -> None:
     cluster.call("scontrol", "update", "PartitionName=main", f"GraceTime={grace}")
     job = weft.submit(config(project, workers), name="p", slurm={"exclusive": True})
@@ -152,12 +152,12 @@ def test_a_job_that_is_preempted_comes_back_and_ends_with_the_same_bits(
     cluster.call("sbatch", "-p", "urgent", "-n", str(cluster.cpus), "--output=/dev/null", "--wrap", "sleep 1")
     until(lambda: events.state(job.folder) in ("preempted", "queued"))
     assert job.result(patience()).epochs == 5
-    assert digest(job.folder) == undisturbed[workers] and int(cluster.job(job.job)["Restarts"]) >= 1
+    assert digest_of(job.folder) == undisturbed_digests[workers] and int(cluster.job(job.job)["Restarts"]) >= 1
 
 
 @pytest.mark.long
 def test_a_signal_before_training_begins_costs_nothing(
-    project: Path, cluster: one_node.Cluster, undisturbed: dict[int, str]
+    project: Path, cluster: one_node.Cluster, undisturbed_digests: dict[int, str]
 ) -> None:
     (project / "module.py").write_text("import time; time.sleep(4)\n" + textwrap.dedent(MODULE))
     job = weft.submit(config(project), name="early")
@@ -165,7 +165,7 @@ def test_a_signal_before_training_begins_costs_nothing(
     time.sleep(1.0)
     cluster.call("scancel", "-s", "USR1", job.job)
     job.result(patience())
-    assert digest(job.folder) == undisturbed[0] and cluster.job(job.job)["Restarts"] == "1"
+    assert digest_of(job.folder) == undisturbed_digests[0] and cluster.job(job.job)["Restarts"] == "1"
 
 
 @pytest.mark.long

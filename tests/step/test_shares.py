@@ -114,7 +114,7 @@ class Unequal(nn.Module):
         return self.layer(batch["i"]["x"]).square().mean() + self.layer(batch["b"]["x"]).abs().mean()
 
 
-def fit_parts(rows: tuple[int, int], sizes: Any, accumulate: int) -> Tensor:
+def fit_shares(rows: tuple[int, int], sizes: Any, accumulate: int) -> Tensor:
     problem = Unequal()
     data = {
         name: weft.DictDataset({"x": torch.linspace(0.1, 1, n)[:, None]}) for name, n in zip("ib", rows, strict=True)
@@ -132,7 +132,7 @@ def fit_parts(rows: tuple[int, int], sizes: Any, accumulate: int) -> Tensor:
 )
 def test_parts_of_other_shares_are_told_once_under_accumulation(rows: Any, sizes: Any) -> None:
     with pytest.warns(UserWarning, match="the mean over 'b' is weighted by the rows of 'i'") as told:
-        fit_parts(rows, sizes, 3)
+        fit_shares(rows, sizes, 3)
     assert len(told) == 1
 
 
@@ -140,5 +140,5 @@ def test_parts_of_other_shares_are_told_once_under_accumulation(rows: Any, sizes
     ("rows", "sizes"), [((12, 6), {"i": 4, "b": 2}), ((8, 8), {"i": 4, "b": 4}), ((10, 5), {"i": 4, "b": 2})]
 )
 def test_parts_of_equal_shares_accumulate_exactly_without_a_word(rows: Any, sizes: Any, no_warnings: list[Any]) -> None:
-    torch.testing.assert_close(fit_parts(rows, sizes, 3), fit_parts(rows, None, 1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(fit_shares(rows, sizes, 3), fit_shares(rows, None, 1), rtol=1e-5, atol=1e-6)
     assert not no_warnings

@@ -37,6 +37,13 @@ class CannotThin(Exception):
         self.is_known = is_known
 
 
+DECLARATION = re.compile(
+    r"AOTI_TORCH_EXPORT\s+(AOTITorchError|int32_t|int64_t|bool|void)\s+"
+    r"(aoti_torch_\w+)\s*\(([^;{]*?)\)\s*;"
+)
+"""A function that torch's headers declare: what it returns, its name, its arguments."""
+
+
 def thin_source(wrapper: str, inputs: Sequence[Tensor], moving: int) -> str:
     """C++ of a library with `weft_run`; to be compiled without exceptions, and linked with `GUARD` and the kernels.
 
@@ -391,9 +398,6 @@ def _declared() -> dict[str, str]:
     for header in headers:
         if (folder / header).exists():
             text = re.sub(r"//.*", "", (folder / header).read_text())
-            for result, name, arguments in re.findall(
-                r"AOTI_TORCH_EXPORT\s+(AOTITorchError|int32_t|int64_t|bool|void)\s+(aoti_torch_\w+)\s*\(([^;{]*?)\)\s*;",
-                text,
-            ):
+            for result, name, arguments in DECLARATION.findall(text):
                 found.setdefault(name, " ".join(f"{result} {name}({arguments});".split()))
     return found

@@ -147,7 +147,7 @@ def as_data(data: Any, dev: Any = None, setup_kwargs: Mapping[str, Any] | None =
 
 
 def _unknown_arguments(given: Mapping[str, Any]) -> TypeError:
-    from weft.foreign import advice
+    from weft.words.foreign import advice
 
     told = []
     for name, value in given.items():

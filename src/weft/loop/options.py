@@ -45,7 +45,7 @@ def signature() -> inspect.Signature:
 
 def no_option(kind: type, names: list[str], options: Mapping[str, Any]) -> TypeError:
     """What to raise for options that a trainer does not have."""
-    from weft.foreign import unknown_options
+    from weft.words.foreign import unknown_options
 
     return unknown_options(kind.__name__, [(name, options[name]) for name in names], KNOWN)
 

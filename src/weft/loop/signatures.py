@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         Time,
         at_least,
     )
-    from weft.editors import Listening
+    from weft.words.editors import Listening
 
 
 class TrainerOptions:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from weft.data.datasets import DictDataset
-from weft.foreign import told
 from weft.problem.pairs import PairWatch
+from weft.words.foreign import told
 
 KEYS = ["prediction", "y"]
 """What a loss function and a metric are given, in this order."""

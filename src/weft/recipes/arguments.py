@@ -66,7 +66,7 @@ def signature(target: Callable[..., Any], skip: int = 0) -> Signature:
 
 def fields(cls: type) -> list[Parameter]:
     """The fields of a dataclass as options, each with the text that stands below it in the source."""
-    from weft.editors import sentences
+    from weft.words.editors import sentences
 
     docs = sentences(cls)
     return [Parameter(p.name, p.hint, p.default, docs.get(p.name, "")) for p in signature(cls).parameters]

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from weft.config import TrainerConfig
-from weft.foreign import LIMITS, NEUTRAL, NOTED, RENAMED
 from weft.types import suggest
+from weft.words.foreign import LIMITS, NEUTRAL, NOTED, RENAMED
 
 PROFILERS = {"SimpleProfiler": "simple", "AdvancedProfiler": "advanced", "PyTorchProfiler": "pytorch"}
 

@@ -35,7 +35,7 @@ def batches(rows: int, name: str, seed: int = 1) -> list[dict[str, Any]]:
     return [{**{k: v[i : i + 10] for k, v in columns.items()}, "name": name} for i in range(0, rows, 10)]
 
 
-def train(compile: Any, lr: float = 0.01, **options: Any) -> Trainer:
+def train_script(compile: Any, lr: float = 0.01, **options: Any) -> Trainer:
     """43 training rows and 15 of dev data, in batches of 10."""
     problem = copy.deepcopy(small_rosenbrock())
     optimizer = torch.optim.Adam(problem.parameters(), lr, betas=(0.0, 0.9))
@@ -50,22 +50,22 @@ def train(compile: Any, lr: float = 0.01, **options: Any) -> Trainer:
 
 @pytest.mark.parametrize("options", [{}, {"clip": 0.1}, {"clip": None}, {"eval_metric": "train_loss"}], ids=str)
 def test_a_compiled_script_has_the_curves_of_an_eager_one(options: dict[str, Any]) -> None:
-    eager = train(False, **options)
+    eager = train_script(False, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        compiled = train(True, **options)
+        compiled = train_script(True, **options)
     assert sorted(MADE[-1].made.values()) == [1, 1, 1, 1]  # full and short batches of both sets
     assert type(MADE[-1].all()[0]).__name__ == "UpdateGraph"
     assert compiled.result.history.keys() == eager.result.history.keys()
     for name, values in eager.result.history.items():
         assert compiled.result.history[name] == pytest.approx(values, rel=1e-5), name
     assert compiled.best_devloss == pytest.approx(eager.best_devloss, rel=1e-5)
-    assert train(True, 0.0101, **options).best_devloss != pytest.approx(eager.best_devloss, rel=1e-5)
+    assert train_script(True, 0.0101, **options).best_devloss != pytest.approx(eager.best_devloss, rel=1e-5)
 
 
 def test_a_second_training_goes_on_compiled() -> None:
     def twice(compile: Any) -> Trainer:
-        trainer = train(compile)
+        trainer = train_script(compile)
         trainer.train()
         return trainer
 
@@ -84,9 +84,9 @@ class Watching(Callback):
 
 def test_a_callback_that_reads_outputs_keeps_training_eager_and_says_so() -> None:
     with pytest.warns(UserWarning, match="stays eager, Watching.end_batch reads outputs") as caught:
-        compiled = train(True, callback=Watching())
+        compiled = train_script(True, callback=Watching())
     assert len(caught) == 1
-    eager = train(False, callback=Watching())
+    eager = train_script(False, callback=Watching())
     assert same(compiled.best_model, eager.best_model)
     assert compiled.callback.seen == eager.callback.seen
     assert "x" in compiled.callback.seen[-1]
@@ -111,11 +111,11 @@ class Noting(Callback):
 
 
 def test_the_last_dev_batch_may_decide_as_in_neuromancer() -> None:
-    last = train(False, callback=Noting(), eval_batches="last", patience=None)
+    last = train_script(False, callback=Noting(), eval_batches="last", patience=None)
     assert last.best_devloss == pytest.approx(min(last.callback.last), rel=1e-6)
-    over_all = train(False, callback=Noting(), patience=None)
+    over_all = train_script(False, callback=Noting(), patience=None)
     assert over_all.best_devloss != pytest.approx(min(over_all.callback.last), rel=1e-6)
-    compiled = train(True, eval_batches="last", patience=None)
+    compiled = train_script(True, eval_batches="last", patience=None)
     assert compiled.best_devloss == pytest.approx(last.best_devloss, rel=1e-5)
     with pytest.raises(ValueError, match="expected 'all' or 'last'"):
         Trainer(small_rosenbrock(), [], eval_batches="first")

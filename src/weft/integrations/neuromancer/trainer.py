@@ -305,7 +305,7 @@ class Trainer:
             forward = forward_of(run.state, "dev")
             if run.graphs is not None:  # the run has begun
                 forward = run.graphs.forward("dev", forward)
-            run.state.epoch.evaluated |= evaluate(run.state, "dev", forward, self._by_graphs)
+            run.state.epoch.evaluated.update(evaluate(run.state, "dev", forward, self._by_graphs))
         else:
             run.evaluate("dev")
         mean = torch.stack([loss for loss, _ in self._seen]).mean()
