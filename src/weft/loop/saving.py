@@ -129,14 +129,14 @@ def save_run(state: RunState) -> Path:
             state.processes.first(state.kept.writer.wait)
         elif state.kept.writer is not None:
             write = state.kept.writer.save
-        state.processes.first(partial(_write_as_owner, write, folder, step, content, **options))
+        state.processes.first(partial(_write_as_owner, partial(write, folder, step, content, **options), folder))
         state.kept.best_saved = best
     return checkpoints.step_path(folder, step)
 
 
-def _write_as_owner(write: Any, folder: Path, *args: Any, **options: Any) -> Any:
+def _write_as_owner(write: Callable[[], Any], folder: Path) -> Any:
     lease.check(folder.parent)
-    return write(folder, *args, **options)
+    return write()
 
 
 def save_open(state: RunState) -> None:

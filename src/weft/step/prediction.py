@@ -39,7 +39,10 @@ def predict(state: RunState, step: Callable[[Any], Mapping[str, Tensor]]) -> dic
         for batch in state.batches_of("predict"):
             values = step(batch) if num_examples(batch) or not processes.skips_empty else {}
             _check_tensors(values)
-            if unclear := {key for key, value in values.items() if _may_be_turned(value, batch)} - told:
+            unclear = {key for key, value in values.items() if _may_be_turned(value, batch)} - told
+            if not processes.skips_empty:  # a step is everybody's
+                unclear = set().union(*processes.gather(unclear))
+            if unclear:
                 _tell_apart(step, batch, values, unclear)
                 told |= unclear
             found.append({key: _rows(key, value.detach().cpu(), batch) for key, value in values.items()})
@@ -78,7 +81,7 @@ def _tell_apart(step: Callable[[Any], Any], batch: Any, values: Mapping[str, Ten
         rows = values[key].shape[0]
         fewer = step(_cut(batch, rows))
         shape = tuple(fewer[key].shape)
-        if shape[:1] != (rows - 1,):
+        if rows > 1 and shape[:1] != (rows - 1,):
             raise _turned(key, shape, str(rows - 1))
 
 
