@@ -12,13 +12,12 @@ from weft.step.state import RunState
 
 def predictions(state: RunState, keys: Sequence[str] | None = None) -> Any:
     """The predictions for the predict set by key, or these keys of them; of a `Supervised` what its net returns."""
-    if is_own := state.trainer.overrides("predict_step"):
-        step = state.trainer.step_function("predict", state.problem)
-        if keys is not None:
-            from weft.problem.asked import picked
+    is_own, step = state.trainer.overrides("predict_step"), state.trainer.step_function("predict", state.problem)
+    if keys is not None and is_own:
+        from weft.problem.asked import picked
 
-            step = picked(step, keys)
-    else:
+        step = picked(step, keys)
+    elif keys is not None:
         step = forward_nodes(state.problem, keys)
     try:
         found = predict(state, step)
