@@ -166,7 +166,7 @@ DEFECTS: dict[int, tuple[str, tuple[str, ...]]] = {
     29: (
         "The model stays when batches go to a device, graphs live too long, NaN goes on; no accumulating, no resume.",
         (
-            f"{BASE}::test_the_problem_goes_where_its_batches_go",
+            "test_neuromancer_gpu.py::test_the_problem_goes_where_its_batches_go",
             f"{BASE}::test_no_graph_outlives_its_step",
             f"{BASE}::test_a_loss_that_is_not_finite_stops_before_the_step",
             f"{BASE}::test_multi_fidelity_adds_the_alpha_losses_of_the_nodes",
