@@ -220,7 +220,7 @@ def test_learning_rate_and_batch_size_are_tuned_from_a_file(
     (tmp_path / "small.yaml").write_text(yamlfile.dump(described))
     assert cli.main(["sweep", str(tmp_path / "small.yaml"), "--trials", "3", "--name", "osc"]) == cli.OK
     told = capsys.readouterr().out
-    assert "SweepResult(3 complete" in told and "optuna-dashboard sqlite:///" in told
+    assert "SweepResult(3 complete" in told and "sweep.journal" in told
     folders = sorted((tmp_path / "osc").glob("trial-*"))
     assert len(folders) == 3
     values = {}
