@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,7 @@ class Net(nn.Module):
 
 
 def fit_with(name: str, epochs: int = 4, net: Net | None = None, **options: Any) -> tuple[weft.FitResult, Net]:
+    np.random.seed(0)
     net = Net() if net is None else net
     trainer = weft.Trainer(epochs=epochs, optimizer=factory(name), progress=False, **options)
     data = weft.Data(DATA, dev=tanh_points(9, seed=5), batch_size={"train": 8, "dev": 9}, shuffle=False)
@@ -86,6 +88,7 @@ def fit_with(name: str, epochs: int = 4, net: Net | None = None, **options: Any)
 
 
 def by_hand(name: str, epochs: int, clip: float | None = None) -> Net:
+    np.random.seed(0)
     net = Net()
     optimizer: Any = factory(name)(net.parameters())
     for _ in range(epochs):
