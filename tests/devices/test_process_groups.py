@@ -73,12 +73,12 @@ def check_group(folder: Path, kind: str, name: str, step: int, digest: str) -> N
     ("kind", "name"),
     [
         ("fork", "SIGTERM"),
-        ("spawn", "SIGUSR1"),
         ("persistent", "SIGINT"),
-        ("none", "SIGHUP"),
-        ("forkserver", "SIGXCPU"),
-        ("ddp", "SIGTERM"),
-        ("ddp_fork", "SIGUSR1"),
+        pytest.param("spawn", "SIGUSR1", marks=pytest.mark.long),
+        pytest.param("none", "SIGHUP", marks=pytest.mark.long),
+        pytest.param("forkserver", "SIGXCPU", marks=pytest.mark.long),
+        pytest.param("ddp", "SIGTERM", marks=pytest.mark.long),
+        pytest.param("ddp_fork", "SIGUSR1", marks=pytest.mark.long),
     ],
 )
 def test_a_signal_to_the_group_is_saved_and_resumed_to_the_same_bits(

@@ -230,6 +230,7 @@ def test_a_run_of_before_is_resumed_and_ends_where_it_would_have(name: str, whic
         assert {part: sha256(value) for part, value in parts.items()} == about()["digests"][name]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_of_before_that_forgets_its_averages_would_be_noticed(name: str, folder: Path) -> None:
     path = next((folder / name / "checkpoints").glob("step-*.ckpt"))

@@ -153,6 +153,7 @@ def test_minibatches_and_clipping_are_said(name: str) -> None:
         fit_by(name, epochs=1)
 
 
+@pytest.mark.long
 @ALL
 def test_where_float32_ends_the_search_float64_is_recommended(name: str) -> None:
     with pytest.warns(UserWarning, match=f"{name} no longer finds a lower loss.*precision='64-true'"):

@@ -77,7 +77,7 @@ def test_a_jacobian_of_another_point_is_another() -> None:
     assert not torch.allclose(after, before, rtol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [3, 9, 60])
+@pytest.mark.parametrize("rows", [3, 9, pytest.param(60, marks=pytest.mark.long)])
 def test_by_products_it_is_made_of_columns_or_of_rows(rows: int) -> None:
     """33 parameters: fewer than 60 entries, more than 9."""
     torch.manual_seed(0)

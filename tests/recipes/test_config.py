@@ -19,7 +19,15 @@ from weft.recipes.schema import ConfigError, Text, merge, normal, with_option
 # ------------------------------------------------------------------------------------------------ round trips
 
 NAMES = st.text(st.characters(codec="utf-8", exclude_categories=("C",)), min_size=1, max_size=8)
+FOLDERS = NAMES.filter(
+    lambda text: text.isprintable() and not text.startswith("/") and not {"", ".", ".."} & {*text.split("/")}
+)
 CHOSEN: dict[str, Any] = {
+    "devices": st.integers(1, 4096)
+    | st.sampled_from(["auto", "0,2"])
+    | st.lists(st.integers(0, 7), min_size=1, max_size=3),
+    "num_nodes": st.integers(1, 100_000),
+    "run_name": st.none() | FOLDERS,
     "max_time": st.none() | st.floats(0.1, 1e6) | st.sampled_from(["01:00:00", "2:00:00:00", "00:30"]),
     "precision": st.sampled_from(["32-true", "64-true", "bf16-mixed", "32", 32, 64]),
     "limit_batches": st.none()

@@ -44,6 +44,7 @@ def test_a_list_of_runs_leaves_odd_ones_out_and_names_them(tmp_path: Path) -> No
     assert not list(tmp_path.rglob("PWNED")) and not Path("PWNED").exists()
 
 
+@pytest.mark.long
 def test_no_odd_folder_makes_a_traceback_or_runs_code(tmp_path: Path) -> None:
     (tmp_path / "right").mkdir()
     (tmp_path / "right/config.yaml").write_text("problem: a")
