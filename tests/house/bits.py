@@ -90,7 +90,10 @@ def elsewhere(recorded: Mapping[str, str], here: Mapping[str, str]) -> str:
 def own_folder() -> Iterator[Path]:
     """An empty working folder, and a cache of graphs in it."""
     before = os.getcwd()
-    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, WEFT_CACHE=f"{folder}/cache"):
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        patch.dict(os.environ, WEFT_CACHE=f"{folder}/cache"),
+    ):
         os.chdir(folder)
         try:
             yield Path(folder)
@@ -128,7 +131,9 @@ def graphs_run_themselves() -> Iterator[list[str]]:
                 return list(graphs[self.name](*given))
 
     with (
-        tempfile.TemporaryDirectory() as cache,  # what is in another one are graphs of somebody else
+        tempfile.TemporaryDirectory(
+            ignore_cleanup_errors=True
+        ) as cache,  # what is in another one are graphs of somebody else
         patch.dict(os.environ, WEFT_CACHE=cache),
         patch.object(torch._inductor, "aot_compile", aot_compile),
         patch.object(package, "package_aoti", package_aoti),
