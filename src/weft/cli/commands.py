@@ -241,7 +241,7 @@ def _sweep(call: Call) -> int:
 
 
 def _submit(call: Call) -> int:
-    from weft.slurm.submitting import Submitted, submit
+    from weft.slurm.submitting import submit
 
     if call.wrong:
         raise ConfigError(call.wrong)
@@ -253,9 +253,7 @@ def _submit(call: Call) -> int:
         job = submit(call.config, slurm=slurm, **own)
     except FileExistsError as error:
         raise ConfigError([str(error)]) from None
-    print(
-        f"job {job.job}\n{job.folder}" if isinstance(job, Submitted) else job, end="" if isinstance(job, str) else "\n"
-    )
+    print(f"job {job.job}\n{job.folder}" if job.job else job.script)
     return OK
 
 

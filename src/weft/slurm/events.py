@@ -21,7 +21,7 @@ def note(folder: Path, event: str, **more: Any) -> None:
     """Append one event to the run's file. One write of one line, so that several jobs may do so."""
     place = folder / FOLDER
     place.mkdir(parents=True, exist_ok=True)
-    line = json.dumps({"time": time.time(), "event": event, **more}) + "\n"
+    line = "\n" + json.dumps({"time": time.time(), "event": event, **more}) + "\n"  # the one before may be torn
     with (place / FILE).open("ab", buffering=0) as file:
         file.write(line.encode())
         os.fsync(file.fileno())
@@ -53,9 +53,9 @@ def state(folder: Path) -> str | None:
     return "cancelled" if "cancelled" in ours else _STATES.get(said[-1], said[-1])  # what ends by it says so later
 
 
-def job_of(folder: Path) -> str | None:
-    """The number of the job that the run was last submitted as."""
-    return next((str(e["job"]) for e in reversed(events(folder)) if e["event"] == "submitted" and "job" in e), None)
+def jobs_of(folder: Path) -> list[str]:
+    """The numbers of the jobs that were submitted for a run, or joined a sweep, in order."""
+    return [str(e["job"]) for e in events(folder) if e["event"] == "submitted" and "job" in e]
 
 
 def last_step(folder: Path) -> int:

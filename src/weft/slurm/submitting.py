@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any
 
 from weft import yamlfile
 from weft.recipes.schema import ConfigError
@@ -28,7 +28,9 @@ class Submitted:
     folder: Path
     """The run's folder; `submit/` in it holds the script, the logs, and the code as it was."""
     job: str
-    """SLURM's number of the job."""
+    """SLURM's number of the job; "" after a dry run."""
+    script: str = ""
+    """The batch script."""
 
     @property
     def state(self) -> str:
@@ -38,7 +40,7 @@ class Submitted:
         with its machine is "lost".
         """
         said = events.state(self.folder) or "queued"
-        if said in events.ENDS or _is_in_queue(self.job):
+        if said in events.ENDS or any(map(_is_in_queue, events.jobs_of(self.folder))):
             return said
         said = events.state(self.folder) or "queued"  # it may have ended between the two looks
         return said if said in events.ENDS else "lost"
@@ -50,7 +52,7 @@ class Submitted:
     def cancel(self) -> None:
         """Take the job out of the queue, or end it. Raises RuntimeError with SLURM's words if that fails."""
         if self.state not in events.ENDS:
-            _call("scancel", self.job)
+            _call("scancel", *events.jobs_of(self.folder))
             events.note(self.folder, "cancelled")
 
     def result(self, timeout: float | None = None) -> Any:
@@ -75,38 +77,6 @@ class Submitted:
         return load_result(self.folder)
 
 
-@overload
-def submit(
-    run: Mapping[str, Any] | str | Path | Callable[..., Any],
-    *,
-    slurm: Mapping[str, Any] | None = None,
-    name: str | None = None,
-    root_dir: str | Path = "runs",
-    devices: int | None = None,
-    num_nodes: int | None = None,
-    setup: Sequence[str] | str = (),
-    python: str | None = None,
-    grace: int = 300,
-    dry_run: Literal[False] = False,
-) -> Submitted: ...
-
-
-@overload
-def submit(
-    run: Mapping[str, Any] | str | Path | Callable[..., Any],
-    *,
-    slurm: Mapping[str, Any] | None = None,
-    name: str | None = None,
-    root_dir: str | Path = "runs",
-    devices: int | None = None,
-    num_nodes: int | None = None,
-    setup: Sequence[str] | str = (),
-    python: str | None = None,
-    grace: int = 300,
-    dry_run: Literal[True],
-) -> str: ...
-
-
 def submit(
     run: Mapping[str, Any] | str | Path | Callable[..., Any],
     *,
@@ -119,8 +89,8 @@ def submit(
     python: str | None = None,
     grace: int = 300,
     dry_run: bool = False,
-) -> Submitted | str:
-    """Submit a run to SLURM and return a handle to it; with `dry_run` only the batch script, as text.
+) -> Submitted:
+    """Submit a run to SLURM and return a handle to it; with `dry_run` nothing is submitted, its `script` is there.
 
     `run`: a config (a dict, or the path of a YAML file), or a function, of a job or of nothing, which trains by
     `weft.Trainer(**job.options, ...)` and returns a FitResult or plain data. `slurm`: options of sbatch by name
@@ -166,7 +136,7 @@ def submit(
         grace=grace,
     )
     if dry_run:
-        return text
+        return Submitted(folder, "", text)
     _make_room(folder)
     if callable(run):
         _keep_function(run, place)
@@ -176,7 +146,7 @@ def submit(
         (place / "config.yaml").write_text(yamlfile.dump(_in_copy({**(config or {}), "trainer": kept}, place / "code")))
     freeze(Path.cwd(), place / "code", leave_out=folder.parent)
     (place / "job.sh").write_text(text)
-    return Submitted(folder, send(place / "job.sh", folder))
+    return Submitted(folder, send(place / "job.sh", folder), text)
 
 
 def send(script: Path, folder: Path) -> str:
@@ -215,10 +185,10 @@ def _make_room(folder: Path) -> None:
     """The run's folder, with nothing in `submit/` that is not this submission's. What was is kept in `submit-1`, ..."""
     place = folder / events.FOLDER
     if place.exists():
-        job = events.job_of(folder)
-        if job is not None and Submitted(folder, job).state not in (*events.ENDS, "lost"):
+        jobs = events.jobs_of(folder)
+        if jobs and Submitted(folder, jobs[-1]).state not in (*events.ENDS, "lost"):
             raise FileExistsError(
-                f"{folder} is the run of job {job}, which is not over; choose another name, or cancel it."
+                f"{folder} is the run of job {jobs[-1]}, which is not over; choose another name, or cancel it."
             )
         number = 1
         while (folder / f"{events.FOLDER}-{number}").exists():

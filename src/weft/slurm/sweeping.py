@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from weft.sweeps.study import Study
 class SubmittedSweep(Submitted):
     """A sweep whose workers were submitted. `result()` waits for its end, `found()` is what there is so far."""
 
-    study: Study
+    study: Study = field(kw_only=True)
 
     @property
     def state(self) -> str:
@@ -72,4 +72,4 @@ def submit_workers(study: Study) -> SubmittedSweep:
             grace=config.grace,
         )
     )
-    return SubmittedSweep(study.folder, send(script, study.folder), study)
+    return SubmittedSweep(study.folder, send(script, study.folder), study=study)
