@@ -66,18 +66,36 @@ def make_update(run: Context) -> Update:
     return update
 
 
+def _clearing(run: Context, optimizer: Any) -> Callable[[int], None]:
+    """A function (number of the batch) that clears gradients as the hooks say, or as the optimizer does."""
+    before = run.hooks_of.bind("on_before_zero_grad")
+    own = run.hooks_of.bind("optimizer_zero_grad", callbacks=False)
+    progress, params = run.progress, _parameter_lists(optimizer)
+
+    def clear(number: int) -> None:
+        run.count_zero_grad()
+        if before is not None:
+            before(optimizer)
+        if own is not None:
+            own(progress.epoch, number, optimizer)
+        elif params is not None:
+            for group in params():
+                for p in group:
+                    p.grad = None
+        elif optimizer is not None:
+            optimizer.zero_grad()
+
+    return clear
+
+
 def automatic(run: Context) -> Callable[[Any, int], tuple[Tensor | None, dict[str, Any]]]:
     """A function (batch, its number) -> (loss, what on_train_batch_end gets): the optimizer steps by itself."""
     module, hooks, strategy, view = run.module, run.hooks_of, run.strategy, run.view
     step = watched(run.state.hooks, "forward", training_step(run))
     optimizer = strategy.optimizers[0] if strategy.optimizers else None
     wrapped = strategy._lightning_optimizers[0] if strategy.optimizers else None
-    before_zero_grad, own_zero_grad = (
-        hooks.bind("on_before_zero_grad"),
-        hooks.bind("optimizer_zero_grad", callbacks=False),
-    )
     own_step = hooks.bind("optimizer_step", callbacks=False)
-    progress, take_gradients, params = run.progress, strategy.take_gradients, _parameter_lists(optimizer)
+    progress, take_gradients, clear = run.progress, strategy.take_gradients, _clearing(run, optimizer)
     quick = optimizer is not None and strategy.steps_plainly and not needs_closure(optimizer)
     state: dict[str, Any] = {"batch": None, "number": 0, "loss": None, "extra": {}}
 
@@ -93,17 +111,7 @@ def automatic(run: Context) -> Callable[[Any, int], tuple[Tensor | None, dict[st
             return state["loss"]
         every = view.accumulate_grad_batches
         if state["number"] % every == 0:
-            run.count_zero_grad()
-            if before_zero_grad is not None:
-                before_zero_grad(optimizer)
-            if own_zero_grad is not None:
-                own_zero_grad(progress.epoch, state["number"], optimizer)
-            elif params is not None:
-                for group in params():
-                    for p in group:
-                        p.grad = None
-            elif optimizer is not None:
-                optimizer.zero_grad()
+            clear(state["number"])
         if loss is not None:
             if every != 1:
                 loss = loss / every
