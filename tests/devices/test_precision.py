@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import weft
-from weft.step.nonfinite import Doubts
+from weft.step.doubts import Doubts
 
 TIMES = torch.tensor([[1000.3], [2.0], [3.5], [0.25]])  # 1000.3 is 1000 in bfloat16
 

@@ -335,7 +335,7 @@ def test_what_modules_hold_is_walked_through_in_one_place() -> None:
         "weft.loop.watching",  # attributes of hooks
         "weft.step.trained",  # attributes of hooks and trainers
     }
-    left = {"weft.compile.watching", "weft.devices.generators"}  # only shorter, never longer
+    left = {"weft.compile.watching"}  # only shorter, never longer
     assert home in found and found - {home} <= of_other_things | left
 
 

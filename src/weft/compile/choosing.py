@@ -31,12 +31,14 @@ from weft.compile.stepgraphs import EvaluationGraph, GradientGraph, UpdateGraph
 from weft.data.batches import num_examples
 from weft.devices.precision import scaler_of
 from weft.step.closures import Evaluation, Read, evaluation_of, with_closure
+from weft.step.doubts import doubts_in
 from weft.step.forward import Forward, forward_of
 from weft.step.metrics import DENOMINATOR, counted
 from weft.step.microbatches import combiner, num_read, record
-from weft.step.nonfinite import READS_ARE_FREE, Doubts, ignores, not_finite
+from weft.step.nonfinite import READS_ARE_FREE, ignores
 from weft.step.optimizer_step import Step, make_step
 from weft.step.optimizers import needs_closure, parameters_of
+from weft.step.skipping import not_finite
 
 if TYPE_CHECKING:
     from weft.step.state import RunState, Update
@@ -185,8 +187,7 @@ def _finisher(state: RunState) -> Callable[[Tensor, Tensor, list[Any]], bool]:
 
     def finish(finite: Tensor, loss: Tensor, read: list[Any]) -> bool:
         if not waits:  # `look_back` raises later; until then the graph leaves such steps out
-            state.step.doubts = state.step.doubts or Doubts(state.fabric.device)
-            state.step.doubts.note(progress.step, finite)
+            doubts_in(state).note(progress.step, finite)
         elif not finite.item():
             not_finite(state, loss, read)
             return False

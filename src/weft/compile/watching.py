@@ -35,8 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from weft.devices.generators import generators_within
-from weft.devices.seeding import GENERATORS, generator_states, set_generator_states
+from weft.devices.generators import GENERATORS, generator_states, generators_within, set_generator_states
 from weft.places import HOLDERS
 
 MAX_NEAR = 256  # items of a container that is looked at in every step

@@ -29,7 +29,7 @@ from weft.devices.signals import SignalExit, interactive
 from weft.events import AT_REST, Hook, listeners
 from weft.loop import feeding, phases
 from weft.loop.adapters import Seams, Told
-from weft.loop.leaving import batches_unless_left, before_training, come_back, heed_early, heed_late, rest_if_waiting
+from weft.loop.leaving import before_training, come_back, heed_early, heed_late, rest_if_waiting
 from weft.loop.remarks import tell_of_no_best, tell_of_options, tell_of_used_up
 from weft.loop.result import FitResult, result_of
 from weft.loop.short import SHORT
@@ -284,7 +284,7 @@ class Run(Told, Seams):
             self.leave_open()
             return  # it was told to stop in the last step before it was resumed
         is_empty = progress.batch == 0
-        found = watched_batches(state.hooks, state.epoch.throughput.timed(batches_unless_left(state, self._rest)))
+        found = watched_batches(state.hooks, state.epoch.throughput.timed(feeding.train_batches(state, self._rest)))
         for batch in found if size == 1 else in_lists(found, size):
             is_empty = False
             progress.batch += 1 if size == 1 else len(batch)

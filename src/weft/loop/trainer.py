@@ -24,7 +24,6 @@ from weft.loop.result import FitResult
 from weft.loop.run import Run
 from weft.loop.short import SHORT
 from weft.loop.tools import Tools
-from weft.problem.reading import forward_nodes
 from weft.step.optimizers import default_optimizer
 from weft.step.phase import Phase
 from weft.step.state import RunState
@@ -208,6 +207,8 @@ class Trainer(TrainerOptions, Tools):
 
     def predict_step(self, batch: Any) -> Mapping[str, Tensor]:
         """The predictions for a batch, by key."""
+        from weft.problem.outputs import forward_nodes
+
         return forward_nodes(self.problem)(batch)
 
     def configure_optimizers(self) -> Any:

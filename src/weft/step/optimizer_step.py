@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from weft.devices.precision import stepping
 from weft.step.instrument import watched
-from weft.step.nonfinite import doubts_of, finite_check, ignores, not_finite
+from weft.step.nonfinite import doubts_of, finite_check, ignores
 from weft.step.optimizers import needs_closure, parameters_of
 from weft.step.trained import rest_of
 
@@ -30,21 +30,15 @@ def make_step(state: RunState, optimizers: Sequence[Optimizer]) -> Step:
     for optimizer in optimizers:
         if needs_closure(optimizer):
             raise TypeError(f"{type(optimizer).__name__} evaluates the loss itself (a closure): call update(batch).")
-    before_step, trainer, progress, clip = (
-        state.listeners("on_before_optimizer_step"),
-        state.trainer,
-        state.progress,
-        clipping(state),
-    )
+    before_step, clip = state.listeners("on_before_optimizer_step"), clipping(state)
+    trainer, progress = state.trainer, state.progress
     by_value, own = state.config.clip_algorithm == "value", [(o, parameters_of(o)) for o in optimizers]
     params, (do_step, unscale) = [p for _, mine in own for p in mine], stepping(state.fabric, optimizers)
     cleared = [*params, *rest_of(state)]  # what gathers in parameters of no optimizer belongs to no later step
     do_step = watched(state.hooks, "optimizer", do_step)
     is_finite = finite_check(params, scaled=unscale is not None, ignore=ignores(state))
-    doubts, guarded = (
-        doubts_of(state, optimizers, scaled=unscale is not None),
-        () if unscale is not None else optimizers,
-    )
+    doubts = doubts_of(state, optimizers, scaled=unscale is not None)
+    guarded = () if unscale is not None else optimizers
 
     def step(loss: Tensor | None, read: Sequence) -> bool:
         norms = []
@@ -68,6 +62,8 @@ def make_step(state: RunState, optimizers: Sequence[Optimizer]) -> Step:
         for p in cleared:
             p.grad = None
         if not finite:
+            from weft.step.skipping import not_finite
+
             not_finite(state, loss, read)
         return finite
 

@@ -12,10 +12,10 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from weft.places import Place, named, places, places_behind
+from weft.places import Place, places, places_behind
 from weft.problem.problem import Problem
 from weft.step.optimizers import parameters_of
 
@@ -56,19 +56,10 @@ def hold(state: RunState, optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
     parameters that are new."""
     found, others = state.training.others.add(state.problem, optimizers), state.training.others
     if others.tensors:  # in each phase anew: they may be copies on the run's device
-        others.hold_buffers(_buffers_beside(state))
+        from weft.step.held import buffers_beside
+
+        others.hold_buffers(buffers_beside(state, steps_of(state)))
     return found
-
-
-def _buffers_beside(state: RunState) -> dict[str, Tensor]:
-    """The buffers of the modules whose parameters only an optimizer holds: they are trained as well."""
-    held = {id(p) for p in state.training.others.tensors.values()}
-    reached = [*places(state.problem, everything=True), *places_behind(steps_of(state), state.problem)]
-    modules = {id(place.module) for place in reached if place.module is not None and id(place.value) in held}
-    found = [place for place in reached if id(place.module) in modules and type(place.value) is Tensor]
-    return {
-        f"buffer.{name}": place.value for name, place in named(p for p in found if not p.value.requires_grad).items()
-    }
 
 
 def steps_of(state: RunState) -> list[tuple[str, Any]]:
@@ -77,25 +68,6 @@ def steps_of(state: RunState) -> list[tuple[str, Any]]:
     steps = [(f"the trainer's {name}", v) for name, v in vars(trainer).items() if name not in _OF_TRAINERS]
     steps += [("a hook" if isinstance(h, Mapping) else f"hook {type(h).__name__}", h) for h in state.hooks]
     return [*steps, (type(trainer).__name__, type(trainer))]
-
-
-def held_by(given: Any, problem: nn.Module) -> list[Tensor]:
-    """What optimizers will hold: the parameters of an instance, the tensors that a factory of one may read."""
-    if isinstance(given, Optimizer):
-        return list(parameters_of(given))
-    if isinstance(given, Mapping):
-        return [p for one in given.values() for p in held_by(one, problem)]
-    found = places_behind([("the optimizer", given)], problem)
-    tensors = [p.value for p in found if isinstance(p.value, Tensor)]
-    return [p for p in tensors if p.is_leaf and (p.requires_grad or isinstance(p, nn.Parameter))]
-
-
-def to_be_trained(state: RunState) -> list[Tensor]:
-    """The tensors that the optimizers of all phases hold, as far as that can be known before they are made."""
-    given = [state.trainer.options["optimizer"], *(phase.optimizer for phase in state.training.phases)]
-    if state.trainer.overrides("configure_optimizers"):
-        given.append(state.trainer.configure_optimizers)
-    return [p for one in (*given, state.training.optimizers) if one is not None for p in held_by(one, state.problem)]
 
 
 # ---- gradients belong to one step ------------------------------------------------------------------------------------
