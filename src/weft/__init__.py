@@ -59,6 +59,9 @@ if TYPE_CHECKING:
     from weft.loop.run import Run as Run
     from weft.loop.trainer import Trainer as Trainer
     from weft.problem.barrier import BarrierLoss as BarrierLoss
+    from weft.problem.constraints import equal as equal
+    from weft.problem.constraints import greater_equal as greater_equal
+    from weft.problem.constraints import less_equal as less_equal
     from weft.problem.lagrangian import AugmentedLagrangian as AugmentedLagrangian
     from weft.problem.losses import PenaltyLoss as PenaltyLoss
     from weft.problem.nodes import Node as Node
@@ -67,9 +70,6 @@ if TYPE_CHECKING:
     from weft.problem.rollout import Rollout as Rollout
     from weft.problem.scores import whole as whole
     from weft.problem.supervised import Supervised as Supervised
-    from weft.problem.terms import equal as equal
-    from weft.problem.terms import greater_equal as greater_equal
-    from weft.problem.terms import less_equal as less_equal
     from weft.problem.terms import objective as objective
     from weft.recipes.batches import DataConfig as DataConfig
     from weft.records.comparison import compare as compare

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from weft.problem.constraints import equal, greater_equal, less_equal
 from weft.problem.lagrangian import AugmentedLagrangian
 from weft.problem.losses import PenaltyLoss
 from weft.problem.nodes import Node
@@ -23,7 +24,7 @@ from weft.problem.reading import (
     term_weights,
 )
 from weft.problem.rollout import Rollout
-from weft.problem.terms import equal, greater_equal, less_equal, objective
+from weft.problem.terms import objective
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from weft.data.data import Data, as_data
 from weft.problem.reading import set_term_weights
-from weft.step.optimizers import build_optimizers, parameters_under
+from weft.step.optimizers import build_optimizers
 from weft.step.state import RunState
 from weft.step.trained import adopt
 
@@ -114,8 +114,12 @@ def replaces_optimizers(state: RunState) -> bool:
     return any(p.optimizer is not None or p.scheduler is not None for p in state.training.phases[1:])
 
 
-def freeze(problem: nn.Module, names: Iterable[str]) -> list[tuple[nn.Parameter, bool]]:
+def freeze(problem: nn.Module, names: Sequence[str]) -> list[tuple[nn.Parameter, bool]]:
     """Stop the training of the named nodes, submodules or parameters; `unfreeze` puts it back."""
+    if not names:
+        return []
+    from weft.problem.named import parameters_under
+
     parameters = [p for name in names for p in parameters_under(problem, name)[1]]
     frozen = [(p, p.requires_grad) for p in dict.fromkeys(parameters)]
     for p, _ in frozen:

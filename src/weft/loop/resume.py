@@ -29,8 +29,9 @@ from torch.optim import Optimizer
 from weft.checkpoint import archive
 from weft.checkpoint import folder as checkpoints
 from weft.checkpoint.archive import CheckpointError
+from weft.checkpoint.changed import set_attributes
 from weft.checkpoint.folder import complete
-from weft.checkpoint.hidden import attributes, set_attributes
+from weft.checkpoint.hidden import attributes
 from weft.checkpoint.weights import load_into
 from weft.config import TrainerConfig
 from weft.data.loaders import iterator_of

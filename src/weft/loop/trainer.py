@@ -18,7 +18,6 @@ from weft.events import as_hooks
 from weft.loop import options as opts
 from weft.loop.adapters import adapter_for, split_hooks
 from weft.loop.default_hooks import hooks_from
-from weft.loop.evaluating import run_to_evaluate
 from weft.loop.remarks import tell_of_left_out
 from weft.loop.result import FitResult
 from weft.loop.run import Run
@@ -284,6 +283,8 @@ class Trainer(TrainerOptions, Tools):
             from weft.loop.launch import call
 
             return call(self, fabric, "_evaluate", problem or self.problem, split, problem, data, setup_kwargs, keys)
+        from weft.loop.evaluating import run_to_evaluate
+
         with SHORT, run_to_evaluate(self, problem, split, data, setup_kwargs) as run:
             if not run.has(split):
                 raise ValueError(f"{split}: there is no {split} data; pass some.")

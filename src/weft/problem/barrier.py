@@ -9,8 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from weft.problem.constraints import Constraint
 from weft.problem.losses import PenaltyLoss, add_objectives, totals
-from weft.problem.terms import Constraint, Objective
+from weft.problem.terms import Objective
 from weft.types import Batch, suggest
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from weft.events import Hook
+from weft.problem.constraints import Constraint
 from weft.problem.losses import PenaltyLoss, add_objectives, totals
-from weft.problem.terms import Constraint, MissingKeyError, Objective
+from weft.problem.terms import MissingKeyError, Objective
 from weft.types import Batch
 
 

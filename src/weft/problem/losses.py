@@ -12,12 +12,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import reduce
 from operator import add
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from weft.problem.terms import Constraint, Objective
+from weft.problem.terms import Objective
 from weft.types import Batch
+
+if TYPE_CHECKING:
+    from weft.problem.constraints import Constraint
 
 
 class PenaltyLoss(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.problem.problem import Problem
-from weft.problem.terms import Constraint, Term
+from weft.problem.terms import Term
 from weft.types import suggest
 
 
@@ -32,7 +32,7 @@ def term_keys(problem: nn.Module, split: str) -> dict[str, str] | None:
     if isinstance(problem, Problem):
         for name, term in problem.terms.items():
             keys[name] = name
-            if isinstance(term, Constraint):
+            if term.kind == "constraint":
                 keys[f"{name}_violation"] = f"{name}_violation"
     elif is_neuromancer(problem):
         for name, term in neuromancer_terms(problem).items():

@@ -1,4 +1,4 @@
-"""The optimizer step: hooks, clipping, the check, the steps."""
+"""The optimizer step: what follows once the gradients of a batch are there."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from weft.devices.precision import stepping
 from weft.step.instrument import watched
+from weft.step.microbatches import combiner, divided, num_read, record, total
 from weft.step.nonfinite import doubts_of, finite_check, ignores
 from weft.step.optimizers import needs_closure, parameters_of
 from weft.step.trained import rest_of
@@ -74,3 +75,19 @@ def clipping(state: RunState) -> Callable[[Sequence[Tensor]], Tensor | None] | N
     """What clips the gradients of some parameters and returns their norm, if it is known; None: no clipping."""
     limit, by_value = state.config.clip, state.config.clip_algorithm == "value"
     return None if limit is None else partial(state.processes.clip, limit=limit, by_value=by_value)
+
+
+def closing(state: RunState, end: Callable[..., None]) -> Callable[[Any, list[Tensor], list[Any]], Tensor]:
+    """What is done once all gradients are there: over all processes, step, count. Returns the loss of the whole."""
+    step, combine = make_step(state, list(state.training.optimizers.values())), combiner(state)
+
+    def close(batch: Any, losses: list[Tensor], read: list[Any]) -> Tensor:
+        loss = divided(state, total(state, losses), read)
+        if combine is not None:
+            loss = combine(loss, num_read(read))
+        if step(loss, read):
+            record(state, read)
+        end(batch, loss)
+        return loss
+
+    return close

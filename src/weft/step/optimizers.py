@@ -16,8 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from weft.types import suggest
-
 DEFAULT = "default"  # the name of an optimizer that was given without one
 
 
@@ -50,8 +48,12 @@ def _build(name: str, given: Any, problem: nn.Module, named: bool) -> Optimizer:
     if not isinstance(given, Optimizer):
         if not callable(given):
             raise TypeError(f"optimizer {name!r} is {given!r}; expected a torch optimizer or a function of parameters.")
-        is_part = named or name != DEFAULT and _has(problem, name)
-        owner, params = parameters_under(problem, name) if is_part else (problem, list(problem.parameters()))
+        owner, params = problem, list(problem.parameters())
+        if named or name != DEFAULT:
+            from weft.problem.named import has_part, parameters_under
+
+            if named or has_part(problem, name):
+                owner, params = parameters_under(problem, name)
         params = [p for p in params if p.requires_grad]
         if not params:
             from weft.step.explaining import why_no_parameters
@@ -123,39 +125,6 @@ class Others:
                     "from the value that it has here.",
                     stacklevel=3,
                 )
-
-
-def submodule(problem: nn.Module, name: str) -> nn.Module:
-    """The submodule with this dotted name, or the node with this `.name`. ValueError with a suggestion if none."""
-    modules = dict(problem.named_modules(remove_duplicate=False))
-    if name in modules:
-        return modules[name]
-    named = {str(m.name): m for m in modules.values() if isinstance(getattr(m, "name", None), str)}
-    if name in named:
-        return named[name]
-    known = [*named, *(m for m in modules if m), *(n for n, _ in problem.named_parameters() if "." not in n)]
-    raise ValueError(
-        f"{type(problem).__name__} has no node or submodule {name!r}{suggest(name, known) or '.'} It has {known}."
-    )
-
-
-def parameters_under(problem: nn.Module, name: str) -> tuple[nn.Module, list[nn.Parameter]]:
-    """The node, submodule or bare parameter of this name: the module (that holds it), and the parameters.
-
-    ValueError with a suggestion if there is none.
-    """
-    if (bare := dict(problem.named_parameters(remove_duplicate=False)).get(name)) is not None:
-        return problem, [bare]
-    owner = submodule(problem, name)
-    return owner, list(owner.parameters())
-
-
-def _has(problem: nn.Module, name: str) -> bool:
-    return (
-        name in dict(problem.named_parameters())
-        or name in dict(problem.named_modules(remove_duplicate=False))
-        or any(getattr(m, "name", None) == name for m in problem.modules())
-    )
 
 
 def shared_parameters(problem: nn.Module, optimizers: Mapping[str, Optimizer]) -> list[str]:

@@ -7,7 +7,7 @@ requires grad and is met by a loss is named before the first update of a phase: 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -134,7 +134,11 @@ def outside_of(state: RunState) -> dict[int, Outside]:
         for key, each in found.items()
         if isinstance(p := each.place.value, Tensor) and p.requires_grad and p.is_leaf and key not in trained
     }
-    of_data = _leaves(_tensors(state.step.batch)) if outside else {}
+    if not outside:
+        return {}
+    from weft.step.reached import leaves
+
+    of_data = leaves(state.step.batch)
     return {key: found for key, found in outside.items() if key not in of_data}
 
 
@@ -161,48 +165,7 @@ def look(state: RunState, losses: Any) -> None:
 
     ValueError where a node or term of a `weft.Problem` reaches it, else one warning.
     """
+    from weft.step.reached import leaves, tell
+
     outside = state.training.outside or {}
-    tell(state, [outside[key] for key in _leaves(_tensors(losses)) if key in outside])
-
-
-def tell(state: RunState, reached: list[Outside]) -> None:
-    if not reached:
-        return
-    for key in [id(found.place.value) for found in reached]:
-        del state.training.outside[key]  # type: ignore[union-attr]
-    reached.sort(key=lambda found: not found.of_node)
-    from weft.step.explaining import reached_outside
-
-    message = reached_outside(reached)
-    if reached[0].of_node:
-        raise ValueError(message)
-    state.warn_once(message)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(item)
-
-
-def _leaves(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
-    """What a graph begins with: by id, the tensors that get the gradients of these."""
-    found: dict[int, Tensor] = {}
-    nodes = []
-    for tensor in tensors:
-        if tensor.grad_fn is not None:
-            nodes.append(tensor.grad_fn)
-        else:
-            found[id(tensor)] = tensor
-    seen = set(nodes)
-    while nodes:
-        node = nodes.pop()
-        if (leaf := getattr(node, "variable", None)) is not None:
-            found[id(leaf)] = leaf
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                nodes.append(following)
-    return found
+    tell(state, [outside[key] for key in leaves(losses) if key in outside])
