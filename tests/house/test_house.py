@@ -292,7 +292,7 @@ ONCE = {
     "clipping by torch": ({"clip_grad_norm_", "clip_grad_value_"}, "weft.devices.processes"),
     "the finite check of all gradients": (
         {"_amp_foreach_non_finite_check_and_unscale_"},
-        "weft.step.nonfinite",
+        "weft.step.optimizer_step",
     ),
 }
 # Still there, to be replaced by the one above. Only shorter, never longer.

@@ -35,10 +35,9 @@ from weft.step.doubts import doubts_in
 from weft.step.forward import Forward, forward_of
 from weft.step.metrics import DENOMINATOR, counted
 from weft.step.microbatches import combiner, num_read, record
-from weft.step.nonfinite import READS_ARE_FREE, ignores
-from weft.step.optimizer_step import Step, make_step
+from weft.step.nonfinite import not_finite
+from weft.step.optimizer_step import READS_ARE_FREE, Step, ignores, make_step
 from weft.step.optimizers import needs_closure, parameters_of
-from weft.step.skipping import not_finite
 
 if TYPE_CHECKING:
     from weft.step.state import RunState, Update

@@ -36,9 +36,9 @@ from weft.loop.short import SHORT
 from weft.step.evaluation import add_up_terms, evaluate, monitored_metric
 from weft.step.forward import Forward, forward_of
 from weft.step.instrument import bind_watched, watched, watched_batches
-from weft.step.nonfinite import RunningStatistics, ignores, look_back
+from weft.step.optimizer_step import look_back, statistics_of
 from weft.step.state import Listeners, Owner, RunState, Stage, Update
-from weft.step.trained import clear, clear_gradients, prepare_look
+from weft.step.trained import clear_gradients, prepare_look
 from weft.step.update import built_in
 
 
@@ -108,7 +108,7 @@ class Run(Told, Seams):
             of_problem = [m for m in state.problem.modules() if isinstance(m, Hook)]
             self.listen(listeners([*of_problem, *trainer.hooks, *trainer.default_hooks(state)]))
             state.problem.train()
-            state.step.statistics = RunningStatistics(nn.Module() if ignores(state) else state.problem)
+            state.step.statistics = statistics_of(state)
             self.begin_phases(resumed=self._resumed is not None)
             if state.saves:
                 from weft.loop.saving import prepare_folder
@@ -320,7 +320,7 @@ class Run(Told, Seams):
         state.call(AT_REST)
         if control.leaving:
             control.interruption.leave(control.leaving)
-        limit = state.config.max_seconds
+        limit = state.max_seconds
         if limit is not None and processes.due("max_time", state.seconds - control.seconds_before >= limit):
             state.decide_to_stop("max_time")
 
@@ -418,9 +418,11 @@ class Run(Told, Seams):
         state = self.state
         if batch is not state.step.batch:
             state.step.batch = batch
-            prepare_look(state)
+            if state.training.outside != {}:
+                prepare_look(state)
             state.training.turn("train")
-            state.step.statistics.take()
+            if state.step.statistics is not None:
+                state.step.statistics.take()
             state.call("on_step_start", batch)
 
     def begin_step(self, batch: Any) -> None:
@@ -431,7 +433,8 @@ class Run(Told, Seams):
     def begin_update(self, batch: Any) -> None:
         """The same for the built-in update, which begins from no gradients: a hook may have looked at some."""
         self.begin_step(batch)
-        clear(self._parameters)
+        for p in self._parameters:
+            p.grad = None
 
     def end_step(self, batch: Any, loss: Tensor | None) -> None:
         """What every update does last: count the step, step the schedules, call the hooks."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from weft.step.nonfinite import check_and_unscale
+from weft.step.optimizer_step import check_and_unscale
 
 if TYPE_CHECKING:
     from weft.step.state import RunState

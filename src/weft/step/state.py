@@ -375,6 +375,11 @@ class RunState:
         """The trainer's options that are plain data."""
         return self.trainer.config
 
+    @cached_property
+    def max_seconds(self) -> float | None:
+        """How long this fit may last (s)."""
+        return self.config.max_seconds
+
     @property
     def phase(self) -> Phase:
         """The phase in force."""

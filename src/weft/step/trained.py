@@ -7,7 +7,7 @@ requires grad and is met by a loss is named before the first update of a phase: 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -77,13 +77,6 @@ def rest_of(state: RunState) -> list[Tensor]:
     """The parameters that may get gradients and that no optimizer clears."""
     held = {id(p) for o in state.training.optimizers.values() for p in parameters_of(o)}
     return [p for p in (*state.problem.parameters(), *state.training.others.tensors.values()) if id(p) not in held]
-
-
-def clear(parameters: Iterable[Tensor]) -> None:
-    """Take the gradients of these away, where there are some."""
-    for p in parameters:
-        if p.grad is not None:
-            p.grad = None
 
 
 def clear_gradients(state: RunState) -> None:

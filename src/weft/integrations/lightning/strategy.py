@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 from weft.devices.precision import scaler_of
 from weft.integrations.lightning.names import lightning_class
 from weft.step.instrument import watched
-from weft.step.nonfinite import finite_check, ignores
+from weft.step.nonfinite import not_finite
+from weft.step.optimizer_step import finite_check, ignores
 from weft.step.optimizers import needs_closure, parameters_of
-from weft.step.skipping import not_finite
 from weft.step.trained import look
 
 if TYPE_CHECKING:

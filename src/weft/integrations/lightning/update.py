@@ -22,8 +22,8 @@ from weft.data.batches import num_examples
 from weft.integrations.lightning.names import takes, tell_of_log_dict
 from weft.integrations.lightning.strategy import NotFinite
 from weft.step.instrument import watched
+from weft.step.nonfinite import not_finite
 from weft.step.optimizers import needs_closure
-from weft.step.skipping import not_finite
 from weft.step.state import Update
 
 if TYPE_CHECKING:
