@@ -56,9 +56,43 @@ def test_each_mistake_of_the_page_of_mistakes_happens_and_says_what_the_page_quo
         assert message in told, f"{code}\nsays {told!r}"
 
 
-def test_no_page_is_without_a_test_of_its_cells() -> None:
-    pages = {path.stem for path in (ROOT / "docs").glob("*.md") if CELL.search(path.read_text())}
-    assert pages == {"index", "tour", "troubles"}
+@pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")  # Lightning's data module meets torch 2.13
+def test_the_script_for_lightnings_trainer_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lightning.pytorch as L
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+
+    class Model(BoringModel):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_loss", self.step(batch))
+
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "lightning.md").read_text(), re.DOTALL)
+    assert 'devices=2, strategy="ddp"' in code and "max_epochs=10" in code
+    code = code.replace('devices=2, strategy="ddp"', 'accelerator="cpu", enable_progress_bar=False')
+    names: dict[str, Any] = {"ModelCheckpoint": ModelCheckpoint, "model": Model(), "data": BoringDataModule()}
+    exec(compile(code.replace("max_epochs=10", "max_epochs=2"), "lightning.md", "exec"), names)  # noqa: S102
+    assert isinstance(names["trainer"], L.Trainer) and names["trainer"].checkpoint_callback.best_model_path
+
+
+RUN_BY = {
+    ("index", "code-cell"): "test_the_cells_of_a_page_run_as_they_stand",
+    ("tour", "code-cell"): "test_the_cells_of_a_page_run_as_they_stand",
+    ("troubles", "code-cell"): "test_each_mistake_of_the_page_of_mistakes_happens_and_says_what_the_page_quotes",
+    ("lightning", "python"): "test_the_script_for_lightnings_trainer_runs",
+    ("index", "bash"): "the installation, which is how the suite came to run",
+    ("cluster", "bash"): "tests/slurm",
+    ("cluster", "python"): "tests/slurm",
+}
+"""What runs the blocks of each page (those that README, examples and pairs bring along: their own tests)."""
+
+
+def test_no_page_has_a_block_that_nothing_runs() -> None:
+    found = set()
+    for path in (ROOT / "docs").rglob("*.md"):
+        kinds = re.findall(r"^```\{?([\w-]+)", path.read_text(), re.MULTILINE)
+        found |= {(path.stem, kind) for kind in kinds if kind in ("code-cell", "python", "bash", "yaml", "pycon")}
+    assert found == set(RUN_BY)
 
 
 FACES = (weft, weft.hooks, weft.plot, weft.optim, weft.integrations.lightning, weft.integrations.neuromancer)
