@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 class FitResult:
     """The outcome of a fit.
 
-    `history` holds one list of floats per metric, one entry an epoch (nan where it was not validated). `best_epoch`
-    counts from 0; `best_metric` and `best_epoch` are None where nothing was monitored. `last_weights` is the state
-    dict at the end, before the best weights were put back. `seconds` is the time spent in fits of this problem.
+    `epochs` and `steps` count those of the whole run, and `stop_reason` says why it ended ("epochs", "patience",
+    "max_time", ...). `history` holds one list of floats per metric, one entry an epoch (nan where it was not
+    validated). `best_epoch` counts from 0; `best_metric` and `best_epoch` are None where nothing was monitored
+    (`monitor`). `last_weights` is the state dict at the end, before the best weights were put back; `last_others` what
+    only an optimizer held. `seconds` is the time spent in fits of this problem. `seed` and `run_dir`: of the run, None
+    without. Of closure optimizers: `evaluations` of the loss, and `search_stop`. `profile`: what a profiler found.
     """
 
     epochs: int
@@ -62,7 +65,7 @@ class FitResult:
         return pandas.DataFrame(self.history).rename_axis("epoch")
 
     def plot(self, ax: Axes | None = None, label: str | None = None) -> Axes:
-        """The loss curves on matplotlib axes, the best epoch marked. `label`: the run's name among several."""
+        """The loss curves on `ax` (None: new axes), the best epoch marked. `label`: the run's name among several."""
         from weft import plots
 
         return plots.curves(self, ax, label)

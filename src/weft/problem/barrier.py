@@ -28,7 +28,7 @@ class BarrierLoss(PenaltyLoss):
         "softexp"  (exp(alpha v) - 1) / alpha + alpha
         "softlog"  -log(1 + alpha (-v - alpha)) / alpha
         "expshift" exp(v + shift)
-    upper_bound: the largest value of the barrier, > 0.
+    upper_bound: the largest value of the barrier, > 0. Raises ValueError for another, and for an unknown barrier.
     Relaxed barriers: Feller & Ebenbauer, arXiv:1602.01321. The formulas are those of NeuroMANCER's BarrierLoss.
     """
 

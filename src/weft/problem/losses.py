@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 
 class PenaltyLoss(nn.Module):
-    """The sum of all objectives and all weighted constraint penalties (Nocedal & Wright, 2nd ed., ch. 17.1-17.2)."""
+    """The sum of all objectives and all weighted constraint penalties (Nocedal & Wright, 2nd ed., ch. 17.1-17.2).
+
+    Called as `loss(data, objectives, constraints)` with a batch that holds what the nodes computed. Raises TypeError
+    for an objective whose value is no tensor.
+    """
 
     def forward(
         self, data: Batch, objectives: Iterable[Objective], constraints: Iterable[Constraint]

@@ -13,9 +13,10 @@ from weft.records.foreign import RESULT, read_json
 
 
 def load_result(run_dir: str | Path) -> FitResult:
-    """The FitResult of a finished run, read from its folder (history from metrics.csv; `last_weights` from `last`).
+    """The FitResult of a finished run, read from its folder `run_dir`.
 
-    Raises FileNotFoundError naming what is missing, and ValueError naming a file that no run writes.
+    Its history comes from metrics.csv, its `last_weights` from `last`. Raises FileNotFoundError naming what is missing,
+    and ValueError naming a file that no run writes.
     """
     folder = Path(run_dir)
     if not (folder / "result.json").is_file():
