@@ -171,9 +171,6 @@ class CheckpointConfig:
         return self.every_n_epochs
 
 
-_USUAL = CheckpointConfig()
-
-
 @with_manual
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
@@ -267,7 +264,7 @@ class TrainerConfig:
         """The settings in force, None if no checkpoints are written."""
         if isinstance(self.checkpoint, CheckpointConfig):
             return self.checkpoint
-        return _USUAL if self.checkpoint else None
+        return CheckpointConfig() if self.checkpoint else None
 
     def metric_of(self, split: str) -> str:
         """The key of the loss of `split`."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from weft.step.optimizer_step import check_and_unscale
+from weft.devices.precision import check_and_unscale
 
 if TYPE_CHECKING:
     from weft.step.state import RunState
@@ -96,5 +96,6 @@ def noted(state: RunState, optimizers: Sequence[Optimizer], scaled: bool) -> Dou
 
 def doubts_in(state: RunState) -> Doubts:
     """Those of the run, made when the first step may be noted."""
-    state.step.doubts = state.step.doubts or Doubts(state.fabric.device)
+    if state.step.doubts is None:
+        state.step.note_in(Doubts(state.fabric.device))
     return state.step.doubts

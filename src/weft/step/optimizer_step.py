@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from weft.devices.precision import stepping
+from weft.devices.precision import check_and_unscale, stepping
 from weft.devices.processes import own_part
 from weft.step.instrument import watched
 from weft.step.microbatches import combiner, divided, num_read, record, total
@@ -21,8 +21,6 @@ from weft.step.trained import rest_of
 if TYPE_CHECKING:
     from weft.step.state import RunState
 
-# The one implementation of the finite check: torch's own multi-tensor kernel, which marks `found`.
-check_and_unscale = torch._amp_foreach_non_finite_check_and_unscale_  # pyright: ignore[reportPrivateImportUsage]
 READS_ARE_FREE = ("cpu",)  # kinds of devices where reading a number does not wait for work that was queued
 
 Step = Callable[[Tensor | None, Sequence[tuple[Mapping[str, Any], int]]], bool]

@@ -213,6 +213,10 @@ class Step:
     doubts: Any = None
     """Steps on a GPU that are looked at later (`doubts.Doubts`)."""
 
+    def note_in(self, doubts: Any) -> None:
+        """Have steps looked at later."""
+        self.doubts = doubts
+
 
 @dataclass
 class Kept:
