@@ -45,7 +45,7 @@ ROOMS = {"words", "problem", "data", "devices", "checkpoint", "step", "loop", "l
 # since: late parameters, gradients that a step takes and loops of one's own (100), buffers beside what only an
 # optimizer holds (60), terms that pick rows (70), scripts of several fits that are run again (30); less the tools of
 # an update of one's own and the joining of processes, which are loaded when they are used (120).
-PLAIN_FIT, FIT_WITH_CHECKPOINTS = 4880, 7275
+PLAIN_FIT, FIT_WITH_CHECKPOINTS = 4900, 7275
 TOUR = ("loop/trainer.py", "loop/run.py", "step/update.py", "step/forward.py", "problem/problem.py")
 
 # ---- who may know whom
