@@ -434,6 +434,7 @@ def test_only_the_step_calls_backward() -> None:
     assert found and found <= {
         "weft.integrations.lightning.fitting",  # a strategy of Lightning's that does it in its own way
         "weft.step.update",
+        "weft.step.several",
         "weft.step.closures",
         "weft.step.manual",
         "weft.compile.stepgraphs",  # what a graph is compared with must not be the update that it stands for
