@@ -107,7 +107,7 @@ class Run(Told, Seams):
         try:
             of_problem = [m for m in state.problem.modules() if isinstance(m, Hook)]
             self.listen(listeners([*of_problem, *trainer.hooks, *trainer.default_hooks(state)]))
-            state.problem.train()
+            self.put_in_train_mode()
             state.step.statistics = statistics_of(state)
             self.begin_phases(resumed=self._resumed is not None)
             if state.saves:
@@ -190,6 +190,10 @@ class Run(Told, Seams):
             if error is not None:
                 last.callback(self._finish_saving, error)
         come_back(state, error)
+
+    def put_in_train_mode(self) -> None:
+        """As the first epoch finds it."""
+        self.state.problem.train()
 
     def put_in_eval_mode(self) -> None:
         """Whoever uses the problem now wants its predictions; the last hooks see it so."""
