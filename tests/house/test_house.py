@@ -379,7 +379,7 @@ WRITES_LEFT = {
     "weft.compile.choosing": 2,
     "weft.hooks.balancing": 1,
     "weft.hooks.terms": 1,
-    "weft.integrations.lightning.run": 4,
+    "weft.integrations.lightning.run": 3,
     "weft.loop.compatibility": 1,
     "weft.loop.feeding": 3,
     "weft.loop.launch": 3,
