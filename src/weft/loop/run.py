@@ -141,7 +141,8 @@ class Run(Told, Seams):
 
             begin(self.state, self._resumed, self.carried, self._renew)
         clear_gradients(self.state)  # those that a hook has looked at, too
-        self._resumed, self.carried, self.state.control.begun = None, None, True
+        self._resumed = self.carried = None
+        self.state.control.begin()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

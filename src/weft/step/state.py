@@ -296,6 +296,10 @@ class Control:
     clock: float = field(default_factory=time.perf_counter)
     seconds_before: float = 0.0
 
+    def begin(self) -> None:
+        """Hooks know that the fit has started: from here on the run trains."""
+        self.begun = True
+
     @property
     def is_new(self) -> bool:
         """Whether no run of this problem came before."""
