@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from weft.step.state import RunState
 
+OF_THIS_PROCESS: list[Callable[[], Any]] = []
+"""What makes hooks for every run of this process: a job that has to leave in time."""
+
 
 def hooks_from(state: RunState) -> list[Any]:
     """The hooks that the options ask for, in the order in which they listen (after the user's own)."""
-    config, hooks, options, run_dir = state.config, [], state.trainer.options, state.kept.run_dir
+    config, options, run_dir = state.config, state.trainer.options, state.kept.run_dir
+    hooks = [make() for make in OF_THIS_PROCESS]
     if (profiler := config.profiler or options["profiler"]) is not None:
         from weft.hooks.profiling import Profiling
 

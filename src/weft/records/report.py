@@ -23,6 +23,7 @@ from weft.records.foreign import MAX_ROWS_BYTES, RESULT, printable, read_json
 from weft.records.repeats import in_words, repeated
 
 SPLITS = ("train", "dev", "test")
+SUBMITTED = "submit/events.jsonl"
 WHERE = ("trainer.root_dir", "trainer.run_name", "trainer.resume", "trainer.progress")
 
 
@@ -40,6 +41,8 @@ class RunRecord:
     """Where the time went (`profiler="simple"`), as `TimeProfile.to_dict` gives it; or rows of another profiler."""
     history: dict[str, dict[int, float]] | None = None
     """The curves of a run without a folder."""
+    state: str | None = None
+    """Where a job is that the run was submitted as: "queued", "running", ...; None for a run that was not."""
 
     @property
     def curves(self) -> dict[str, dict[int, float]]:
@@ -73,13 +76,17 @@ class RunRecord:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Settings and what was trained by dotted name, without those that only say where the run is."""
-        config = flat({name: value for name, value in self.config.items() if name != "objects"})
+        """Settings and what was trained by dotted name, without what only says where the run or its code is."""
+        said = {name: value for name, value in self.config.items() if name != "objects"}
+        base = self.sessions[-1].get("folder") if self.sessions else self.folder.absolute() / "submit" / "code"
+        config = {k: v.removeprefix(f"{base}/") if isinstance(v, str) else v for k, v in flat(said).items()}
         return {k: v for k, v in config.items() if k not in WHERE} | flat(self.trained)
 
     @property
     def status(self) -> str:
         """Why the run ended, or that it has not."""
+        if self.state is not None and not (self.state == "finished" and self.result):
+            return self.state
         return str(self.result.get("stop_reason", "no result: still running, or killed"))
 
 
@@ -90,9 +97,10 @@ def read_run(folder: str | Path) -> RunRecord:
     """
     folder = Path(folder)
     files = ("config.yaml", "metrics.csv", "result.json")
-    if not any((folder / name).is_file() for name in files):
+    if not any((folder / name).is_file() for name in (*files, SUBMITTED)):
         raise FileNotFoundError(f"{folder} is no folder of a run: it has none of {', '.join(files)}.")
-    config = yamlfile.load_file(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
+    said = [path for name in ("config.yaml", "submit/config.yaml") if (path := folder / name).is_file()]
+    config = yamlfile.load_file(said[0]) if said else {}
     result = read_json(folder / "result.json", RESULT) if (folder / "result.json").is_file() else {}
     rows = []
     if (table := folder / "metrics.csv").is_file():
@@ -240,20 +248,32 @@ def _short(value: Any) -> str:
 
 
 def find_runs(root: str | Path = "runs") -> list[RunRecord]:
-    """The runs below `root`, newest last; those of a sweep one level deeper. Unreadable ones are named and left out."""
+    """The runs below `root`, newest last; those of a sweep one level deeper. Unreadable ones are named and left out.
+
+    Of those that were submitted `state` says where their job is.
+    """
     root = Path(root)
-    files = [
-        path
-        for pattern in ("*/config.yaml", "*/*/config.yaml", "*/result.json", "*/*/result.json")
-        for path in root.glob(pattern)
-    ]
+    depths = [(name, stars) for name in ("config.yaml", "result.json", SUBMITTED) for stars in ("*/", "*/*/")]
+    folders = {path.parents[name.count("/")] for name, stars in depths for path in root.glob(stars + name)}
     found = []
-    for folder in sorted({path.parent for path in files}, key=lambda f: f.stat().st_mtime):
+    for folder in sorted(folders, key=lambda f: f.stat().st_mtime):
+        if (folder / Path(SUBMITTED).name).is_file():  # what was submitted, not a run
+            continue
         try:
             found.append(read_run(folder))
         except (ValueError, OSError) as error:
             warnings.warn(f"{printable(folder)} is left out: {printable(error)}", stacklevel=2)
+    if submitted := {run.folder: run for run in found if (run.folder / SUBMITTED).is_file()}:
+        from weft.slurm.events import states
+
+        for folder, state in states(submitted).items():
+            if not _is_older(folder / SUBMITTED, folder / "result.json"):  # gone on with by hand since
+                submitted[folder].state = state
     return found
+
+
+def _is_older(path: Path, other: Path) -> bool:
+    return other.is_file() and path.stat().st_mtime < other.stat().st_mtime
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
