@@ -1,7 +1,7 @@
 """Runs looked at afterwards: the one-page report of a run, the list of runs, and what differs between two.
 
     write("runs/a")                     # runs/a/report.html: opens without a server, asks for nothing outside
-    for run in find_runs("runs"): ...
+    for run in listing.find_runs("runs"): ...
 
 Everything is read from the files in the run's folder, so one that still runs, or was killed, can be looked at.
 """
@@ -9,7 +9,6 @@ Everything is read from the files in the run's folder, so one that still runs, o
 from __future__ import annotations
 
 import html
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -245,35 +244,6 @@ def _short(value: Any) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ lists of runs
-
-
-def find_runs(root: str | Path = "runs") -> list[RunRecord]:
-    """The runs below `root`, newest last; those of a sweep one level deeper. Unreadable ones are named and left out.
-
-    Of those that were submitted `state` says where their job is.
-    """
-    root = Path(root)
-    depths = [(name, stars) for name in ("config.yaml", "result.json", SUBMITTED) for stars in ("*/", "*/*/")]
-    folders = {path.parents[name.count("/")] for name, stars in depths for path in root.glob(stars + name)}
-    found = []
-    for folder in sorted(folders, key=lambda f: f.stat().st_mtime):
-        if (folder / Path(SUBMITTED).name).is_file():  # what was submitted, not a run
-            continue
-        try:
-            found.append(read_run(folder))
-        except (ValueError, OSError) as error:
-            warnings.warn(f"{printable(folder)} is left out: {printable(error)}", stacklevel=2)
-    if submitted := {run.folder: run for run in found if (run.folder / SUBMITTED).is_file()}:
-        from weft.slurm.events import states
-
-        for folder, state in states(submitted).items():
-            if not _is_older(folder / SUBMITTED, folder / "result.json"):  # gone on with by hand since
-                submitted[folder].state = state
-    return found
-
-
-def _is_older(path: Path, other: Path) -> bool:
-    return other.is_file() and path.stat().st_mtime < other.stat().st_mtime
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from weft.devices.signals import BY_SCRIPT, SignalExit, told_of
+from weft.devices.requeue import BY_SCRIPT, comes_back, told_of
 from weft.slurm import events
 from weft.slurm.leaving import leave_in_time
 
@@ -54,7 +54,7 @@ def main(folder: Path, grace: int) -> int:
     except KeyboardInterrupt:
         status = 130
     finally:
-        if status == TERMINATED and SignalExit(signal.SIGTERM).comes_back:
+        if status == TERMINATED and comes_back(signal.SIGTERM):
             status = REQUEUE
         if is_first:
             how = {OK: "finished", REQUEUE: "requeued", TERMINATED: "preempted"}.get(status, "failed")

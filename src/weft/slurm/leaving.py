@@ -10,7 +10,7 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
-from weft.devices.signals import told_of
+from weft.devices.requeue import told_of
 from weft.events import Hook
 from weft.loop.default_hooks import OF_THIS_PROCESS
 
