@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from weft.devices.signals import BY_SCRIPT, SignalExit
+from weft.devices.requeue import BY_SCRIPT, comes_back
 from weft.slurm import events
 
 OK, FAILED, STUCK, REQUEUE, TERMINATED = 0, 1, 4, 138, 143
@@ -53,7 +53,7 @@ def main(folder: Path) -> int:
     except KeyboardInterrupt:
         status = 130
     finally:
-        if status == TERMINATED and SignalExit(signal.SIGTERM).comes_back:
+        if status == TERMINATED and comes_back(signal.SIGTERM):
             status = REQUEUE
         if is_first:
             how = {OK: "finished", REQUEUE: "requeued", TERMINATED: "preempted"}.get(status, "failed")

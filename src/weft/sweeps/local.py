@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from weft.devices.requeue import requeue
 from weft.devices.signals import SignalExit, handled_by
 from weft.sweeps.study import Study
 from weft.sweeps.worker import Worker
@@ -98,5 +99,5 @@ def _ended_by_signals() -> Iterator[None]:
         try:
             yield
         except SignalExit as error:
-            error.requeue(is_saved=True)
+            requeue(error.number, is_saved=True)
             raise
