@@ -11,14 +11,14 @@ import atexit
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing import resource_tracker
 from typing import Any
 
 from torch.utils.data import DataLoader
 
-from weft.devices.signals import SIGNALS, Interruption
+from weft.devices.signals import SIGNALS
 
 
 def iterate(loader: DataLoader[Any]) -> Iterator[Any]:
@@ -36,16 +36,6 @@ def iterate(loader: DataLoader[Any]) -> Iterator[Any]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         started = [*set(multiprocessing.active_children()) - before]
         _STARTED[os.getpid()] = [w for w in _STARTED.get(os.getpid(), []) if w.is_alive()] + started
-
-
-def guarded(batches: Iterable[Any], interruption: Interruption, leave: Callable[[], None]) -> Iterator[Any]:
-    """The batches; an error in making one, after a signal that other processes heeded too, is that signal's."""
-    try:
-        yield from batches
-    except Exception:
-        if interruption.asked:
-            leave()
-        raise
 
 
 def _ignore_signals(init: Callable[[int], None] | None, number: int) -> None:

@@ -1,4 +1,4 @@
-"""Whether a signal means that SLURM takes a job back, and how it comes back into the queue. Loaded at a signal."""
+"""Whether a job that a signal ended is put back into SLURM's queue. Loaded where one has."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ BY_SCRIPT = "WEFT_REQUEUED_BY_SCRIPT"
 """Set in a job whose batch script requeues it at exit status 138, after it wrote down how it left."""
 
 
-def comes_back(number: signal.Signals) -> bool:
-    """Whether the job is to be put back into SLURM's queue."""
-    job, name = os.environ.get("SLURM_JOB_ID"), number.name
+def comes_back(number: int) -> bool:
+    """Whether the job that the signal `number` ends is to be put back into SLURM's queue."""
+    job, name = os.environ.get("SLURM_JOB_ID"), signal.Signals(number).name
     return job is not None and (name == "SIGUSR1" or (name == "SIGTERM" and _is_preempted(job)))
 
 
-def requeue(number: signal.Signals, is_saved: bool) -> None:
+def requeue(number: int, is_saved: bool) -> None:
     """Ask SLURM to put this job back into its queue: what SIGUSR1 (`sbatch --signal=USR1@60`) means there.
 
     So does SIGTERM where the job is preempted with a time of grace: SLURM takes one that leaves within it for done.
@@ -32,7 +32,7 @@ def requeue(number: signal.Signals, is_saved: bool) -> None:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     failure = "it writes no checkpoints to go on from" if not is_saved else _scontrol_requeue(job)
     if failure:
-        warnings.warn(f"SLURM job {job} was not requeued: {failure}.", stacklevel=3)
+        warnings.warn(f"SLURM job {job} was not requeued: {failure}.", stacklevel=2)
 
 
 def _is_preempted(job: str) -> bool:

@@ -29,7 +29,7 @@ from weft.devices.signals import SignalExit, interactive
 from weft.events import AT_REST, Hook, listeners
 from weft.loop import feeding, phases
 from weft.loop.adapters import Seams, Told
-from weft.loop.leaving import batches_unless_left, before_training, come_back, heed_early, heed_late, rest_if_waiting
+from weft.loop.leaving import before_training, come_back, heed_early, heed_late, rest_if_waiting
 from weft.loop.remarks import tell_of_no_best, tell_of_options, tell_of_used_up
 from weft.loop.result import FitResult, result_of
 from weft.loop.short import SHORT
@@ -37,14 +37,14 @@ from weft.loop.streams import lasting_streams
 from weft.step.evaluation import add_up_terms, evaluate, monitored_metric
 from weft.step.forward import Forward, forward_of
 from weft.step.instrument import bind_watched, watched, watched_batches
-from weft.step.nonfinite import RunningStatistics, ignores, look_back
+from weft.step.optimizer_step import look_back, statistics_of
 from weft.step.state import Listeners, Owner, RunState, Stage, Update
-from weft.step.trained import clear, clear_gradients, prepare_look
+from weft.step.trained import clear_gradients, prepare_look
 from weft.step.update import built_in
 
 
 class Run(Told, Seams):
-    """One training run, made by `Trainer.start` and used as a context manager.
+    """One training run of a trainer, made by `Trainer.start` and used as a context manager.
 
     A loop may read `problem`, `optimizers` (by name), `fabric`, `data`, `progress`, `history`, `best`, `run_dir`, and
     after the block `result`. A second run of the same problem goes on from the first (`previous`).
@@ -72,7 +72,7 @@ class Run(Told, Seams):
     def prepare(
         self, make_data: Callable[[], Data], resume: str | None = None, epochs: int | None = None, renew: Any = ()
     ) -> Self:
-        """Devices first, then the data: all that evaluation alone needs. `make_data` is called again at a refresh."""
+        """Devices, then data (`make_data` is called again at a refresh). `resume`, `epochs`, `renew`: as for `fit`."""
         self._renew, self.state.control.epochs = renew, epochs
         state, options = self.state, self.state.trainer.options
         with before_training(state):
@@ -107,8 +107,8 @@ class Run(Told, Seams):
         try:
             of_problem = [m for m in state.problem.modules() if isinstance(m, Hook)]
             self.listen(listeners([*of_problem, *trainer.hooks, *trainer.default_hooks(state)]))
-            state.problem.train()
-            state.step.statistics = RunningStatistics(nn.Module() if ignores(state) else state.problem)
+            self.put_in_train_mode()
+            state.step.statistics = statistics_of(state)
             self.begin_phases(resumed=self._resumed is not None)
             if state.saves:
                 from weft.loop.saving import prepare_folder
@@ -191,6 +191,10 @@ class Run(Told, Seams):
                 last.callback(self._finish_saving, error)
         come_back(state, error)
 
+    def put_in_train_mode(self) -> None:
+        """As the first epoch finds it."""
+        self.state.problem.train()
+
     def put_in_eval_mode(self) -> None:
         """Whoever uses the problem now wants its predictions; the last hooks see it so."""
         self.state.training.turn("eval")
@@ -272,9 +276,9 @@ class Run(Told, Seams):
         return True
 
     def batches(self, split: str = "train") -> Iterator[Any]:
-        """The batches of this epoch; of "train": lists of them when accumulating. Ends early when told to stop.
+        """The batches of a split; of "train" those of this epoch, in lists when accumulating. Ends early when told to.
 
-        Asked for once more in the same epoch, those of "train" go on where they ended.
+        Asked for once more in the same epoch, those of "train" go on where they ended. ValueError: unending ones.
         """
         if split != "train":
             yield from self.state.batches_of(split)
@@ -284,7 +288,7 @@ class Run(Told, Seams):
             self.leave_open()
             return  # it was told to stop in the last step before it was resumed
         is_empty = progress.batch == 0
-        found = watched_batches(state.hooks, state.epoch.throughput.timed(batches_unless_left(state, self._rest)))
+        found = watched_batches(state.hooks, state.epoch.throughput.timed(feeding.train_batches(state, self._rest)))
         for batch in found if size == 1 else in_lists(found, size):
             is_empty = False
             progress.batch += 1 if size == 1 else len(batch)
@@ -320,7 +324,7 @@ class Run(Told, Seams):
         state.call(AT_REST)
         if control.leaving:
             control.interruption.leave(control.leaving)
-        limit = state.config.max_seconds
+        limit = state.max_seconds
         if limit is not None and processes.due("max_time", state.seconds - control.seconds_before >= limit):
             state.decide_to_stop("max_time")
 
@@ -418,23 +422,26 @@ class Run(Told, Seams):
         state = self.state
         if batch is not state.step.batch:
             state.step.batch = batch
-            prepare_look(state)
+            if state.training.outside != {}:
+                prepare_look(state)
             state.training.turn("train")
-            state.step.statistics.take()
+            if state.step.statistics is not None:
+                state.step.statistics.take()
             state.call("on_step_start", batch)
 
     def begin_step(self, batch: Any) -> None:
-        """What every update does first."""
+        """What every update does first with its batch."""
         self.state.control.stage = Stage.UPDATE
         self.announce(batch)  # where it did not come from `batches`
 
     def begin_update(self, batch: Any) -> None:
-        """The same for the built-in update, which begins from no gradients: a hook may have looked at some."""
+        """The same for the built-in update of a batch, from no gradients: a hook may have looked at some."""
         self.begin_step(batch)
-        clear(self._parameters)
+        for p in self._parameters:
+            p.grad = None
 
     def end_step(self, batch: Any, loss: Tensor | None) -> None:
-        """What every update does last: count the step, step the schedules, call the hooks."""
+        """What every update does last with its batch and loss: count the step, step the schedules, call the hooks."""
         state, progress = self.state, self.state.progress
         progress.step += 1
         for schedule in state.training.schedules.values():
@@ -453,7 +460,7 @@ class Run(Told, Seams):
     # ---- for hooks and loops
 
     def log(self, values: Mapping[str, Any]) -> None:
-        """Record scalars. Their means over the epoch go into the history and to the loggers.
+        """Record scalars, values by name. Their means over the epoch go into the history and to the loggers.
 
         In `on_epoch_end` they become part of the epoch that ends; in a step of an evaluation they are averaged over its
         examples and part of its metrics. Raises ValueError for what is no scalar, and RuntimeError after the end.

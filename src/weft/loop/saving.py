@@ -117,7 +117,7 @@ def save_run(state: RunState) -> Path:
         raise RuntimeError(f"save: {stage.value} is under way, so the state is not whole; save between updates.")
     with state.control.interruption.held():
         content = state_of_run(state)
-        best = (state.best.name, state.best.value, state.best.epoch)
+        best = state.best.place
         # `best` names a file that carries the best weights; it moves when there are new ones.
         moves_best = state.best.epoch is not None and best != state.kept.best_saved
         options: dict[str, Any] = {"keep": (state.config.checkpointing or CheckpointConfig()).keep, "best": moves_best}
@@ -131,7 +131,7 @@ def save_run(state: RunState) -> Path:
         elif state.kept.writer is not None:
             write = state.kept.writer.save
         state.processes.first(partial(_write_as_owner, partial(write, folder, step, content, **options), folder))
-        state.kept.best_saved = best
+        state.kept.has_best(state.best)
     return checkpoints.step_path(folder, step)
 
 

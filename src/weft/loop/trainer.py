@@ -18,13 +18,11 @@ from weft.events import as_hooks
 from weft.loop import options as opts
 from weft.loop.adapters import adapter_for, split_hooks
 from weft.loop.default_hooks import hooks_from
-from weft.loop.evaluating import run_to_evaluate
 from weft.loop.remarks import tell_of_left_out
 from weft.loop.result import FitResult
 from weft.loop.run import Run
 from weft.loop.short import SHORT
 from weft.loop.tools import Tools
-from weft.problem.reading import forward_nodes
 from weft.step.optimizers import default_optimizer
 from weft.step.phase import Phase
 from weft.step.state import RunState
@@ -181,7 +179,7 @@ class Trainer(TrainerOptions, Tools):
         return None if self.launched else fabric_for_calls(self.config, *map(self.options.get, ("strategy", "plugins")))
 
     def run_of(self, problem: nn.Module, previous: Run | None = None) -> Run:
-        """A new run: weft's own, or that of an integration which knows this kind of problem."""
+        """A run, which goes on from a `previous` one: weft's, or that of an integration which knows such a problem."""
         run = (adapter_for(problem) or Run)(self, problem, previous)
         if self.callbacks and not run.takes_callbacks:
             names = ", ".join(type(c).__name__ for c in self.callbacks)
@@ -208,6 +206,8 @@ class Trainer(TrainerOptions, Tools):
 
     def predict_step(self, batch: Any) -> Mapping[str, Tensor]:
         """The predictions for a batch, by key."""
+        from weft.problem.outputs import forward_nodes
+
         return forward_nodes(self.problem)(batch)
 
     def configure_optimizers(self) -> Any:
@@ -244,7 +244,7 @@ class Trainer(TrainerOptions, Tools):
     ) -> dict[str, float]:
         """Means over the dev set (of the last fit, or `data`) as floats, with the history's keys.
 
-        A problem may come first: `validate(problem, data)`; a LightningModule may bring its own data or a `datamodule`.
+        A problem may come first: `validate(problem, data)`; a LightningModule brings data, `dataloaders`, `datamodule`.
         """
         return self._evaluate("dev", *opts.asked(data, dataloaders, problem, datamodule), setup_kwargs)
 
@@ -257,7 +257,7 @@ class Trainer(TrainerOptions, Tools):
         datamodule: Any = None,
         **setup_kwargs: Any,
     ) -> dict[str, float]:
-        """Means over the test set (of the last fit, or `data`) as floats; see `validate`."""
+        """Means over the test set (of the last fit, or `data`) as floats; see `Trainer.validate`."""
         return self._evaluate("test", *opts.asked(data, dataloaders, problem, datamodule), setup_kwargs)
 
     def predict(
@@ -273,8 +273,8 @@ class Trainer(TrainerOptions, Tools):
         """What the nodes compute for each row of the predict set (or `data`), in order, on the CPU, by key.
 
         Inputs and losses are left out; targets may be missing, and with `keys`, whose nodes alone are run, what others
-        read. Of a `weft.Supervised` (`data` may be X itself): what its net returns, one row per row. Of a
-        LightningModule: what its `predict_step` returned, a list with one entry a batch (lists for several loaders).
+        read. Of a `weft.Supervised` (`data` may be X itself): what its net returns, one row per row. A LightningModule
+        gives what its `predict_step` returned, one entry a batch (lists for several loaders). See `Trainer.validate`.
         """
         return self._evaluate("predict", *opts.asked(data, dataloaders, problem, datamodule), setup_kwargs, keys)
 
@@ -283,6 +283,8 @@ class Trainer(TrainerOptions, Tools):
             from weft.loop.launch import call
 
             return call(self, fabric, "_evaluate", problem or self.problem, split, problem, data, setup_kwargs, keys)
+        from weft.loop.evaluating import run_to_evaluate
+
         with SHORT, run_to_evaluate(self, problem, split, data, setup_kwargs) as run:
             if not run.has(split):
                 raise ValueError(f"{split}: there is no {split} data; pass some.")

@@ -72,7 +72,7 @@ class Submitted:
         returned = self.folder / events.FOLDER / "returned.json"
         if returned.exists():
             return json.loads(returned.read_text())
-        from weft.loop.result import load_result
+        from weft.records.results import load_result
 
         return load_result(self.folder)
 

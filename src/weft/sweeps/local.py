@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from weft.devices.requeue import requeue
 from weft.devices.signals import SignalExit, handled_by
 from weft.sweeps.study import Study
 from weft.sweeps.worker import Worker
@@ -99,5 +98,7 @@ def _ended_by_signals() -> Iterator[None]:
         try:
             yield
         except SignalExit as error:
+            from weft.devices.requeue import requeue
+
             requeue(error.number, is_saved=True)
             raise
