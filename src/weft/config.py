@@ -298,7 +298,7 @@ def check(config: Any) -> None:
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping) and not isinstance(value, dict):
         return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes | list | tuple):
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview | list | tuple):
         return [_plain(part) for part in value]
     return value
 

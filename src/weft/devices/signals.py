@@ -11,15 +11,17 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType
 from typing import Any
 
-_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP", "SIGXCPU")
-SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP", "SIGXCPU") if hasattr(signal, n)]
 PATIENCE = 10.0  # seconds that a loop of the user's own has to come to the end of its step
+ECHO = 0.0
+"""Seconds within which two Ctrl-C are one. In launched processes 1.0: the terminal's, and what is handed on of it."""
 _STARTS_OTHERS = {"sweeps", "recipes", "cli"}  # rooms whose frames stand below the user's code, not above it
 
 
@@ -41,9 +43,9 @@ class Interruption:
         self.asked = 0
         self.between: Callable[[], None] | None = None
         """What leaves the run where code around it is at work, unless that may be in the middle of a step."""
-        self._held = False
+        self._held = self._overdue = False
+        self._heard = float("-inf")
         self._alarm: threading.Timer | None = None
-        self._overdue = False
 
     @contextmanager
     def caught(self, at_once: bool = False) -> Iterator[None]:
@@ -66,6 +68,10 @@ class Interruption:
             if self.asked and not _is_under_way(frame):
                 self.leave(self.asked)
             return
+        if number == signal.SIGINT:
+            if time.monotonic() - self._heard < ECHO:
+                return
+            self._heard = time.monotonic()
         if number == signal.SIGINT and self.asked == number and not self._held:
             raise KeyboardInterrupt
         if number != signal.SIGINT or not self.asked:  # SIGTERM goes before a Ctrl-C
@@ -106,9 +112,7 @@ class Interruption:
     def leave(self, number: int) -> None:
         """Raise what the signal means: KeyboardInterrupt for Ctrl-C, SignalExit for the others."""
         self.asked = 0
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SignalExit(number)
+        raise KeyboardInterrupt if number == signal.SIGINT else SignalExit(number)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from weft.devices.fabric import let_others_end
 from weft.devices.signals import SignalExit, interactive
 from weft.loop.feeding import leave_folder
+from weft.loop.streams import lasting_streams
 from weft.step.state import RunState, Stage
 
 
@@ -17,7 +18,7 @@ def before_training(state: RunState) -> Iterator[None]:
     """Within: nothing is lost yet, so a signal ends the process at once, and SLURM may have the job back."""
     before = state.kept.run_dir
     try:
-        with state.control.interruption.caught(at_once=True):
+        with state.control.interruption.caught(at_once=True), lasting_streams():
             yield
     except BaseException as error:
         if state.kept.run_dir is not before:

@@ -33,6 +33,7 @@ from weft.loop.leaving import before_training, come_back, heed_early, heed_late,
 from weft.loop.remarks import tell_of_no_best, tell_of_options, tell_of_used_up
 from weft.loop.result import FitResult, result_of
 from weft.loop.short import SHORT
+from weft.loop.streams import lasting_streams
 from weft.step.evaluation import add_up_terms, evaluate, monitored_metric
 from weft.step.forward import Forward, forward_of
 from weft.step.instrument import bind_watched, watched, watched_batches
@@ -97,12 +98,11 @@ class Run(Told, Seams):
         state, trainer = self.state, self.state.trainer
         if state.control.is_new:
             seeding.begin(state.config.seed, state.feed.seed, state.processes.data_rank)
-        makes_folder = state.kept.run_dir is None
-        state.kept.run_dir = feeding.enter_folder(state, self._stack)
-        self._stack.enter_context(self.in_use())
-        self._stack.enter_context(state.control.interruption.caught())
-        state.control.continues = self._resumed is not None or state.progress.interrupted
-        state.progress.interrupted = False
+        makes_folder, state.kept.run_dir = state.kept.run_dir is None, feeding.enter_folder(state, self._stack)
+        for within in (self.in_use(), state.control.interruption.caught(), lasting_streams()):
+            self._stack.enter_context(within)
+        goes_on = self._resumed is not None or state.progress.interrupted
+        state.control.continues, state.progress.interrupted = goes_on, False
         state.control.clock, state.control.seconds_before = time.perf_counter(), state.progress.seconds
         try:
             of_problem = [m for m in state.problem.modules() if isinstance(m, Hook)]
@@ -203,7 +203,7 @@ class Run(Told, Seams):
 
     def _finish_saving(self, error: BaseException | None = None) -> None:
         if self.state.kept.writer is not None:
-            from weft.loop.saving import finish_saving
+            from weft.loop.lastly import finish_saving
 
             finish_saving(self.state, error)
 
