@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from weft.devices.seeding import GENERATORS
+from weft.places import slots_of
 
 
 def generators_within(thing: Any, place: str, without: Iterable[Any] = (), depth: int = 6) -> dict[str, Any]:
@@ -55,10 +56,15 @@ def _parts(thing: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(thing, FunctionType):
         yield from ((f".{name}", value) for name, value in closure_of(thing).items())
         yield from globals_of(thing)
-    elif not type(thing).__module__.startswith("torch."):
-        for function in vars(type(thing)).values():
-            if isinstance(function, FunctionType):
-                yield from globals_of(function)
+    for kind in [] if isinstance(thing, FunctionType) else type(thing).__mro__[-2::-1]:
+        if kind.__module__.startswith("torch."):
+            continue
+        for name, value in vars(kind).items():
+            if isinstance(value, FunctionType):
+                yield from globals_of(value)
+            elif isinstance(value, GENERATORS):
+                yield f".{name}", value
+        yield from ((f".{slot}", getattr(thing, slot)) for slot in slots_of(kind) if hasattr(thing, slot))
     yield from ((f".{name}", value) for name, value in getattr(thing, "__dict__", {}).items() if name != "_iterator")
 
 

@@ -97,7 +97,7 @@ def _make_optimizers(state: RunState) -> None:
     if scheduler is not None:
         training.schedules = build_schedulers(scheduler, training.optimizers)
         if state.kept.run_dir is not None:
-            from weft.loop.settings import schedules_made
+            from weft.loop.made import schedules_made
 
             training.made |= schedules_made(training)
 

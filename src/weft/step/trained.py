@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from weft.places import Place, named, places, places_behind
+from weft.places import Place, places, places_behind
 from weft.problem.problem import Problem
 from weft.step.optimizers import parameters_of
 
@@ -56,19 +56,10 @@ def hold(state: RunState, optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
     parameters that are new."""
     found, others = state.training.others.add(state.problem, optimizers), state.training.others
     if others.tensors:  # in each phase anew: they may be copies on the run's device
-        others.hold_buffers(_buffers_beside(state))
+        from weft.step.beside import buffers_beside
+
+        others.hold_buffers(buffers_beside(state.problem, list(others.tensors.values()), steps_of(state)))
     return found
-
-
-def _buffers_beside(state: RunState) -> dict[str, Tensor]:
-    """The buffers of the modules whose parameters only an optimizer holds: they are trained as well."""
-    held = {id(p) for p in state.training.others.tensors.values()}
-    reached = [*places(state.problem, everything=True), *places_behind(steps_of(state), state.problem)]
-    modules = {id(place.module) for place in reached if place.module is not None and id(place.value) in held}
-    found = [place for place in reached if id(place.module) in modules and type(place.value) is Tensor]
-    return {
-        f"buffer.{name}": place.value for name, place in named(p for p in found if not p.value.requires_grad).items()
-    }
 
 
 def steps_of(state: RunState) -> list[tuple[str, Any]]:
@@ -157,6 +148,11 @@ def outside_of(state: RunState) -> dict[int, Outside]:
     # an optimizer that a hook, a step or a trainer steps by itself (ascent on a weight, say) trains what it holds
     others = [each.place.value for each in found.values() if isinstance(each.place.value, Optimizer)]
     trained |= {id(p) for optimizer in others for p in parameters_of(optimizer)}
+    for each in [e for e in found.values() if isinstance(e.place.value, Tensor) and e.place.value.grad_fn is not None]:
+        for key, leaf in _leaves([each.place.value]).items():  # of a view of a parameter, the parameter
+            name = f"{each.place.name} (made of it)"
+            found.setdefault(key, each._replace(place=each.place._replace(name=name, value=leaf)))
+    state.training.judged = {key for key, each in found.items() if isinstance(each.place.value, Tensor)} | trained
     outside = {
         key: each._replace(gradient=mark_of(each))
         for key, each in found.items()
@@ -176,9 +172,16 @@ def _is_in_fit() -> bool:
     return False
 
 
+LOOKS = 2  # updates of a phase: what is met again in the second was not made in the first
+
+
 def prepare_look(state: RunState) -> None:
-    """Before the first update of a phase, find what losses may reach besides; later updates are not looked at."""
-    state.training.watch_for(outside_of(state) if state.training.outside is None else {})
+    """Before the first update of a phase, find what losses may reach besides."""
+    training = state.training
+    if training.outside is None:
+        training.watch_for(outside_of(state), LOOKS)
+    elif training.looks:
+        training.watch_for({}, training.looks - 1)
 
 
 _OF_TRAINERS = {"run", "options", "config", "phases", "callbacks", "launched", "recipe", "state", "hooks"}
@@ -189,8 +192,18 @@ def look(state: RunState, losses: Any) -> None:
 
     ValueError where a node or term of a `weft.Problem` reaches it, else one warning.
     """
-    outside = state.training.outside or {}
-    tell(state, [outside[key] for key in _leaves(_tensors(losses)) if key in outside])
+    training, leaves = state.training, _leaves(_tensors(losses))
+    outside = training.outside or {}
+    tell(state, [outside[key] for key in leaves if key in outside])
+    known = {*training.judged, *map(id, state.problem.parameters())}
+    known |= {id(p) for optimizer in training.optimizers.values() for p in parameters_of(optimizer)}
+    unknown = [p for key, p in leaves.items() if isinstance(p, nn.Parameter) and key not in known]
+    if again := list(filter(training.meets_again, unknown)):
+        is_step = state.trainer.step_function("train", state.problem) is state.problem
+        of_batch = _leaves(_tensors(state.step.batch)) if is_step else {}  # to which a hook may have added it
+        places = [Place("", "The loss", "a parameter that no attribute leads to,", p, p.detach, None) for p in again]
+        of_node = is_step and isinstance(state.problem, Problem)
+        say(state, [Outside(place, of_node and id(place.value) not in of_batch) for place in places])
 
 
 def tell(state: RunState, reached: list[Outside]) -> None:
@@ -198,6 +211,11 @@ def tell(state: RunState, reached: list[Outside]) -> None:
         return
     for key in [id(found.place.value) for found in reached]:
         del state.training.outside[key]  # type: ignore[union-attr]
+    say(state, reached)
+
+
+def say(state: RunState, reached: list[Outside]) -> None:
+    """Raise or warn, by who reaches it."""
     reached.sort(key=lambda found: not found.of_node)
     from weft.step.explaining import reached_outside
 

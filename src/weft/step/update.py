@@ -40,7 +40,7 @@ def _single(state: RunState, begin: Callable, end: Callable) -> Update:
         losses, read = [], []
         for part, examples, share in parts(batch):
             loss, scalars = forward(part)
-            if state.training.outside:
+            if state.training.looks:
                 look(state, loss)
             share = weight_of(state, scalars, share)
             if share != 1.0:
@@ -80,7 +80,7 @@ def _several(state: RunState, begin: Callable, end: Callable) -> Update:
             found, scalars = forward(part)
             share = weight_of(state, scalars, share)
             read.append((scalars, examples))
-            if state.training.outside:
+            if state.training.looks:
                 look(state, found)
             if is_nothing(state, share):
                 continue
