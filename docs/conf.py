@@ -6,10 +6,13 @@ import importlib
 import re
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
+import latex2mathml.converter
 from docutils import nodes
 from docutils.statemachine import StringList
+from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
@@ -21,18 +24,20 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx_design", "sphinx_copybutt
 exclude_patterns = ["README.md", "examples/README.md", "src/**", "tests/**", "examples/configs/**"]
 html_theme, html_title, html_static_path, html_css_files = "furo", "weft", ["_static"], ["weft.css"]
 html_show_sourcelink = html_copy_source = False
+html_math_renderer = "mathml"  # browsers show it without a script
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 4
 nb_execution_mode, nb_execution_raise_on_error, nb_execution_timeout = "force", True, 90
 nb_execution_excludepatterns = ["examples/*"]  # executed by `python -m examples --notebooks`, which the suite checks
 nb_merge_streams, nb_execution_show_tb = True, True
 autodoc_typehints, autodoc_member_order, autodoc_class_signature = "signature", "bysource", "mixed"
-autodoc_default_options = {"members": True, "show-inheritance": False}
+autodoc_typehints_format = "fully-qualified"  # `_plain_types` shortens them
+autodoc_default_options = {"members": True}
 # notebooks begin with any heading; pages that a link leads to need no place in the menu
 suppress_warnings = ["myst.header", "mystnb.unknown_mime_type", "toc.not_included", "ref.python"]
 
 
-ITEM = re.compile(r"(\*{0,2}\w+(?:, \*{0,2}\w+)*): (?=\S)")
+ITEM = re.compile(r"(?!Source|Options)(\*{0,2}\w+(?:, \*{0,2}\w+)*): (?=\S)")
 
 
 def as_rst(lines: list[str]) -> list[str]:
@@ -73,7 +78,29 @@ def _escape(line: str) -> str:
 
 
 def _docstring(app: Sphinx, kind: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    if kind == "module":  # what it is, and its example; the names that `help` lists follow with their own texts
+        first, _, rest = "\n".join(lines).partition("\n\n")
+        example = rest.partition("\n\n")[0] if rest.startswith("weft.") else ""
+        lines[:] = [*first.splitlines(), "", *(f"    {line}" for line in example.splitlines()), ""]
     lines[:] = as_rst(lines)
+
+
+BOUND = re.compile(r"[\w.]*Annotated\[((?:[^\[\]]|\[[^\[\]]*\])*?), <function .*? at 0x[0-9a-f]+>\]")
+
+
+def _plain_types(app: Sphinx, tree: nodes.document) -> None:
+    """Types without their modules, and without the functions that hold the bounds of an option."""
+    for kind in (addnodes.desc_annotation, addnodes.desc_parameter):
+        for found in tree.findall(kind):
+            text = re.sub(r"\b(?:[a-z_]\w*\.)+(?=[A-Za-z_])", "", BOUND.sub(r"\1", found.astext()))
+            if text != found.astext():
+                found.clear()
+                found += nodes.Text(text)
+
+
+def _mathml(translator: Any, node: nodes.Element, display: str) -> None:
+    translator.body.append(latex2mathml.converter.convert(node.astext(), display=display))
+    raise nodes.SkipNode
 
 
 class Options(SphinxDirective):
@@ -107,5 +134,8 @@ class Help(SphinxDirective):
 
 def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-docstring", _docstring)
+    app.connect("doctree-read", _plain_types)
+    inline, block = ((partial(_mathml, display=display), None) for display in ("inline", "block"))
+    app.add_html_math_renderer("mathml", inline, block)
     app.add_directive("weft-options", Options)
     app.add_directive("weft-help", Help)

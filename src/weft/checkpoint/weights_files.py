@@ -21,7 +21,7 @@ WEIGHTS_FORMAT = "weft-weights-1"
 
 
 def save_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the module's parameters and buffers to a file that `load_weights` reads; raises like `write`."""
+    """Write the module's parameters and buffers to the file `path`, which `load_weights` reads; raises OSError."""
     write(path, {"format": WEIGHTS_FORMAT, "state_dict": module.state_dict()})
 
 

@@ -108,7 +108,7 @@ def windows(series: Any, length: int, stride: int = 1, name: str | None = None) 
     """Time series cut into a DictDataset of (batch, time, features) with `length` time entries each.
 
     `series`: a dict of tensors (time, features) of equal duration, or a list of such dicts (several experiments).
-    A window starts every `stride` entries; windows that would run over the end are left out.
+    A window starts every `stride` entries; windows that would run over the end are left out. `name`: of the dataset.
     Raises ValueError if a series is shorter than `length`.
     """
     if length < 1 or stride < 1:

@@ -103,7 +103,8 @@ class EMA(WeightAverage):
     """Exponential moving average of the weights, after every step.
 
     average <- `decay` average + (1 - `decay`) parameter.
-    As torch.optim.swa_utils.get_ema_multi_avg_fn. `decay`: between 0 and 1; about 1 / (1 - decay) steps are averaged.
+    As torch.optim.swa_utils.get_ema_multi_avg_fn. `decay`: between 0 and 1 (else ValueError); about
+    1 / (1 - decay) steps are averaged.
     """
 
     def __init__(self, decay: float = 0.999) -> None:
@@ -119,7 +120,7 @@ class EMA(WeightAverage):
 class SWA(WeightAverage):
     """Stochastic weight averaging: the mean of the weights at the ends of later epochs.
 
-    Of each epoch from `start_epoch` on.
+    Of each epoch from `start_epoch` (>= 0, else ValueError) on.
     Izmailov et al., arXiv:1803.05407; as torch.optim.swa_utils.get_swa_multi_avg_fn. Each epoch's validation is of the
     mean of the epochs before it.
     """

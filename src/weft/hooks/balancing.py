@@ -38,7 +38,11 @@ if TYPE_CHECKING:
 
 
 class Balancing(Hook):
-    """What the methods share: the names of the terms, the weights, their log, and what is remembered (`state`)."""
+    """What the methods share: the names of the terms, the weights, their log, and what is remembered (`state`).
+
+    terms: which terms are weighted; None: all of the loss.
+    every: how many steps lie between two choices of weights (>= 1; less raises ValueError).
+    """
 
     reads_losses = True
     """Whether the weights follow from the losses of the last step, or from gradients before a step."""
@@ -59,7 +63,7 @@ class Balancing(Hook):
         self.begin(trainer.run.state)
 
     def begin(self, state: RunState) -> None:
-        """What a method does when a fit starts."""
+        """What a method does when a fit starts; `state` is the run's."""
 
     def on_step_end(self, trainer: Any, batch: Any, loss: Tensor) -> None:
         state = trainer.run.state
@@ -75,11 +79,13 @@ class Balancing(Hook):
             self._set(state, self.weights_from_batch(state, batch))
 
     def weights_from_losses(self, state: RunState, losses: Tensor) -> Tensor | None:
-        """The new weights, (terms,), given the losses of the last step without weights; None: as they are."""
+        """The new weights, (terms,), given the losses, (terms,), of the last step without weights; None: as they are.
+
+        `state` is the run's."""
         raise NotImplementedError
 
     def weights_from_batch(self, state: RunState, batch: Any) -> Tensor | None:
-        """The new weights, (terms,), given the batch of the next step; None: as they are."""
+        """The new weights, (terms,), given the batch of the next step; None: as they are. `state` is the run's."""
         raise NotImplementedError
 
     def _set(self, state: RunState, weights: Tensor | None) -> None:

@@ -21,8 +21,9 @@ class LivePlot(Hook):
     """The curves of the run in the cell of a notebook, redrawn while it trains.
 
     `names`: what to draw besides the losses: metrics ("dev_r2"), or quantities of all splits ("f"); none: each term
-    that does not repeat the loss. `every`: seconds between two drawings. Drawn in the first process, as one small
-    picture in SVG; outside of a notebook nothing is drawn, and a warning says so. `clock` gives seconds.
+    that does not repeat the loss. `every`: seconds between two drawings (>= 0, else ValueError). Drawn in the first
+    process, as one small picture in SVG; outside of a notebook nothing is drawn, and a warning says so. `clock` gives
+    seconds.
     """
 
     def __init__(self, *names: str, every: float = 1.0, clock: Callable[[], float] = time.monotonic) -> None:

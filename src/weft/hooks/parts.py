@@ -27,7 +27,7 @@ def load_node(problem: nn.Module, node: str, path: str | os.PathLike[str], sourc
 
 
 def freeze(problem: nn.Module, *nodes: str) -> None:
-    """Let the parameters of these nodes or submodules train no more, until `unfreeze`.
+    """Let the parameters of these nodes or submodules of `problem` train no more, until `unfreeze`.
 
     Call before the fit.
     """
@@ -36,6 +36,6 @@ def freeze(problem: nn.Module, *nodes: str) -> None:
 
 
 def unfreeze(problem: nn.Module, *nodes: str) -> None:
-    """Let the parameters of these nodes or submodules train again. Call before the fit."""
+    """Let the parameters of these nodes or submodules of `problem` train again. Call before the fit."""
     for node in nodes:
         submodule(problem, node).requires_grad_(True)

@@ -60,7 +60,7 @@ class Figures(Hook):
 
 
 class WeightHistograms(Hook):
-    """Logs the distribution of each parameter, every `every` epochs.
+    """Logs the distribution of each parameter, every `every` epochs (>= 1, else ValueError).
 
     With `gradients` also of its last gradient.
     """

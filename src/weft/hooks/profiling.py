@@ -39,8 +39,9 @@ class PyTorchProfiler:
     """torch.profiler over a few steps, its ranges named after parts and nodes. Needs a run folder.
 
     `wait` steps are left out, `warmup` are traced and thrown away, `active` are kept; this `repeat` times (>= 1), then
-    the run goes on at full speed. `memory`, `shapes`, `stacks`: what is recorded besides, each at a price.
-    The folder's `profile/*.pt.trace.json` opens in TensorBoard (torch-tb-profiler), chrome://tracing and Perfetto.
+    the run goes on at full speed. Numbers below those of a step (0, 0, 1, 1) raise ValueError. `memory`, `shapes`,
+    `stacks`: what is recorded besides, each at a price. The folder's `profile/*.pt.trace.json` opens in TensorBoard
+    (torch-tb-profiler), chrome://tracing and Perfetto.
     """
 
     needs_folder = True
@@ -134,7 +135,7 @@ class PyTorchProfiler:
         return {"files": [str(path) for path in self.files], "rows": self.rows}
 
     def complaint(self, steps: int) -> str | None:
-        """Why nothing was recorded; None if something was."""
+        """Why nothing was recorded in `steps` steps; None if something was."""
         if self.files:
             return None
         return (

@@ -34,6 +34,7 @@ class Resample(Hook):
     residual: a key of what the nodes compute, or a function whose argument names are keys (`problem` is the problem).
     candidates: a function of a torch.Generator (on the CPU) that returns a tensor for every key of the data, all of one
         length, at least as many as are drawn. The generator's seed is a function of the run's seed and the epoch.
+    method, k, c, add: as above. Raises ValueError for another method or an `every` below 1, and for too few candidates.
     part: which part, where the training data is a dict of datasets by name.
 
     Logs `residual_mean` over the candidates, `num_points`, and `data_version`, which counts the resamplings. The points

@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 class FitResult:
     """The outcome of a fit.
 
-    `history` holds one list of floats per metric, one entry an epoch (nan where it was not validated). `best_epoch`
-    counts from 0; `best_metric` and `best_epoch` are None where nothing was monitored. `last_weights` is the state
-    dict at the end, before the best weights were put back. `seconds` is the time spent in fits of this problem.
+    `epochs` and `steps` count those of the whole run, and `stop_reason` says why it ended ("epochs", "patience",
+    "max_time", ...). `history` holds one list of floats per metric, one entry an epoch (nan where it was not
+    validated). `best_epoch` counts from 0; `best_metric` and `best_epoch` are None where nothing was monitored
+    (`monitor`). `last_weights` is the state dict at the end, before the best weights were put back; `last_others` what
+    only an optimizer held. `seconds` is the time spent in fits of this problem. `seed` and `run_dir`: of the run, None
+    without. Of closure optimizers: `evaluations` of the loss, and `search_stop`. `profile`: what a profiler found.
     """
 
     epochs: int
@@ -62,7 +65,7 @@ class FitResult:
         return pandas.DataFrame(self.history).rename_axis("epoch")
 
     def plot(self, ax: Axes | None = None, label: str | None = None) -> Axes:
-        """The loss curves on matplotlib axes, the best epoch marked. `label`: the run's name among several."""
+        """The loss curves on `ax` (None: new axes), the best epoch marked. `label`: the run's name among several."""
         from weft import plots
 
         return plots.curves(self, ax, label)
@@ -106,9 +109,10 @@ def result_of(state: RunState, last_weights: dict[str, Tensor], last_others: dic
 
 
 def load_result(run_dir: str | Path) -> FitResult:
-    """The FitResult of a finished run, read from its folder (history from metrics.csv; `last_weights` from `last`).
+    """The FitResult of a finished run, read from its folder `run_dir`.
 
-    Raises FileNotFoundError naming what is missing, and ValueError naming a file that no run writes.
+    Its history comes from metrics.csv, its `last_weights` from `last`. Raises FileNotFoundError naming what is missing,
+    and ValueError naming a file that no run writes.
     """
     from weft.checkpoint import folder as checkpoints
     from weft.loggers.csv import read_history

@@ -43,7 +43,7 @@ from weft.step.update import built_in
 
 
 class Run(Told, Seams):
-    """One training run, made by `Trainer.start` and used as a context manager.
+    """One training run of a trainer, made by `Trainer.start` and used as a context manager.
 
     A loop may read `problem`, `optimizers` (by name), `fabric`, `data`, `progress`, `history`, `best`, `run_dir`, and
     after the block `result`. A second run of the same problem goes on from the first (`previous`).
@@ -71,7 +71,7 @@ class Run(Told, Seams):
     def prepare(
         self, make_data: Callable[[], Data], resume: str | None = None, epochs: int | None = None, renew: Any = ()
     ) -> Self:
-        """Devices first, then the data: all that evaluation alone needs. `make_data` is called again at a refresh."""
+        """Devices, then data (`make_data` is called again at a refresh). `resume`, `epochs`, `renew`: as for `fit`."""
         self._renew, self.state.control.epochs = renew, epochs
         state, options = self.state, self.state.trainer.options
         with before_training(state):
@@ -277,9 +277,9 @@ class Run(Told, Seams):
         return True
 
     def batches(self, split: str = "train") -> Iterator[Any]:
-        """The batches of this epoch; of "train": lists of them when accumulating. Ends early when told to stop.
+        """The batches of a split; of "train" those of this epoch, in lists when accumulating. Ends early when told to.
 
-        Asked for once more in the same epoch, those of "train" go on where they ended.
+        Asked for once more in the same epoch, those of "train" go on where they ended. ValueError: unending ones.
         """
         if split != "train":
             yield from self.state.batches_of(split)
@@ -429,17 +429,17 @@ class Run(Told, Seams):
             state.call("on_step_start", batch)
 
     def begin_step(self, batch: Any) -> None:
-        """What every update does first."""
+        """What every update does first with its batch."""
         self.state.control.stage = Stage.UPDATE
         self.announce(batch)  # where it did not come from `batches`
 
     def begin_update(self, batch: Any) -> None:
-        """The same for the built-in update, which begins from no gradients: a hook may have looked at some."""
+        """The same for the built-in update of a batch, from no gradients: a hook may have looked at some."""
         self.begin_step(batch)
         clear(self._parameters)
 
     def end_step(self, batch: Any, loss: Tensor | None) -> None:
-        """What every update does last: count the step, step the schedules, call the hooks."""
+        """What every update does last with its batch and loss: count the step, step the schedules, call the hooks."""
         state, progress = self.state, self.state.progress
         progress.step += 1
         for schedule in state.training.schedules.values():
@@ -458,7 +458,7 @@ class Run(Told, Seams):
     # ---- for hooks and loops
 
     def log(self, values: Mapping[str, Any]) -> None:
-        """Record scalars. Their means over the epoch go into the history and to the loggers.
+        """Record scalars, values by name. Their means over the epoch go into the history and to the loggers.
 
         In `on_epoch_end` they become part of the epoch that ends; in a step of an evaluation they are averaged over its
         examples and part of its metrics. Raises ValueError for what is no scalar, and RuntimeError after the end.

@@ -180,7 +180,7 @@ class Trainer(TrainerOptions, Tools):
         return None if self.launched else fabric_for_calls(self.config, *map(self.options.get, ("strategy", "plugins")))
 
     def run_of(self, problem: nn.Module, previous: Run | None = None) -> Run:
-        """A new run: weft's own, or that of an integration which knows this kind of problem."""
+        """A run, which goes on from a `previous` one: weft's, or that of an integration which knows such a problem."""
         run = (adapter_for(problem) or Run)(self, problem, previous)
         if self.callbacks and not run.takes_callbacks:
             names = ", ".join(type(c).__name__ for c in self.callbacks)
@@ -243,7 +243,7 @@ class Trainer(TrainerOptions, Tools):
     ) -> dict[str, float]:
         """Means over the dev set (of the last fit, or `data`) as floats, with the history's keys.
 
-        A problem may come first: `validate(problem, data)`; a LightningModule may bring its own data or a `datamodule`.
+        A problem may come first: `validate(problem, data)`; a LightningModule brings data, `dataloaders`, `datamodule`.
         """
         return self._evaluate("dev", *opts.asked(data, dataloaders, problem, datamodule), setup_kwargs)
 
@@ -256,7 +256,7 @@ class Trainer(TrainerOptions, Tools):
         datamodule: Any = None,
         **setup_kwargs: Any,
     ) -> dict[str, float]:
-        """Means over the test set (of the last fit, or `data`) as floats; see `validate`."""
+        """Means over the test set (of the last fit, or `data`) as floats; see `Trainer.validate`."""
         return self._evaluate("test", *opts.asked(data, dataloaders, problem, datamodule), setup_kwargs)
 
     def predict(
@@ -272,8 +272,8 @@ class Trainer(TrainerOptions, Tools):
         """What the nodes compute for each row of the predict set (or `data`), in order, on the CPU, by key.
 
         Inputs and losses are left out; targets may be missing, and with `keys`, whose nodes alone are run, what others
-        read. Of a `weft.Supervised` (`data` may be X itself): what its net returns, one row per row. Of a
-        LightningModule: what its `predict_step` returned, a list with one entry a batch (lists for several loaders).
+        read. Of a `weft.Supervised` (`data` may be X itself): what its net returns, one row per row. A LightningModule
+        gives what its `predict_step` returned, one entry a batch (lists for several loaders). See `Trainer.validate`.
         """
         return self._evaluate("predict", *opts.asked(data, dataloaders, problem, datamodule), setup_kwargs, keys)
 

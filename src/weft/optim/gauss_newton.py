@@ -166,6 +166,7 @@ class LevenbergMarquardt(GaussNewton):
     tolerance_grad: a step ends where no entry of the loss's gradient is larger. max_dense: the most numbers of a dense
         matrix; above, `cg_iterations` products at most replace it. accelerate: bend each step with the second
         derivative of the residuals along it (two evaluations and a product more, mostly many steps fewer).
+    Raises ValueError for a number out of its range, and for parameters of several groups or dtypes.
 
     `search_stop` says what ended the last step: "max_iter", "tolerance_grad", "no lower loss".
     Source: Nocedal & Wright, Numerical Optimization, 2nd ed., ch. 10.3; damping from the ratio of what was gained to

@@ -34,7 +34,8 @@ class LeastSquares:
     """A closure that evaluates the loss and its residuals; called, it leaves gradients in the parameters.
 
     problem: a module with a method `residuals(batch)`, or a NeuroMANCER Problem. params: those that train; None: all
-        that require grad. evaluate: what returns the loss and makes its gradients; None: from the residuals.
+        that require grad. evaluate: what returns the loss and makes its gradients; None: from the residuals. rows: how
+        residuals are split.
     Raises TypeError, with what to write, where the loss is no sum of squares.
     """
 

@@ -30,7 +30,7 @@ class SSBFGS(Searching):
     max_iter: iterations of one step, each a line search of two to three evaluations mostly.
     tolerance_grad: a step ends where no entry of the gradient is larger. tolerance_change: it ends where an iteration
         changes neither the loss nor a parameter by more; 0: only when no lower loss is found.
-    line_search_evaluations: at most so many in one iteration.
+    line_search_evaluations: at most so many in one iteration. A number out of its range raises ValueError.
 
     `search_stop` says what ended the last step: "max_iter", "tolerance_grad", "tolerance_change", "no lower loss".
     Source: Al-Baali, Comput. Optim. Appl. 9 (1998); the form used here is that of arXiv:2405.04230.

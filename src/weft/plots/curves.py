@@ -21,8 +21,8 @@ STYLES = {"train": "-", "dev": "--", "test": ":"}
 def curves(result: Any, ax: Axes | None = None, label: str | None = None) -> Axes:
     """The losses of `result` over its epochs, one line a split, the best epoch marked.
 
-    Logarithmic if positive. `label` names the run where several are drawn on the same axes: its lines have the next
-    colour, and the split decides about their dashes.
+    `ax`: where; None: new axes. Logarithmic if positive. `label` names the run where several are drawn on the same
+    axes: its lines have the next colour, and the split decides about their dashes.
     """
     ax = ax if ax is not None else new_axes()
     _draw_group(ax, _splits_of("loss", result.history), result.history, label)
@@ -51,9 +51,9 @@ def terms(result: Any, axes: Sequence[Axes] | None = None) -> list[Axes]:
 
 
 def series(values: Mapping[str, Mapping[int, float]], ax: Axes | None = None, ylabel: str = "") -> Axes:
-    """Values by epoch of several runs, one line each under its name.
+    """The values of several runs, by name and epoch, one line each under its name.
 
-    Logarithmic if all are positive.
+    `ax`: where; None: new axes. `ylabel`: what they are. Logarithmic if all are positive.
     """
     ax = ax if ax is not None else new_axes()
     for label, by_epoch in values.items():
@@ -67,7 +67,7 @@ def series(values: Mapping[str, Mapping[int, float]], ax: Axes | None = None, yl
 
 
 def save_summary(result: Any, path: str | os.PathLike[str]) -> None:
-    """Write a picture of `curves` and below it all `terms` to `path` (its ending names the format)."""
+    """Write a picture of the `curves` of `result`, all `terms` below them, to `path` (its ending names the format)."""
     from matplotlib.figure import Figure
 
     names = _term_names(result.history)

@@ -26,8 +26,9 @@ def solution_map(
 ) -> Axes:
     """Filled contours of `fn(x, y)` over a rectangle, with a colour bar.
 
-    `fn` gets two arrays of shape (num_points, num_points) and returns one. `labels`: of both axes and of the bar, with
-    units. `log`: logarithmic levels; values that are not positive are drawn like the smallest positive one.
+    `ax`: where; None: new axes. `x_range`, `y_range`: (lower, upper). `fn` gets two arrays of shape
+    (num_points, num_points) and returns one, else ValueError. `labels`: of both axes and of the bar, with units. `log`:
+    logarithmic levels; values that are not positive are drawn like the smallest positive one.
     """
     ax = ax if ax is not None else new_axes()
     x, y = np.meshgrid(np.linspace(*x_range, num_points), np.linspace(*y_range, num_points))

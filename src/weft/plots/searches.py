@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def search(result: Any, axes: Sequence[Axes] | None = None) -> list[Axes]:
     """The values of a sweep's trials in order with the best so far, and over each of its parameters.
 
-    `axes`: one more than there are parameters, or None. Raises ValueError if there are fewer.
+    `result`: of `weft.sweep`. `axes`: one more than there are parameters, or None. Raises ValueError if there are
+    fewer.
     """
     trials = [t for t in result.trials if t["value"] is not None and math.isfinite(t["value"])]
     names = list(dict.fromkeys(name for t in result.trials for name in t["params"]))

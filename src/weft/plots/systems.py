@@ -28,8 +28,9 @@ def rollout(
     """Trajectories over time, one colour each, with their bounds.
 
     `signal`: (batch, time, features) or (time, features); several features share the colour of their trajectory and
-    differ in style. At most 10 trajectories are drawn. `bounds`: (lower, upper), None for none. `reference`: of the
-    same shape, drawn pale. `dt`: time between entries. `steps`: held in between, as controls are. `labels`: with units.
+    differ in style. At most 10 trajectories are drawn. `ax`: where; None: new axes. `bounds`: (lower, upper), None for
+    none. `reference`: of the same shape, drawn pale. `dt`: time between entries. `steps`: held in between, as controls
+    are. `labels`: with units.
     Raises ValueError for another number of dimensions.
     """
     ax = ax if ax is not None else new_axes()
@@ -68,8 +69,9 @@ def phase_portrait(
 ) -> Axes:
     """Paths in the plane of two states, a dot where each begins.
 
-    `states`: (batch, time, 2) or (time, 2); at most 10 are drawn. `reference`: other paths, drawn pale. `target`: a
-    point, marked. `bounds`: (x lower, x upper, y lower, y upper), drawn as a box. `labels`: with units.
+    `ax`: where; None: new axes. `states`: (batch, time, 2) or (time, 2); at most 10 are drawn. `reference`: other
+    paths, drawn pale. `target`: a point, marked. `bounds`: (x lower, x upper, y lower, y upper), drawn as a box.
+    `labels`: with units.
     Raises ValueError for another shape.
     """
     ax = ax if ax is not None else new_axes()
@@ -96,7 +98,7 @@ def phase_portrait(
 def spectrum(matrix: Any, reference: Any = None, ax: Axes | None = None) -> Axes:
     """The eigenvalues of a square matrix in the complex plane, with the unit circle.
 
-    Inside: stable in discrete time.
+    Inside: stable in discrete time. `ax`: where; None: new axes.
     `reference`: known eigenvalues, (n,), drawn as rings. Raises ValueError if the matrix is not square.
     """
     ax = ax if ax is not None else new_axes()

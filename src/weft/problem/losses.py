@@ -22,7 +22,11 @@ from weft.types import Batch, suggest
 
 
 class PenaltyLoss(nn.Module):
-    """The sum of all objectives and all weighted constraint penalties (Nocedal & Wright, 2nd ed., ch. 17.1-17.2)."""
+    """The sum of all objectives and all weighted constraint penalties (Nocedal & Wright, 2nd ed., ch. 17.1-17.2).
+
+    Called as `loss(data, objectives, constraints)` with a batch that holds what the nodes computed. Raises TypeError
+    for an objective whose value is no tensor.
+    """
 
     def forward(
         self, data: Batch, objectives: Iterable[Objective], constraints: Iterable[Constraint]
@@ -50,7 +54,7 @@ class BarrierLoss(PenaltyLoss):
         "softexp"  (exp(alpha v) - 1) / alpha + alpha
         "softlog"  -log(1 + alpha (-v - alpha)) / alpha
         "expshift" exp(v + shift)
-    upper_bound: the largest value of the barrier, > 0.
+    upper_bound: the largest value of the barrier, > 0. Raises ValueError for another, and for an unknown barrier.
     Relaxed barriers: Feller & Ebenbauer, arXiv:1602.01321. The formulas are those of NeuroMANCER's BarrierLoss.
     """
 

@@ -89,7 +89,7 @@ class Rollout(nn.Module):
     Tensors are (batch, time, features), as in NeuroMANCER's System. A key the nodes write starts from the entries in
     the data, if there are any: a state given with one entry ends with steps + 1, a control that is not given with
     `steps`. A key they only read needs `steps` entries, or is (batch, features) and constant in time. The nodes see
-    (batch, features). `steps` may be changed between epochs.
+    (batch, features). `steps` may be changed between epochs. `name`: as in messages and pictures.
 
     Raises KeyError for a key that is not there, ValueError for a signal that is too short.
     """

@@ -40,7 +40,7 @@ class Problem(nn.Module):
     Of a batch with parts (`{"interior": {"x": ...}}`) nodes and terms read keys like "interior.x".
 
     nodes: Node, Rollout, or anything like a NeuroMANCER node (`input_keys`, `output_keys`, dict in, dict out).
-    loss: PenaltyLoss (the default), BarrierLoss or AugmentedLagrangian.
+    objectives, constraints: the terms. loss: PenaltyLoss (the default), BarrierLoss or AugmentedLagrangian.
     grad_inference: keep autograd on in evaluation, for losses made of derivatives (PINNs).
     Raises ValueError here for names used twice, keys written twice, and a node that reads what only a later one writes;
     KeyError on a batch for a key that nothing provides.

@@ -18,7 +18,7 @@ class whole:
 
     For what is no mean over batches: R2, RMSE, maxima, quantiles, anything of scipy or sklearn (tensors come detached,
     in the order of the data; of several processes too). It returns a number, or a dict of numbers. The rows stay where
-    they were computed until the epoch, or the evaluation, is over.
+    they were computed until the epoch, or the evaluation, is over. Raises TypeError for what is no function.
     """
 
     def __init__(self, fn: Callable[..., Any]) -> None:

@@ -84,12 +84,12 @@ class Supervised(nn.Module):
         return {f"{_PART}{i}": part for i, part in enumerate(out if isinstance(out, tuple | list) else [out])}
 
     def own_output(self, found: Mapping[str, Tensor]) -> Any:
-        """What `step` made of the net's output, put back: a tensor, a tuple or a dict."""
+        """What `step` made of the net's output, as found by key, put back: a tensor, a tuple or a dict."""
         parts = [found[key] for key in found if key.startswith(_PART)]
         return dict(found) if len(parts) < len(found) else parts[0] if len(parts) == 1 else tuple(parts)
 
     def own_data(self, source: Any) -> Any:
-        """The rows of a TensorDataset of two tensors under "x" and "y", to be sliced; any other data as it is."""
+        """The rows of a TensorDataset of two tensors under "x" and "y", to be sliced; any other source as it is."""
         if type(source) is TensorDataset and len(source.tensors) == 2:
             return DictDataset({"x": source.tensors[0], "y": source.tensors[1]})
         return source

@@ -42,7 +42,8 @@ def manual(text: str | None, kinds: Iterable[type | str]) -> str:
     for name, (default, sentence) in options_of(kinds).items():
         head = name if default is inspect.Parameter.empty else f"{name}={default!r}"
         entries.append(textwrap.fill(f"{head}: {sentence}", 100, initial_indent="    ", subsequent_indent=" " * 8))
-    return "\n".join([inspect.cleandoc(text or "").rstrip(), "", "Options:", "", *entries])
+    head = "Options (values that one does not allow raise ValueError):"
+    return "\n".join([inspect.cleandoc(text or "").rstrip(), "", head, "", *entries])
 
 
 def options_of(kinds: Iterable[type | str]) -> dict[str, tuple[Any, str]]:

@@ -85,14 +85,14 @@ class LightningRun(Run):
     # ------------------------------------------------------------------ what was given
 
     def data_of_fit(self, data: Any, dev: Any, datamodule: Any, setup_kwargs: Mapping[str, Any]) -> Callable[[], Data]:
-        """Loaders, a data module, or nothing where the module brings its own."""
+        """Loaders (`data`, `dev`), a `datamodule` (no `setup_kwargs`), or nothing: the module brings its own."""
         self._take_data("fit", data, datamodule, setup_kwargs, {"train": data, "dev": dev})
         return self._fit_data
 
     def data_to_evaluate(
         self, split: str, data: Any, setup_kwargs: Mapping[str, Any], last: RunState | None
     ) -> Callable[[], Data]:
-        """Loaders or a data module for an evaluation; nothing where the module brings its own."""
+        """`data`: loaders or a data module (no `setup_kwargs`) for a `split`, or nothing: the module brings its own."""
         self._take_data(FNS[split], data, None, setup_kwargs, {split: data})
         given: dict[str, Any] = {"train": None, split: self.sources[split]}
         return lambda: Data(**given)
@@ -352,7 +352,7 @@ class LightningRun(Run):
         self.progress.step += 1
 
     def end_batch(self, batch: Any, loss: Tensor, stepped: bool) -> None:
-        """What an update does last. weft's own hooks are called after each step, in manual mode after each batch."""
+        """What an update does last with its batch and loss: call weft's own hooks where it `stepped`, or was manual."""
         if stepped or not self.module.automatic_optimization:
             self.progress.step -= 1  # it was counted when the optimizer stepped, as the hooks in between expect
             self.end_step(batch, loss)
@@ -397,7 +397,7 @@ class LightningRun(Run):
         return metrics
 
     def predict(self, keys: Sequence[str] | None = None) -> Any:
-        """What `predict_step` returned for each batch."""
+        """What `predict_step` returned for each batch. Raises TypeError for `keys`: it has none."""
         if keys is not None:
             raise TypeError(f"predict: keys={list(keys)}; a LightningModule's predict_step says what it returns.")
         return self._alone("predict", predict)

@@ -277,7 +277,7 @@ class LitTrainer(Trainer):
         datamodule: Any = None,
         **setup_kwargs: Any,
     ) -> dict[str, float]:
-        """Means over the dev set (of the last fit, or `data`) as floats."""
+        """Means over the dev set (of the last fit, or `data`) as floats; see `Trainer.validate`."""
         problem, data = asked(data, dataloaders, problem, datamodule)
         return self._evaluating_as("validation", "validate", super().validate, data, problem, setup_kwargs)
 
@@ -290,7 +290,7 @@ class LitTrainer(Trainer):
         datamodule: Any = None,
         **setup_kwargs: Any,
     ) -> dict[str, float]:
-        """Means over the test set (of the last fit, or `data`) as floats."""
+        """Means over the test set (of the last fit, or `data`) as floats; see `Trainer.validate`."""
         problem, data = asked(data, dataloaders, problem, datamodule)
         return self._evaluating_as("test", "test", super().test, data, problem, setup_kwargs)
 
@@ -303,7 +303,7 @@ class LitTrainer(Trainer):
         datamodule: Any = None,
         **setup_kwargs: Any,
     ) -> Any:
-        """What the nodes compute for each row of the predict set (or `data`), in order, by key."""
+        """What the nodes compute for each row of the predict set (or `data`), by key; see `Trainer.validate`."""
         problem, data = asked(data, dataloaders, problem, datamodule)
         return self._evaluating_as("predict", "predict", super().predict, data, problem, setup_kwargs)
 

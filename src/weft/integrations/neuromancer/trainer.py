@@ -80,8 +80,9 @@ class Trainer:
     `train` began, and a callback that reads each batch's output keeps training eager, which is said once.
     `eval_batches`: "all", or "last" for NeuroMANCER's own rule, by which the last dev batch alone decides.
 
-    All arguments are attributes that may be changed between two calls of `train`; the data, `clip` and `patience` also
-    by a callback, for the next epoch. `result` is the last `FitResult`.
+    `train_data`, `dev_data`, `test_data` are loaders of dicts. All arguments are attributes that may be changed between
+    two calls of `train`; the data, `clip` and `patience` also by a callback, for the next epoch. `result` is the last
+    `FitResult`.
     """
 
     def __init__(
@@ -397,7 +398,7 @@ class Trainer:
         return output
 
     def evaluate(self, best_model: dict[str, Any]) -> dict[str, Any]:
-        """`test` under its old name."""
+        """`test` under its old name; `best_model` is a state dict."""
         return self.test(best_model)
 
 
