@@ -197,7 +197,8 @@ def look(state: RunState, losses: Any) -> None:
     tell(state, [outside[key] for key in leaves if key in outside])
     known = {*training.judged, *map(id, state.problem.parameters())}
     known |= {id(p) for optimizer in training.optimizers.values() for p in parameters_of(optimizer)}
-    unknown = [p for key, p in leaves.items() if isinstance(p, nn.Parameter) and key not in known]
+    in_shards = state.processes.in_shards  # where graphs begin with whole parameters that are nobody's
+    unknown = [p for key, p in leaves.items() if isinstance(p, nn.Parameter) and not (in_shards or key in known)]
     if again := list(filter(training.meets_again, unknown)):
         is_step = state.trainer.step_function("train", state.problem) is state.problem
         of_batch = _leaves(_tensors(state.step.batch)) if is_step else {}  # to which a hook may have added it
