@@ -6,12 +6,13 @@ import math
 import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from weft.devices.generators import closure_of
 from weft.places import slots_of
@@ -55,8 +56,11 @@ def in_words(value: Any, seen: dict[int, Any] | None = None, functions: list[str
     """A value as a text that changes when it does: plain values, containers, the code of functions and what they read,
     attributes. What trains is named only: it changes as it does. `functions`: where the texts of functions go instead.
     """
-    if isinstance(value, bool | int | float | complex | str | bytes | None):
+    if isinstance(value, bool | int | float | complex | str | bytes | np.generic | None):
         return repr(value)
+    is_own = isinstance(value, MethodType) and isinstance(value.__self__, LRScheduler)
+    if is_own or isinstance(value, BuiltinFunctionType):  # of the scheduler that is told, or of no code to be read
+        return value.__qualname__
     if isinstance(value, torch.Tensor | np.ndarray):
         is_told = not getattr(value, "requires_grad", False) and math.prod(value.shape) <= 100
         return repr(value.tolist()) if is_told else f"tensor of shape {tuple(value.shape)}"
@@ -73,7 +77,7 @@ def in_words(value: Any, seen: dict[int, Any] | None = None, functions: list[str
     if isinstance(value, list | tuple | set):
         items = [words(v) for v in value]
         return f"[{', '.join(sorted(items) if isinstance(value, set) else items)}]"
-    if isinstance(value, MethodType):  # of the scheduler itself, which is being told, or of something else
+    if isinstance(value, MethodType):
         return f"{value.__qualname__} {words(value.__func__)} of {words(value.__self__)}"
     if isinstance(value, FunctionType):
         return f"{value.__name__} {_print_of_code(value, words):08x}"
