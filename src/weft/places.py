@@ -107,6 +107,12 @@ def owner_of(path: str, module: nn.Module) -> str:
     return f"{kind} {name!r}" if isinstance(name, str) else path or type(module).__name__
 
 
+def _is_opaque(kind: type) -> bool:
+    if issubclass(kind, types.ModuleType):  # through one module lies every other
+        return False
+    return kind.__module__ in _OPAQUE or hasattr(kind, "tobytes")
+
+
 def _of_library(kind: Any) -> bool:
     return (getattr(kind, "__module__", None) or "").partition(".")[0] in _LIBRARIES
 
@@ -147,7 +153,7 @@ class _Walk:
         elif isinstance(value, type):
             if not _of_library(value):
                 yield from self.into_class(value, "__call__")
-        elif self.everything and (type(value).__module__ in _OPAQUE or getattr(type(value), "tobytes", None)):
+        elif self.everything and _is_opaque(type(value)):
             if self.is_new(value):
                 from weft.referents import referents
 

@@ -104,9 +104,9 @@ def test_a_net_that_grew_in_started_processes_is_told_and_its_weights_are_in_the
 
 def test_a_problem_that_holds_a_scripted_module_ends_with_its_best_weights() -> None:
     problem = Widening()
-    problem.net = torch.jit.script(problem.net)
     trainer = weft.Trainer(epochs=3, progress=False, optimizer=lambda q: torch.optim.SGD(q, lr=0.1))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
+        problem.net = torch.jit.script(problem.net)
         result = trainer.fit(problem, weft.Data({"x": X}, {"x": X}, batch_size=4))
     assert result.best_epoch == 2 and trainer.validate()["dev_loss"] == result.best_metric

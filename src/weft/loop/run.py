@@ -428,7 +428,7 @@ class Run(Told, Seams):
         state = self.state
         if batch is not state.step.batch:
             state.step.batch = batch
-            if state.training.outside != {}:
+            if state.training.outside is None or state.training.looks:
                 prepare_look(state)
             state.training.turn("train")
             if state.step.statistics is not None:
