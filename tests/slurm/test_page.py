@@ -68,7 +68,7 @@ def test_two_machines_by_torchrun_are_ended_and_go_on(project: Path) -> None:
         port = free.getsockname()[1]
     (project / "train.py").write_text(
         "import sys, torch, weft\nfrom module import make_problem, data_setup\n"
-        f"problem, data = make_problem(float(sys.argv[1])), data_setup()\n{blocks('python')[2]}"
+        f"torch.manual_seed(0)\nproblem, data = make_problem(float(sys.argv[1])), data_setup()\n{blocks('python')[2]}"
         "print(result.steps, torch.cat([p.detach().flatten() for p in problem.parameters()]).sum().item())\n"
     )
     (line,) = [line for line in blocks("bash")[1].splitlines() if line.startswith("torchrun")]
