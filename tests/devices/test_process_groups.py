@@ -157,7 +157,7 @@ from tests.helpers.grouped import NoisyLine
 def hit():
     time.sleep(0.3)
     os.kill(os.getpid(), signal.SIGTERM)
-weft.devices.signals.PATIENCE = 0.5
+weft.devices.waiting.PATIENCE = 0.5
 options = {"root_dir": sys.argv[1], "run_name": "run", "progress": False}
 trainer = weft.Trainer(epochs=9, **options, checkpoint={"every_n_epochs": 1000, "best": False})
 with trainer.start(NoisyLine(), weft.Data({"x": torch.ones(8, 2)}, batch_size=4)) as run:
@@ -176,7 +176,7 @@ with trainer.start(NoisyLine(), weft.Data({"x": torch.ones(8, 2)}, batch_size=4)
 @pytest.mark.parametrize(("where", "saved"), [("between", [4]), ("in a step", [])])
 def test_a_loop_that_waits_does_not_swallow_sigterm(where: str, saved: list[int], tmp_path: Path) -> None:
     """Between steps the state is whole, and saved; in the middle of one it is not: the last regular save holds."""
-    command = [sys.executable, "-c", "import weft.devices.signals\n" + WAITING, str(tmp_path), where]
+    command = [sys.executable, "-c", "import weft.devices.waiting\n" + WAITING, str(tmp_path), where]
     done = subprocess.run(
         command, env=group_environment(), capture_output=True, text=True, timeout=patience(), check=False
     )
