@@ -13,18 +13,18 @@ from torch import Tensor, nn
 import weft
 
 
-def rows_of(rows: int = 33, seed: int = 0) -> dict[str, Tensor]:
+def bent_line(rows: int = 33, seed: int = 0) -> dict[str, Tensor]:
     x = torch.rand(rows, 1, generator=torch.Generator().manual_seed(seed))
     return {"x": x, "y": (3 * x).sin()}
 
 
-def line() -> weft.Problem:
+def fitted_line() -> weft.Problem:
     torch.manual_seed(0)
     node = weft.Node(nn.Linear(1, 1), ["x"], ["u"])
     return weft.Problem([node], [weft.objective(lambda u, y: (u - y) ** 2, name="mse")])
 
 
-class Largest:
+class LargestError:
     """The largest error so far, as an object with update, compute and reset."""
 
     def __init__(self) -> None:
@@ -41,11 +41,11 @@ class Largest:
         return self.value
 
 
-def metrics() -> dict[str, Any]:
+def of_all_rows() -> dict[str, Any]:
     return {
         "count": weft.whole(lambda y: float(len(y))),
         "rmse": weft.whole(lambda u, y: (u - y).square().mean().sqrt()),
-        "largest": Largest(),
+        "largest": LargestError(),
         "mae": lambda u, y: (u - y).abs().mean(),
     }
 
@@ -54,7 +54,7 @@ def history_of(given: Any, compile: Any, **options: Any) -> dict[str, list[float
     trainer = weft.Trainer(**{"epochs": 4, "progress": False, "seed": 0, "compile": compile} | options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        result = trainer.fit(line(), given)
+        result = trainer.fit(fitted_line(), given)
     assert not compile or min(trainer.run.graphs.made.values()) >= 1  # type: ignore[union-attr]
     return result.history
 
@@ -62,8 +62,8 @@ def history_of(given: Any, compile: Any, **options: Any) -> dict[str, list[float
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"optimizer": torch.optim.LBFGS}], ids=str)
 def test_graphs_hand_on_what_metrics_of_all_rows_read(options: dict[str, Any]) -> None:
-    given = weft.Data(rows_of(), rows_of(20, 1), batch_size=5)
-    eager, compiled = (history_of(given, compile, metrics=metrics(), **options) for compile in (False, True))
+    given = weft.Data(bent_line(), bent_line(20, 1), batch_size=5)
+    eager, compiled = (history_of(given, compile, metrics=of_all_rows(), **options) for compile in (False, True))
     assert compiled.keys() == eager.keys()
     assert (compiled["train_count"], compiled["dev_count"]) == ([33.0] * 4, [20.0] * 4)
     for name, values in eager.items():
@@ -75,13 +75,14 @@ def test_graphs_hand_on_what_metrics_of_all_rows_read(options: dict[str, Any]) -
 def test_a_supervised_problem_with_such_a_metric_is_compiled() -> None:
     torch.manual_seed(0)
     problem = weft.Supervised(nn.Linear(1, 1), nn.MSELoss(), {"top": weft.whole(lambda u, y: (u - y).abs().max())})
-    given = weft.Data((rows_of()["x"], rows_of()["y"]), dev=(rows_of(9, 1)["x"], rows_of(9, 1)["y"]), batch_size=8)
+    train, dev = bent_line(), bent_line(9, 1)
+    given = weft.Data((train["x"], train["y"]), dev=(dev["x"], dev["y"]), batch_size=8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trainer = weft.Trainer(epochs=3, progress=False, seed=0, compile=True)
         result = trainer.fit(problem, given)
     assert min(trainer.run.graphs.made.values()) >= 1  # type: ignore[union-attr]
-    error = (trainer.predict(rows_of(9, 1)["x"]) - rows_of(9, 1)["y"]).abs().max().item()
+    error = (trainer.predict(dev["x"]) - dev["y"]).abs().max().item()
     assert trainer.validate()["dev_top"] == pytest.approx(error, rel=1e-5)
     assert result.history["dev_top"][result.best_epoch] == pytest.approx(error, rel=1e-5)
 

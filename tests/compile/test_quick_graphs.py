@@ -342,7 +342,7 @@ def test_the_header_is_begun_before_the_first_step_where_a_graph_is_sure(
     for header in folder.glob("kernels-*"):
         header.unlink()
     if is_there:
-        (folder / "kernels-0.h.gch").touch()
+        (folder / "0123.so").touch()
     begun: list[Path] = []
     monkeypatch.setattr(library, "prepare_header", begun.append)
     at_first: list[int] = []

@@ -15,23 +15,23 @@ from tests.helpers.bitwise import same
 from weft.data.loaders import iterator_of
 
 
-def tensors() -> list[Tensor]:
+def odd_tensors() -> list[Tensor]:
     generator = torch.Generator().manual_seed(3)
     x = torch.rand(23, 4, 2, generator=generator)
     return [x.transpose(1, 2), torch.arange(23), torch.rand(23, dtype=torch.float64), torch.rand(23, 1) > 0.5]
 
 
-def rows() -> TensorDataset:
-    return TensorDataset(*tensors())
+def by_number() -> TensorDataset:
+    return TensorDataset(*odd_tensors())
 
 
 def by_key() -> weft.DictDataset:
-    return weft.DictDataset(dict(zip("abcd", tensors(), strict=True)))
+    return weft.DictDataset(dict(zip("abcd", odd_tensors(), strict=True)))
 
 
 def of_neuromancer() -> Any:
     dataset = pytest.importorskip("neuromancer.dataset")
-    return dataset.DictDataset(dict(zip("abcd", tensors(), strict=True)), name="train")
+    return dataset.DictDataset(dict(zip("abcd", odd_tensors(), strict=True)), name="train")
 
 
 LOADERS: dict[str, Callable[[Any], DataLoader]] = {
@@ -63,7 +63,7 @@ def gone_through(make: Callable[[], Any], kind: str, take: Callable[[Any], Any])
 
 
 @pytest.mark.parametrize("kind", LOADERS)
-@pytest.mark.parametrize("make", [rows, by_key, of_neuromancer], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [by_number, by_key, of_neuromancer], ids=lambda make: make.__name__)
 def test_batches_and_random_numbers_are_those_of_the_loader(make: Callable[[], Any], kind: str) -> None:
     found, random = gone_through(make, kind, iterator_of)
     expected, random_expected = gone_through(make, kind, iter)
@@ -85,7 +85,7 @@ def test_batches_and_random_numbers_are_those_of_the_loader(make: Callable[[], A
     )
 
 
-class Counting(TensorDataset):
+class AskedOneByOne(TensorDataset):
     count = 0
 
     def __getitem__(self, index: Any) -> Any:
@@ -93,7 +93,7 @@ class Counting(TensorDataset):
         return super().__getitem__(index)
 
 
-class Squared(Dataset):
+class SquaredNumbers(Dataset):
     def __len__(self) -> int:
         return 6
 
@@ -102,9 +102,9 @@ class Squared(Dataset):
 
 
 def test_what_a_dataset_or_a_collation_does_itself_is_done() -> None:
-    list(iterator_of(DataLoader(Counting(*tensors()), batch_size=4)))
-    assert Counting.count == 23
-    assert torch.cat(list(iterator_of(DataLoader(Squared(), batch_size=4)))).tolist() == [
+    list(iterator_of(DataLoader(AskedOneByOne(*odd_tensors()), batch_size=4)))
+    assert AskedOneByOne.count == 23
+    assert torch.cat(list(iterator_of(DataLoader(SquaredNumbers(), batch_size=4)))).tolist() == [
         0.0,
         1.0,
         4.0,
@@ -112,7 +112,7 @@ def test_what_a_dataset_or_a_collation_does_itself_is_done() -> None:
         16.0,
         25.0,
     ]
-    own = DataLoader(rows(), batch_size=4, collate_fn=lambda batch: len(batch))
+    own = DataLoader(by_number(), batch_size=4, collate_fn=lambda batch: len(batch))
     assert list(iterator_of(own)) == [4, 4, 4, 4, 4, 3]
 
 
@@ -127,7 +127,7 @@ def test_rows_are_gathered_at_once_and_from_the_tensors_of_now(monkeypatch: pyte
 
 
 def test_a_row_that_is_not_there_is_named_by_torch() -> None:
-    loader = DataLoader(rows(), batch_sampler=[[0, 99]])
+    loader = DataLoader(by_number(), batch_sampler=[[0, 99]])
     with pytest.raises(IndexError, match="index 99 is out of bounds"):
         list(iterator_of(loader))
 

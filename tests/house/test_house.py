@@ -31,7 +31,7 @@ from tests.helpers.source import (
     told_by,
 )
 
-WORDS = {"types", "config", "events", "yamlfile", "demo", "places", "__main__"}
+WORDS = {"types", "config", "events", "yamlfile", "demo", "places", "referents", "__main__"}
 WINGS = {"compile", "sharded", "hooks", "recipes", "sweeps", "slurm", "cli", "plots", "integrations", "optim"}
 ROOMS = {"words", "problem", "data", "devices", "checkpoint", "step", "loop", "loggers", "records"} | WINGS
 
@@ -45,7 +45,7 @@ ROOMS = {"words", "problem", "data", "devices", "checkpoint", "step", "loop", "l
 # since: late parameters, gradients that a step takes and loops of one's own (100), buffers beside what only an
 # optimizer holds (60), terms that pick rows (70), scripts of several fits that are run again (30); less the tools of
 # an update of one's own and the joining of processes, which are loaded when they are used (120).
-PLAIN_FIT, FIT_WITH_CHECKPOINTS = 4880, 7275
+PLAIN_FIT, FIT_WITH_CHECKPOINTS = 4900, 7275
 TOUR = ("loop/trainer.py", "loop/run.py", "step/update.py", "step/forward.py", "problem/problem.py")
 
 # ---- who may know whom
@@ -379,7 +379,7 @@ WRITES_LEFT = {
     "weft.compile.choosing": 2,
     "weft.hooks.balancing": 1,
     "weft.hooks.terms": 1,
-    "weft.integrations.lightning.run": 4,
+    "weft.integrations.lightning.run": 3,
     "weft.loop.compatibility": 1,
     "weft.loop.feeding": 3,
     "weft.loop.launch": 3,
@@ -434,6 +434,7 @@ def test_only_the_step_calls_backward() -> None:
     assert found and found <= {
         "weft.integrations.lightning.fitting",  # a strategy of Lightning's that does it in its own way
         "weft.step.update",
+        "weft.step.several",
         "weft.step.closures",
         "weft.step.manual",
         "weft.compile.stepgraphs",  # what a graph is compared with must not be the update that it stands for

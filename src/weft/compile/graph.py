@@ -233,7 +233,8 @@ def get_ready(device: torch.device) -> None:
     if device.type != "cpu" or not library.is_supported():
         return
     with contextlib.suppress(Exception):  # what is wrong is told where the graph is made
-        if not any((folder := cache_folder()).glob("kernels-*.gch")):
+        folder = cache_folder()
+        if not any(path.suffix in (".gch", ".so", ".pt2") for path in folder.iterdir()):
             from torch._inductor import config  # pyright: ignore[reportPrivateImportUsage]
 
             with torchs_cache(), config.patch({"cpp.vec_isa_ok": OPTIONS["cpp.vec_isa_ok"]}):

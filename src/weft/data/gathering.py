@@ -53,14 +53,17 @@ def _columns(fetcher: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]
 
     They are looked up for each batch: a dataset's tensors may be exchanged at any time.
     """
-    dataset, collate = fetcher.dataset, fetcher.collate_fn
+    dataset: Any = fetcher.dataset
+    collate: Any = fetcher.collate_fn
     while type(dataset) is Subset:
         dataset = dataset.dataset
-    if type(dataset) is TensorDataset and collate is default_collate:
+    kind = type(dataset)
+    if kind is TensorDataset and collate is default_collate:
         columns, made = list(dataset.tensors), list
-    elif f"{type(dataset).__module__}.{type(dataset).__qualname__}" in _OF_TENSORS_BY_KEY:
-        names, of, more = list(dataset.datadict), getattr(collate, "__self__", None), {}
-        if type(of) is type(dataset) and getattr(collate, "__func__", None) is getattr(type(of), "collate_fn", None):
+    elif f"{kind.__module__}.{kind.__qualname__}" in _OF_TENSORS_BY_KEY:
+        names, more = list(dataset.datadict), {}
+        of: Any = getattr(collate, "__self__", None)
+        if type(of) is kind and getattr(collate, "__func__", None) is getattr(kind, "collate_fn", None):
             more = {"name": of.name}  # as NeuroMANCER's names its batches
         elif collate is not default_collate:
             return None

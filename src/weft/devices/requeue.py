@@ -15,7 +15,7 @@ BY_SCRIPT = "WEFT_REQUEUED_BY_SCRIPT"
 def comes_back(number: int) -> bool:
     """Whether the job that the signal `number` ends is to be put back into SLURM's queue."""
     job, name = os.environ.get("SLURM_JOB_ID"), signal.Signals(number).name
-    return job is not None and (name == "SIGUSR1" or (name == "SIGTERM" and _is_preempted(job)))
+    return job is not None and (name == "SIGUSR1" or (name == "SIGTERM" and _is_preempted(told_of(job))))
 
 
 def requeue(number: int, is_saved: bool) -> None:
@@ -35,13 +35,17 @@ def requeue(number: int, is_saved: bool) -> None:
         warnings.warn(f"SLURM job {job} was not requeued: {failure}.", stacklevel=2)
 
 
-def _is_preempted(job: str) -> bool:
-    """Whether the job still counts as running, and is to make room for another one. After scancel it is completing."""
+def told_of(job: str) -> dict[str, str]:
+    """What SLURM says of a job: JobState, EndTime, ...; {} where it does not answer."""
     try:
         done = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
-        return False
-    said = {key: value for key, _, value in (word.partition("=") for word in done.stdout.split())}
+        return {}
+    return {key: value for key, _, value in (word.partition("=") for word in done.stdout.split())}
+
+
+def _is_preempted(said: dict[str, str]) -> bool:
+    """Whether the job still counts as running, and is to make room for another one. After scancel it is completing."""
     return said.get("JobState") == "RUNNING" and said.get("PreemptTime", "None") not in ("None", "")
 
 

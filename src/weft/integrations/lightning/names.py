@@ -52,7 +52,7 @@ def package_in_use() -> str:
     loaded = list(sys.modules)  # in the order of their imports
     if PACKAGES[1] not in loaded:
         return PACKAGES[0]
-    came_after = PACKAGES[0] not in loaded or loaded.index(__package__) < loaded.index(PACKAGES[0])
+    came_after = PACKAGES[0] not in loaded or loaded.index(__name__) < loaded.index(PACKAGES[0])
     return PACKAGES[1] if came_after else PACKAGES[0]
 
 
