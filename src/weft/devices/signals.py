@@ -19,10 +19,8 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP", "SIGXCPU") if hasattr(signal, n)]
-PATIENCE = 10.0  # seconds that a loop of the user's own has to come to the end of its step
 ECHO = 0.0
 """Seconds within which two Ctrl-C are one. In launched processes 1.0: the terminal's, and what is handed on of it."""
-_STARTS_OTHERS = {"sweeps", "recipes", "cli"}  # rooms whose frames stand below the user's code, not above it
 
 
 class SignalExit(SystemExit):
@@ -43,7 +41,7 @@ class Interruption:
         self.asked = 0
         self.between: Callable[[], None] | None = None
         """What leaves the run where code around it is at work, unless that may be in the middle of a step."""
-        self._held = self._overdue = False
+        self._held = self.overdue = False
         self._heard = float("-inf")
         self._alarm: threading.Timer | None = None
 
@@ -59,13 +57,18 @@ class Interruption:
                 yield
             finally:
                 self.between = None
-                self._forget_alarm()
+                if self._alarm is not None:
+                    self._alarm.cancel()
+                    self._alarm.join()
+                    self._alarm = None
 
     def _heed(self, at_once: bool, number: int, frame: FrameType | None) -> None:
         """What a signal does, in the main thread, where `frame` was being run."""
-        if self._overdue:  # the alarm's own: see `_wait_for_the_step`
-            self._overdue = False
-            if self.asked and not _is_under_way(frame):
+        from weft.devices.waiting import is_under_way, remind_later
+
+        if self.overdue:  # the alarm's own
+            self.overdue = False
+            if self.asked and not is_under_way(frame):
                 self.leave(self.asked)
             return
         if number == signal.SIGINT:
@@ -78,27 +81,9 @@ class Interruption:
             self.asked = number
         if at_once:
             self.leave(number)
-        if self.between is not None and not self._held and not _is_under_way(frame):
+        if self.between is not None and not self._held and not is_under_way(frame):
             self.between()
-            self._wait_for_the_step()
-
-    def _wait_for_the_step(self) -> None:
-        """The user's code may be in the middle of a step, or wait for something: it has some time to end it."""
-
-        def remind() -> None:
-            self._overdue = True
-            signal.pthread_kill(threading.main_thread().ident or 0, self.asked or signal.SIGTERM)
-
-        if self._alarm is None:
-            self._alarm = threading.Timer(PATIENCE, remind)
-            self._alarm.daemon = True
-            self._alarm.start()
-
-    def _forget_alarm(self) -> None:
-        if self._alarm is not None:
-            self._alarm.cancel()
-            self._alarm.join()
-            self._alarm = None
+            self._alarm = self._alarm or remind_later(self)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -124,10 +109,8 @@ def handled_by(heed: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in SIGNALS}
     ours = {number: handler for number, handler in before.items() if _is_free(handler)}
 
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        heed(number, frame)
-
-    on_signal.is_of_weft = True  # type: ignore[attr-defined]
+    on_signal: Any = partial(heed)
+    on_signal.is_of_weft = True
     try:
         _REPLACED.append(ours)
         for number in ours:
@@ -137,16 +120,6 @@ def handled_by(heed: Callable[[int, FrameType | None], None]) -> Iterator[None]:
         _REPLACED.pop()
         for number, handler in ours.items():
             signal.signal(number, handler)
-
-
-def _is_under_way(frame: FrameType | None) -> bool:
-    """Whether a piece of a run is being executed: then it comes to a boundary by itself."""
-    while frame is not None:
-        name = frame.f_globals.get("__name__", "").split(".")
-        if name[0] == "weft" and len(name) > 1 and name[1] not in _STARTS_OTHERS:
-            return True
-        frame = frame.f_back
-    return False
 
 
 _REPLACED: list[dict[int, Any]] = []

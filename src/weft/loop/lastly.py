@@ -1,4 +1,4 @@
-"""What is written when a run ends with a save still under way, or with an error. Loaded then."""
+"""What is done when a run ends with a save still under way, with an error, or by a signal. Loaded then."""
 
 from __future__ import annotations
 
@@ -6,8 +6,20 @@ import warnings
 from pathlib import Path
 
 from weft.checkpoint import archive
+from weft.devices.fabric import let_others_end
+from weft.devices.signals import SignalExit
 from weft.loop.contents import state_of_run
 from weft.step.state import RunState
+
+
+def come_back(state: RunState, error: BaseException | None) -> None:
+    """Where a signal ended the run SLURM may start it again, and processes that this script started end, too."""
+    if isinstance(error, SignalExit) and state.is_global_zero:
+        from weft.devices.requeue import requeue
+
+        requeue(error.number, is_saved=state.saves)
+    if isinstance(error, KeyboardInterrupt | SignalExit) and state.processes.world > 1:
+        let_others_end(state.fabric)
 
 
 def finish_saving(state: RunState, error: BaseException | None = None) -> None:

@@ -6,7 +6,6 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from weft.devices.fabric import let_others_end
 from weft.devices.signals import SignalExit, interactive
 from weft.loop.feeding import leave_folder
 from weft.loop.streams import lasting_streams
@@ -43,21 +42,11 @@ def heed_late(state: RunState, error: BaseException | None) -> None:
     interruption = state.control.interruption
     if error is not None or not interruption.asked or (interruption.asked == signal.SIGINT and interactive()):
         return
-    try:
-        interruption.leave(interruption.asked)
-    except SignalExit as leave:
-        come_back(state, leave)
-        raise
+    if interruption.asked != signal.SIGINT:
+        from weft.loop.lastly import come_back
 
-
-def come_back(state: RunState, error: BaseException | None) -> None:
-    """Where a signal ended the run SLURM may start it again, and processes that this script started end, too."""
-    if isinstance(error, SignalExit) and state.is_global_zero:
-        from weft.devices.requeue import requeue
-
-        requeue(error.number, is_saved=state.saves)
-    if isinstance(error, KeyboardInterrupt | SignalExit) and state.processes.world > 1:
-        let_others_end(state.fabric)
+        come_back(state, SignalExit(interruption.asked))
+    interruption.leave(interruption.asked)
 
 
 def rest_if_waiting(state: RunState, in_batches: bool, rest: Callable[..., None]) -> None:

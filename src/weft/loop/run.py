@@ -29,7 +29,7 @@ from weft.devices.signals import SignalExit, interactive
 from weft.events import AT_REST, Hook, listeners
 from weft.loop import feeding, phases
 from weft.loop.adapters import Seams, Told
-from weft.loop.leaving import before_training, come_back, heed_early, heed_late, rest_if_waiting
+from weft.loop.leaving import before_training, heed_early, heed_late, rest_if_waiting
 from weft.loop.remarks import tell_of_options
 from weft.loop.result import FitResult, result_of
 from weft.loop.short import SHORT
@@ -195,7 +195,10 @@ class Run(Told, Seams):
                 last.callback(call, state.trainer, error)
             if error is not None:
                 last.callback(self._finish_saving, error)
-        come_back(state, error)
+        if interrupted:
+            from weft.loop.lastly import come_back
+
+            come_back(state, error)
 
     def put_in_train_mode(self) -> None:
         """As the first epoch finds it."""

@@ -10,8 +10,10 @@ import select
 import sys
 
 
-def silence() -> None:
-    """Send what goes to a stdout or stderr that is gone to nowhere."""
+def silence(error: Exception) -> None:
+    """Send what goes to a stdout or stderr that is gone to nowhere. Raises an `error` that is the text's own fault."""
+    if isinstance(error, UnicodeError):
+        raise error
     for stream in (sys.stdout, sys.stderr):
         try:
             number = stream.fileno()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from typing import Any
 
 
@@ -19,35 +20,23 @@ class Lasting:
         self._file = file
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("write", "writelines", "flush"):  # an object of the user's may have `write` alone
+            return partial(_tried, getattr(self._file, name, bool))
         return getattr(self._file, name)
 
-    def write(self, text: str) -> Any:
-        """As of the file, where it works."""
-        return _tried(self._file.write, text)
 
-    def flush(self) -> None:
-        """As of the file, where it works; an object of the user's may have `write` alone."""
-        _tried(getattr(self._file, "flush", bool))
-
-
-def _tried(call: Callable[..., Any], *args: str) -> Any:
+def _tried(call: Callable[..., Any], *args: Any) -> Any:
     try:
         return call(*args)
-    except UnicodeError:  # the text's own fault
-        raise
-    except (OSError, ValueError):  # ValueError: the file was closed
+    except (OSError, ValueError) as error:  # ValueError: the file was closed
         from weft.loop.silence import silence
 
-        silence()
+        silence(error)
 
 
 @contextmanager
 def lasting_streams() -> Iterator[None]:
     """Within: sys.stdout and sys.stderr are Lasting. Not where a process has none, or an outer fit sees to it."""
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = ours = [f if isinstance(f, Lasting | None) else Lasting(f) for f in before]
-    try:
+    out, err = (f if isinstance(f, Lasting | None) else Lasting(f) for f in (sys.stdout, sys.stderr))
+    with redirect_stdout(out), redirect_stderr(err):
         yield
-    finally:  # unless somebody has put another one there
-        now = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = [b if n is o else n for b, o, n in zip(before, ours, now, strict=True)]
