@@ -16,6 +16,7 @@ import signal
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -27,7 +28,7 @@ from torch import nn
 
 from weft.checkpoint import archive
 from weft.checkpoint.weights import load_into, state_of
-from weft.devices import seeding
+from weft.devices import seeding, signals
 from weft.devices.fabric import quiet, start_method
 from weft.devices.group import dumps
 from weft.devices.signals import SignalExit, handled_by, interactive
@@ -69,7 +70,11 @@ def call(trainer: Any, fabric: Fabric, method: str, problem: nn.Module, *args: A
             _raise_first(Path(folder), error)
         told = archive.read(Path(folder) / "told.ckpt")
     fabric.strategy.precision.convert_module(problem)  # as it was there (64-true, bf16-true)
-    load_into(problem, told["problem"], source="the launched processes", any_size=True)
+    try:
+        load_into(problem, told["problem"], source="the launched processes", any_size=True)
+    except ValueError as misfit:  # it has grown there
+        why = str(misfit).partition("; pass")[0]
+        warnings.warn(f"The problem keeps its weights of before, result.last_weights are the new: {why}.", stacklevel=3)
     if told["state"] is not None:
         problem.eval()
         trainer.run = _run_after(trainer, problem, told)
@@ -106,13 +111,16 @@ def _work(fabric: Fabric, work: Any, folder: str, quiet: Any = None) -> None:
 
             work = cloudpickle.loads(work)
         trainer, problem, method, args, kwargs = work
+        signals.ECHO = 1.0
         trainer.launched = fabric
         returned = getattr(trainer, method)(*args, **kwargs)
         is_fit = isinstance(returned, FitResult)
         state = state_of_run(trainer.run.state) if is_fit else None  # of all processes
         if fabric.is_global_zero:
+            resumed_from = trainer.run.state.kept.resumed_from if is_fit else None
             returned = _plain_result(returned) if is_fit else returned
             told = {"problem": state_of(problem), "state": state, "returned": returned}
+            told["resumed_from"] = None if resumed_from is None else str(resumed_from)
             archive.write(Path(folder) / "told.ckpt", told)
         if torch.distributed.is_initialized():  # else a process of ddp_spawn aborts when it exits
             torch.distributed.barrier()
@@ -140,6 +148,7 @@ def _run_after(trainer: Any, problem: nn.Module, told: dict[str, Any]) -> Run:
     put_back_hooks([*(m for m in problem.modules() if isinstance(m, Hook)), *trainer.hooks], state)
     values = told["returned"]
     run.state.kept.run_dir = None if values["run_dir"] is None else Path(values["run_dir"])
+    run.state.kept.resumed_from = None if told["resumed_from"] is None else Path(told["resumed_from"])
     run.result = FitResult(**{**values, "run_dir": run.run_dir})
     run.state.control.stop_reason = run.result.stop_reason
     seeding.set_random_state({**state["random"], "cuda": []})  # as if the first process had been this one
@@ -199,14 +208,15 @@ def _same_environment() -> Iterator[None]:
 def _signals_go_to_children() -> Iterator[list[int]]:
     """A signal is only noted here, and handed on: the children end their step, save and leave, then this process does.
 
-    Ctrl-C is not handed on, as it reaches every process of the group, and twice means at once.
+    A Ctrl-C may have reached them already, or not (`kill -INT` of this process, an editor's stop button): they take two
+    at almost the same time for one.
     """
     asked: list[int] = []
     others = set(multiprocessing.active_children())
 
     def note(number: int, frame: Any) -> None:
         asked.append(number)
-        for child in set(multiprocessing.active_children()) - others if number != signal.SIGINT else ():
+        for child in set(multiprocessing.active_children()) - others:
             with suppress(ProcessLookupError):
                 os.kill(child.pid or 0, number)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
-from weft.step.optimizers import Scheduled, build_schedulers
+from weft.step.schedules import Scheduled, build_schedulers
 
 if TYPE_CHECKING:
     from weft.step.state import RunState
@@ -55,17 +55,19 @@ class Fresh:
     """A scheduler as it was given, before a checkpoint is put back: so one that is an object begins anew."""
 
     def __init__(self, scheduler: Any) -> None:
-        self.scheduler, self.optimizer = scheduler, scheduler.optimizer
-        self.state = copy.deepcopy(scheduler.state_dict())
-        self.groups = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
+        self.scheduler, self.optimizer = scheduler, getattr(scheduler, "optimizer", None)
+        self.state = copy.deepcopy(scheduler.state_dict()) if hasattr(scheduler, "state_dict") else {}
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        self.groups = [{k: v for k, v in g.items() if k != "params"} for g in groups]
 
     def put_back(self) -> None:
         """As before the first step, from the rates that the optimizer's groups have now (where it does not bring its
         own). TypeError for one that had stepped already."""
-        if self.state.get("last_epoch", 0) > 0:
+        if self.optimizer is None or self.state.get("last_epoch", 0) > 0:
+            why = "has no `optimizer`" if self.optimizer is None else "has stepped before"
             raise TypeError(
-                f"fit: renew='scheduler' makes the scheduler anew, and this {type(self.scheduler).__name__} has "
-                "stepped before; give it as a function of the optimizer."
+                f"fit: renew='scheduler' makes the scheduler anew, and this {type(self.scheduler).__name__} {why}; "
+                "give it as a function of the optimizer."
             )
         self.scheduler.load_state_dict(copy.deepcopy(self.state))
         bases = getattr(self.scheduler, "base_lrs", None)
@@ -138,7 +140,7 @@ def _make_schedules(state: RunState, saved: Mapping[str, Any], fresh: Mapping[in
     given, training = _scheduler_in_force(state), state.training
     for optimizer in training.optimizers.values():
         begin_at_base(optimizer)
-    training.schedules = build_schedulers(given, training.optimizers)
+    training.step_by(build_schedulers(given, training.optimizers))
     for name, schedule in training.schedules.items():
         if id(schedule.scheduler) in fresh:  # it was given as an object, which is still the one
             fresh[id(schedule.scheduler)].put_back()

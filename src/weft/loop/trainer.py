@@ -18,13 +18,10 @@ from weft.events import as_hooks
 from weft.loop import options as opts
 from weft.loop.adapters import adapter_for, split_hooks
 from weft.loop.default_hooks import hooks_from
-from weft.loop.evaluating import run_to_evaluate
-from weft.loop.remarks import tell_of_left_out
 from weft.loop.result import FitResult
 from weft.loop.run import Run
 from weft.loop.short import SHORT
 from weft.loop.tools import Tools
-from weft.problem.reading import forward_nodes
 from weft.step.optimizers import default_optimizer
 from weft.step.phase import Phase
 from weft.step.state import RunState
@@ -208,6 +205,8 @@ class Trainer(TrainerOptions, Tools):
 
     def predict_step(self, batch: Any) -> Mapping[str, Tensor]:
         """The predictions for a batch, by key."""
+        from weft.problem.outputs import forward_nodes
+
         return forward_nodes(self.problem)(batch)
 
     def configure_optimizers(self) -> Any:
@@ -283,6 +282,8 @@ class Trainer(TrainerOptions, Tools):
             from weft.loop.launch import call
 
             return call(self, fabric, "_evaluate", problem or self.problem, split, problem, data, setup_kwargs, keys)
+        from weft.loop.evaluating import run_to_evaluate
+
         with SHORT, run_to_evaluate(self, problem, split, data, setup_kwargs) as run:
             if not run.has(split):
                 raise ValueError(f"{split}: there is no {split} data; pass some.")
@@ -293,6 +294,7 @@ class Trainer(TrainerOptions, Tools):
     def save_weights(self, path: Any) -> None:
         """Write the problem's weights to `path`: plain tensors, readable with `weft.load_weights`."""
         from weft.checkpoint.weights_files import save_weights
+        from weft.loop.afterwards import tell_of_left_out
 
         save_weights(self.problem, path)
         tell_of_left_out(self.run, path)

@@ -14,7 +14,8 @@ from weft.devices.precision import scaler_of
 from weft.step.forward import forward_of
 from weft.step.instrument import watched
 from weft.step.microbatches import combiner, divided, is_nothing, num_read, parts_of, record, total, weight_of
-from weft.step.nonfinite import ignores, not_finite
+from weft.step.nonfinite import not_finite
+from weft.step.optimizer_step import ignores
 from weft.step.optimizers import needs_closure, parameters_of
 from weft.step.trained import look, rest_of
 
@@ -92,7 +93,7 @@ def evaluation_of(state: RunState) -> Evaluation:
         losses, read = [], []
         for part, examples, share in split(batch):
             loss, scalars = forward(part)
-            if state.training.outside:
+            if state.training.looks:
                 look(state, loss)
             share = weight_of(state, scalars, share)
             read.append(({k: v.detach() if isinstance(v, Tensor) else v for k, v in scalars.items()}, examples))

@@ -71,6 +71,15 @@ class Progress:
         self.last_epoch = self.first_epoch + epochs
         self.last_step = None if steps is None else self.first_step + steps
 
+    def skip(self) -> None:
+        """One more step was left out, as a number was not finite."""
+        self.skipped += 1
+        self.skipped_total += 1
+
+    def next_phase(self) -> None:
+        """One phase is over, the next begins."""
+        self.phase, self.phase_epoch, self.phase_ended = self.phase + 1, 0, ""
+
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -78,10 +87,6 @@ class Progress:
         for each in fields(self):
             if each.name != "fits" or "fits" in state_dict:  # files of the first version lack it
                 setattr(self, each.name, copy.deepcopy(state_dict[each.name]))
-
-    def was_done(self, number: int, epochs: int) -> bool:
-        """Whether fit `number` (from 0) of a script was over before the one that goes on here, and trained as many."""
-        return number < len(self.fits) and self.fits[number][1] == epochs
 
     @property
     def place(self) -> tuple[int, int, int]:
@@ -131,6 +136,11 @@ class Best:
         self.others: dict[str, torch.Tensor] = {}
         """Of what an optimizer holds and the problem does not register."""
 
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """What tells two bests of a run apart: name, value and epoch."""
+        return self.name, self.value, self.epoch
+
     def update(
         self, name: str, value: float | None, epoch: int, mode: str, problem: nn.Module, others: Any = None
     ) -> bool:
@@ -149,11 +159,17 @@ class Best:
         self.others = others.state_dict() if others is not None else {}
         return True
 
-    def restore(self, problem: nn.Module, others: Any) -> None:
-        """Put the best weights back, if there are any."""
+    def restore(self, problem: nn.Module, others: Any) -> str | None:
+        """Put the best weights back, if there are any. Why not, where the problem has changed its shape since."""
         if self.weights is not None:
-            self.weights.restore(problem)
+            try:
+                self.weights.restore(problem)
+            except ValueError as misfit:
+                from weft.step.explaining import no_more_fitting
+
+                return no_more_fitting(self.epoch, misfit)
             others.load_state_dict(self.others)
+        return None
 
     def state_dict(self, problem: nn.Module) -> dict[str, Any]:
         """The value and the weights that had it; these are None where `problem` holds them at this moment."""

@@ -36,12 +36,14 @@ from weft.devices.signals import Interruption
 from weft.events import AT_REST, EVENTS
 from weft.step.history import Best, History, Progress
 from weft.step.metrics import Means, check_scalars, whole_metrics
-from weft.step.optimizers import Others, Scheduled
+from weft.step.optimizers import Others
 from weft.step.phase import Phase
 from weft.step.throughput import Throughput
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+
+    from weft.step.schedules import Scheduled
 
 
 @dataclass
@@ -132,14 +134,32 @@ class Training:
     """What the problem had that requires grad when the optimizers of this phase were there."""
     outside: dict[int, Any] | None = None
     """In the first update of a phase, what requires grad besides (`trained.outside_of`); None: not looked for yet."""
+    looks: int = 0
+    """Updates of the phase whose losses are still looked at."""
+    judged: set[int] = field(default_factory=set)
+    """The tensors that were found where losses may reach them, by id, trained ones included."""
+    unknown: dict[int, Any] = field(default_factory=dict)
+    """Parameters that losses reached and that were found nowhere, with `looks` of then: made in the step, or hidden."""
+
+    def train_by(self, optimizers: dict[str, Optimizer], made: dict[str, str]) -> None:
+        """These from here on, which were `made` so; schedules are those that follow."""
+        self.optimizers, self.schedules, self.made = optimizers, {}, made
+
+    def step_by(self, schedules: dict[str, Scheduled], made: Mapping[str, str] | None = None) -> None:
+        """These schedules from here on, which were `made` so."""
+        self.schedules, self.made = schedules, {**self.made, **(made or {})}
 
     def register(self, problem: nn.Module) -> None:
         """Know what `problem` has to train at this moment, when the optimizers are there."""
         self.registered = {id(p): p for p in problem.parameters() if p.requires_grad}
 
-    def watch_for(self, outside: dict[int, Any]) -> None:
-        """Have losses looked at for these."""
-        self.outside = outside
+    def watch_for(self, outside: dict[int, Any], looks: int) -> None:
+        """Have losses of so many updates looked at, the open one included, for these."""
+        self.outside, self.looks, self.unknown = outside, looks, self.unknown if looks else {}
+
+    def meets_again(self, p: nn.Parameter) -> bool:
+        """Whether the losses of the update before reached this parameter of unknown origin too."""
+        return self.unknown.setdefault(id(p), (self.looks, p))[0] > self.looks  # it is kept: no id is used twice
 
     def turn(self, to: str) -> None:
         """Optimizers that train at other weights than they evaluate (schedule-free ones) turn to "train" or "eval"."""
@@ -155,6 +175,10 @@ class Feed:
     data: Any = None
     splits: dict[str, Any] = field(default_factory=dict)
     make: Callable[[], Data] | None = None
+
+    def use(self, data: Data, splits: dict[str, Any]) -> None:
+        """Train, evaluate and predict with `data`, in these batches by split, from here on."""
+        self.data, self.splits = data, splits
 
 
 @dataclass
@@ -178,6 +202,12 @@ class Epoch:
     steps_before: int | None = None
     """Steps of the run when it began, None where it was resumed in its middle."""
 
+    def put_back(self, saved: Mapping[str, Any]) -> None:
+        """Go on with what an open epoch had measured when it was `saved`."""
+        for name in ("means", "logged", "recent"):
+            getattr(self, name).load_state_dict(saved[name])
+        self.evaluated = dict(saved["evaluated"])
+
 
 @dataclass
 class Step:
@@ -191,7 +221,11 @@ class Step:
     statistics: Any = None
     """A copy of what normalisation layers had learned before (`nonfinite.RunningStatistics`)."""
     doubts: Any = None
-    """Steps on a GPU that are looked at later (`nonfinite.Doubts`)."""
+    """Steps on a GPU that are looked at later (`doubts.Doubts`)."""
+
+    def note_in(self, doubts: Any) -> None:
+        """Have steps looked at later."""
+        self.doubts = doubts
 
 
 @dataclass
@@ -220,6 +254,32 @@ class Kept:
     save_wanted: bool = False
     """A hook has asked for a checkpoint while others had not seen the step yet."""
 
+    def begin_data(self, random: dict[str, Any]) -> None:
+        """Know in which random state the data is made that follows."""
+        self.random_before_data, self.data_prints = random, {}
+
+    def begin_epoch(self, random: dict[str, Any] | None = None, generators: Mapping[str, Any] | None = None) -> None:
+        """Know in which random state an epoch begins (None: its data know their order)."""
+        self.random_before_epoch, self.generators_before_epoch = random, dict(generators or {})
+        self.take_random()
+
+    def put_back_random(self, saved: Mapping[str, Any]) -> None:
+        """Know what a checkpoint says of random numbers: before the data, before the open epoch, and at its place."""
+        self.random_before_data = saved["random_before_data"]
+        self.random_before_epoch = saved["random_before_epoch"]
+        self.generators_before_epoch = saved["generators_before_epoch"]
+        self.random_to_resume, self.generators_to_resume = saved["random"], saved["generators"]
+
+    def has_best(self, best: Best) -> None:
+        """A checkpoint holds these best weights."""
+        self.best_saved = best.place
+
+    def take_random(self) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        """The random state that a checkpoint says to go on in, once; then (None, {})."""
+        taken = self.random_to_resume, self.generators_to_resume
+        self.random_to_resume, self.generators_to_resume = None, {}
+        return taken
+
 
 @dataclass
 class Control:
@@ -245,6 +305,10 @@ class Control:
     warned: set[str] = field(default_factory=set)
     clock: float = field(default_factory=time.perf_counter)
     seconds_before: float = 0.0
+
+    def begin(self) -> None:
+        """Hooks know that the fit has started: from here on the run trains."""
+        self.begun = True
 
     @property
     def is_new(self) -> bool:
@@ -329,6 +393,11 @@ class RunState:
         """The trainer's options that are plain data."""
         return self.trainer.config
 
+    @cached_property
+    def max_seconds(self) -> float | None:
+        """How long this fit may last (s)."""
+        return self.config.max_seconds
+
     @property
     def phase(self) -> Phase:
         """The phase in force."""
@@ -354,10 +423,6 @@ class RunState:
         """The checkpoint of a later fit of a script than this one: the next fit goes on from it."""
         is_of_later = len(self.progress.fits) > self.control.number
         return str(self.kept.resumed_from) if is_of_later and self.kept.resumed_from is not None else None
-
-    def leave_to_next(self) -> None:
-        """Train nothing in this fit: the next one goes on from what was read."""
-        self.control.stop_reason, self.progress.last_epoch = None, self.progress.epoch
 
     # ---- data
 

@@ -115,7 +115,7 @@ class FitRun(Run):
     def _start(self) -> None:
         """Gradients that are there stay."""
         self.state.call("on_fit_start")
-        self.state.control.begun = True
+        self.state.control.begin()
 
     def tell_of_nothing_trained(self) -> None:
         """A fit that is resumed may have an epoch to close and nothing else."""
@@ -143,7 +143,7 @@ class FitRun(Run):
             self.loop.on_iteration_done()
             metrics: dict[str, Tensor] = self.view.callback_metrics
             plain = {name: value for name, value in metrics.items() if name not in ROW_NAMES and value.numel() == 1}
-            self.state.epoch.evaluated |= {name: float(value) for name, value in plain.items()}
+            self.state.epoch.evaluated.update({name: float(value) for name, value in plain.items()})
             super()._close_epoch()
 
     def batches(self, split: str = "train") -> Iterator[Any]:

@@ -392,7 +392,7 @@ class LightningRun(Run):
         if self._plateau_waits:
             self.step_plateau_schedulers(wait=False)
         if self.state.epoch.is_open:
-            self.state.epoch.evaluated |= metrics
+            self.state.epoch.evaluated.update(metrics)
         self.state.call("on_validation_end", metrics)
         return metrics
 

@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from weft.devices.precision import scaler_of
 from weft.integrations.lightning.names import lightning_class
 from weft.step.instrument import watched
-from weft.step.nonfinite import finite_check, ignores, not_finite
+from weft.step.nonfinite import not_finite
+from weft.step.optimizer_step import finite_check, ignores
 from weft.step.optimizers import needs_closure, parameters_of
 from weft.step.trained import look
 
@@ -85,7 +86,7 @@ class Strategy:
         """Gradients of `loss` by the module's `backward`, with the hooks around."""
         if self.precision_plugin.scaler is not None:
             loss = self.precision_plugin.scaler.scale(loss)
-        if self._run.state.training.outside:
+        if self._run.state.training.looks:
             look(self._run.state, loss)
         if self._before_backward is not None:
             self._before_backward(loss)
