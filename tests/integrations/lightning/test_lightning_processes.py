@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers import cluster
-from tests.helpers.notebooks import run_notebook
 from tests.helpers.patience import patience
 from tests.helpers.twins import contents, differing
 
@@ -34,40 +31,11 @@ def by_torchrun(arguments: list[str], aside: Path) -> None:
     by_script(arguments, aside, ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"))
 
 
-def in_a_notebook(arguments: list[str], aside: Path) -> None:
-    cells = "from tests.helpers.twin_processes import train_in_processes", f"train_in_processes(*{arguments!r})"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", PYTHONPATH)
-        run_notebook(*cells)
-
-
-def by_slurm(arguments: list[str], aside: Path) -> None:
-    if missing := cluster.missing_programs():
-        pytest.skip(f"needs SLURM: {missing}")
-    aside.mkdir()
-    node = cluster.Cluster(aside)
-    node.start()
-    try:
-        told, command = aside / "told", [sys.executable, "-m", "tests.helpers.twin_processes", *arguments]
-        job = aside / "job.sh"
-        job.write_text(f"#!/bin/bash\nexport PYTHONPATH={PYTHONPATH}\nsrun {' '.join(command)}\n")
-        number = node.call("sbatch", "--parsable", "--ntasks=2", f"--output={told}", str(job)).strip()
-        end = time.monotonic() + patience()
-        while (state := node.job(number)["JobState"]) in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
-            assert time.monotonic() < end, told.read_text()[-3000:]
-            time.sleep(0.1)
-        assert state == "COMPLETED", told.read_text()[-3000:]
-    finally:
-        node.stop()
-
-
 STARTS: dict[str, tuple[Start, str, str]] = {
     "script": (by_script, "ddp", "plain"),
     "manual optimization": (by_script, "ddp", "manual"),
     "torchrun": (by_torchrun, "ddp", "accumulated"),
     "spawn": (by_script, "ddp_spawn", "to a step"),
-    "notebook": (in_a_notebook, "ddp_notebook", "plain"),
-    "slurm": (by_slurm, "ddp", "synchronised"),
 }
 
 

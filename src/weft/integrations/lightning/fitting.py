@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
+from operator import is_
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,7 @@ class FitRun(Run):
         self.view, self.module = view, view.lightning_module
         self.loop: Any = view.fit_loop
         self.skip_rest_of_epoch = False
+        self.bound: list[Any] = []  # what the update was made of
         if names_explicitly(self.module.training_step, "dataloader_iter"):
             raise NotImplementedError("training_step takes 'dataloader_iter', which weft does not support.")
         before, loader = self.state, self.loop._combined_loader
@@ -84,6 +86,11 @@ class FitRun(Run):
     def bind(self) -> None:
         """The update, with the callbacks, hooks and steps of now: scripts exchange them between epochs."""
         self.callbacks: list[Any] = self.view.callbacks  # type: ignore[attr-defined]
+        own = [v for owner in (self.module, *self.callbacks) for v in vars(owner).values() if callable(v)]
+        found = [self.module.automatic_optimization, *self.callbacks, *own]
+        if len(found) == len(self.bound) and all(map(is_, found, self.bound)):
+            return
+        self.bound = found
         self.hooks_of = Hooks(self.view, self.module, self.callbacks)  # type: ignore[arg-type]
         self.step_context, self.training_step = step_in_strategy(self.view)
         self.bind_optimizers()
