@@ -94,7 +94,10 @@ def build_optimizers(given: Any, problem: nn.Module) -> dict[str, Optimizer]:
 def _build(name: str, given: Any, problem: nn.Module, named: bool) -> Optimizer:
     if not isinstance(given, Optimizer):
         if not callable(given):
-            raise TypeError(f"optimizer {name!r} is {given!r}; expected a torch optimizer or a function of parameters.")
+            raise TypeError(
+                f"optimizer {name!r} is {given!r}; expected a torch optimizer or a function of parameters, such as "
+                "optimizer=lambda params: torch.optim.Adam(params, lr=1e-3)."
+            )
         is_part = named or name != DEFAULT and _has(problem, name)
         owner, params = parameters_under(problem, name) if is_part else (problem, list(problem.parameters()))
         params = [p for p in params if p.requires_grad]
@@ -226,6 +229,10 @@ def build_schedulers(given: Any, optimizers: Mapping[str, Optimizer]) -> dict[st
                 raise TypeError(
                     f"scheduler {name!r} is {scheduler!r}; expected a scheduler or a function of the optimizer."
                 )
+            if isinstance(scheduler, type):
+                from weft.words.calls import check_call
+
+                check_call(f"scheduler {name!r}, the class {scheduler.__name__},", scheduler, ("optimizer",))
             scheduler = scheduler(optimizers[name])
         if not hasattr(scheduler, "step"):
             raise TypeError(
