@@ -12,13 +12,19 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 TEST_ENV := OMP_NUM_THREADS=1 NUMBA_DISABLE_JIT=1 MPLBACKEND=agg
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-long examples bench papers docs gpu gpu-tests lint clean
+# Other versions of torch that the compiled core is tested on; each takes some gigabytes beside .venv.
+TORCH ?= 2.11.0 2.12.1 2.14.1 2.15.0
+CORE := tests/compile/test_quick_graphs.py tests/compile/test_compiled.py tests/compile/test_hard_to_trace.py \
+	tests/compile/test_torchs_bugs.py
+
+.PHONY: demo test test-long examples bench papers versions docs gpu gpu-tests lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       train the constrained Rosenbrock problem, write runs/demo/"
 	@echo "make test       run the test suite        make test-long  its slow part"
 	@echo "make examples   run all tutorials in full make bench      run the benchmarks"
+	@echo "make versions   the compiled core on other versions of torch"
 	@echo "make gpu        accept weft on a GPU          make gpu-tests  the tests that need one"
 	@echo "make docs       build the site                make lint       ruff, format, types"
 	@echo "make clean      remove .venv"
@@ -41,6 +47,16 @@ bench: $(VENV)/ready-bench
 papers: $(VENV)/ready-bench
 	$(BIN)/python -m benchmarks.papers.hamiltonian_networks
 	$(BIN)/python -m benchmarks.papers.energy_natural_gradient
+
+# Everything else stays as constraints.txt has it.
+versions: $(VENV)/ready-test
+	@status=0; for version in $(TORCH); do \
+	  folder=$(VENV)/torch-$$version; \
+	  test -e $$folder/ready || { rm -rf $$folder; $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    --target $$folder torch==$$version && touch $$folder/ready; } || { status=1; continue; }; \
+	  echo "weft: torch $$version"; \
+	  PYTHONPATH=$$folder $(TEST_ENV) $(BIN)/python -m pytest -q $(CORE) $(ARGS) || status=1; \
+	done; exit $$status
 
 docs: $(VENV)/ready-docs
 	$(BIN)/python docs/build.py

@@ -342,6 +342,16 @@ def keras(workload: Workload, problem: nn.Module, tick: Tick) -> float:
     return float(evaluated(workload, problem, sliced(workload, "dev")))
 
 
+JAX_TAKES = ("Rosenbrock (weft)", "PINN (Burgers)", "neural ODE", "wide MLP")
+
+
+def jax(workload: Workload, problem: nn.Module, tick: Tick) -> float:
+    """JAX, written by hand, an epoch as one lax.scan."""
+    from benchmarks import in_jax
+
+    return in_jax.train(workload, problem, tick)
+
+
 def matrix_products(workload: Workload, problem: nn.Module, tick: Tick) -> float:
     """The floor: only the products of forward and backward, without any of the rest."""
     sizes = [workload.batch_size] * (workload.steps - 1)
@@ -382,6 +392,7 @@ PEERS: dict[str, Peer] = {
     "NeuroMANCER Trainer": neuromancer_trainer,
     "NeuroMANCER LitTrainer": neuromancer_lit_trainer,
     "Keras 3 on torch": keras,
+    "JAX, scan over an epoch": jax,
     "matrix products alone": matrix_products,
 }
 
@@ -394,6 +405,8 @@ def takes(name: str, workload: Workload) -> bool:
         return not workload.require_grad
     if name.startswith("Keras"):  # its optimizers are its own: the one that is the same as torch's is AdamW
         return workload.name in ("Rosenbrock (weft)", "Rosenbrock (NeuroMANCER)", "one batch an epoch")
+    if name.startswith("JAX"):
+        return workload.name in JAX_TAKES
     return name != "matrix products alone" or bool(workload.widths)
 
 

@@ -1,7 +1,8 @@
 """What a run survives, counted: `python -m benchmarks.reliability` writes results/reliability-<date>-<hardware>.md.
 
 The tests say yes or no; this says of how many. It uses their tools (tests/helpers), with more kills.
-`--readme` puts a short table between the marks in README.md.
+`--readme` puts a short table between the marks in README.md. What takes an hour is measured by `--long` (or
+`--long --only double`), kept in results/reliability-long.json, and stands in the table with its date.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("WEFT_TRACEBACK", "full")
 
 import argparse
 import contextlib
@@ -18,6 +20,7 @@ import datetime
 import errno
 import importlib.metadata
 import io
+import json
 import platform
 import re
 import shutil
@@ -60,8 +63,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--kills", type=int, default=300, help="kills in all (default 300)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--readme", action="store_true", help="also put the short table into README.md")
-    parser.add_argument("--only", default="", help="only the parts whose names hold this text; nothing is written")
+    parser.add_argument("--only", default="", help="only the parts whose names hold this text; no table is written")
+    parser.add_argument("--long", action="store_true", help="measure what takes an hour, for the next tables")
     given = parser.parse_args(arguments)
+    if given.long:
+        measure_long(given.only)
+        return
     rows: list[Row] = []
     for part in PARTS:
         if given.only not in part.__name__:
@@ -73,6 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"{row.what}: {row.found}", file=sys.stderr, flush=True)
     if given.only:
         return
+    rows += long_rows()
     date = datetime.date.today().isoformat()
     given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / f"reliability-{date}-{re.sub(r'[^a-z0-9]+', '-', cpu().lower()).strip('-')}.md"
@@ -83,6 +91,26 @@ def main(arguments: list[str] | None = None) -> None:
     if given.readme:
         fill(ROOT / "README.md", table([row for row in rows if row.in_readme]), f"benchmarks/results/{path.name}")
     print(path)
+
+
+def measure_long(only: str) -> None:
+    """Measure the parts that take long and keep what came of each, with the date."""
+    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    for part, size in LONG.items():
+        if only in part.__name__:
+            with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                rows = list(part(size))
+            date = datetime.date.today().isoformat()
+            kept[part.__name__] = [[row.what, f"{row.found} ({date})"] for row in rows]
+            print(*kept[part.__name__], sep="\n", flush=True)
+            KEPT.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def long_rows() -> list[Row]:
+    """What was measured by `--long`, at its dates."""
+    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    return [Row(*row) for part in LONG for row in kept.get(part.__name__, [])]
 
 
 def table(rows: list[Row]) -> str:
@@ -274,6 +302,65 @@ def signals(_: int) -> Iterator[Row]:
     )
 
 
+def process_groups(_: int) -> Iterator[Row]:
+    """Signals to groups of processes, each five times."""
+    told = _pytest("devices/test_process_groups.py", "all_signals", "long")
+    cells = int(found.group(1)) if (found := re.match(r"(\d+) passed \(tests\)", told)) else 0
+    yield Row(
+        "SIGINT, SIGTERM, SIGUSR1, SIGHUP to process groups (no workers, fork, spawn, persistent ones) of scripts, "
+        "torchrun and notebooks, 5 times each",
+        f"{5 * cells} of {5 * cells} saved, {cells} of {cells} runs end at the undisturbed sha256" if cells else told,
+    )
+
+
+def double_starts(count: int) -> Iterator[Row]:
+    """Two processes in one run folder."""
+    import random
+
+    from tests.helpers.twice import start_twice
+
+    draw = random.Random(3)
+    wrong = [told for number in range(count) if (told := start_twice(Path(str(number)).resolve(), draw))]
+    print(*wrong, sep="\n", file=sys.stderr)
+    yield Row(f"{count} double starts (same name, auto, while it runs, owner killed)", f"{len(wrong)} lost or mixed")
+
+
+def random_configurations(count: int) -> Iterator[Row]:
+    """Configurations drawn at random, killed again and again."""
+    from tests.helpers.random_runs import kill_random
+
+    os.environ["WEFT_CACHE"] = str(Path("cache").resolve())
+    found, wrong = kill_random(Path.cwd(), range(count))
+    print(*wrong, sep="\n", file=sys.stderr)
+    yield Row(f"{count} random configurations, own loops, compiled, two processes too", _counted(found))
+
+
+def odd_folders(_: int) -> Iterator[Row]:
+    """What somebody else put into the folder of a run, against each command that only looks."""
+    from tests.helpers import odd
+
+    from weft import cli
+
+    folders, answers = odd.answers_to_looks(Path.cwd(), cli.main)
+    wrong, ran = sum(map(odd.misbehaves, answers)), len(list(Path.cwd().rglob("PWNED")))
+    seconds, mib = max(one.seconds for one in answers), max(one.mib for one in answers)
+    yield Row(
+        f"{folders} odd and hostile run folders, {len(answers)} commands that only look",
+        f"{ran} ran code, {wrong} tracebacks; slowest {seconds:.1f} s, most memory {mib:.0f} MiB",
+    )
+
+
+def random_values(count: int) -> Iterator[Row]:
+    """Values of any kind for options, data and what steps return."""
+    from tests.helpers.wrong_values import raw_errors
+
+    found = raw_errors(seed=7, size=count)
+    print(*found.items(), sep="\n", file=sys.stderr)
+    accepted = len(found.pop("accepted", []))
+    raw = sum(map(len, found.values()))
+    yield Row(f"{count:,} random values for options and data", f"{raw} raw errors, {accepted} wrongly accepted")
+
+
 def not_finite(_: int) -> Iterator[Row]:
     """NaN and infinities in loss, terms, gradients and metrics."""
     yield Row(
@@ -351,7 +438,7 @@ def write_times(_: int) -> Iterator[Row]:
         )
 
 
-def _pytest(files: str, select: str = "") -> str:
+def _pytest(files: str, select: str = "", marked: str = "not long") -> str:
     """The counts that pytest reports for some files of tests."""
     paths = [str(ROOT / "tests" / file) for file in files.split()]
     command = [
@@ -364,7 +451,7 @@ def _pytest(files: str, select: str = "") -> str:
         *paths,
         *(["-k", select] if select else []),
     ]
-    done = subprocess.run([*command, "-m", "not long"], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run([*command, "-m", marked], capture_output=True, text=True, cwd=ROOT, check=False)
     lines = done.stdout.strip().splitlines() or ["no output"]
     return re.sub(r" in .*| *=+ *|, \d+ deselected", "", lines[-1]) + " (tests)"
 
@@ -375,6 +462,7 @@ PARTS: list[Callable[[int], Iterator[Row]]] = [
     full_disk,
     damage,
     hostile_files,
+    odd_folders,
     signals,
     not_finite,
     memory,
@@ -382,6 +470,13 @@ PARTS: list[Callable[[int], Iterator[Row]]] = [
     write_times,
     controls,
 ]
+LONG: dict[Callable[[int], Iterator[Row]], int] = {
+    process_groups: 48,
+    double_starts: 200,
+    random_configurations: 100,
+    random_values: 20_000,
+}
+KEPT = Path(__file__).parent / "results/reliability-long.json"
 
 if __name__ == "__main__":
     main()

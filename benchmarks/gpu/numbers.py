@@ -165,14 +165,14 @@ def _where(found: list[str]) -> str:
 @contextmanager
 def as_on_a_gpu(bench: Bench) -> Iterator[None]:
     """In a rehearsal the CPU counts as a device where a read waits."""
-    from weft.step import nonfinite
+    from weft.step import optimizer_step
 
-    was = nonfinite.READS_ARE_FREE
-    nonfinite.READS_ARE_FREE = was if bench.on_gpu else ()  # type: ignore[assignment]
+    was = optimizer_step.READS_ARE_FREE
+    optimizer_step.READS_ARE_FREE = was if bench.on_gpu else ()  # type: ignore[assignment]
     try:
         yield
     finally:
-        nonfinite.READS_ARE_FREE = was
+        optimizer_step.READS_ARE_FREE = was
 
 
 def _rows(rows: int) -> dict[str, Tensor]:

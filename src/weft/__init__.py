@@ -56,33 +56,33 @@ if TYPE_CHECKING:
     from weft.checkpoint.weights_files import load_weights as load_weights
     from weft.checkpoint.weights_files import save_weights as save_weights
     from weft.config import CheckpointConfig as CheckpointConfig
-    from weft.config import DataConfig as DataConfig
     from weft.config import TrainerConfig as TrainerConfig
     from weft.data.data import Data as Data
     from weft.data.datasets import DictDataset as DictDataset
-    from weft.data.datasets import windows as windows
+    from weft.data.windows import windows as windows
     from weft.events import Hook as Hook
     from weft.integrations.neuromancer.littrainer import LitTrainer as LitTrainer
     from weft.loop.result import FitResult as FitResult
-    from weft.loop.result import load_result as load_result
     from weft.loop.run import Run as Run
     from weft.loop.trainer import Trainer as Trainer
+    from weft.problem.barrier import BarrierLoss as BarrierLoss
+    from weft.problem.constraints import equal as equal
+    from weft.problem.constraints import greater_equal as greater_equal
+    from weft.problem.constraints import less_equal as less_equal
     from weft.problem.derivatives import gradient as gradient
     from weft.problem.lagrangian import AugmentedLagrangian as AugmentedLagrangian
-    from weft.problem.losses import BarrierLoss as BarrierLoss
     from weft.problem.losses import PenaltyLoss as PenaltyLoss
     from weft.problem.nodes import Node as Node
-    from weft.problem.nodes import Rollout as Rollout
     from weft.problem.problem import Problem as Problem
     from weft.problem.residuals import residual as residual
+    from weft.problem.rollout import Rollout as Rollout
     from weft.problem.scores import whole as whole
     from weft.problem.supervised import Supervised as Supervised
-    from weft.problem.terms import equal as equal
-    from weft.problem.terms import greater_equal as greater_equal
-    from weft.problem.terms import less_equal as less_equal
     from weft.problem.terms import objective as objective
+    from weft.recipes.batches import DataConfig as DataConfig
     from weft.records.comparison import compare as compare
     from weft.records.listing import runs as runs
+    from weft.records.results import load_result as load_result
     from weft.slurm.submitting import submit as submit
     from weft.step.phase import Phase as Phase
     from weft.step.phase import Schedule as Schedule

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from weft.types import suggest
+from weft.types import alternatives
 
 # ------------------------------------------------------------------------------------------------ kinds of values
 
@@ -282,42 +282,7 @@ class TrainerConfig:
         return dataclasses.asdict(self)
 
 
-@with_manual
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """How data is cut into batches, where it differs from what the data setup function returned.
-
-    None everywhere: as it said. The fields are those of `weft.Data`.
-    """
-
-    batch_size: BatchSize = None
-    """Rows per batch and process (>= 1), "all" for one batch, or a dict of these by split or part."""
-    shuffle: bool | None = None
-    """Training rows in a new order each epoch."""
-    drop_last: bool | None = None
-    """Leave out a short last training batch."""
-    num_workers: Natural | Literal["all"] | None = None
-    """Processes that read a dataset which is not made of tensors (>= 0); "all": one per core."""
-    pre_batch: Literal["in_memory", "on_disk"] | None = None
-    """Make the batches of a dataset once and keep them, in memory or in a temporary folder."""
-    refresh_every: Count | None = None
-    """Call the data setup function again every n epochs (>= 1)."""
-    inputs_require_grad: list[str] | None = None
-    """Keys that derivatives are taken with respect to."""
-
-    def __post_init__(self) -> None:
-        check(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for YAML; `DataConfig(**config.to_dict()) == config`."""
-        return dataclasses.asdict(self)
-
-
 # ------------------------------------------------------------------------------------------------ checking
-
-_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "nothing (null)"}
-_WORDS |= {dict: "a dict", Mapping: "a dict", list: "a list", tuple: "a list", Sequence: "a list"}
-_LISTS = (list, tuple, Sequence)
 
 
 def check(config: Any) -> None:
@@ -334,7 +299,7 @@ def check(config: Any) -> None:
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping) and not isinstance(value, dict):
         return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes | list | tuple):
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview | list | tuple):
         return [_plain(part) for part in value]
     return value
 
@@ -367,13 +332,15 @@ def complaints(cls: type, values: Mapping[str, Any], prefix: str = "") -> list[s
 
 def config_in(kind: Any) -> type | None:
     """The dataclass among the alternatives of a type: what a dict in its place describes."""
-    return next((a for a in _alternatives(kind) if isinstance(a, type) and dataclasses.is_dataclass(a)), None)
+    return next((a for a in alternatives(kind) if isinstance(a, type) and dataclasses.is_dataclass(a)), None)
 
 
 def complaint(value: Any, kind: Any) -> str:
     """Why `value` cannot stand where the type `kind` is asked for, "" if it can."""
-    fitting = [a for a in _alternatives(kind) if matches(value, a)]
+    fitting = [a for a in alternatives(kind) if matches(value, a)]
     if not fitting:
+        from weft.words.kinds import expected
+
         return expected(kind, value)
     if isinstance(value, float) and not math.isfinite(value):
         return "expected a finite number"
@@ -394,7 +361,7 @@ def matches(value: Any, kind: Any) -> bool:
         return any(value is a or (type(value) is type(a) and value == a) for a in args)
     if origin in (dict, Mapping):
         return isinstance(value, origin) and all(matches(k, args[0]) and matches(v, args[1]) for k, v in value.items())
-    if origin in _LISTS:
+    if origin in (list, tuple, Sequence):
         return isinstance(value, list | tuple) and all(matches(v, args[0]) for v in value)
     if kind is Any:
         return True
@@ -404,36 +371,6 @@ def matches(value: Any, kind: Any) -> bool:
         return isinstance(value, origin or kind)
     except TypeError:  # nothing that a value can be asked for, such as a type variable
         return True
-
-
-def _alternatives(kind: Any) -> tuple[Any, ...]:
-    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-
-
-def expected(kind: Any, found: Any) -> str:
-    """What the type `kind` asks for, in words, with the closest of its choices to the text `found`."""
-    choices = [c for a in _alternatives(kind) if get_origin(a) is Literal for c in get_args(a) if isinstance(c, str)]
-    if not isinstance(found, str) or not choices:
-        return f"expected {describe(kind)}"
-    from weft.words.foreign import VALUES
-
-    theirs = VALUES.get(found.lower())
-    return f"expected {describe(kind)}{suggest(found if theirs not in choices else theirs, choices)}"
-
-
-def describe(kind: Any) -> str:
-    """The type `kind` in words: "a whole number or nothing (null)"."""
-    origin, args = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        return describe(args[0])
-    if origin is Literal:
-        return " or ".join(repr(c) for c in args)
-    if origin in (Union, UnionType):
-        return " or ".join(dict.fromkeys(describe(a) for a in args))
-    if origin in _LISTS:
-        return f"a list (each {describe(args[0])})"
-    name = origin or kind
-    return _WORDS.get(name, getattr(name, "__name__", str(kind)))
 
 
 def parse_time(text: str) -> float:

@@ -69,6 +69,11 @@ def attributes_of(things: Iterable[tuple[str, Any]]) -> Iterator[Place]:
                 yield Place(path, path, name, value, partial(own.__getitem__, name), partial(own.__setitem__, name))
 
 
+def methods_of(kind: type) -> Iterator[types.FunctionType]:
+    """The functions that a class defines itself."""
+    return (value for value in vars(kind).values() if isinstance(value, types.FunctionType))
+
+
 def places(problem: nn.Module, everything: bool = False) -> Iterator[Place]:
     """What the modules of a problem hold besides their parameters, buffers and modules, and what their functions read.
 

@@ -8,7 +8,9 @@ These are the rules of YAML 1.2's core schema; PyYAML alone follows 1.1.
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -109,10 +111,22 @@ def _size_of(data: Any, known: dict[int, int]) -> int:
     return known[id(data)]
 
 
+def only_files(path: str, flags: int) -> int:
+    """An opener (`open(path, opener=only_files)`) for files of strangers: to read a pipe or a device may never end.
+
+    Raises ValueError for these.
+    """
+    number = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise ValueError(f"{path}: no regular file")
+    return number
+
+
 def load_file(path: str | Path) -> Any:
     """What a YAML file says. Raises FileNotFoundError or ValueError naming the file."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=only_files) as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise ValueError(f"{path}: longer than {MAX_BYTES >> 10} KiB")

@@ -133,6 +133,50 @@ def test_too_many_operations_are_known_before_they_are_traced(monkeypatch: pytes
         )
 
 
+class Steps(nn.Module):
+    """Very many steps of Euler: about 10,000 operations with their gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.right = nn.Linear(2, 2)
+
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        x = torch.cat([batch["a"], batch["p"]], -1)
+        for _ in range(450):
+            x = x + 0.01 * self.right(x).tanh()
+        return x.square().mean()
+
+
+@pytest.mark.long
+def test_ten_thousand_operations_are_one_graph_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    made = graphs.compile_graph
+
+    def compile_graph(graph: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(graph.graph.nodes))
+        return made(graph, *args, **kwargs)
+
+    def losses(compile: bool) -> list[float]:
+        found: list[float] = []
+
+        def note(trainer: Any, batch: Any, loss: Tensor) -> None:
+            found.append(float(loss))
+            if len(found) == 12:
+                trainer.stop("enough")
+
+        trainer = weft.Trainer(epochs=10**5, compile=compile, progress=False, hooks={"on_step_end": note})
+        trainer.fit(Steps(), weft.Data(parameter_rows(20), batch_size=10))
+        return found
+
+    monkeypatch.setattr(graphs, "compile_graph", compile_graph)
+    compiled = losses(True)
+    assert len(sizes) == 1
+    assert choosing.MAX_UNASKED < sizes[0] < graphs.MAX_NODES
+    assert compiled == pytest.approx(losses(False), rel=1e-4)
+    assert compiled[0] > compiled[-1]
+
+
 def test_tracing_stops_at_the_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "MAX_NODES", 20)
     calls = []

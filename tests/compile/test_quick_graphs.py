@@ -148,6 +148,7 @@ def test_weights_are_bit_for_bit_those_of_torchs_own_packages(
 
 
 @pytest.mark.usefixtures("stock")
+@pytest.mark.long
 def test_a_graph_has_the_bits_of_torchs_own_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net, x = tanh_net(3, 2), torch.rand(9, 3)
 
@@ -173,10 +174,10 @@ def test_which_torch_was_read() -> None:
 
 
 def several_kinds(x: Tensor, y: Tensor) -> list[Tensor]:
-    """Outputs that are inputs, views of each other and of temporaries, and the same one twice."""
+    """Outputs that are inputs, copies of them, views of each other and of temporaries, and the same one twice."""
     z = (x @ y).tanh()
     w = z @ z + 1
-    return [x, z, z.t(), w[0], w, z.t()[1:], (z @ z).sum()]
+    return [x, z, z.t(), w[0], w, z.t()[1:], (z @ z).sum(), y.detach().clone()]
 
 
 def test_outputs_own_their_memory_and_inputs_stay(folder: Path) -> None:
@@ -191,6 +192,7 @@ def test_outputs_own_their_memory_and_inputs_stay(folder: Path) -> None:
         for expected, value in zip(several_kinds(*given), found, strict=True):
             torch.testing.assert_close(value, expected)
     assert not same(first[1], second[1])
+    assert kept[-1].data_ptr() != one[1].data_ptr()
 
 
 def test_temporaries_are_kept_only_up_to_a_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,6 +334,25 @@ def test_a_header_that_was_cut_short_is_thrown_away(folder: Path, monkeypatch: p
     assert graph_files(folder) == [".so"]
 
 
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize(("compile", "is_there", "expected"), [(True, False, 1), (True, True, 0), ("auto", False, 0)])
+def test_the_header_is_begun_before_the_first_step_where_a_graph_is_sure(
+    compile: Any, is_there: bool, expected: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for header in folder.glob("kernels-*"):
+        header.unlink()
+    if is_there:
+        (folder / "0123.so").touch()
+    begun: list[Path] = []
+    monkeypatch.setattr(library, "prepare_header", begun.append)
+    at_first: list[int] = []
+    hooks = {"on_step_start": lambda *_: at_first.append(len(begun))}
+    weft.Trainer(epochs=1, compile=compile, progress=False, hooks=hooks).fit(
+        small_rosenbrock(), weft.Data(parameter_rows(20), batch_size=10)
+    )
+    assert at_first == [expected] * 2
+
+
 def test_a_file_that_was_cut_short_is_made_anew(folder: Path) -> None:
     def build() -> Tensor:
         return compiled_fit(lambda x: [x.tanh() @ x], torch.rand(4, 4))(torch.eye(4))[0]
@@ -358,6 +379,7 @@ def test_a_full_disk_means_eager_and_says_so(folder: Path, monkeypatch: pytest.M
     assert graph_files(folder) == []
 
 
+@pytest.mark.long
 def test_vector_units_that_the_compiler_does_not_know_are_looked_for(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

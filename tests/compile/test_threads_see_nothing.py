@@ -102,7 +102,10 @@ ASKED = (
 
 
 @pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize("asked", [ASKED[:2], ASKED[2:]], ids=["of torch", "of the run"])
+@pytest.mark.parametrize(
+    "asked",
+    [pytest.param(ASKED[:2], id="of torch", marks=pytest.mark.long), pytest.param(ASKED[2:], id="of the run")],
+)
 def test_another_thread_sees_the_run_as_it_is_while_a_step_is_traced(
     asked: tuple[Callable[[Any], Any], ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

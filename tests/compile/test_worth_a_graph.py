@@ -90,6 +90,21 @@ def test_a_kind_that_wins_what_it_costs_has_its_graph(
 
 
 @pytest.mark.usefixtures("uncompiled", "true_costs")
+def test_a_very_large_graph_is_made_where_the_steps_to_come_pay_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choosing, "MAX_UNASKED", 100)
+
+    def stop(trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 5:
+            trainer.stop("enough")
+
+    with pytest.warns(UserWarning, match=r"eager: a graph of about \d+ operations takes \d+ s to make"):
+        _, few = counted_fit(True)
+    assert graphs_counted(few)[0] == choosing.EAGER
+    _, many = counted_fit(True, epochs=10**6, hooks={"on_step_end": stop})
+    assert graphs_counted(many)[0] == 1
+
+
+@pytest.mark.usefixtures("uncompiled", "true_costs")
 @pytest.mark.parametrize("stop_at", [2, 5, 6, 11])
 def test_a_resumed_run_decides_as_the_uninterrupted_one(
     stop_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import weft
-from weft.step.nonfinite import Doubts
+from weft.step.doubts import Doubts
 
 TIMES = torch.tensor([[1000.3], [2.0], [3.5], [0.25]])  # 1000.3 is 1000 in bfloat16
 
@@ -104,7 +104,7 @@ class Breaks(DtypeNet):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU counts as a device where reading a number waits for what was queued."""
-    monkeypatch.setattr("weft.step.nonfinite.READS_ARE_FREE", ())
+    monkeypatch.setattr("weft.step.optimizer_step.READS_ARE_FREE", ())
 
 
 def fused_adam(params: Any) -> torch.optim.Optimizer:
@@ -135,7 +135,7 @@ def test_steps_that_are_looked_at_later_train_as_those_that_are_looked_at_one_by
     later = DtypeNet()
     now = copy.deepcopy(later)
     trained_in("32-true", later, optimizer=fused_adam, clip=0.5)
-    monkeypatch.setattr("weft.step.nonfinite.READS_ARE_FREE", ("cpu",))
+    monkeypatch.setattr("weft.step.optimizer_step.READS_ARE_FREE", ("cpu",))
     trained_in("32-true", now, optimizer=fused_adam, clip=0.5)
     assert all(torch.equal(a, b) for a, b in zip(later.parameters(), now.parameters(), strict=True))
 

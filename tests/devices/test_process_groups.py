@@ -14,6 +14,7 @@ import pytest
 
 import weft
 from tests.helpers import grouped
+from tests.helpers.notebooks import run_notebook
 from tests.helpers.patience import patience
 from weft.checkpoint import folder as checkpoints
 
@@ -33,7 +34,7 @@ def run_group(folder: Path, kind: str, name: str = "", step: int = 0, before: An
     command = [sys.executable, *before, str(SCRIPT), str(folder), kind, name, str(step)]
     job = subprocess.Popen(command, env=group_environment(), start_new_session=True, stderr=subprocess.PIPE, text=True)
     try:
-        _, errors = job.communicate(timeout=patience())
+        _, errors = job.communicate(timeout=patience())  # also what torchrun leaves behind holds the pipe
     finally:
         try:
             os.killpg(job.pid, signal.SIGKILL)
@@ -44,23 +45,23 @@ def run_group(folder: Path, kind: str, name: str = "", step: int = 0, before: An
 
 @pytest.fixture(scope="module")
 def undisturbed_group(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    found: dict[str, str] = {}
+    found: dict[tuple[str, ...], str] = {}
 
-    def digest(kind: str) -> str:
-        if kind not in found:
+    def digest(kind: str, before: Any = ()) -> str:
+        if (key := (kind, *before)) not in found:
             folder = tmp_path_factory.mktemp(kind)
-            status, errors = run_group(folder, kind)
+            status, errors = run_group(folder, kind, before=before)
             assert status == 0, errors
-            found[kind] = (folder / "digest").read_text()
-        return found[kind]
+            found[key] = (folder / "digest").read_text()
+        return found[key]
 
     return digest
 
 
 def check_group(folder: Path, kind: str, name: str, step: int, digest: str) -> None:
     status, errors = run_group(folder, kind, name, step)
-    assert status in STATUS[name], errors
-    assert "RuntimeError" not in errors and ("KeyboardInterrupt" in errors) == (name == "SIGINT")
+    assert status in STATUS[name.removeprefix("PARENT_")], errors
+    assert "RuntimeError" not in errors and ("KeyboardInterrupt" in errors) == name.endswith("SIGINT")
     later = kind.startswith("ddp")  # several processes tell each other at the next update
     assert checkpoints.load(folder / "run")[0]["progress"]["step"] == step + later
     assert weft.load_result(folder / "run").stop_reason == "interrupted"
@@ -79,6 +80,9 @@ def check_group(folder: Path, kind: str, name: str, step: int, digest: str) -> N
         pytest.param("forkserver", "SIGXCPU", marks=pytest.mark.long),
         pytest.param("ddp", "SIGTERM", marks=pytest.mark.long),
         pytest.param("ddp_fork", "SIGUSR1", marks=pytest.mark.long),
+        pytest.param("ddp_fork", "SIGINT", marks=pytest.mark.long),
+        pytest.param("ddp_fork", "PARENT_SIGINT", marks=pytest.mark.long),  # as an editor's stop button
+        pytest.param("ddp_spawn", "PARENT_SIGINT", marks=pytest.mark.long),
     ],
 )
 def test_a_signal_to_the_group_is_saved_and_resumed_to_the_same_bits(
@@ -87,12 +91,64 @@ def test_a_signal_to_the_group_is_saved_and_resumed_to_the_same_bits(
     check_group(tmp_path, kind, name, 8, undisturbed_group(kind))
 
 
+MOMENTS_OF_TRIES = {1: (2, 5, 6, 7, 10), 2: (1, 2, 3, 4, 5)}  # of 12 steps of one process, of 6 of each of two
+PROCESSES = {"none": 2, "fork": 1, "spawn": 1, "persistent": 1}  # that torchrun starts
+ALL = [("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"), ("none", "fork", "spawn", "persistent")]
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])
-@pytest.mark.parametrize("kind", ["none", "fork", "spawn", "persistent"])
-def test_all_signals_to_all_kinds_of_groups(kind: str, name: str, tmp_path: Path, undisturbed_group: Any) -> None:
-    for attempt, step in itertools.product(range(5), [5]):
-        check_group(tmp_path / str(attempt), kind, name, step + attempt, undisturbed_group(kind))
+@pytest.mark.parametrize("launcher", ["script", "torchrun"])
+@pytest.mark.parametrize(("name", "kind"), [*itertools.product(*ALL)])
+def test_all_signals_to_all_kinds_of_groups(
+    kind: str, name: str, launcher: str, tmp_path: Path, undisturbed_group: Any
+) -> None:
+    """Five tries in one life, which ends where the undisturbed one does."""
+    world = PROCESSES[kind] if launcher == "torchrun" else 1
+    before = [*TORCHRUN[:-1], f"--nproc-per-node={world}"] if launcher == "torchrun" else []
+    for step in MOMENTS_OF_TRIES[world]:
+        status, errors = run_group(tmp_path, kind, name, step, before)
+        # torchrun ends with a status of its own
+        assert status in STATUS[name] if launcher == "script" else status != 0, errors
+        assert ("KeyboardInterrupt" in errors) == (name == "SIGINT") and "DataLoader worker" not in errors, errors
+        assert checkpoints.load(tmp_path / "run")[0]["progress"]["step"] == step + (world > 1), errors
+        assert weft.load_result(tmp_path / "run").stop_reason == "interrupted"
+    status, errors = run_group(tmp_path, kind, before=before)
+    assert status == 0, errors
+    assert (tmp_path / "digest").read_text() == undisturbed_group(kind, before)
+
+
+CELL = """
+from tests.helpers.grouped import train_in_group
+try:
+    train_in_group({folder!r}, {kind!r}, {name!r}, {step!r})
+    left = 0
+except SystemExit as leave:
+    left = leave.code
+print(left)
+"""
+
+
+def text_of_output(output: Any) -> str:
+    return output.get("text", "") or output["data"]["text/plain"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "kind"), [*itertools.product(*ALL)])
+def test_all_signals_to_the_kernel_of_a_notebook_and_its_workers(
+    kind: str, name: str, tmp_path: Path, undisturbed_group: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel outlives them: Ctrl-C gives a result, the others leave the cell."""
+    for variable in ("PYTHONPATH", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(variable, group_environment()[variable])
+    tries = [(name, str(step)) for step in MOMENTS_OF_TRIES[1]]
+    cells = [CELL.format(folder=str(tmp_path), kind=kind, name=n, step=s) for n, s in [*tries, ("", "0")]]
+    look = f"import weft; weft.load_result({str(tmp_path / 'run')!r}).steps"
+    found = run_notebook(*itertools.chain(*((cell, look) for cell in cells)))
+    outputs = ["".join(map(text_of_output, cell.outputs)) for cell in found.cells]
+    left = "0" if name == "SIGINT" else str(*STATUS[name])
+    assert [int(text) for text in outputs[1::2]] == [*MOMENTS_OF_TRIES[1], 12]
+    assert [text.strip() for text in outputs[::2]] == [*[left] * 5, "0"]
+    assert (tmp_path / "digest").read_text() == undisturbed_group(kind)
 
 
 WAITING = """

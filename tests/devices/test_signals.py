@@ -20,6 +20,7 @@ from tests.helpers.crashes import IO_CALLS, in_child
 from tests.helpers.patience import patience
 from tests.helpers.resuming import FUSE, SETTINGS, differences, fit, last_state, make_data, make_problem, summary
 from weft.checkpoint import folder as checkpoints
+from weft.devices.requeue import requeue
 from weft.devices.signals import SIGNALS, SignalExit
 
 EXIT = {"SIGTERM": 143, "SIGUSR1": 138}
@@ -189,7 +190,7 @@ def test_slurm_puts_the_job_back_after_it_was_saved(
         assert calls.startswith("requeue 4711\n") and "step-000000004.ckpt" in calls  # it was there by then
         environment.setenv("SLURM_ARRAY_JOB_ID", "12")
         environment.setenv("SLURM_ARRAY_TASK_ID", "3")
-        SignalExit(signal.SIGUSR1).requeue(True) if not fails else None
+        requeue(signal.SIGUSR1, is_saved=True) if not fails else None
         assert fails or "requeue 12_3" in (tmp_path / "calls").read_text()
         FUSE.set(2, send("SIGUSR1"))
         with pytest.raises(SystemExit), pytest.warns(UserWarning, match="not requeued: it writes no checkpoints"):

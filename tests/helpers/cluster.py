@@ -9,11 +9,50 @@ import shutil
 import signal
 import socket
 import subprocess
+import textwrap
 import time
 from pathlib import Path
 
+from tests.helpers.patience import patience
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "scancel")
+MODULE = """
+    import time
+    from pathlib import Path
+    import torch, weft
+    from torch.utils.data import DataLoader, Dataset
+
+    class Noisy(Dataset):
+        def __len__(self):
+            return 48
+        def __getitem__(self, i):
+            return {"x": torch.full((2,), i / 48.0) + 0.01 * torch.randn(2)}
+
+    def make_problem(pause=0.05):
+        net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Dropout(0.2), torch.nn.Linear(8, 1))
+        def value(x):
+            time.sleep(pause)
+            return (net(x) - x.sum(1, keepdim=True)).square()
+        return weft.Problem([weft.Node(net, ["x"], ["y"])], objectives=[weft.objective(
+            lambda x, y: (time.sleep(pause), (y - x.sum(1, keepdim=True)).square())[1], name="fit")])
+
+    def data_setup(workers=0):
+        return weft.Data(DataLoader(Noisy(), batch_size=4, shuffle=True, num_workers=workers))
+"""
+CONFIG = """
+    problem: module.py:make_problem
+    data: {class_path: "module.py:data_setup", init_args: {workers: WORKERS}}
+    optimizer: {class_path: Adam, init_args: {lr: 1e-2}}
+    trainer: {epochs: 5, seed: 0, accelerator: cpu, checkpoint: {every_n_steps: 7}}
+"""
+"""What somebody submits: every kind of random numbers is in it."""
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+
+
+def write_config(folder: Path, workers: int = 0) -> str:
+    path = folder / "run.yaml"
+    path.write_text(textwrap.dedent(CONFIG).replace("WORKERS", str(workers)))
+    return str(path)
 
 
 def missing_programs() -> str:
@@ -81,6 +120,7 @@ class Cluster:
         lines = [f"{key}={value}" for key, value in _settings(folder, cpus).items()]
         lines += [f"NodeName={node} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=2000 State=UNKNOWN"]
         lines += [f"PartitionName=main Nodes={node} Default=YES PriorityTier=1"]
+        lines += [f"PartitionName=gpu Nodes={node} PriorityTier=1"]
         lines += [f"PartitionName=urgent Nodes={node} PriorityTier=10"]
         (folder / "slurm.conf").write_text("\n".join(lines) + "\n")
         key = folder / "munge.key"
@@ -125,7 +165,12 @@ class Cluster:
     def call(self, *command: str, check: bool = True) -> str:
         """What a command of SLURM prints."""
         done = subprocess.run(
-            command, env={**os.environ, **self.environment}, capture_output=True, text=True, check=check, timeout=60
+            command,
+            env={**os.environ, **self.environment},
+            capture_output=True,
+            text=True,
+            check=check,
+            timeout=patience(),
         )
         return done.stdout
 

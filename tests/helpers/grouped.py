@@ -1,8 +1,9 @@
 """The script that the tests of process groups start: `python grouped.py FOLDER KIND SIGNAL STEP`.
 
 It trains with a loader of this KIND of workers, or in two processes by this KIND of strategy.
-After step STEP it sends SIGNAL to its whole group, itself and its
-workers, as a terminal, SLURM and Jupyter do; "" sends none. At the end it writes the digest of all weights.
+After step STEP it sends SIGNAL to its whole group, itself and its workers, as a terminal, SLURM and Jupyter do; ""
+sends none, and "PARENT_SIGINT" goes only to the process that launched this one. Under torchrun the group is torchrun's,
+which hands on what it knows. At the end it writes the digest of all weights.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import weft
+
+EPOCHS = 2
 
 
 class NoisyRows(torch.utils.data.Dataset):
@@ -58,10 +61,34 @@ def grouped_data(kind: str) -> weft.Data:
     return weft.Data(loader, dev)
 
 
+def strike(name: str, interruption: Any) -> None:
+    """Signal the group, or for "PARENT_<name>" its first process alone, and wait until this process has heard it."""
+    number, is_started = getattr(signal, name.removeprefix("PARENT_")), "TORCHELASTIC_RUN_ID" in os.environ
+    groups = [] if name.startswith("PARENT_") else [0]
+    if is_started:  # its processes have sessions of their own; SLURM signals all, and torchrun dies of SIGUSR1
+        groups = [os.getpgid(os.getppid()), *(_groups_of_all() if name == "SIGUSR1" else [])]
+    elif not groups:
+        os.kill(os.getppid(), number)
+    for group in groups:
+        os.killpg(group, number)
+    while not interruption.asked:
+        time.sleep(0.01)
+
+
+def _groups_of_all() -> list[int]:
+    """The groups of all processes that torchrun started; its own child is this process, others have written it down."""
+    return [int(path.name) for path in Path(os.environ["GROUPS"]).glob("*")]
+
+
 def train_in_group(folder: str, kind: str, name: str, step: str) -> None:
-    def strike(trainer: Any, batch: Any, loss: Any) -> None:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        os.environ["GROUPS"] = f"{folder}/groups-{os.environ['TORCHELASTIC_RUN_ID']}"
+        Path(os.environ["GROUPS"]).mkdir(parents=True, exist_ok=True)
+        Path(os.environ["GROUPS"], str(os.getpgid(0))).touch()
+
+    def strike_at(trainer: Any, batch: Any, loss: Any) -> None:
         if name and trainer.global_step == int(step) and trainer.run.is_global_zero:
-            os.killpg(0, getattr(signal, name))
+            strike(name, trainer.run.state.control.interruption)
 
     options: dict[str, Any] = {
         "root_dir": folder,
@@ -70,8 +97,16 @@ def train_in_group(folder: str, kind: str, name: str, step: str) -> None:
     }
     if kind.startswith("ddp"):
         options |= {"strategy": kind, "devices": 2, "timeout": 300}
+    elif (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        options |= {"devices": world, "timeout": 300}
     trainer = weft.Trainer(
-        epochs=3, seed=3, progress=False, resume="auto", hooks={"on_step_end": strike}, accelerator="cpu", **options
+        epochs=EPOCHS,
+        seed=3,
+        progress=False,
+        resume="auto",
+        hooks={"on_step_end": strike_at},
+        accelerator="cpu",
+        **options,
     )
     problem = NoisyLine()
     trainer.fit(problem, grouped_data("none" if kind.startswith("ddp") else kind))

@@ -10,6 +10,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +67,8 @@ def train_to_the_end(root: Path, setting: Setting) -> None:
 def process(body: Callable[[], None]) -> int:
     """The id of a forked process that runs `body`."""
     child = os.fork()
+    with suppress(OSError):  # whichever comes first; a group, so that what it starts is killed with it
+        os.setpgid(child, 0)
     if child:
         return child
     try:
@@ -132,7 +135,7 @@ def killed(
             time.sleep(0.001)
             if waits and last_of(root) != found:
                 waits, deadline = False, time.monotonic() + span
-        os.kill(child, signal.SIGKILL)
+        os.killpg(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
         if os.waitstatus_to_exitcode(status) == 0:
             return kills, lost

@@ -1,14 +1,18 @@
-"""Random configurations of a run, for harnesses that kill it: optimizers, schedules, data, hooks, options."""
+"""Random configurations of a run, which is killed: optimizers, schedules, data, hooks, options, loops."""
 
 from __future__ import annotations
 
 import random
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim import lr_scheduler as schedules
 
 import weft
+from tests.helpers.killing import Count, hash_of, killed, plain_data, plain_problem, undisturbed_seconds
 from tests.helpers.resuming import SETTINGS, Average, Setting, given
 
 optim = torch.optim
@@ -45,17 +49,53 @@ SCHEDULES: dict[str, Any] = {
 }
 
 
+def by_updates(trainer: weft.Trainer, problem: Any, data: Any) -> Any:
+    """A loop of one's own that leaves the update to weft."""
+    with trainer.start(problem, data) as run:
+        for _ in run.epochs():
+            for batch in run.batches("train"):
+                run.update(batch)
+            if run.validation_due:
+                run.evaluate("dev")
+    return run.result
+
+
+def step_by_hand(trainer: weft.Trainer, problem: Any, data: Any) -> Any:
+    """A loop of one's own with its own loss, backward and step."""
+    with trainer.start(problem, data) as run:
+        for epoch in run.epochs():
+            for batch in run.batches("train"):
+                run.backward(run.problem(batch)["train_loss"] * (1.0 + 0.1 * epoch))
+                run.step()
+            run.evaluate("dev")
+    return run.result
+
+
+LOOPS = {"fit": None, "own loop, updates": by_updates, "own loop, by hand": step_by_hand}
+KINDS = ["plain"] * 8 + ["compiled", "two processes"]
+NOT_BY_HAND = ("accumulate", "training_step", "phases", "validate_every")
+"""Options that a loop by hand would have to obey itself."""
+
+
 def random_setting(seed: int) -> tuple[str, Setting]:
     """A configuration by its number, and what it is in words."""
     draw = random.Random(seed)
     optimizer, schedule = draw.choice(sorted(OPTIMIZERS)), draw.choice(sorted(SCHEDULES))
     data = draw.choice([None, *sorted(name for name, setting in SETTINGS.items() if "data" in setting)])
+    kind = draw.choice(KINDS)
     setting: dict[str, Any] = {"optimizer": given(OPTIMIZERS[optimizer])}
+    if kind != "plain":  # no module counts its calls, and all batches have one size
+        data = None
+        setting |= {"problem": plain_problem, "data": plain_data}
     if SCHEDULES[schedule] is not None:
         setting["scheduler"] = given(SCHEDULES[schedule])
     if data is not None:
         setting |= {k: v for k, v in SETTINGS[data].items() if k not in ("optimizer", "scheduler", "phases")}
-    chosen = [f"seed {seed}", optimizer, schedule, str(data)]
+    if kind == "compiled":
+        setting["compile"] = given(True)
+    elif kind == "two processes":
+        setting |= {"devices": given(2), "strategy": given("ddp_fork"), "accelerator": given("cpu")}
+    chosen = [f"seed {seed}", kind, optimizer, schedule, str(data)]
     possible: dict[str, Any] = {"accumulate": 2, "clip": 0.5, "patience": 3, "validate_every": 2, "log_every": 2}
     for name, value in possible.items():
         if name not in setting and draw.random() < 0.3:
@@ -67,4 +107,30 @@ def random_setting(seed: int) -> tuple[str, Setting]:
     if "checkpoint" not in setting and draw.random() < 0.3:
         setting["checkpoint"] = lambda: {"background": True}
         chosen.append("in the background")
+    loop = draw.choice(sorted(LOOPS)) if kind != "two processes" else "fit"
+    is_by_weft = optimizer == "LBFGS" or kind == "compiled" or any(name in setting for name in NOT_BY_HAND)
+    if loop == "own loop, by hand" and is_by_weft:
+        loop = "own loop, updates"
+    if LOOPS[loop] is not None:
+        setting["loop"] = given(LOOPS[loop])
+        chosen.append(loop)
     return ", ".join(chosen), setting
+
+
+def kill_random(folder: Path, seeds: Iterable[int]) -> tuple[Count, list[str]]:
+    """What came of random configurations that were killed, and which of them lost something or ended elsewhere."""
+    kills = lost = runs = different = 0
+    wrong: list[str] = []
+    for seed in seeds:
+        words, setting = random_setting(seed)
+        root, chance = folder / str(seed), random.Random(seed)
+        root.mkdir()
+        seconds, is_compiled = undisturbed_seconds(root / "whole", setting), "compile" in setting
+        # a start of a compiled run takes longer than the run
+        now, gone = killed(root / "cut", setting, 0.2 if is_compiled else seconds, chance, in_training=is_compiled)
+        is_other = hash_of(root / "cut") != hash_of(root / "whole")
+        kills, lost, runs, different = kills + now, lost + gone, runs + 1, different + is_other
+        if gone or is_other:
+            wrong.append(words)
+        shutil.rmtree(root)
+    return Count(kills, lost, runs, different), wrong

@@ -152,9 +152,10 @@ def fit(
     made = {name: value() for name, value in setting.items()}
     problem, data = made.pop("problem", None) or make_problem(), made.pop("data", None) or make_data()
     how = made.pop("checkpoint", {})
+    train = made.pop("loop", weft.Trainer.fit)
     options |= {"checkpoint": {"every_n_steps": every, **how}, **made}
     trainer = weft.Trainer(root_dir=str(root), resume=resume, **options)
-    return trainer.fit(problem, data), problem
+    return train(trainer, problem, data), problem
 
 
 def last_state(root: Path) -> dict[str, Any]:

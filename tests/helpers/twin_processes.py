@@ -88,7 +88,7 @@ def train_in_processes(who: str, strategy: str, way: str, folder: str) -> None:
     found += [trainer.validate(module, data[1], verbose=False)]
     found += [trainer.test(module, class_loader(11, 2), ckpt_path="best", verbose=False)]
     if trainer.is_global_zero and os.environ.get("LOCAL_RANK", "0") == "0":
-        torch.save({"weights": module.state_dict(), "found": found}, "out.pt")
+        torch.save({"weights": module.state_dict(), "found": found, "processes": trainer.world_size}, "out.pt")
 
 
 if __name__ == "__main__":

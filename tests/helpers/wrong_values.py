@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import datetime
 import linecache
 import random
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 import weft
+from tests.helpers.allowed import ALLOWED
 from weft.config import TrainerConfig
 from weft.loop.options import OBJECTS
 
@@ -56,6 +58,7 @@ def values(draw: random.Random) -> Any:
         "\ud800",
         "a" * 300,
         b"x",
+        bytearray(b"xy"),
     ]
     tensors: list[Any] = [torch.tensor(1.0), torch.ones(4), torch.ones(4, 2), torch.ones(0, 2), torch.ones(2, 3, 4)]
     tensors += [
@@ -69,6 +72,7 @@ def values(draw: random.Random) -> Any:
         torch.ones(4, dtype=torch.bool),
     ]
     arrays = [np.ones((4, 2)), np.ones(()), np.array(["a", "b"]), np.array([None]), np.ones((4, 2), dtype=np.uint16)]
+    arrays += [memoryview(b"xy"), memoryview(np.ones((4, 2))), memoryview(np.ones(())), array.array("d", [1.0, 2.0])]
     objects: list[Any] = [None, object(), len, lambda: 1, lambda *a: a, nn.Linear, nn.Linear(2, 1), int, weft, range(3)]
     objects += [
         datetime.timedelta(1),
@@ -162,7 +166,7 @@ def _is_one_of(value: Any, *others: Any) -> bool:
 def _hashable(value: Any) -> bool:
     try:
         hash(value)
-    except TypeError:
+    except (TypeError, ValueError):  # a memoryview of what may change
         return False
     return True
 
@@ -183,7 +187,10 @@ def is_own(error: BaseException) -> bool:
 
 
 def raw_errors(seed: int, size: int) -> dict[str, list[str]]:
-    """What `size` random values gave that is not in weft's words, by the place that raised it."""
+    """What `size` random values gave that is not in weft's words, by the place that raised it.
+
+    Under "accepted" are those that an option took though its sentence does not allow them.
+    """
     draw, found = random.Random(seed), dict[str, list[str]]()
     for _ in range(size):
         place, value, fit = attempt(draw)
@@ -192,6 +199,8 @@ def raw_errors(seed: int, size: int) -> dict[str, list[str]]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 fit()
+            if place in ALLOWED and not ALLOWED[place](value):
+                found.setdefault("accepted", []).append(f"{place}={str(value)[:60]!r} ({type(value).__name__})")
         except Exception as error:  # noqa: BLE001, judged here
             if not is_own(error):
                 last = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(SOURCE)][-1:]

@@ -20,7 +20,7 @@ from tests.helpers.killing import (
     train_to_the_end,
     undisturbed_seconds,
 )
-from tests.helpers.random_runs import random_setting
+from tests.helpers.random_runs import kill_random
 from tests.helpers.resuming import (
     fit,
     forget_random,
@@ -61,17 +61,8 @@ def test_hundreds_of_kills_lose_and_change_nothing(name: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("size", [1, pytest.param(100, marks=pytest.mark.long)])
 def test_random_configurations_that_are_killed_end_where_they_would_have(size: int, tmp_path: Path) -> None:
-    kills = lost = 0
-    for seed in range(size):
-        words, setting = random_setting(seed)
-        folder, chance = tmp_path / str(seed), random.Random(seed)
-        folder.mkdir()
-        seconds = undisturbed_seconds(folder / "whole", setting)
-        now, gone = killed(folder / "cut", setting, seconds, chance)
-        kills, lost = kills + now, lost + gone
-        assert hash_of(folder / "cut") == hash_of(folder / "whole"), words
-        shutil.rmtree(folder)
-    assert kills and not lost
+    count, wrong = kill_random(tmp_path, range(size))
+    assert count.kills and not wrong, wrong
 
 
 def test_the_hash_of_a_killed_run_that_forgot_its_random_state_is_another(tmp_path: Path) -> None:

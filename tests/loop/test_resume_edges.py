@@ -38,7 +38,8 @@ from weft import yamlfile
 from weft.checkpoint import archive
 from weft.checkpoint import folder as checkpoints
 from weft.checkpoint.archive import CheckpointError
-from weft.checkpoint.hidden import attributes, changed_attributes
+from weft.checkpoint.changed import changed_attributes
+from weft.checkpoint.hidden import attributes
 from weft.devices import seeding
 from weft.loggers.csv import CSVLogger, read_rows
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from tests.helpers.problems import batch_of_rows
 from weft.events import Hook
+from weft.problem.constraints import equal, greater_equal, less_equal
 from weft.problem.lagrangian import AugmentedLagrangian
 from weft.problem.nodes import Node
 from weft.problem.problem import Problem
-from weft.problem.terms import equal, greater_equal, less_equal, objective
+from weft.problem.terms import objective
 
 
 class Free(nn.Module):

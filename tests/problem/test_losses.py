@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.helpers.problems import batch_of_rows
+from weft.problem.barrier import BarrierLoss
+from weft.problem.constraints import equal, greater_equal, less_equal
 from weft.problem.lagrangian import AugmentedLagrangian
-from weft.problem.losses import BarrierLoss, PenaltyLoss
+from weft.problem.losses import PenaltyLoss
 from weft.problem.nodes import Node
 from weft.problem.problem import Problem
 from weft.problem.reading import set_term_weights
-from weft.problem.terms import equal, greater_equal, less_equal, objective
+from weft.problem.terms import objective
 
 # ---------------------------------------------------------------------------------------------------------------- terms
 

@@ -10,19 +10,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from weft.problem.constraints import equal, greater_equal, less_equal
 from weft.problem.lagrangian import AugmentedLagrangian
 from weft.problem.losses import PenaltyLoss
-from weft.problem.nodes import Node, Rollout
+from weft.problem.nodes import Node
+from weft.problem.outputs import forward_nodes
 from weft.problem.problem import Problem
 from weft.problem.reading import (
-    forward_nodes,
     is_neuromancer,
     needs_grad_in_eval,
     set_term_weights,
     term_keys,
     term_weights,
 )
-from weft.problem.terms import equal, greater_equal, less_equal, objective
+from weft.problem.rollout import Rollout
+from weft.problem.terms import objective
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

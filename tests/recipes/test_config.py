@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weft import cli, yamlfile
-from weft.config import CheckpointConfig, DataConfig, TrainerConfig, complaints
+from weft.config import CheckpointConfig, TrainerConfig, complaints
 from weft.recipes import recipe
+from weft.recipes.batches import DataConfig
 from weft.recipes.schema import ConfigError, Text, merge, normal, with_option
 
 # ------------------------------------------------------------------------------------------------ round trips

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,44 +16,13 @@ import pytest
 import torch
 
 import weft
-from tests.helpers import owners
 from tests.helpers.grouped import NoisyLine
 from tests.helpers.patience import patience
+from tests.helpers.twice import STARTED, epochs_of_train_loss, start_owner, start_twice, wait_for_file
 from weft.config import TrainerConfig
 from weft.records import folders, lease
 
-SCRIPT = Path(owners.__file__)
-
-
 pytestmark = pytest.mark.filterwarnings("ignore:Resuming")  # a fit goes on with what another script began
-
-
-def start_owner(root: Path, seed: int = 1, **options: Any) -> subprocess.Popen[str]:
-    source, repo = Path(weft.__file__).parents[1], SCRIPT.parents[2]
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), str(root), str(seed), json.dumps(options)],
-        env={**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{repo}", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    STARTED.append(process)
-    return process
-
-
-STARTED: list[subprocess.Popen[str]] = []
-
-
-def wait_for_file(path: Path) -> None:
-    deadline = time.monotonic() + patience()
-    while not path.exists():
-        assert time.monotonic() < deadline, path
-        time.sleep(0.02)
-
-
-def epochs_of_train_loss(folder: Path) -> list[str]:
-    with open(folder / "metrics.csv", newline="") as file:
-        return [row["epoch"] for row in csv.DictReader(file) if row["name"] == "train_loss"]
 
 
 @pytest.fixture(autouse=True)
@@ -136,6 +102,8 @@ def test_an_owner_on_another_machine_is_dead_after_a_silence(tmp_path: Path) -> 
     path = foreign_lease(tmp_path)
     with pytest.raises(lease.RunInUseError, match="process 1 on elsewhere.*after 120 s without a sign of life"):
         lease.acquire(tmp_path)
+    os.utime(path, (time.time() + 10**6, time.time() + 10**6))  # a clock was wrong
+    assert lease.owner(tmp_path) is None
     os.utime(path, (time.time() - 200, time.time() - 200))
     lease.acquire(tmp_path)
     assert lease.owner(tmp_path) is not None
@@ -200,6 +168,38 @@ def test_who_was_taken_over_writes_nothing_more(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "a/checkpoints").glob("step-*")] == ["step-000000001.ckpt"]
 
 
+def test_who_was_taken_over_logs_nothing_more(tmp_path: Path) -> None:
+    def lose(trainer: Any, batch: Any, loss: Any) -> None:
+        if trainer.global_step == 2:
+            newest = max((tmp_path / "a/.owner").glob("*.json"))
+            lease._next(newest).write_text(json.dumps({"pid": 5, "host": "elsewhere"}))
+
+    with pytest.raises(lease.RunInUseError, match="taken over by process 5 on elsewhere"):
+        fit_named(tmp_path, hooks={"on_step_end": lose}, log_every=1, checkpoint=False)
+    assert "train_loss_step" in (tmp_path / "a/metrics.csv").read_text()  # of the step before
+    assert not [row for row in (tmp_path / "a/metrics.csv").read_text().splitlines() if row.startswith("2,")]
+
+
+def test_a_folder_that_is_moved_while_its_run_is_at_work_is_named(tmp_path: Path) -> None:
+    def move(trainer: Any, metrics: Any) -> None:
+        (tmp_path / "a").rename(tmp_path / "b")
+
+    with pytest.raises(lease.RunInUseError, match="/a was moved or deleted while its run was at work"):
+        fit_named(tmp_path, hooks={"on_epoch_end": move})
+    assert fit_named(tmp_path, "auto", run_name="b").epochs == 3
+
+
+def test_a_lease_that_could_not_be_written_is_nobodys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*paths: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output"):
+        patch.setattr(os, "replace", fail)
+        lease.acquire(tmp_path)
+    assert lease.owner(tmp_path) is None and not lease._HELD
+    lease.acquire(tmp_path)
+
+
 def test_a_start_that_was_given_up_is_no_owner_of_its_own_process(tmp_path: Path) -> None:
     fit_named(tmp_path)
     trainer = weft.Trainer(
@@ -237,33 +237,8 @@ def test_a_damaged_lease_counts_as_a_process_that_is_not_named(content: str, tmp
     lease.acquire(tmp_path)
 
 
-def start_twice(root: Path, draw: random.Random) -> None:
-    """Two processes, one some time after the other, of one name: both start, both resume, or the first is killed."""
-    kind = draw.choice(["same name", "auto", "resume while it runs", "the owner is killed"])
-    second = {"same name": {}, "auto": {"resume": "auto"}}.get(kind, {"resume": "auto"})
-    first = start_owner(root, 1, sleep=0.1)
-    if kind in ("resume while it runs", "the owner is killed"):
-        wait_for_file(root / "a/checkpoints/last")
-        time.sleep(draw.uniform(0.0, 1.0))
-        if kind == "the owner is killed":
-            first.kill()
-    else:
-        time.sleep(draw.uniform(0.0, 1.0))
-    other = start_owner(root, 1, sleep=0.1, **second)
-    told = [process.communicate(timeout=patience()) for process in (first, other)]
-    codes = (first.returncode, other.returncode)
-    if kind == "the owner is killed":
-        assert codes in ((-9, 0), (0, 0)), (kind, told)
-    else:
-        assert 0 in codes, (kind, told)
-        for process, (_, errors) in zip((first, other), told, strict=True):
-            assert process.returncode == 0 or "is in use by process" in errors, (kind, errors)
-    assert epochs_of_train_loss(root / "a") == [str(epoch) for epoch in range(20)], kind
-    assert weft.load_result(root / "a").epochs == 20
-
-
 @pytest.mark.parametrize("size", [1, pytest.param(200, marks=pytest.mark.long)])
 def test_double_starts_at_random_moments_mix_no_files_and_lose_no_result(size: int, tmp_path: Path) -> None:
     draw = random.Random(3)
-    for number in range(size):
-        start_twice(tmp_path / str(number), draw)
+    found = [start_twice(tmp_path / str(number), draw) for number in range(size)]
+    assert not any(found), [wrong for wrong in found if wrong]

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import weft
 from weft import cli
+from weft.devices.signals import SignalExit
+from weft.loop import default_hooks
 from weft.recipes.schema import ConfigError
 from weft.slurm import events
 from weft.slurm.freezing import freeze
-from weft.slurm.script import batch_script
+from weft.slurm.leaving import LeaveInTime
+from weft.slurm.script import batch_script, seconds_of
 
 CODE = "def make_problem():\n    raise SystemExit('imported')\n\n\ndef data_setup():\n    pass\n"
 
@@ -89,3 +96,123 @@ def test_states_are_read_from_lines_of_which_some_may_be_torn(tmp_path: Path) ->
     assert events.state(tmp_path) == "cancelled"
     events.note(tmp_path, "submitted", job="8")
     assert events.state(tmp_path) == "queued" and events.jobs_of(tmp_path) == ["7", "8"]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("30", 1800),
+        ("4:30", 270),
+        ("4:00:00", 14400),
+        ("1-2", 93600),
+        ("1-2:30", 95400),
+        ("1-2:30:10", 95410),
+        ("UNLIMITED", None),
+        (None, None),
+    ],
+)
+def test_time_limits_are_read_as_sbatch_does(text: str | None, seconds: int | None) -> None:
+    assert seconds_of(text) == seconds
+
+
+def test_a_time_limit_that_leaves_no_time_to_train_is_refused(project: Path) -> None:
+    with pytest.raises(ConfigError, match="the last 300 s are for saving"):
+        weft.submit("run.yaml", name="a", slurm={"time": 5}, dry_run=True)
+    assert "USR1@60" in weft.submit("run.yaml", name="a", slurm={"time": 5}, grace=60, dry_run=True).script
+
+
+def test_a_run_whose_steps_are_long_leaves_before_the_signal_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+
+    def ended_at(leave_by: float) -> int:
+        now[0] = 0.0
+        hook = LeaveInTime(leave_by, clock=lambda: now[0])
+        monkeypatch.setattr(default_hooks, "OF_THIS_PROCESS", [lambda: hook])
+        step = lambda trainer, batch: trainer.problem(batch["x"]).square().mean()
+        late = {"on_step_end": lambda trainer, batch, loss: now.__setitem__(0, now[0] + 40.0)}
+        options: Any = {"root_dir": str(tmp_path), "run_name": f"{leave_by}", "checkpoint": True, "progress": False}
+        trainer = weft.Trainer(epochs=3, training_step=step, hooks=late, **options)
+        try:
+            trainer.fit(torch.nn.Linear(2, 1), weft.Data({"x": torch.ones(8, 2)}, batch_size=4))
+        except SignalExit as left:
+            assert left.number == signal.SIGUSR1
+        return events.last_step(tmp_path / f"{leave_by}")
+
+    assert ended_at(100.0) == 2  # at 80 s: a third step would end at 120
+    assert ended_at(121.0) == 3
+    assert ended_at(1000.0) == 6
+
+
+def test_hidden_files_and_what_git_ignores_are_no_code_and_repositories_within_are(project: Path) -> None:
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "init.defaultBranch=main"]
+    inner = project / "library"
+    inner.mkdir()
+    (inner / "inner.py").write_text("x = 1")
+    (project / ".env").write_text("TOKEN=secret")
+    (project / "ignored.py").write_text("x = 1")
+    (project / ".gitignore").write_text("ignored.py\n")
+    for folder in (project, inner):
+        subprocess.run([*git, "init", "-q"], cwd=folder, check=True)
+    target = project / "runs" / "a" / "code"
+    assert freeze(project, target, leave_out=project / "runs") == ["library/inner.py", "module.py", "run.yaml"]
+    assert (target / ".env").is_symlink() and (target / "ignored.py").is_symlink()  # there, and no copies
+    (project / ".gitignore").write_text("*\n")  # a home folder kept in git
+    everything = freeze(project, project / "runs" / "b", leave_out=project / "runs")
+    assert everything == ["ignored.py", "library/inner.py", "module.py", "run.yaml"]
+
+
+def test_what_is_not_submitted_leaves_nothing(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (project / "here").mkdir()
+    monkeypatch.setenv("PATH", f"{project / 'here'}")
+    with pytest.raises(RuntimeError, match="no sbatch on this machine; submit from a login node"):
+        weft.submit("run.yaml", name="a")
+    assert not (project / "runs" / "a").exists()
+    (project / "here" / "sbatch").write_text("#!/bin/sh\necho 7\n")
+    (project / "here" / "sbatch").chmod(0o755)
+    job = weft.submit("run.yaml", name="a")
+    assert job.job == "7" and job.state == "queued"
+    with pytest.raises(FileExistsError, match="is the run of job 7, which is not over"):
+        weft.submit("run.yaml", name="a")
+    events.note(job.folder, "failed")
+    (project / "here" / "sbatch").write_text("#!/bin/sh\necho 'invalid partition specified: x' >&2\nexit 1\n")
+    with pytest.raises(RuntimeError, match="invalid partition specified: x"):
+        weft.submit("run.yaml", name="a", slurm={"partition": "x"})
+    assert [path.name for path in job.folder.iterdir()] == ["submit"] and job.state == "failed"
+
+
+def test_runs_that_were_submitted_are_listed_beside_the_others(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = lambda trainer, batch: trainer.problem(batch["x"]).square().mean()
+    trainer = weft.Trainer(epochs=1, training_step=step, root_dir="runs", run_name="here", progress=False)
+    trainer.fit(torch.nn.Linear(2, 1), weft.Data({"x": torch.ones(8, 2)}, batch_size=4))
+    for name in [name for name in sys.modules if name.startswith("weft.slurm")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert "epochs" in repr(weft.runs()) and not any(name.startswith("weft.slurm") for name in sys.modules)
+    monkeypatch.setenv("PATH", "")  # nobody to ask
+    told = {"q": [], "r": ["started"], "p": ["started", "preempted"], "f": ["started", "finished"], "x": ["failed"]}
+    for name, said in told.items():
+        for event in ["submitted", *said]:
+            events.note(project / "runs" / name, event, job="1")
+        (project / "runs" / name / "submit" / "config.yaml").write_text("trainer: {epochs: 3}\n")
+    lines = {line.split()[0]: line for line in repr(weft.runs()).splitlines()}
+    states = {"q": "queued", "r": "running", "p": "preempted", "f": "finished", "x": "failed", "here": "epochs"}
+    assert {name: state in lines[name] for name, state in states.items()} == dict.fromkeys(states, True)
+    assert {run.folder.name for run in weft.runs(where="trainer.epochs=3")} == set(told)
+    assert len(weft.runs()) == len(states)
+    (project / "runs" / "x" / "result.json").write_text('{"stop_reason": "gone on with by hand"}')
+    assert "gone on with by hand" in repr(weft.runs())
+
+
+def test_what_became_of_jobs_that_slurm_does_not_know_any_more(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, job in {"a": "7", "b": "8", "c": "9", "d": "; rm -r x", "e": "10", "f": "11"}.items():
+        events.note(project / name, "submitted", job=job)
+    events.note(project / "c", "finished")
+    (project / "e" / "submit" / "job-10.log").write_text("conda: command not found")
+    events.note(project / "f", "started")
+    (project / "squeue").write_text(f"#!/bin/sh\necho $* >>{project}/asked\necho 7\n")
+    (project / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(project))
+    said = events.states([project / name for name in "abcdefg"])
+    assert list(said.values()) == ["queued", "cancelled", "finished", "cancelled", "failed", "lost"]
+    assert (project / "asked").read_text().split()[-2:] == ["-j", "10,11,7,8"]  # once, and about no end

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import os
+import random
+import signal
+import tempfile
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,63 +25,6 @@ from tests.helpers.patience import patience
 from weft.slurm import events
 
 pytestmark = pytest.mark.skipif(bool(one_node.missing_programs()), reason=f"needs SLURM: {one_node.missing_programs()}")
-
-MODULE = """
-    import time
-    from pathlib import Path
-    import torch, weft
-    from torch.utils.data import DataLoader, Dataset
-
-    class Noisy(Dataset):
-        def __len__(self):
-            return 48
-        def __getitem__(self, i):
-            return {"x": torch.full((2,), i / 48.0) + 0.01 * torch.randn(2)}
-
-    def make_problem(pause=0.05):
-        net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Dropout(0.2), torch.nn.Linear(8, 1))
-        def value(x):
-            time.sleep(pause)
-            return (net(x) - x.sum(1, keepdim=True)).square()
-        return weft.Problem([weft.Node(net, ["x"], ["y"])], objectives=[weft.objective(
-            lambda x, y: (time.sleep(pause), (y - x.sum(1, keepdim=True)).square())[1], name="fit")])
-
-    def data_setup(workers=0):
-        return weft.Data(DataLoader(Noisy(), batch_size=4, shuffle=True, num_workers=workers))
-"""
-CONFIG = """
-    problem: module.py:make_problem
-    data: {class_path: "module.py:data_setup", init_args: {workers: WORKERS}}
-    optimizer: {class_path: Adam, init_args: {lr: 1e-2}}
-    trainer: {epochs: 5, seed: 0, accelerator: cpu, checkpoint: {every_n_steps: 7}}
-"""
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[one_node.Cluster]:
-    made = one_node.Cluster(tmp_path_factory.mktemp("s"))
-    made.start()
-    yield made
-    made.stop()
-
-
-@pytest.fixture
-def project(tmp_path: Path, cluster: one_node.Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The working folder of somebody who submits, with the cluster's commands at hand."""
-    for name, value in cluster.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv(
-        "PYTHONPATH", os.pathsep.join([str(Path(weft.__file__).parents[1]), str(Path(__file__).parents[2])])
-    )
-    (tmp_path / "module.py").write_text(textwrap.dedent(MODULE))
-    yield tmp_path
-    cluster.call("scancel", "--user", str(os.getuid()), check=False)
-
-
-def config(project: Path, workers: int = 0) -> str:
-    path = project / "run.yaml"
-    path.write_text(textwrap.dedent(CONFIG).replace("WORKERS", str(workers)))
-    return str(path)
 
 
 def until(happened: Callable[[], Any]) -> None:
@@ -100,23 +49,22 @@ def _tensors(thing: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
             yield from _tensors(value, f"{name}.{key}")
 
 
-@pytest.fixture(scope="module")
-def undisturbed_digests(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
-    """The digest of the weights of a run that nobody disturbs, by its number of loader workers."""
+@functools.cache
+def undisturbed(workers: int, seed: int = 0) -> str:
+    """The digest of the weights of a run that nobody disturbs."""
     from weft import cli
 
-    found, before = {}, os.getcwd()
-    for workers in (0, 2):
-        folder = tmp_path_factory.mktemp("undisturbed")
-        (folder / "module.py").write_text(textwrap.dedent(MODULE))
-        os.chdir(folder)
+    words = ["--trainer.run_name", "u", "--trainer.progress", "false", "--trainer.seed", str(seed)]
+    before = os.getcwd()
+    with tempfile.TemporaryDirectory() as place:
+        (Path(place) / "module.py").write_text(textwrap.dedent(one_node.MODULE))
+        os.chdir(place)
         try:
-            words = ["--problem.pause", "0", "--trainer.run_name", "u", "--trainer.progress", "false"]
-            assert cli.main(["fit", "--config", config(folder, workers), *words]) == 0
+            config = one_node.write_config(Path(place), workers)
+            assert cli.main(["fit", "--config", config, "--problem.pause", "0", *words]) == 0
         finally:
             os.chdir(before)
-        found[workers] = digest_of(folder / "runs" / "u")
-    return found
+        return digest_of(Path(place) / "runs" / "u")
 
 
 def stepped(job: Any) -> bool:
@@ -125,16 +73,16 @@ def stepped(job: Any) -> bool:
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.long)])
 def test_a_job_that_is_signalled_comes_back_and_ends_with_the_same_bits(
-    workers: int, project: Path, cluster: one_node.Cluster, undisturbed_digests: dict[int, str]
+    workers: int, project: Path, cluster: one_node.Cluster
 ) -> None:
-    job = weft.submit(config(project, workers), name="a", slurm={"time": 10})
+    job = weft.submit(one_node.write_config(project, workers), name="a", slurm={"time": 10})
     assert job.state == "queued" or job.state == "running"
     (project / "module.py").write_text("raise RuntimeError('edited after it was submitted')")
     until(lambda: stepped(job))
     cluster.call("scancel", "-s", "USR1", job.job)  # what --signal=USR1@300 sends before the time limit
     until(lambda: events.state(job.folder) == "queued")
     assert job.result(patience()).epochs == 5 and job.state == "finished"
-    assert digest_of(job.folder) == undisturbed_digests[workers] != undisturbed_digests[2 - workers]
+    assert digest_of(job.folder) == undisturbed(workers) != undisturbed(workers, seed=1)
     happened = [e["event"] for e in events.events(job.folder)]
     assert happened == ["submitted", "started", "requeued", "started", "finished"]
     assert cluster.job(job.job)["Restarts"] == "1" and "epoch" in job.log()
@@ -144,35 +92,46 @@ def test_a_job_that_is_signalled_comes_back_and_ends_with_the_same_bits(
 @pytest.mark.parametrize("grace", [0, 20])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_job_that_is_preempted_comes_back_and_ends_with_the_same_bits(
-    workers: int, grace: int, project: Path, cluster: one_node.Cluster, undisturbed_digests: dict[int, str]
+    workers: int, grace: int, project: Path, cluster: one_node.Cluster
 ) -> None:
     cluster.call("scontrol", "update", "PartitionName=main", f"GraceTime={grace}")
-    job = weft.submit(config(project, workers), name="p", slurm={"exclusive": True})
+    job = weft.submit(one_node.write_config(project, workers), name="p", slurm={"exclusive": True})
     until(lambda: stepped(job))
     cluster.call("sbatch", "-p", "urgent", "-n", str(cluster.cpus), "--output=/dev/null", "--wrap", "sleep 1")
     until(lambda: events.state(job.folder) in ("preempted", "queued"))
     assert job.result(patience()).epochs == 5
-    assert digest_of(job.folder) == undisturbed_digests[workers] and int(cluster.job(job.job)["Restarts"]) >= 1
+    assert digest_of(job.folder) == undisturbed(workers) and int(cluster.job(job.job)["Restarts"]) >= 1
 
 
 @pytest.mark.long
-def test_a_signal_before_training_begins_costs_nothing(
-    project: Path, cluster: one_node.Cluster, undisturbed_digests: dict[int, str]
+def test_a_job_that_comes_to_its_time_limit_comes_back_and_ends_with_the_same_bits(
+    project: Path, cluster: one_node.Cluster
 ) -> None:
-    (project / "module.py").write_text("import time; time.sleep(4)\n" + textwrap.dedent(MODULE))
-    job = weft.submit(config(project), name="early")
+    module = textwrap.dedent(one_node.MODULE).replace("pause=0.05", "pause=2.5")  # 60 steps: more than two minutes
+    (project / "module.py").write_text(module)
+    job = weft.submit("run.yaml", name="t", slurm={"time": 3}, grace=60)
+    assert job.result(patience()).epochs == 5
+    assert digest_of(job.folder) == undisturbed(0)
+    (left,) = [e for e in events.events(job.folder) if e["event"] == "requeued"]
+    assert 0 < left["step"] < 60 and cluster.job(job.job)["Restarts"] == "1"
+
+
+@pytest.mark.long
+def test_a_signal_before_training_begins_costs_nothing(project: Path, cluster: one_node.Cluster) -> None:
+    (project / "module.py").write_text("import time; time.sleep(4)\n" + textwrap.dedent(one_node.MODULE))
+    job = weft.submit("run.yaml", name="early")
     until(lambda: events.state(job.folder) == "running")
     time.sleep(1.0)
     cluster.call("scancel", "-s", "USR1", job.job)
     job.result(patience())
-    assert digest_of(job.folder) == undisturbed_digests[0] and cluster.job(job.job)["Restarts"] == "1"
+    assert digest_of(job.folder) == undisturbed(0) and cluster.job(job.job)["Restarts"] == "1"
 
 
 @pytest.mark.long
 def test_a_job_that_is_cancelled_does_not_come_back(project: Path, cluster: one_node.Cluster) -> None:
-    job = weft.submit(config(project), name="c")
+    job = weft.submit("run.yaml", name="c")
     with pytest.raises(FileExistsError, match="is the run of job"):
-        weft.submit(config(project), name="c")
+        weft.submit("run.yaml", name="c")
     until(lambda: stepped(job))
     job.cancel()
     until(lambda: cluster.job(job.job)["JobState"] == "CANCELLED")
@@ -184,14 +143,15 @@ def test_a_job_that_is_cancelled_does_not_come_back(project: Path, cluster: one_
 @pytest.mark.long
 def test_restarts_that_make_no_step_end(project: Path, cluster: one_node.Cluster) -> None:
     (project / "module.py").write_text(
-        "import os, signal\nos.kill(os.getpid(), signal.SIGUSR1)\n" + textwrap.dedent(MODULE)
+        "import os, signal\nos.kill(os.getpid(), signal.SIGUSR1)\n" + textwrap.dedent(one_node.MODULE)
     )
-    job = weft.submit(config(project), name="stuck")
+    job = weft.submit("run.yaml", name="stuck")
     with pytest.raises(RuntimeError, match="is stuck"):
         job.result(patience())
     assert events.events(job.folder)[-1]["restart"] == 2
 
 
+@pytest.mark.long
 def test_a_function_is_submitted_and_what_it_returns_comes_back(project: Path) -> None:
     def train(job: Any) -> dict[str, float]:
         import torch
@@ -204,7 +164,7 @@ def test_a_function_is_submitted_and_what_it_returns_comes_back(project: Path) -
         result = trainer.fit(torch.nn.Linear(2, 1), weft.DictDataset({"x": torch.ones(8, 2)}))
         return {"loss": result.history["train_loss"][-1]}
 
-    job = weft.submit(train, name="f", slurm={"time": 5})
+    job = weft.submit(train, name="f", slurm={"time": 10})
     assert 0 < job.result(patience())["loss"] < 10
     assert weft.load_result(job.folder).epochs == 2
 
@@ -272,66 +232,116 @@ def test_devices_and_tasks_that_do_not_agree_are_put_right_or_refused(project: P
     assert said(tasks=2, devices=1, srun="").count("world 1 steps 4") == 1  # -n 2 for two cores
 
 
+TRIALS, WORKERS = 200, 3
+
+
 @pytest.mark.long
 def test_random_interruptions_lose_no_trial_and_finish_none_twice(project: Path, cluster: one_node.Cluster) -> None:
-    import os
-    import random
-    import signal
-
     def train(trial: Any) -> Any:
+        import os
         import time
 
         import torch
 
         import weft
 
+        def write(line: str) -> None:
+            with (trial.folder / "said").open("a") as file:
+                file.write(line + "\n")
+
         def step(trainer: Any, batch: Any) -> Any:
-            time.sleep(0.02)
+            time.sleep(0.02 if trial.folder.parent.name == "sweep" else 0.0)
             return (trainer.problem(batch["x"]) - trial["x"]).square().mean()
 
+        kept = [int(p.stem.rpartition("-")[2]) for p in (trial.folder / "checkpoints").glob("step-*.ckpt")]
+        place = f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+        begun = lambda trainer: write(f"begun {trainer.global_step} {max(kept, default=0)} {place}")
         torch.manual_seed(0)
         adam = lambda params: torch.optim.Adam(params, 0.05)
-        trainer = weft.Trainer(epochs=6, seed=0, optimizer=adam, training_step=step, **trial.options)
+        options = {**trial.options, "hooks": [*trial.options["hooks"], {"on_fit_start": begun}]}
+        trainer = weft.Trainer(epochs=6, seed=0, optimizer=adam, training_step=step, **options)
         result = trainer.fit(torch.nn.Linear(2, 1), weft.Data({"x": torch.rand(32, 2)}, batch_size=4))
-        with (trial.folder / "ends").open("a") as file:
-            file.write("x")
+        write(f"over {result.steps}")
         return result
 
-    count = int(os.environ.get("WEFT_TRIALS", "12"))
     space = {"x": {"low": 0.0, "high": 3.0}}
-    options: dict[str, Any] = {"trials": count, "seed": 0, "sampler": "random"}
-    sweep = weft.sweep(train, space, workers=3, on="slurm", slurm={"time": 30}, **options)
-    dice = random.Random(0)
-    interruptions = 0
+    options: dict[str, Any] = {"trials": TRIALS, "seed": 0, "sampler": "random"}
+    slurm: dict[str, Any] = {"on": "slurm", "slurm": {"time": 3}, "grace": 60}
+    sweep = weft.sweep(train, space, workers=WORKERS, **slurm, **options)
+    began, kinds = time.monotonic(), interrupt(sweep, cluster, lambda: weft.sweep(train, space, **slurm, **options))
+    found, seconds = sweep.result(patience()), time.monotonic() - began
 
-    def files() -> set[str]:
-        return {str(path) for path in sweep.folder.glob("trial-*/checkpoints/step-*")}
+    assert [t["state"] for t in found.trials] == ["complete"] * TRIALS  # none lost
+    here = weft.sweep(train, space, name="here", workers=WORKERS, **options)
+    assert [(t["params"], t["value"]) for t in here.trials] == [(t["params"], t["value"]) for t in found.trials]
+    told = Counter(e["trial_id"] for e in journal_of(sweep.folder) if e["op_code"] == 6 and e["state"] == 1)
+    assert sorted(told.values()) == [1] * TRIALS
+    resumed = interrupted = lives = 0
+    for number in range(TRIALS):
+        said = [line.split() for line in (sweep.folder / f"trial-{number:04d}" / "said").read_text().splitlines()]
+        begun = [int(line[1]) for line in said if line[0] == "begun"]
+        assert begun == [int(line[2]) for line in said if line[0] == "begun"]  # from the newest checkpoint
+        after = said[[line[0] for line in said].index("over") + 1 :]  # killed before it was told: no step again
+        assert all(line[1] == str(6 * 8) for line in after)
+        interrupted, lives = interrupted + (len(begun) > 1), lives + len(begun)
+        resumed += sum(step > 0 for step in begun)
+    assert set(kinds) == set(KINDS) and interrupted > 5 and resumed > 5
+    print(
+        f"{TRIALS} trials in {seconds:.0f} s, {dict(kinds)}: {interrupted} interrupted, {lives - TRIALS} times, "
+        f"{resumed} of these after their first checkpoint; jobs begun {len(lives_of(sweep.folder))} times"
+    )
 
-    while sweep.state not in ("finished", "lost", "cancelled"):
-        before = files()
-        until(lambda: files() != before or sweep.state == "finished")  # noqa: B023 - is asked at once
-        time.sleep(dice.uniform(0.0, 0.5))
-        task = f"{sweep.job}_{dice.randrange(3)}"
-        kind = dice.choice(["usr1", "requeue", "kill"])
+
+KINDS = ("usr1", "scancel", "requeue", "kill", "preempt", "preempt with grace")
+
+
+def interrupt(sweep: Any, cluster: one_node.Cluster, join: Callable[[], Any]) -> Counter[str]:
+    """Do all kinds of harm to a sweep's workers until it is over; another one joins for each that will not come back.
+
+    The last of the first workers is only preempted, and comes to its time limit.
+    """
+    dice, kinds = random.Random(0), Counter[str]()
+    while sweep.state not in ("finished", "failed", "lost", "cancelled"):
+        goal = len(list(sweep.folder.glob("trial-*"))) + dice.randrange(1, 7)
+        until(lambda: len(list(sweep.folder.glob("trial-*"))) >= goal or sweep.state == "finished")  # noqa: B023
+        time.sleep(dice.uniform(0.0, 1.0))
+        task = f"{sweep.job}_{dice.randrange(WORKERS - 1)}"
+        kind = KINDS[sum(kinds.values())] if sum(kinds.values()) < len(KINDS) else dice.choice(KINDS[:4] * 2 + KINDS)
         if kind == "usr1":
             cluster.call("scancel", "-s", "USR1", task, check=False)
         elif kind == "requeue":
             cluster.call("scontrol", "requeue", task, check=False)
-        elif found := [int(p.name) for p in Path("/proc").glob("[0-9]*") if str(sweep.folder).encode() in _words(p)]:
-            os.kill(dice.choice(found), signal.SIGKILL)
-            more = weft.sweep(train, space, workers=1, on="slurm", slurm={"time": 30}, **options)  # another one joins
-            assert more.folder == sweep.folder
-        interruptions += 1
-    found = sweep.result(patience())
-    assert [t["state"] for t in found.trials] == ["complete"] * count and interruptions >= 1
-    assert all((found.folder / f"trial-{i:04d}" / "ends").read_text() == "x" for i in range(count))
-    here = weft.sweep(train, space, name="here", **options)
-    assert [(t["params"], t["value"]) for t in here.trials] == [(t["params"], t["value"]) for t in found.trials]
+        elif kind == "kill" and (pids := workers_of(sweep.folder)):
+            os.kill(dice.choice(pids), signal.SIGKILL)
+        elif kind == "scancel" and (jobs := cluster.call("squeue", "-h", "-r", "-p", "main", "-o", "%i").split()):
+            cluster.call("scancel", dice.choice(jobs), check=False)
+        elif kind.startswith("preempt"):
+            cluster.call("scontrol", "update", "PartitionName=main", f"GraceTime={20 * kind.endswith('grace')}")
+            cluster.call("sbatch", "-p", "urgent", "-n", str(cluster.cpus), "-o/dev/null", "--wrap", "sleep 1")
+        if kind in ("kill", "scancel"):
+            assert join().folder == sweep.folder
+        kinds[kind] += 1
+    return kinds
 
 
-def _words(process: Path) -> bytes:
-    try:
-        words = (process / "cmdline").read_bytes()
-    except OSError:
-        return b""
-    return words if b"weft.sweeps.worker" in words and b"srun" not in words.split(b"\0")[0] else b""
+def journal_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "sweep.journal").read_text().splitlines() if line.endswith("}")]
+
+
+def lives_of(folder: Path) -> set[str]:
+    """Each job and restart in which a trial was begun."""
+    said = [line.split() for path in folder.glob("trial-*/said") for line in path.read_text().splitlines()]
+    return {line[3] for line in said if line[0] == "begun"}
+
+
+def workers_of(folder: Path) -> list[int]:
+    """The processes of a sweep's workers, without the srun that started them."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"weft.sweeps.worker" in words and str(folder).encode() in words and b"srun" not in words[0]:
+            found.append(int(process.name))
+    return found

@@ -140,15 +140,11 @@ def test_metrics_of_all_rows_are_gathered_over_two_processes(rows: int) -> None:
     ]  # in the order of the data
 
 
-@pytest.mark.parametrize("options", [{"accumulate": 2}, {"optimizer": torch.optim.LBFGS}, {"compile": True}])
+@pytest.mark.parametrize("options", [{"accumulate": 2}, {"optimizer": torch.optim.LBFGS}])
 def test_every_way_of_training_sees_each_row_once(options: dict[str, Any]) -> None:
     count = {"count": weft.whole(lambda y: float(len(y)))}
     trainer = weft.Trainer(epochs=3, progress=False, metrics=count, **options)
-    if "compile" in options:
-        with pytest.warns(UserWarning, match="stays eager: metrics of all rows"):
-            result = trainer.fit(straight_line(), weft.Data(rows_of(), rows_of(), batch_size=5))
-    else:
-        result = trainer.fit(straight_line(), weft.Data(rows_of(), rows_of(), batch_size=5))
+    result = trainer.fit(straight_line(), weft.Data(rows_of(), rows_of(), batch_size=5))
     assert result.history["train_count"] == result.history["dev_count"] == [33.0] * 3
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from weft.checkpoint.archive import CheckpointError, is_in_parts, local, put, read, remove, write
+from weft.yamlfile import only_files
 
 STEP_FILE = re.compile(r"step-(\d{9,})\.ckpt")
 TEMPORARY_FILE = re.compile(r"\..+\.(\d+)-\d+@(.+)\.tmp")
@@ -145,10 +146,11 @@ def _step_of(name: str | None) -> int:
 def _pointed(folder: Path, pointer: str) -> str | None:
     """The file name in `last` or `best`; None if there is no such pointer."""
     try:
-        name = (folder / pointer).read_text().strip()
+        with open(folder / pointer, opener=only_files) as file:
+            name = file.read(1000).strip()
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / pointer} cannot be read: {error}") from error
     if _step_of(name) < 0:
         raise CheckpointError(

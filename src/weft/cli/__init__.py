@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from weft.cli.commands import COMMANDS
 from weft.cli.parsing import parse
+from weft.loop.streams import lasting_streams
 from weft.recipes.schema import ConfigError
 from weft.types import suggest
 
@@ -27,7 +28,7 @@ OK, FAILED, BAD_USAGE, NOT_FINITE, INTERRUPTED = 0, 1, 2, 3, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. `argv`: the words after `weft`; None: those of this process."""
     words = list(sys.argv[1:] if argv is None else argv)
-    with warnings.catch_warnings():
+    with lasting_streams(), warnings.catch_warnings():  # `weft runs | head`
         warnings.showwarning = lambda message, *rest, **more: _say(f"warning: {message}")
         try:
             return _run(words)
@@ -41,9 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return INTERRUPTED
         except SystemExit as error:  # SIGTERM arrives as one with 143
             return error.code if isinstance(error.code, int) else FAILED
-        except BrokenPipeError:  # `weft runs | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return OK
         except Exception as error:  # noqa: BLE001 - whatever it is, it is told in one line
             return _failed(error, "--debug" in words)
 

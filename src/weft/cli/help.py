@@ -51,8 +51,9 @@ def option_groups(call: Call) -> list[tuple[str, list[tuple[str, str]]]]:
     """The options of a command by group: (title, [(name, what it means)]); those of named functions included."""
     if not COMMANDS[call.command].takes_config:
         return []
-    from weft.config import DataConfig, TrainerConfig
+    from weft.config import TrainerConfig
     from weft.recipes.arguments import fields
+    from weft.recipes.batches import DataConfig
 
     own = [(f"--{name}", text) for name, text in SECTIONS.items() if name not in ("trainer", "batches")]
     groups = [("what is run", own)]

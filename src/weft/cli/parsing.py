@@ -90,7 +90,8 @@ def _bare(name: str, known: Command) -> str | None:
     """What an option without a value means: true if it is a switch, else None."""
     if name in known.switches or name.startswith(known.prefix):
         return "true"
-    from weft.config import DataConfig, TrainerConfig
+    from weft.config import TrainerConfig
+    from weft.recipes.batches import DataConfig
 
     section, _, option = SHORT.get(name, name).partition(".")
     cls = {"trainer": TrainerConfig, "batches": DataConfig}.get(section)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from weft.compile.lifting import CannotCompile
 from weft.compile.watching import Watch, restored
 from weft.devices import seeding
+from weft.devices.generators import generator_states
 from weft.step.history import Progress
 from weft.step.state import Trial, trial
 
@@ -73,7 +74,7 @@ def undone(graph: Any) -> Iterator[dict[str, Any]]:
 
 def _states(graph: Any) -> dict[str, Any]:
     """The states of all random numbers but torch's own at large, which graphs draw as eager steps do."""
-    everywhere, reached = seeding.random_state(), seeding.generator_states(graph.watch.generators)
+    everywhere, reached = seeding.random_state(), generator_states(graph.watch.generators)
     found = {"python's random": everywhere["python"], "numpy's np.random": everywhere["numpy"]}
     return found | {f"the random generator {place}": state for place, state in reached.items()}
 

@@ -25,17 +25,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from weft.compile.checking import difference, side_effect
 from weft.compile.functional import flatten
-from weft.compile.graph import MAX_NODES
+from weft.compile.graph import MAX_NODES, get_ready
 from weft.compile.lifting import CannotCompile, NotYet
 from weft.compile.stepgraphs import EvaluationGraph, GradientGraph, UpdateGraph
 from weft.data.batches import num_examples
 from weft.devices.precision import scaler_of
 from weft.step.closures import Evaluation, Read, evaluation_of, with_closure
+from weft.step.doubts import doubts_in
 from weft.step.forward import Forward, forward_of
 from weft.step.metrics import DENOMINATOR, counted
 from weft.step.microbatches import combiner, num_read, record
-from weft.step.nonfinite import READS_ARE_FREE, Doubts, ignores, not_finite
-from weft.step.optimizer_step import Step, make_step
+from weft.step.nonfinite import not_finite
+from weft.step.optimizer_step import READS_ARE_FREE, Step, ignores, make_step
 from weft.step.optimizers import needs_closure, parameters_of
 
 if TYPE_CHECKING:
@@ -43,12 +44,16 @@ if TYPE_CHECKING:
 
 MAX_GRAPHS = 8  # for one kind of batch, or for one split; further ones are done eagerly
 MAX_OPERATIONS = 1.2 * MAX_NODES  # of an eager step, about which no graph is tried
+MAX_UNASKED = 6000  # operations up to which compile=True makes a graph of the update, whatever it costs
 EAGER = -1
+_UNKNOWN = object()
 
-# What a graph costs to make and saves, from counts alone. On a small problem an eager operation takes this much longer
-# than one in a graph; the first graph of a process also loads the compiler.
-SECONDS_SAVED_PER_NODE = 1.5e-6
-SECONDS_PER_GRAPH, SECONDS_PER_NODE, SECONDS_ONCE = 0.6, 0.005, 3.0
+# What a graph costs to make with an empty cache, and what it saves, from counts alone: a run decides alike wherever and
+# whenever it runs. Over the benchmarks an eager operation takes 1.2 to 1.8 us longer than one in a graph (2 x AMD EPYC,
+# torch 2.13); the first graph of a process also loads the compiler.
+SECONDS_SAVED_PER_NODE = 1.2e-6
+SECONDS_PER_GRAPH, SECONDS_PER_NODE, SECONDS_ONCE = 0.5, 0.005, 2.0
+AUTO_MARGIN = 1.25  # times its cost is what a graph must save for "auto": these are guesses
 NODES_PER_PARAMETER = 40  # of an optimizer's step and of clipping, in a graph
 
 
@@ -75,7 +80,7 @@ class Graphs:
 
     def forward(self, split: str, forward: Forward) -> Forward:
         """`forward`, the evaluation of a batch of `split`, by graphs where there are some."""
-        if of_all_rows(self.state) or getattr(self.state.trainer, "evaluates_eagerly", False):
+        if getattr(self.state.trainer, "evaluates_eagerly", False):
             return forward
         if split not in self.chosen:
 
@@ -109,6 +114,8 @@ def compile_update(
             state.warn_once(f"compile=True: the update stays eager: {reason}.")
         return eager
     state.training.compile_choice = str(state.config.compile)
+    if state.config.compile is True:
+        get_ready(state.fabric.device)
     (optimizer,) = state.training.optimizers.values()
     forward = forward_of(state, "train")
     several, combine, finish = state.config.accumulate > 1, combiner(state), _finisher(state)
@@ -185,8 +192,7 @@ def _finisher(state: RunState) -> Callable[[Tensor, Tensor, list[Any]], bool]:
 
     def finish(finite: Tensor, loss: Tensor, read: list[Any]) -> bool:
         if not waits:  # `look_back` raises later; until then the graph leaves such steps out
-            state.step.doubts = state.step.doubts or Doubts(state.fabric.device)
-            state.step.doubts.note(progress.step, finite)
+            doubts_in(state).note(progress.step, finite)
         elif not finite.item():
             not_finite(state, loss, read)
             return False
@@ -228,17 +234,10 @@ def _may_be_in_graph(state: RunState, optimizer: torch.optim.Optimizer) -> bool:
     return type(optimizer).__module__.startswith("torch.optim") and alone and not (hooked or listened)
 
 
-def of_all_rows(state: RunState) -> list[str]:
-    """The metrics that are no means, which graphs cannot hand on."""
-    return [name for name, metric in state.metrics.items() if getattr(metric, "of_all_rows", False)]
-
-
 def _obstacle(state: RunState) -> str | None:
     """Why no update of this run can be a graph, None if nothing is known to stand against it."""
     if state.trainer.overrides("update"):
         return f"{type(state.trainer).__name__} has its own update"
-    if of_all_rows(state):
-        return f"metrics of all rows ({', '.join(of_all_rows(state))}) read more than numbers from each step"
     if len(state.training.optimizers) > 1:
         return f"there are several optimizers ({', '.join(state.training.optimizers)})"
     if ignores(state):
@@ -254,7 +253,7 @@ class Chosen:
     def __init__(self, graphs: Graphs, split: str, make: Callable[..., EvaluationGraph]) -> None:
         self.graphs, self.state, self.split, self.make = graphs, graphs.state, split, make
         self.known: dict[str, list[EvaluationGraph]] = {}
-        self._current: dict[tuple[Any, ...], EvaluationGraph | None] = {}
+        self._current: dict[tuple[Any, ...], Any] = {}
         self._to_count: str | None = None
         self._epoch = -1
 
@@ -280,8 +279,8 @@ class Chosen:
             self._give_up(self.split, str(reason))
             return None, tensors
         key = tuple(shapes)
-        graph, is_chosen = self._current.get(key), key in self._current
-        if not is_chosen or (graph is not None and not graph.watch.glance()):
+        graph = self._current.get(key, _UNKNOWN)
+        if graph is _UNKNOWN or (graph is not None and not graph.watch.glance()):
             graph = self._choose(key, batch, tensors)
         if graph is not None and graph.num_checks and (reason := difference(graph, batch, tensors)) is not None:
             self._give_up(repr(key), f"the graph does not agree with the eager step: {reason}")
@@ -303,6 +302,9 @@ class Chosen:
             if met[kind][2] > MAX_OPERATIONS:
                 self._give_up(kind, f"one of them is about {met[kind][2]} operations, and a graph holds {MAX_NODES}")
             elif made[kind] == 0 and not self._pays(kind):
+                if self._is_asked_for(kind):
+                    much = f"a graph of about {met[kind][2]} operations takes {self._cost(kind):.0f} s to make"
+                    self._give_up(kind, f"{much}, more than it would save in the steps to come")
                 made[kind] = EAGER
             del met[kind]
         self._current[key] = None
@@ -361,19 +363,23 @@ class Chosen:
     def _pays(self, kind: str) -> bool:
         """Whether a graph of this kind is worth making, from counts alone: the same answer in every run.
 
-        compile=True asks for one of what is trained most; of further kinds (a short last batch) and of evaluations only
-        where it wins what it costs. "auto" does where it wins twice that, and what loading the compiler takes.
+        compile=True asks for one of what is trained most, if it is not very large; of further kinds (a short last
+        batch) and of evaluations only where it wins what it costs. "auto" asks for a little more than that of each.
         """
-        is_first = self._kinds()[0] == kind
-        is_auto = self.state.config.compile == "auto"
-        if not is_auto and is_first and self.split == "train":
-            return True
         first_step, times, nodes = self.graphs.met[kind]
+        if self._is_asked_for(kind) and nodes <= MAX_UNASKED:
+            return True
         saved = times_to_come(self.state, self.split, first_step, times) * nodes * SECONDS_SAVED_PER_NODE
-        cost = SECONDS_PER_GRAPH + nodes * SECONDS_PER_NODE
-        if is_auto and not any(number > 0 for number in self.graphs.made.values()):
-            cost += SECONDS_ONCE
-        return saved > cost * (2 if is_auto else 1)
+        return saved > self._cost(kind) * (AUTO_MARGIN if self.state.config.compile == "auto" else 1)
+
+    def _is_asked_for(self, kind: str) -> bool:
+        """Whether compile=True means this kind."""
+        return self.state.config.compile is True and self.split == "train" and self._kinds()[0] == kind
+
+    def _cost(self, kind: str) -> float:
+        """Seconds to make a graph of this kind, and to load the compiler where none was made before."""
+        is_first = not any(number > 0 for number in self.graphs.made.values())
+        return SECONDS_PER_GRAPH + self.graphs.met[kind][2] * SECONDS_PER_NODE + (SECONDS_ONCE if is_first else 0.0)
 
 
 def times_to_come(state: RunState, split: str, first_step: int, times: int) -> float:

@@ -29,6 +29,8 @@ def flatten(batch: Any, tensors: list[Tensor], key: list[Any]) -> None:
             if isinstance(value, Tensor):
                 tensors.append(value if value.is_contiguous() else value.contiguous())
                 key += (name, value.shape, value.dtype, value.requires_grad)
+            elif type(value) is str:
+                key += (name, value)
             elif name != "epoch":  # a tensor in the graph
                 key.append(name)
                 flatten(value, tensors, key)

@@ -39,7 +39,7 @@ from weft.compile.thin import VERSION, CannotThin, thin_source
 
 Compiled = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
-MAX_NODES = 6000  # of a graph; inductor's time grows with them, 5 to 20 ms each
+MAX_NODES = 12000  # of a graph; inductor's time grows with them, 5 to 20 ms each
 MAX_FILES = 200  # packages in the cache folder; the least recently used go first
 
 
@@ -226,6 +226,19 @@ def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tensor], moving: int) 
     if loaded is None:
         raise CannotCompile(f"what the compiler made in {folder} cannot be loaded")
     return loaded
+
+
+def get_ready(device: torch.device) -> None:
+    """A graph will be made: where this machine has never made one, begin with what takes longest, on another core."""
+    if device.type != "cpu" or not library.is_supported():
+        return
+    with contextlib.suppress(Exception):  # what is wrong is told where the graph is made
+        folder = cache_folder()
+        if not any(path.suffix in (".gch", ".so", ".pt2") for path in folder.iterdir()):
+            from torch._inductor import config  # pyright: ignore[reportPrivateImportUsage]
+
+            with torchs_cache(), config.patch({"cpp.vec_isa_ok": OPTIONS["cpp.vec_isa_ok"]}):
+                library.prepare_header(folder)
 
 
 def _found(folder: Path, key: str) -> Compiled | None:

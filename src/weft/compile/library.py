@@ -111,19 +111,23 @@ def _commands() -> tuple[str, list[str], list[str]]:
 # ---- a header that is compiled once ----------------------------------------------------------------------------------
 
 
+_asked: set[Path] = set()
+
+
 def prepare_header(folder: Path) -> None:
     """Have what all kernels include compiled once in the background, if that is worth it and not yet done.
 
     It takes 3 s of another core and 150 MB, and saves each graph a second. g++ writes to another name and the file
-    appears when it is complete. Whoever comes before takes the way without it, with the same bits.
+    appears when it is complete. Whoever comes before takes the way without it, with the same bits. A process asks once.
     """
     from torch._inductor.cpp_builder import is_gcc
 
     compiler, flags, _ = _commands()
     header = folder / f"kernels-{_header_key(compiler, tuple(flags))}.h"
     compiled = header.with_name(f"{header.name}.gch")
-    if compiled.exists() or not is_gcc() or (os.cpu_count() or 1) < 2:
+    if compiled.exists() or compiled in _asked or not is_gcc() or (os.cpu_count() or 1) < 2:
         return
+    _asked.add(compiled)
     if shutil.disk_usage(folder).free < MIN_FREE_BYTES:
         return
     for old in sorted(folder.glob("kernels-*.gch"), key=lambda p: p.stat().st_mtime)[: 1 - MAX_HEADERS or None]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from weft.compile import graph as graphs
 from weft.compile.checking import Effects, buffers_in_place, out_of_reach, tried, undone
@@ -23,7 +24,7 @@ from weft.compile.watching import Place, Watch
 from weft.devices import seeding
 from weft.devices.processes import limit_entries, shrinking
 from weft.step.forward import Forward
-from weft.step.metrics import Vector
+from weft.step.metrics import ALL_ROWS, Vector
 from weft.step.optimizer_step import clipping
 from weft.step.optimizers import parameters_of
 
@@ -45,15 +46,17 @@ class EvaluationGraph:
             raise CannotCompile(reason)
         self.epoch, self.step = (torch.zeros((), dtype=torch.int64, device=state.fabric.device) for _ in range(2))
         self.names, self.logged = tuple[str, ...](), tuple[str, ...]()
+        self.rows: list[Tensor] = []
+        self._shape: TreeSpec = tree_flatten({})[1]
 
         def function(*moving: Tensor) -> list[Tensor]:
-            return self.compute(rebuild(batch, iter(moving), self.epoch))
+            return [*self.compute(rebuild(batch, iter(moving), self.epoch)), *self.rows]
 
         with undone(self):
             self.graph, self.fixed = graphs.trace(function, tensors)
             if any(isinstance(p.grad, FakeTensor) for p in state.problem.parameters()):
                 raise CannotCompile("the step calls backward itself")
-        self.example = tensors
+        self.example, self._num_rows = tensors, len(self.rows)
         self._counts = any(t is self.epoch or t is self.step for t in self.fixed)
 
     @property
@@ -82,6 +85,7 @@ class EvaluationGraph:
         told = replace(self.state.progress, epoch=self.epoch, step=self.step)  # type: ignore[arg-type]
         with tried(told) as trial, buffers_in_place(self.state.problem):
             loss, scalars = self.forward(batch)
+        self.rows, self._shape = _rows(scalars)
         self.names, self.logged = tuple(scalars), tuple(trial.logged)
         return loss, vector([*scalars.values(), *trial.logged.values()], self.epoch.device)
 
@@ -105,12 +109,16 @@ class EvaluationGraph:
             means, examples = self.state.step.evaluating or (self.state.epoch.logged, 1)
             means.add(Vector(self.logged, values[len(self.names) :]), examples)
             values = values[: len(self.names)]
-        return [Vector(self.names, values), *others]
+        rows = tree_unflatten(self.rows, self._shape) if self._num_rows else {}
+        return [Vector(self.names, values, rows), *others]
 
     def call(self, tensors: list[Tensor]) -> Sequence[Tensor]:
-        """The outputs."""
+        """The outputs; what metrics of all rows read is then in `rows`."""
         self.refresh()
-        return self.outputs([*tensors, *self.fixed])
+        outputs = self.outputs([*tensors, *self.fixed])
+        if self._num_rows:
+            self.rows, outputs = [*outputs[-self._num_rows :]], outputs[: -self._num_rows]
+        return outputs
 
     def refresh(self) -> None:
         """Bring the numbers that are inputs up to date: epoch and step, where the graph uses them."""
@@ -135,8 +143,9 @@ class EvaluationGraph:
     def _loss_eagerly(self, batch: Any) -> tuple[Any, Effects]:
         with tried(self.state.progress) as trial, buffers_in_place(self.state.problem):
             loss, scalars = self.forward(batch)
+        rows, _ = _rows(scalars)
         values = vector([*scalars.values(), *trial.logged.values()], self.epoch.device)
-        return loss, {("a reported scalar", ""): values}
+        return loss, {("a reported scalar", ""): values} | self._read(rows)
 
     def reference(self, batch: Any) -> Effects:
         """What the eager step does in place of the graph."""
@@ -144,7 +153,10 @@ class EvaluationGraph:
 
     def outcome(self, outputs: Sequence[Tensor]) -> Effects:
         """What the graph has computed, by the same names."""
-        return {("a reported scalar", ""): outputs[0]}
+        return {("a reported scalar", ""): outputs[0]} | self._read(self.rows)
+
+    def _read(self, rows: Sequence[Tensor]) -> Effects:
+        return {("what a metric of all rows reads", str(i)): t for i, t in enumerate(rows)}
 
 
 class GradientGraph(EvaluationGraph):
@@ -299,6 +311,14 @@ def _hooked(problem: nn.Module, parameters: Iterable[Tensor]) -> str | None:
             return names.get(id(p), "a parameter")
     hooked = (name for name, m in problem.named_modules() if m._backward_hooks or m._backward_pre_hooks)
     return next((name or type(problem).__name__ for name in hooked), None)
+
+
+def _rows(scalars: dict[str, Any]) -> tuple[list[Tensor], TreeSpec]:
+    """What metrics of all rows read, taken out of `scalars`: as tensors, and how they are nested."""
+    rows, shape = tree_flatten(scalars.pop(ALL_ROWS, {}))
+    if other := [type(value).__name__ for value in rows if not isinstance(value, Tensor)]:
+        raise CannotCompile(f"a metric of all rows reads a {other[0]}")
+    return rows, shape
 
 
 def vector(values: Sequence[Any], device: torch.device) -> Tensor:

@@ -35,8 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from weft.devices.generators import generators_within
-from weft.devices.seeding import GENERATORS, generator_states, set_generator_states
+from weft.devices.generators import GENERATORS, generator_states, generators_within, set_generator_states
 from weft.places import HOLDERS
 
 MAX_NEAR = 256  # items of a container that is looked at in every step
@@ -105,20 +104,25 @@ class Place:
                 del held[key]
             held.update(values)
 
-    def reader(self) -> Callable[[], Sequence[Any]]:
-        """A quick function that gives what is compared."""
+    def expression(self, names: dict[str, Any]) -> str:
+        """Items of a tuple that hold what is compared, as text; what they are made of is added to `names`."""
+
+        def named(value: Any) -> str:
+            names[name := f"v{len(names)}"] = value
+            return name
+
         held = vars(self.held) if isinstance(self.held, type) else self.held
+        at = named(held)
         if isinstance(held, CellType | FunctionType | ContextVar):
-            return lambda: (_contents(held),)
+            return f"{named(_contents)}({at}), "
         if isinstance(held, np.ndarray):
-            return lambda: (held.tobytes(),)
+            return f"{at}.tobytes(), "
         if isinstance(held, list | set):
-            return lambda: held  # type: ignore[return-value]
+            return f"*{at}, len({at}), "
         keys = [k for k in (held if self.keys is None else self.keys) if k not in self.notes]
-        pick: Callable[[Any], Sequence[Any]] = itemgetter(*keys, keys[0]) if keys else lambda _: ()
-        if self.keys is not None:
-            return lambda: pick(held)
-        return lambda: (*pick(held), len(held))
+        one_by_one = "".join(f"{at}[{named(key)}], " for key in keys[:1])
+        picked = f"*{named(itemgetter(*keys))}({at}), " if len(keys) > 1 else one_by_one
+        return picked if self.keys is not None else f"{picked}len({at}), "
 
 
 class Watch:
@@ -138,15 +142,15 @@ class Watch:
         self.places, self.tensors = [*walk.places, *extra], walk.tensors
         self.generators, self.one_way = walk.generators, walk.one_way
         self._saved = [place.read() for place in self.places]
-        self._near = [place.reader() for place in walk.near()] + [p.reader() for p in extra if p.is_near]
-        self._all = [place.reader() for place in self.places]
-        self._near_before, self._all_before = _read(self._near), _read(self._all)
+        self._near = _reader([*walk.near(), *(p for p in extra if p.is_near)])
+        self._all = _reader(self.places)
+        self._near_before, self._all_before = self._near(), self._all()
         self._parameters = list(problem.parameters())
         self._requires = [p.requires_grad for p in self._parameters]
 
     def glance(self) -> bool:
         """Whether all that is near is as it was. Cheap enough for every step."""
-        now = _read(self._near)
+        now = self._near()
         if now is None or not _alike(now, self._near_before):
             return False
         self._near_before = now  # equal values may be other objects: the same ones are quicker to compare
@@ -154,7 +158,7 @@ class Watch:
 
     def changed(self) -> str | None:
         """What is no longer as it was, None if all is."""
-        if _alike(_read(self._all), self._all_before):
+        if _alike(self._all(), self._all_before):
             requires = [p.requires_grad for p in self._parameters]
             return None if requires == self._requires else "requires_grad of a parameter"
         for place, before in zip(self.places, self._saved, strict=True):
@@ -193,13 +197,21 @@ def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
                     tensor.copy_(value)
 
 
-def _read(readers: list[Callable[[], Sequence[Any]]]) -> list[Any] | None:
-    found: list[Any] = []
-    try:
-        for reader in readers:
-            found += reader()
-    except (KeyError, ValueError):  # something is no longer there
-        return None
+def _reader(places: Iterable[Place]) -> Callable[[], tuple[Any, ...] | None]:
+    """A function that gives what is compared of these places, None where something is no longer there.
+
+    Its code is made for them: to call a function for each place would take as long as a small step's other Python.
+    """
+    names: dict[str, Any] = {}
+    text = "".join(place.expression(names) for place in places)
+    read = eval(f"lambda: ({text})", names)  # of names that are ours alone
+
+    def found() -> tuple[Any, ...] | None:
+        try:
+            return read()
+        except (LookupError, ValueError):
+            return None
+
     return found
 
 

@@ -1,8 +1,8 @@
-"""Datasets of tensors by key, and windows of time series."""
+"""Datasets of tensors by key."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ class DictDataset(Dataset):
         if not isinstance(tensors, Mapping) or not tensors:
             raise TypeError(f"DictDataset needs a dict of tensors by key, got {short(tensors)}.")
         _check_labels(tensors)
-        self.datadict: dict[str, Tensor] = {k: _as_tensor(k, v) for k, v in tensors.items()}
+        self.datadict: dict[str, Tensor] = {k: as_tensor_of(k, v) for k, v in tensors.items()}
         self.name = name
         lengths = {k: t.shape[0] for k, t in self.datadict.items()}
         if len(set(lengths.values())) > 1:
@@ -83,7 +83,7 @@ def is_array(value: Any) -> bool:
     )
 
 
-def _as_tensor(key: str, value: Any) -> Tensor:
+def as_tensor_of(key: str, value: Any) -> Tensor:
     """`value` as a tensor that shares its memory where it can. TypeError / ValueError that name the key."""
     try:
         if (
@@ -102,29 +102,3 @@ def _as_tensor(key: str, value: Any) -> Tensor:
     if tensor.dim() == 0:
         raise ValueError(f"DictDataset: {key!r} is a single number; expected one row per example.")
     return tensor
-
-
-def windows(series: Any, length: int, stride: int = 1, name: str | None = None) -> DictDataset:
-    """Time series cut into a DictDataset of (batch, time, features) with `length` time entries each.
-
-    `series`: a dict of tensors (time, features) of equal duration, or a list of such dicts (several experiments).
-    A window starts every `stride` entries; windows that would run over the end are left out. `name`: of the dataset.
-    Raises ValueError if a series is shorter than `length`.
-    """
-    if length < 1 or stride < 1:
-        raise ValueError(f"windows: length and stride must be at least 1, got length={length}, stride={stride}.")
-    cut: dict[str, list[Tensor]] = {}
-    for experiment in series if isinstance(series, Sequence) else [series]:
-        if not isinstance(experiment, Mapping):
-            raise TypeError(
-                f'windows: got {type(experiment).__name__}; give series by key: windows({{"x": series}}, ...).'
-            )
-        tensors = {k: _as_tensor(k, v) for k, v in experiment.items()}
-        durations = {k: t.shape[0] for k, t in tensors.items()}
-        if len(set(durations.values())) > 1 or min(durations.values()) < length:
-            raise ValueError(f"windows: the series last {durations} entries; expected equal, at least {length}.")
-        for key, tensor in tensors.items():
-            if tensor.dim() == 1:
-                tensor = tensor[:, None]
-            cut.setdefault(key, []).append(tensor.unfold(0, length, stride).movedim(-1, 1))  # (windows, time, ...)
-    return DictDataset({k: torch.cat(v).contiguous() for k, v in cut.items()}, name)

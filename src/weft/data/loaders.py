@@ -110,9 +110,13 @@ class LoaderBatches:
 
 
 def iterator_of(loader: Any) -> Iterator[Any]:
-    """`iter(loader)`; the workers of a DataLoader do not die of a signal to all processes of the run."""
-    if not getattr(loader, "num_workers", 0) or not isinstance(loader, DataLoader):
+    """`iter(loader)`: without workers gathered at once, and they do not die of a signal to all processes of the run."""
+    if not isinstance(loader, DataLoader):
         return iter(loader)
+    if not loader.num_workers:
+        from weft.data.gathering import gathering
+
+        return gathering(iter(loader))
     from weft.data.workers import iterate
 
     return iterate(loader)

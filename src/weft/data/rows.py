@@ -38,7 +38,7 @@ def read(split: str, source: Any) -> Any:
     if hasattr(source, "columns") and hasattr(source, "to_numpy"):
         table: Any = source
         return DictDataset({str(name): table[[name]] for name in table.columns})
-    if is_array(source) or isinstance(source, str | bytes):
+    if is_array(source) or isinstance(source, str | bytes | bytearray | memoryview):
         raise lone(split, source)
     return source
 

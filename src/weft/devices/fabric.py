@@ -41,14 +41,17 @@ def make_fabric(config: TrainerConfig, strategy: Any = None, plugins: Any = None
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     plugins = [] if plugins is None else list(plugins) if isinstance(plugins, list | tuple) else [plugins]
-    asked: Any = (
-        copy(strategy) if strategy is not None else config.strategy
-    )  # Fabric writes into it; the next fit gives it again
+    # Fabric writes into it; the next fit gives it again
+    asked: Any = copy(strategy) if strategy is not None else config.strategy
     devices: Any = list(config.devices) if isinstance(config.devices, list | tuple) else config.devices
     if not any(isinstance(p, ClusterEnvironment) for p in plugins):
-        _check_launch(config, asked)
         alone = is_one(devices) and config.num_nodes == 1 and asked == "auto"
-        if alone or (slurm_tasks() == 1 and config.num_nodes == 1):
+        if config.num_nodes > 1 or not os.environ.keys().isdisjoint(("TORCHELASTIC_RUN_ID", "SLURM_NTASKS")):
+            from weft.devices.launched import check_launch, slurm_tasks
+
+            check_launch(config, alone)
+            alone = alone or (slurm_tasks() == 1 and config.num_nodes == 1)
+        if alone:
             plugins.append(LightningEnvironment())  # Fabric takes SLURM's number of tasks for what is asked, unasked
     _check_precision(config)
     if asked == "dp":  # Fabric takes "ddp" instead on a CPU, unasked; on GPUs it copies the problem in each step
@@ -168,49 +171,6 @@ def start_method(fabric: Fabric) -> str | None:
 def is_one(devices: Any) -> bool:
     """Whether `devices` names one device (not "auto" or -1, which may mean more)."""
     return devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
-
-
-def slurm_tasks() -> int:
-    """How many processes SLURM started of this script; 0 outside of a job, and in a shell that it gave to a user.
-
-    Python in the batch script itself, without srun, is one, whatever was asked for.
-    """
-    if "SLURM_NTASKS" not in os.environ or os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
-        return 0
-    if "SLURM_GTIDS" in os.environ and "SLURM_STEP_ID" not in os.environ:
-        return 1
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ["SLURM_NTASKS"]
-    return int(tasks) if tasks.isdigit() else 0
-
-
-def _check_launch(config: TrainerConfig, strategy: Any) -> None:
-    """Processes that were started outside must be those that are asked for; else each would train alone, or wait."""
-    world = int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
-    if world > 1 and is_one(config.devices) and config.num_nodes == 1 and strategy == "auto":
-        here = os.environ.get("LOCAL_WORLD_SIZE", "1")
-        raise ValueError(
-            f"torchrun started {world} processes, but devices=1: each of them would train alone. "
-            f"Set devices={here} and num_nodes={world // int(here)}, or start one process."
-        )
-    tasks, alone = slurm_tasks(), is_one(config.devices) and config.num_nodes == 1 and strategy == "auto"
-    is_told_apart = "SLURM_STEP_ID" in os.environ or os.environ.get("SLURM_PROCID", "0") != "0"
-    if alone and tasks > 1 and is_told_apart:
-        raise ValueError(
-            f"SLURM started {tasks} tasks of this script, but devices=1: each would train alone, in one folder. "
-            f"Set devices and num_nodes to the tasks a node and the nodes (strategy='ddp'), or start one task "
-            "(srun --ntasks=1)."
-        )
-    if tasks == 1 and config.num_nodes > 1:
-        raise ValueError(
-            f"num_nodes={config.num_nodes}, but SLURM started one process. Start the script with srun, and give sbatch "
-            f"--nodes={config.num_nodes} --ntasks-per-node={config.devices}."
-        )
-    if config.num_nodes > 1 and world == 1 and "SLURM_NTASKS" not in os.environ and "NODE_RANK" not in os.environ:
-        raise ValueError(
-            f"num_nodes={config.num_nodes}, but nothing says which node this is. Start the script with torchrun or "
-            "srun, "
-            "or set MASTER_ADDR, MASTER_PORT and NODE_RANK on each node."
-        )
 
 
 def _check_precision(config: TrainerConfig) -> None:

@@ -7,6 +7,7 @@ has asked the others for nothing for most of their patience. Each time it does a
 from __future__ import annotations
 
 import faulthandler
+import os
 import re
 import threading
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 
 SHARE = 0.7  # of the patience of the others, after which a silent process writes down where it is
 _WEFT = str(Path(__file__).parents[1])
+_HEAD = 120  # characters of the first line, which is written over at each collective: 1 us
 _FRAME = re.compile(r'  File "(.+)", line (\d+) in (.+)')
 
 
@@ -28,21 +30,23 @@ class HangWatch:
         self._keep, self._began = False, time.time()
         self.folder.mkdir(exist_ok=True)
         self._path = self.folder / f"rank-{rank}.txt"
-        self._file = open(self._path, "w", encoding="utf-8")  # noqa: SIM115, kept for the timer
+        self._file = open(self._path, "wb", buffering=0)  # noqa: SIM115, kept for the timer
         self.mark("start")
 
     def mark(self, collective: str) -> None:
         """This process asks the others for something."""
-        now = time.monotonic()
-        if now - self._armed < self._every or self._file.closed:
+        if self._file.closed:
             return
-        self._armed = now
-        self._file.seek(0)
-        self._file.truncate()
         main = threading.main_thread().ident or 0
-        self._file.write(f"rank {self.rank}, step {self._step()}, last collective {collective}, thread 0x{main:016x}\n")
-        self._file.flush()
-        faulthandler.dump_traceback_later(self._seconds, file=self._file)
+        head = f"rank {self.rank}, step {self._step()}, last collective {collective}, thread 0x{main:016x}"
+        with suppress(OSError, AttributeError):  # a disk that is full or away ends no training; not on Windows
+            os.pwrite(self._file.fileno(), f"{head:<{_HEAD}}\n".encode(), 0)
+        now = time.monotonic()
+        if now - self._armed >= self._every:  # a timer is a thread
+            self._armed = now
+            with suppress(OSError):
+                self._file.truncate(self._file.seek(_HEAD + 1))
+            faulthandler.dump_traceback_later(self._seconds, file=self._file)
 
     def found(self) -> str:
         """Which processes did not come, and where each was, in words; "" if none has written that down."""

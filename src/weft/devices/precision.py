@@ -14,6 +14,9 @@ from torch.optim import Optimizer
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
+# The one implementation of the finite check: torch's own multi-tensor kernel, which marks `found`.
+check_and_unscale = torch._amp_foreach_non_finite_check_and_unscale_  # pyright: ignore[reportPrivateImportUsage]
+
 
 def float_dtype(fabric: Fabric) -> torch.dtype | None:
     """The dtype that floating data is cast to when it is made resident: float64 under 64-true, else None (kept)."""

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from weft.places import attributes_of
-
-GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 # ---- random state ----------------------------------------------------------------------------------------------------
 
@@ -111,86 +106,3 @@ def data_randomness(seed: int | None, index: int) -> Iterator[None]:
         yield
     finally:
         set_random_state(before)
-
-
-def fix_kept_batches(sources: Iterable[Any]) -> None:
-    """Let batches that are made once be made in the random state of this moment, whenever they are asked for.
-
-    A resumed run makes them again in the middle of training, and must get the same ones.
-    """
-    for source in sources:
-        loader: Any = getattr(source, "loader", None)
-        if getattr(loader, "made_once", False):
-            own = generators_of(loader)
-            loader.within = partial(_put_back_after, own, random_state(), generator_states(own))
-
-
-@contextmanager
-def _put_back_after(
-    generators: Mapping[str, Any], random: Mapping[str, Any], states: Mapping[str, Any]
-) -> Iterator[None]:
-    before = random_state(), generator_states(generators)
-    set_random_state(random)
-    set_generator_states(generators, states)
-    try:
-        yield
-    finally:
-        set_random_state(before[0])
-        set_generator_states(generators, before[1])
-
-
-def generators_of(loader: Any) -> dict[str, Any]:
-    """The random generators of their own that a loader, its samplers and its dataset hold, by where they are."""
-    batch_sampler, dataset = getattr(loader, "batch_sampler", None), getattr(loader, "dataset", None)
-    places = {
-        "loader": loader,
-        "sampler": getattr(loader, "sampler", None),
-        "batch_sampler": batch_sampler,
-        "batch_sampler.sampler": getattr(batch_sampler, "sampler", None),
-        "dataset": dataset,
-        "dataset.dataset": getattr(dataset, "dataset", None),
-    }
-    return own_generators(places.items())
-
-
-def own_generators(things: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """The random generators that objects hold as attributes, by the objects' names and the attributes'."""
-    return {f"{p.path}.{p.name}": p.value for p in attributes_of(things) if isinstance(p.value, GENERATORS)}
-
-
-def generator_states(generators: Mapping[str, Any]) -> dict[str, Any]:
-    """The states of generators (of torch, numpy or python) as plain values by the same names."""
-    return {name: _state_of(generator) for name, generator in generators.items()}
-
-
-def set_generator_states(generators: Mapping[str, Any], states: Mapping[str, Any]) -> None:
-    """Put back what `generator_states` gave. Raises ValueError for a generator that is missing here or there."""
-    if set(generators) != set(states):
-        raise ValueError(
-            f"The training data and the problem have the random generators {sorted(generators)}; the checkpoint has "
-            "the "
-            f"states of {sorted(states)}."
-        )
-    for name, generator in generators.items():
-        _set_generator(generator, states[name])
-
-
-def _set_generator(generator: Any, state: Any) -> None:
-    if isinstance(generator, torch.Generator):
-        generator.set_state(state.cpu())
-    elif isinstance(generator, random.Random):
-        generator.setstate((state[0], tuple(state[1].tolist()), state[2]))
-    elif isinstance(generator, np.random.RandomState):
-        generator.set_state(with_arrays(state))
-    else:
-        generator.bit_generator.state = with_arrays(state)
-
-
-def _state_of(generator: Any) -> Any:
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
-    if isinstance(generator, random.Random):
-        version, internal, gauss = generator.getstate()
-        return [version, torch.tensor(internal), gauss]
-    is_old = isinstance(generator, np.random.RandomState)
-    return with_tensors(generator.get_state(legacy=False) if is_old else generator.bit_generator.state)

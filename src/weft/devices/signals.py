@@ -8,23 +8,20 @@ runs between two pieces of a run (`with trainer.start(...)`), there is no bounda
 from __future__ import annotations
 
 import os
-import re
 import signal
-import subprocess
 import sys
 import threading
-import warnings
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType
 from typing import Any
 
-_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP", "SIGXCPU")
-SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP", "SIGXCPU") if hasattr(signal, n)]
 PATIENCE = 10.0  # seconds that a loop of the user's own has to come to the end of its step
-BY_SCRIPT = "WEFT_REQUEUED_BY_SCRIPT"
-"""Set in a job whose batch script requeues it at exit status 138, after it wrote down how it left."""
+ECHO = 0.0
+"""Seconds within which two Ctrl-C are one. In launched processes 1.0: the terminal's, and what is handed on of it."""
 _STARTS_OTHERS = {"sweeps", "recipes", "cli"}  # rooms whose frames stand below the user's code, not above it
 
 
@@ -38,49 +35,6 @@ class SignalExit(SystemExit):
     def __reduce__(self) -> Any:  # from a launched process to the one that waits for it
         return SignalExit, (int(self.number),)
 
-    @property
-    def comes_back(self) -> bool:
-        """Whether the job is to be put back into SLURM's queue."""
-        job, name = os.environ.get("SLURM_JOB_ID"), self.number.name
-        return job is not None and (name == "SIGUSR1" or (name == "SIGTERM" and _is_preempted(job)))
-
-    def requeue(self, is_saved: bool) -> None:
-        """Ask SLURM to put this job back into its queue: what SIGUSR1 (`sbatch --signal=USR1@60`) means there.
-
-        So does SIGTERM where the job is preempted with a time of grace: SLURM takes one that leaves within it for done.
-        Nothing for other signals, outside SLURM, and where the batch script does it (`BY_SCRIPT`). Warns if nothing was
-        saved (it would start over again and again), and with SLURM's own words if it refuses.
-        """
-        job = os.environ.get("SLURM_JOB_ID")
-        if job is None or BY_SCRIPT in os.environ or not self.comes_back:
-            return
-        if "SLURM_ARRAY_JOB_ID" in os.environ and "SLURM_ARRAY_TASK_ID" in os.environ:
-            job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-        failure = "it writes no checkpoints to go on from" if not is_saved else _scontrol_requeue(job)
-        if failure:
-            warnings.warn(f"SLURM job {job} was not requeued: {failure}.", stacklevel=2)
-
-
-def _is_preempted(job: str) -> bool:
-    """Whether the job still counts as running, and is to make room for another one. After scancel it is completing."""
-    try:
-        done = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return False
-    said = {key: value for key, _, value in (word.partition("=") for word in done.stdout.split())}
-    return said.get("JobState") == "RUNNING" and said.get("PreemptTime", "None") not in ("None", "")
-
-
-def _scontrol_requeue(job: str) -> str:
-    """Requeue the job; returns why it failed, "" if it did not."""
-    if not re.fullmatch(r"[0-9_]+", job):
-        return "its number is none"
-    try:
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
-    return "" if done.returncode == 0 else done.stderr.strip() or f"scontrol ended with {done.returncode}"
-
 
 class Interruption:
     """Which signal asked the run to end, 0 if none did."""
@@ -89,9 +43,9 @@ class Interruption:
         self.asked = 0
         self.between: Callable[[], None] | None = None
         """What leaves the run where code around it is at work, unless that may be in the middle of a step."""
-        self._held = False
+        self._held = self._overdue = False
+        self._heard = float("-inf")
         self._alarm: threading.Timer | None = None
-        self._overdue = False
 
     @contextmanager
     def caught(self, at_once: bool = False) -> Iterator[None]:
@@ -114,6 +68,10 @@ class Interruption:
             if self.asked and not _is_under_way(frame):
                 self.leave(self.asked)
             return
+        if number == signal.SIGINT:
+            if time.monotonic() - self._heard < ECHO:
+                return
+            self._heard = time.monotonic()
         if number == signal.SIGINT and self.asked == number and not self._held:
             raise KeyboardInterrupt
         if number != signal.SIGINT or not self.asked:  # SIGTERM goes before a Ctrl-C
@@ -154,9 +112,7 @@ class Interruption:
     def leave(self, number: int) -> None:
         """Raise what the signal means: KeyboardInterrupt for Ctrl-C, SignalExit for the others."""
         self.asked = 0
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SignalExit(number)
+        raise KeyboardInterrupt if number == signal.SIGINT else SignalExit(number)
 
 
 @contextmanager

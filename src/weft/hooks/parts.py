@@ -11,7 +11,7 @@ import os
 from torch import nn
 
 from weft.checkpoint.weights_files import load_weights
-from weft.step.optimizers import submodule
+from weft.problem.named import submodule
 
 
 def load_node(problem: nn.Module, node: str, path: str | os.PathLike[str], source: str | None = None) -> nn.Module:

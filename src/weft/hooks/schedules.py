@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from weft.events import Hook
+from weft.problem.named import submodule
 from weft.problem.reading import set_term_weights, term_weights
-from weft.step.optimizers import submodule
 from weft.types import suggest
 
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from weft.data.batches import num_examples
-from weft.problem.reading import forward_nodes, term_weights
+from weft.problem.named import submodule
+from weft.problem.outputs import forward_nodes
+from weft.problem.reading import term_weights
 from weft.problem.terms import argument_keys
 from weft.step.forward import forward_of
-from weft.step.optimizers import submodule
 from weft.types import suggest
 
 if TYPE_CHECKING:

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from weft.config import TrainerConfig
 from weft.events import Hook
 from weft.loggers.csv import CSVLogger, Row, read_history, read_rows
+from weft.records import lease
 from weft.records.made import made_of
 from weft.types import suggest
 
@@ -220,6 +221,8 @@ class Logging(Hook):
             logger.finalize(self._status)
 
     def _log(self, trainer: Any, metrics: Mapping[str, float]) -> None:
+        if self._active and trainer.run.run_dir is not None:
+            lease.check(trainer.run.run_dir)
         for logger in self._active:
             # each gets its own dict: some of Lightning's loggers add to it
             logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step=trainer.run.progress.step)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from weft.checkpoint.archive import put
+from weft.yamlfile import only_files
 
 COLUMNS = ("step", "epoch", "name", "value", "time")
 CONTEXT = ("lr", "steps_per_second", "examples_per_second", "wait_seconds", "seconds")
@@ -135,7 +136,8 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
 def _split(path: Path) -> tuple[list[Row], list[str]]:
     """The rows of the file, and where it has others, in words."""
     _check_header(path)
-    text = path.read_bytes().decode("utf-8", errors="replace")
+    with open(path, "rb", opener=only_files) as file:
+        text = file.read().decode("utf-8", errors="replace")
     whole = text[: text.rfind("\n") + 1]
     reader = csv.reader(io.StringIO(whole, newline=""))
     next(reader)
@@ -228,8 +230,8 @@ def _is_empty(path: Path) -> bool:
 
 
 def _check_header(path: Path) -> None:
-    with path.open(encoding="utf-8", errors="replace") as file:
-        header = file.readline().rstrip("\n")
+    with open(path, encoding="utf-8", errors="replace", opener=only_files) as file:
+        header = file.readline(1000).rstrip("\n")
     if header != ",".join(COLUMNS):
         raise ValueError(
             f"{path} is not a metrics.csv of weft: its first line is {header[:80]!r}, expected {','.join(COLUMNS)!r}. "

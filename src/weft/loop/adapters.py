@@ -6,7 +6,7 @@ of `Run` itself. Here stands what holds for a plain problem.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -24,7 +24,7 @@ from weft.devices.processes import Processes
 from weft.loop import feeding
 from weft.step.history import Best, History, Progress
 from weft.step.state import RunState, trial
-from weft.step.trained import tell_of_latecomers, to_be_trained
+from weft.step.trained import tell_of_latecomers
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -214,7 +214,12 @@ class Seams:
     def in_use(self) -> Iterator[None]:
         """While the problem trains or is evaluated: the run's numbers, and a sharded problem in shards."""
         state = self.state
-        trained = partial(to_be_trained, state)
+
+        def trained() -> Collection[Tensor]:
+            from weft.step.held import to_be_trained
+
+            return to_be_trained(state)
+
         numbers = numerics(state.fabric, state.config.deterministic, state.problem, trained)
         with numbers, state.processes.holding(state.problem):
             yield

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
-from weft.checkpoint.hidden import changed_attributes
+from weft.checkpoint.changed import changed_attributes
 from weft.devices import seeding
+from weft.devices.generators import generator_states
 from weft.devices.precision import scaler_of
-from weft.devices.seeding import generator_states
 from weft.loop.order import generators_in
 from weft.loop.settings import fixed_settings, settings
 from weft.problem.reading import term_weights

@@ -6,6 +6,9 @@ from typing import Any
 
 from weft.step.state import RunState
 
+OF_THIS_PROCESS: list[Any] = []
+"""Functions that make hooks for every run of this process: a job that has to leave in time."""
+
 
 def hooks_from(state: RunState) -> list[Any]:
     """The hooks that the options ask for, in the order in which they listen (after the user's own)."""
@@ -43,4 +46,4 @@ def hooks_from(state: RunState) -> list[Any]:
         from weft.records.describe import RunFolder
 
         hooks.append(RunFolder())  # last: the report reads what the loggers wrote
-    return hooks
+    return hooks + [make() for make in OF_THIS_PROCESS]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from weft.data.data import SPLITS, Data
+from weft.data.data import SPLITS, Data, nothing_to_train_on
 from weft.data.splits import batches_of, check_finite
 from weft.devices import seeding
 from weft.devices.precision import float_dtype
@@ -24,12 +24,11 @@ def make_data(state: RunState, random: dict[str, Any] | None = None) -> None:
         seeding.set_random_state(random)
     else:
         state.progress.data_epoch = state.progress.epoch
-    state.kept.random_before_data = seeding.random_state()
+    state.kept.begin_data(seeding.random_state())
     seed = state.config.seed if state.processes.world == 1 else state.feed.seed
     assert state.feed.make is not None
     with seeding.data_randomness(seed, index=state.progress.refreshes):
         use_data(state, data_of_phase(state) or state.feed.make())
-    state.kept.data_prints = {}
 
 
 def renew_data(state: RunState) -> None:
@@ -43,12 +42,28 @@ def use_data(state: RunState, data: Data) -> None:
     fabric, processes = state.fabric, state.processes
     if read := getattr(state.problem, "own_data", None):  # Supervised
         data = replace(data, **{split: read(getattr(data, split)) for split in SPLITS})
-    state.feed.data = data
     check_finite(data, state.config.strict_data)
     place: dict[str, Any] = {"device": fabric.device, "dtype": float_dtype(fabric), "to_device": fabric.to_device}
     share: dict[str, Any] = {"rank": processes.data_rank, "world": processes.data_world}
-    state.feed.splits = {split: batches_of(data, split, seed=state.feed.seed, **place, **share) for split in SPLITS}
-    seeding.fix_kept_batches(state.feed.splits.values())
+    splits = {split: batches_of(data, split, seed=state.feed.seed, **place, **share) for split in SPLITS}
+    state.feed.use(data, splits)
+    if data.pre_batch is not None:
+        from weft.devices.generators import fix_kept_batches
+
+        fix_kept_batches(splits.values())
+
+
+def train_batches(state: RunState, rest: Callable[..., None]) -> Iterable[Any]:
+    """The training batches of the epoch that were not used yet. `rest`: what leaves the run."""
+    source = state.source("train")
+    if source is None:
+        raise nothing_to_train_on(state.feed.data)
+    if source.resident and state.progress.batch == 0:  # tensors know their order
+        state.kept.begin_epoch()
+        return state.batches_of("train")
+    from weft.loop import order
+
+    return order.train_batches(state, rest)
 
 
 def forget_best_of_other_data(state: RunState, before: Mapping[str, Any]) -> None:

@@ -27,7 +27,7 @@ from torch import nn
 
 from weft.checkpoint import archive
 from weft.checkpoint.weights import load_into, state_of
-from weft.devices import seeding
+from weft.devices import seeding, signals
 from weft.devices.fabric import quiet, start_method
 from weft.devices.group import dumps
 from weft.devices.signals import SignalExit, handled_by, interactive
@@ -106,6 +106,7 @@ def _work(fabric: Fabric, work: Any, folder: str, quiet: Any = None) -> None:
 
             work = cloudpickle.loads(work)
         trainer, problem, method, args, kwargs = work
+        signals.ECHO = 1.0
         trainer.launched = fabric
         returned = getattr(trainer, method)(*args, **kwargs)
         is_fit = isinstance(returned, FitResult)
@@ -199,14 +200,15 @@ def _same_environment() -> Iterator[None]:
 def _signals_go_to_children() -> Iterator[list[int]]:
     """A signal is only noted here, and handed on: the children end their step, save and leave, then this process does.
 
-    Ctrl-C is not handed on, as it reaches every process of the group, and twice means at once.
+    A Ctrl-C may have reached them already, or not (`kill -INT` of this process, an editor's stop button): they take two
+    at almost the same time for one.
     """
     asked: list[int] = []
     others = set(multiprocessing.active_children())
 
     def note(number: int, frame: Any) -> None:
         asked.append(number)
-        for child in set(multiprocessing.active_children()) - others if number != signal.SIGINT else ():
+        for child in set(multiprocessing.active_children()) - others:
             with suppress(ProcessLookupError):
                 os.kill(child.pid or 0, number)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from weft.devices.fabric import let_others_end
 from weft.devices.signals import SignalExit, interactive
 from weft.loop.feeding import leave_folder
-from weft.loop.order import train_batches
+from weft.loop.streams import lasting_streams
 from weft.step.state import RunState, Stage
 
 
@@ -19,13 +18,15 @@ def before_training(state: RunState) -> Iterator[None]:
     """Within: nothing is lost yet, so a signal ends the process at once, and SLURM may have the job back."""
     before = state.kept.run_dir
     try:
-        with state.control.interruption.caught(at_once=True):
+        with state.control.interruption.caught(at_once=True), lasting_streams():
             yield
     except BaseException as error:
         if state.kept.run_dir is not before:
             leave_folder(state)
         if isinstance(error, SignalExit) and state.config.checkpointing is not None and state.processes.rank == 0:
-            error.requeue(True)
+            from weft.devices.requeue import requeue
+
+            requeue(error.number, is_saved=True)
         raise
 
 
@@ -52,7 +53,9 @@ def heed_late(state: RunState, error: BaseException | None) -> None:
 def come_back(state: RunState, error: BaseException | None) -> None:
     """Where a signal ended the run SLURM may start it again, and processes that this script started end, too."""
     if isinstance(error, SignalExit) and state.is_global_zero:
-        error.requeue(state.saves)
+        from weft.devices.requeue import requeue
+
+        requeue(error.number, is_saved=state.saves)
     if isinstance(error, KeyboardInterrupt | SignalExit) and state.processes.world > 1:
         let_others_end(state.fabric)
 
@@ -61,18 +64,3 @@ def rest_if_waiting(state: RunState, in_batches: bool, rest: Callable[..., None]
     """At a signal while code around this run is at work: rest, and leave, unless that may be within a step."""
     if state.processes.world == 1 and state.control.stage is Stage.REST and not in_batches:
         rest(epoch_over=True)
-
-
-def batches_unless_left(state: RunState, rest: Callable[..., None]) -> Iterable[Any]:
-    """The training batches; an error in making one, after a signal that its processes heeded too, is that signal's."""
-    alone = state.processes.world == 1 and not getattr(state.source("train"), "resident", True)
-    return _guarded(state, train_batches(state), rest) if alone else train_batches(state)
-
-
-def _guarded(state: RunState, batches: Iterable[Any], rest: Callable[..., None]) -> Iterator[Any]:
-    try:
-        yield from batches
-    except Exception:
-        if state.control.interruption.asked:
-            rest()
-        raise

@@ -1,42 +1,52 @@
-"""The training batches of an epoch, from the place where it was left."""
+"""The training batches of an epoch from the place where it was left, and those of a loader from its beginning."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from weft.data.data import nothing_to_train_on
 from weft.devices import seeding
-from weft.devices.seeding import generator_states, generators_of, own_generators, set_generator_states
+from weft.devices.generators import (
+    generator_states,
+    generators_of,
+    generators_within,
+    own_generators,
+    set_generator_states,
+)
 from weft.step.state import RunState
 
 
-def train_batches(state: RunState) -> Iterable[Any]:
+def train_batches(state: RunState, rest: Callable[..., None]) -> Iterable[Any]:
     """The training batches of the epoch that were not used yet.
 
     A loader starts over in the random state of the epoch's start, and is skipped to its place; then the random state is
-    again what it was, or what a checkpoint says.
+    again what it was, or what a checkpoint says. `rest`: what leaves the run.
     """
-    start, kept = state.progress.batch, state.kept
-    if state.source("train") is None:
-        raise nothing_to_train_on(state.feed.data)
-    random, generators = kept.random_to_resume, kept.generators_to_resume
-    kept.random_to_resume, kept.generators_to_resume = None, {}
+    start, kept, is_loader = state.progress.batch, state.kept, not state.source("train").resident
     if start == 0:
-        kept.random_before_epoch, kept.generators_before_epoch = None, {}
-        if not state.source("train").resident:  # tensors know their order
-            kept.random_before_epoch = seeding.random_state()
-            kept.generators_before_epoch = generator_states(generators_in(state))
-        return state.batches_of("train")
-    if random is None:
-        random, generators = seeding.random_state(), generator_states(generators_in(state))
-    if kept.random_before_epoch is not None:
-        seeding.set_random_state(kept.random_before_epoch)
-        set_generators_in(state, kept.generators_before_epoch)
-    batches = state.batches_of("train", start)
-    seeding.set_random_state(random)
-    set_generators_in(state, generators)
-    return batches
+        kept.begin_epoch(seeding.random_state(), generator_states(generators_in(state)))
+        batches = state.batches_of("train")
+    else:
+        random, generators = kept.take_random()
+        if random is None:
+            random, generators = seeding.random_state(), generator_states(generators_in(state))
+        if kept.random_before_epoch is not None:
+            seeding.set_random_state(kept.random_before_epoch)
+            set_generators_in(state, kept.generators_before_epoch)
+        batches = state.batches_of("train", start)
+        seeding.set_random_state(random)
+        set_generators_in(state, generators)
+    return _unless_left(state, batches, rest) if is_loader and state.processes.world == 1 else batches
+
+
+def _unless_left(state: RunState, batches: Iterable[Any], rest: Callable[..., None]) -> Iterator[Any]:
+    """The same; an error in making one, after a signal that its processes heeded too, is that signal's."""
+    try:
+        yield from batches
+    except Exception:
+        if state.control.interruption.asked:
+            rest()
+        raise
 
 
 def generators_in(state: RunState) -> dict[str, Any]:
@@ -52,8 +62,6 @@ def generators_in(state: RunState) -> dict[str, Any]:
     loaders = [(split, getattr(state.feed.splits.get(split), "loader", None)) for split in ("train", "dev", "test")]
     if all(loader is None for _, loader in loaders):
         return found
-    from weft.devices.generators import generators_within
-
     known = {id(generator) for generator in found.values()}
     for split, loader in loaders:
         for name, generator in generators_within(loader, f"{split}: loader").items():

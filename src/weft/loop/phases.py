@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from weft.data.data import Data, as_data
 from weft.problem.reading import set_term_weights
-from weft.step.optimizers import build_optimizers, build_schedulers, parameters_under
+from weft.step.optimizers import build_optimizers
 from weft.step.state import RunState
 from weft.step.trained import adopt
 
@@ -57,7 +57,7 @@ def to_next(state: RunState) -> bool:
     progress = state.progress
     if progress.phase + 1 == len(state.training.phases):
         return False
-    progress.phase, progress.phase_epoch, progress.phase_ended = progress.phase + 1, 0, ""
+    progress.next_phase()
     return True
 
 
@@ -86,20 +86,27 @@ def _make_optimizers(state: RunState) -> None:
     if is_first or phase.optimizer is not None:
         given = phase.optimizer if phase.optimizer is not None else state.trainer.configure_optimizers()
         # before anything is frozen: what trains in a later phase must be in the optimizer
-        training.optimizers, training.schedules = build_optimizers(given, state.problem), {}
-        state.processes.arrange(training.optimizers)
-        if state.kept.run_dir is not None:
+        optimizers = build_optimizers(given, state.problem)
+        state.processes.arrange(optimizers)
+        if state.kept.run_dir is None:
+            training.train_by(optimizers, {})
+        else:
             from weft.loop.settings import optimizers_made
 
-            training.made, state.kept.in_force = optimizers_made(training), {}
+            training.train_by(optimizers, optimizers_made(optimizers))
+            state.kept.in_force = {}
     # read after configure_optimizers, which may have set it
     scheduler = state.trainer.options["scheduler"] if phase.scheduler is None and is_first else phase.scheduler
     if scheduler is not None:
-        training.schedules = build_schedulers(scheduler, training.optimizers)
-        if state.kept.run_dir is not None:
+        from weft.step.schedules import build_schedulers
+
+        schedules = build_schedulers(scheduler, training.optimizers)
+        if state.kept.run_dir is None:
+            training.step_by(schedules)
+        else:
             from weft.loop.settings import schedules_made
 
-            training.made |= schedules_made(training)
+            training.step_by(schedules, schedules_made(training.optimizers, schedules))
 
 
 def replaces_optimizers(state: RunState) -> bool:
@@ -107,8 +114,12 @@ def replaces_optimizers(state: RunState) -> bool:
     return any(p.optimizer is not None or p.scheduler is not None for p in state.training.phases[1:])
 
 
-def freeze(problem: nn.Module, names: Iterable[str]) -> list[tuple[nn.Parameter, bool]]:
+def freeze(problem: nn.Module, names: Sequence[str]) -> list[tuple[nn.Parameter, bool]]:
     """Stop the training of the named nodes, submodules or parameters; `unfreeze` puts it back."""
+    if not names:
+        return []
+    from weft.problem.named import parameters_under
+
     parameters = [p for name in names for p in parameters_under(problem, name)[1]]
     frozen = [(p, p.requires_grad) for p in dict.fromkeys(parameters)]
     for p, _ in frozen:

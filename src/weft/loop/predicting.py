@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from weft.problem.reading import forward_nodes
+from weft.problem.outputs import forward_nodes, picked
 from weft.step.prediction import predict
 from weft.step.state import RunState
 
@@ -14,8 +14,6 @@ def predictions(state: RunState, keys: Sequence[str] | None = None) -> Any:
     """The predictions for the predict set by key, or these keys of them; of a `Supervised` what its net returns."""
     is_own, step = state.trainer.overrides("predict_step"), state.trainer.step_function("predict", state.problem)
     if keys is not None and is_own:
-        from weft.problem.asked import picked
-
         step = picked(step, keys)
     elif keys is not None:
         step = forward_nodes(state.problem, keys)

@@ -9,14 +9,13 @@ file) plain lines are printed now and then. It shows only floats that are there 
 from __future__ import annotations
 
 import math
-import os
-import select
 import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TextIO
 
 from weft.events import Hook
+from weft.loop.streams import Lasting
 
 Mode = Literal["terminal", "notebook", "plain"]
 MODES: tuple[Mode, ...] = ("terminal", "notebook", "plain")
@@ -54,7 +53,7 @@ class ProgressLine(Hook):
             return
         if (self._file or sys.stderr) is None:  # started without a stderr
             return
-        file = _Lasting(self._file or sys.stderr)
+        file = Lasting(self._file or sys.stderr)
         self._screen = _open_screen(self._mode or _find_mode(file), file)
         self._started = self._last_time = self._clock()
         self._first_step = self._last_step = run.progress.step
@@ -130,25 +129,6 @@ class ProgressLine(Hook):
         return values if best.epoch is None else [*values, f"best {best.value:.4g} (epoch {best.epoch})"]
 
 
-def silence() -> None:
-    """Send what goes to a stdout or stderr that is gone to nowhere: warnings, logs and prints would end the training.
-
-    On the level of the system, so that what waits in a buffer is no error when the interpreter exits.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            number = stream.fileno()
-            found = select.poll()
-            found.register(number, 0)
-            gone = any(event & (select.POLLERR | select.POLLHUP | select.POLLNVAL) for _, event in found.poll(0))
-        except (AttributeError, OSError, ValueError):  # no file, or a system without poll
-            continue
-        if gone:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, number)
-            os.close(nowhere)
-
-
 def duration(seconds: float) -> str:
     """Seconds as "m:ss", or "h:mm:ss" from an hour on."""
     minutes, rest = divmod(int(seconds), 60)
@@ -175,33 +155,10 @@ def _find_mode(file: Any) -> Mode:
 
         if in_notebook():
             return "notebook"
-    return "terminal" if file.isatty() else "plain"
-
-
-class _Lasting:
-    """A text file that goes silent when it is gone: a closed terminal, a pipe that nobody reads, a closed file."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-
-    def write(self, text: str) -> int:
-        try:
-            return self._file.write(text)
-        except (OSError, ValueError):
-            silence()
-            return len(text)
-
-    def flush(self) -> None:
-        try:
-            self._file.flush()
-        except (OSError, ValueError):
-            silence()
-
-    def isatty(self) -> bool:
-        return not self._file.closed and self._file.isatty()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
+    try:
+        return "terminal" if file.isatty() else "plain"
+    except (AttributeError, ValueError):  # an object of the user's, a closed file
+        return "plain"
 
 
 def _open_screen(mode: Mode, file: Any) -> _Terminal | _Notebook | _Plain:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
-from weft.step.optimizers import Scheduled, build_schedulers
+from weft.step.schedules import Scheduled, build_schedulers
 
 if TYPE_CHECKING:
     from weft.step.state import RunState
@@ -138,7 +138,7 @@ def _make_schedules(state: RunState, saved: Mapping[str, Any], fresh: Mapping[in
     given, training = _scheduler_in_force(state), state.training
     for optimizer in training.optimizers.values():
         begin_at_base(optimizer)
-    training.schedules = build_schedulers(given, training.optimizers)
+    training.step_by(build_schedulers(given, training.optimizers))
     for name, schedule in training.schedules.items():
         if id(schedule.scheduler) in fresh:  # it was given as an object, which is still the one
             fresh[id(schedule.scheduler)].put_back()

@@ -29,8 +29,9 @@ from torch.optim import Optimizer
 from weft.checkpoint import archive
 from weft.checkpoint import folder as checkpoints
 from weft.checkpoint.archive import CheckpointError
+from weft.checkpoint.changed import set_attributes
 from weft.checkpoint.folder import complete
-from weft.checkpoint.hidden import attributes, set_attributes
+from weft.checkpoint.hidden import attributes
 from weft.checkpoint.weights import load_into
 from weft.config import TrainerConfig
 from weft.data.loaders import iterator_of
@@ -190,12 +191,9 @@ def _put_back(state: RunState, saved: Mapping[str, Any], renewal: Any = None) ->
     set_attributes(state.problem, saved["module_state"])
     _put_back_optimizers(state, saved, renewal)
     _put_back_numbers(state, saved)
-    state.epoch.means.load_state_dict(saved["means"])
-    state.epoch.logged.load_state_dict(saved["logged"])
-    state.epoch.recent.load_state_dict(saved["recent"])
-    state.epoch.evaluated = dict(saved["evaluated"])
+    state.epoch.put_back(saved)
     state.best.load_state_dict(saved["best"], state.problem)
-    state.kept.best_saved = (state.best.name, state.best.value, state.best.epoch)
+    state.kept.has_best(state.best)
     state.kept.notes = archive.plain(saved["notes"])  # containers of its own: it will be written to
     state.trainer.state.clear()
     state.trainer.state.update(_moved(saved["state"], state.fabric.device))
@@ -211,13 +209,12 @@ def _put_back_numbers(state: RunState, saved: Mapping[str, Any]) -> None:
     state.feed.seed = saved["seed"]
     state.progress.load_state_dict(saved["progress"])
     state.history.load_state_dict(saved["history"])
-    state.control.stop_reason = saved["stop_reason"]
+    reason = saved["stop_reason"]
     if state.progress.phase_ended and saved["options"].get("patience") != repr(state.config.patience):
-        state.control.stop_reason, state.progress.phase_ended = None, ""  # more patience than the run that ended had
+        reason, state.progress.phase_ended = None, ""  # more patience than the run that ended had
     elif state.progress.phase_ended and state.progress.phase + 1 == len(state.training.phases):
-        state.control.stop_reason = state.progress.phase_ended
-    if state.control.stop_reason in FOUND_AGAIN:
-        state.control.stop_reason = None
+        reason = state.progress.phase_ended
+    state.control.stop_reason = None if reason in FOUND_AGAIN else reason
 
 
 def _put_back_optimizers(state: RunState, saved: Mapping[str, Any], renewal: Any = None) -> None:
@@ -245,10 +242,7 @@ def put_back_hooks(hooks: Iterable[Any], saved: Mapping[str, Any]) -> None:
 
 def _put_back_random(state: RunState, saved: Mapping[str, Any]) -> None:
     """The random numbers of this process, and what `weft.loop.order` needs to find the place in an open epoch."""
-    kept = state.kept
-    kept.random_before_data, kept.random_before_epoch = saved["random_before_data"], saved["random_before_epoch"]
-    kept.generators_before_epoch = saved["generators_before_epoch"]
-    kept.random_to_resume, kept.generators_to_resume = saved["random"], saved["generators"]
+    state.kept.put_back_random(saved)
     seeding.set_random_state(saved["random"])
     set_generators_in(state, saved["generators"])
 

@@ -29,16 +29,17 @@ from weft.devices.signals import SignalExit, interactive
 from weft.events import AT_REST, Hook, listeners
 from weft.loop import feeding, phases
 from weft.loop.adapters import Seams, Told
-from weft.loop.leaving import batches_unless_left, before_training, come_back, heed_early, heed_late, rest_if_waiting
+from weft.loop.leaving import before_training, come_back, heed_early, heed_late, rest_if_waiting
 from weft.loop.remarks import tell_of_no_best, tell_of_options, tell_of_used_up
 from weft.loop.result import FitResult, result_of
 from weft.loop.short import SHORT
+from weft.loop.streams import lasting_streams
 from weft.step.evaluation import add_up_terms, evaluate, monitored_metric
 from weft.step.forward import Forward, forward_of
 from weft.step.instrument import bind_watched, watched, watched_batches
-from weft.step.nonfinite import RunningStatistics, ignores, look_back
+from weft.step.optimizer_step import look_back, statistics_of
 from weft.step.state import Listeners, Owner, RunState, Stage, Update
-from weft.step.trained import clear, clear_gradients, prepare_look
+from weft.step.trained import clear_gradients, prepare_look
 from weft.step.update import built_in
 
 
@@ -97,18 +98,17 @@ class Run(Told, Seams):
         state, trainer = self.state, self.state.trainer
         if state.control.is_new:
             seeding.begin(state.config.seed, state.feed.seed, state.processes.data_rank)
-        makes_folder = state.kept.run_dir is None
-        state.kept.run_dir = feeding.enter_folder(state, self._stack)
-        self._stack.enter_context(self.in_use())
-        self._stack.enter_context(state.control.interruption.caught())
-        state.control.continues = self._resumed is not None or state.progress.interrupted
-        state.progress.interrupted = False
+        makes_folder, state.kept.run_dir = state.kept.run_dir is None, feeding.enter_folder(state, self._stack)
+        for within in (self.in_use(), state.control.interruption.caught(), lasting_streams()):
+            self._stack.enter_context(within)
+        goes_on = self._resumed is not None or state.progress.interrupted
+        state.control.continues, state.progress.interrupted = goes_on, False
         state.control.clock, state.control.seconds_before = time.perf_counter(), state.progress.seconds
         try:
             of_problem = [m for m in state.problem.modules() if isinstance(m, Hook)]
             self.listen(listeners([*of_problem, *trainer.hooks, *trainer.default_hooks(state)]))
-            state.problem.train()
-            state.step.statistics = RunningStatistics(nn.Module() if ignores(state) else state.problem)
+            self.put_in_train_mode()
+            state.step.statistics = statistics_of(state)
             self.begin_phases(resumed=self._resumed is not None)
             if state.saves:
                 from weft.loop.saving import prepare_folder
@@ -141,7 +141,8 @@ class Run(Told, Seams):
 
             begin(self.state, self._resumed, self.carried, self._renew)
         clear_gradients(self.state)  # those that a hook has looked at, too
-        self._resumed, self.carried, self.state.control.begun = None, None, True
+        self._resumed = self.carried = None
+        self.state.control.begin()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -191,6 +192,10 @@ class Run(Told, Seams):
                 last.callback(self._finish_saving, error)
         come_back(state, error)
 
+    def put_in_train_mode(self) -> None:
+        """As the first epoch finds it."""
+        self.state.problem.train()
+
     def put_in_eval_mode(self) -> None:
         """Whoever uses the problem now wants its predictions; the last hooks see it so."""
         self.state.training.turn("eval")
@@ -198,7 +203,7 @@ class Run(Told, Seams):
 
     def _finish_saving(self, error: BaseException | None = None) -> None:
         if self.state.kept.writer is not None:
-            from weft.loop.saving import finish_saving
+            from weft.loop.lastly import finish_saving
 
             finish_saving(self.state, error)
 
@@ -284,7 +289,7 @@ class Run(Told, Seams):
             self.leave_open()
             return  # it was told to stop in the last step before it was resumed
         is_empty = progress.batch == 0
-        found = watched_batches(state.hooks, state.epoch.throughput.timed(batches_unless_left(state, self._rest)))
+        found = watched_batches(state.hooks, state.epoch.throughput.timed(feeding.train_batches(state, self._rest)))
         for batch in found if size == 1 else in_lists(found, size):
             is_empty = False
             progress.batch += 1 if size == 1 else len(batch)
@@ -320,7 +325,7 @@ class Run(Told, Seams):
         state.call(AT_REST)
         if control.leaving:
             control.interruption.leave(control.leaving)
-        limit = state.config.max_seconds
+        limit = state.max_seconds
         if limit is not None and processes.due("max_time", state.seconds - control.seconds_before >= limit):
             state.decide_to_stop("max_time")
 
@@ -418,9 +423,11 @@ class Run(Told, Seams):
         state = self.state
         if batch is not state.step.batch:
             state.step.batch = batch
-            prepare_look(state)
+            if state.training.outside != {}:
+                prepare_look(state)
             state.training.turn("train")
-            state.step.statistics.take()
+            if state.step.statistics is not None:
+                state.step.statistics.take()
             state.call("on_step_start", batch)
 
     def begin_step(self, batch: Any) -> None:
@@ -431,7 +438,8 @@ class Run(Told, Seams):
     def begin_update(self, batch: Any) -> None:
         """The same for the built-in update of a batch, from no gradients: a hook may have looked at some."""
         self.begin_step(batch)
-        clear(self._parameters)
+        for p in self._parameters:
+            p.grad = None
 
     def end_step(self, batch: Any, loss: Tensor | None) -> None:
         """What every update does last with its batch and loss: count the step, step the schedules, call the hooks."""

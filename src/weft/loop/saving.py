@@ -7,7 +7,6 @@ for another.
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -69,6 +68,8 @@ class Checkpointing(Hook):
         """Write down what there is; if that fails too, the error carries a note."""
         if not trainer.run.state.control.begun:
             return
+        from weft.loop.lastly import save_at_error
+
         try:
             save_at_error(trainer.run.state, error)
         except Exception as second:  # noqa: BLE001, the first error is the one to raise
@@ -116,7 +117,7 @@ def save_run(state: RunState) -> Path:
         raise RuntimeError(f"save: {stage.value} is under way, so the state is not whole; save between updates.")
     with state.control.interruption.held():
         content = state_of_run(state)
-        best = (state.best.name, state.best.value, state.best.epoch)
+        best = state.best.place
         # `best` names a file that carries the best weights; it moves when there are new ones.
         moves_best = state.best.epoch is not None and best != state.kept.best_saved
         options: dict[str, Any] = {"keep": (state.config.checkpointing or CheckpointConfig()).keep, "best": moves_best}
@@ -130,7 +131,7 @@ def save_run(state: RunState) -> Path:
         elif state.kept.writer is not None:
             write = state.kept.writer.save
         state.processes.first(partial(_write_as_owner, partial(write, folder, step, content, **options), folder))
-        state.kept.best_saved = best
+        state.kept.has_best(state.best)
     return checkpoints.step_path(folder, step)
 
 
@@ -161,30 +162,3 @@ def end_open(state: RunState) -> None:
         archive.write(file, {**archive.read(file), "stop_reason": None})
 
     state.processes.first(forget_reason)
-
-
-def finish_saving(state: RunState, error: BaseException | None = None) -> None:
-    """Wait for a save in the background. Its failure is raised; if another `error` ends the run, that one is noted."""
-    if state.kept.writer is None:
-        return
-    try:
-        with state.control.interruption.held():
-            state.processes.first(state.kept.writer.wait) if error is None else state.kept.writer.wait()
-    except Exception as late:
-        if error is None:
-            raise
-        error.add_note(f"The last checkpoint was not written: {late}")
-        if isinstance(error, SystemExit | KeyboardInterrupt):  # which is shown without its notes
-            warnings.warn(f"The last checkpoint was not written: {late}", stacklevel=4)
-
-
-def save_at_error(state: RunState, error: BaseException) -> Path:
-    """Write what there is to `checkpoints/exception.ckpt`, in this process alone, and return its path.
-
-    No other checkpoint is touched, and none of "auto", "last" and "best" finds it: it is resumed by its path only.
-    """
-    assert state.kept.run_dir is not None
-    rank = state.processes.rank
-    path = state.kept.run_dir / "checkpoints" / f"exception{f'-rank{rank}' if rank else ''}.ckpt"
-    archive.write(path, state_of_run(state, error))
-    return path

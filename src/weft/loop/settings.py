@@ -20,7 +20,8 @@ from weft.data.batches import Batches
 from weft.loop.order import generators_in
 
 if TYPE_CHECKING:
-    from weft.step.state import RunState, Training
+    from weft.step.schedules import Scheduled
+    from weft.step.state import RunState
 
 # These say how long, where and how visibly a run trains; changing them changes no number of an epoch.
 _FREE_OPTIONS = {
@@ -100,10 +101,10 @@ def settings(state: RunState) -> dict[str, str]:
     return {name: str(value) for name, value in found.items()}
 
 
-def optimizers_made(training: Training) -> dict[str, str]:
+def optimizers_made(optimizers: Mapping[str, Optimizer]) -> dict[str, str]:
     """The groups of optimizers where they differ from the defaults, as they were made: later their numbers change."""
     found = {}
-    for name, optimizer in training.optimizers.items():
+    for name, optimizer in optimizers.items():
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         groups = [{**group, "lr": group.get("initial_lr", group.get("lr"))} for group in groups]
         plain = [{k: v for k, v in g.items() if v != optimizer.defaults.get(k) and k != "initial_lr"} for g in groups]
@@ -112,11 +113,11 @@ def optimizers_made(training: Training) -> dict[str, str]:
     return found
 
 
-def schedules_made(training: Training) -> dict[str, str]:
+def schedules_made(optimizers: Mapping[str, Optimizer], schedules: Mapping[str, Scheduled]) -> dict[str, str]:
     """Schedules as they were made; some keep their arguments in the optimizer's groups."""
     found = {}
-    for name, schedule in training.schedules.items():
-        optimizer = training.optimizers[name]
+    for name, schedule in schedules.items():
+        optimizer = optimizers[name]
         own = [{k: v for k, v in g.items() if k not in optimizer.defaults} for g in optimizer.param_groups]
         own = [{k: v for k, v in group.items() if k not in ("params", "initial_lr")} for group in own]
         found[f"scheduler {name}"] = in_words(schedule.scheduler) + (f", {in_words(own)}" if any(own) else "")

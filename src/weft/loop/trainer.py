@@ -18,13 +18,11 @@ from weft.events import as_hooks
 from weft.loop import options as opts
 from weft.loop.adapters import adapter_for, split_hooks
 from weft.loop.default_hooks import hooks_from
-from weft.loop.evaluating import run_to_evaluate
 from weft.loop.remarks import tell_of_left_out
 from weft.loop.result import FitResult
 from weft.loop.run import Run
 from weft.loop.short import SHORT
 from weft.loop.tools import Tools
-from weft.problem.reading import forward_nodes
 from weft.step.optimizers import default_optimizer
 from weft.step.phase import Phase
 from weft.step.state import RunState
@@ -213,6 +211,8 @@ class Trainer(TrainerOptions, Tools):
 
     def predict_step(self, batch: Any) -> Mapping[str, Tensor]:
         """The predictions for a batch, by key."""
+        from weft.problem.outputs import forward_nodes
+
         return forward_nodes(self.problem)(batch)
 
     def configure_optimizers(self) -> Any:
@@ -288,6 +288,8 @@ class Trainer(TrainerOptions, Tools):
             from weft.loop.launch import call
 
             return call(self, fabric, "_evaluate", problem or self.problem, split, problem, data, setup_kwargs, keys)
+        from weft.loop.evaluating import run_to_evaluate
+
         with SHORT, run_to_evaluate(self, problem, split, data, setup_kwargs) as run:
             if not run.has(split):
                 raise ValueError(f"{split}: there is no {split} data; pass some.")

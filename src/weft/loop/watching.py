@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from weft.devices.generators import generators_within
-from weft.devices.seeding import generator_states
+from weft.devices.generators import generator_states, generators_within
 from weft.loop.order import generators_in
 from weft.step.state import RunState
 

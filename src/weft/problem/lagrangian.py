@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from weft.events import Hook
-from weft.problem.losses import PenaltyLoss, _add_objectives, _totals
-from weft.problem.terms import Constraint, MissingKeyError, Objective
+from weft.problem.constraints import Constraint
+from weft.problem.losses import PenaltyLoss, add_objectives, totals
+from weft.problem.terms import MissingKeyError, Objective
 from weft.types import Batch
 
 
@@ -86,10 +87,10 @@ class AugmentedLagrangian(PenaltyLoss, Hook):
                 "Use a DictDataset, or yield 'index' with each batch."
             )
         out: dict[str, Tensor] = {}
-        objective_terms = _add_objectives(out, data, objectives)
+        objective_terms = add_objectives(out, data, objectives)
         constraints = list(constraints)
         if not constraints:
-            return _totals(out, objective_terms, [])
+            return totals(out, objective_terms, [])
         index = data["index"].reshape(-1)
         raw = [c.value(data) for c in constraints]
         flat = [_by_row(c, v, len(index)) for c, v in zip(constraints, raw, strict=True)]
@@ -112,7 +113,7 @@ class AugmentedLagrangian(PenaltyLoss, Hook):
         self.values[index] = values.detach().to(self.values.dtype)
         if self._shared:
             self.newest[index] = 1.0
-        return _totals(out, objective_terms, penalties)
+        return totals(out, objective_terms, penalties)
 
     @torch.no_grad()
     def update(self) -> None:

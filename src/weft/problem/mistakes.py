@@ -39,19 +39,6 @@ def taken_key(problem: Any, node: Any, key: str, writer: Any) -> ValueError:
     return ValueError(f"{problem}: nodes {writer.name!r} and {node.name!r} both write {key!r}; rename one output.")
 
 
-def no_series(rollout: Any, key: str, tensor: Tensor, needed: int) -> ValueError:
-    """Of a signal of a rollout without a time axis, or with fewer entries than are needed."""
-    if tensor.ndim != 3:
-        return ValueError(
-            f"{rollout}: {key!r} has shape {tuple(tensor.shape)}; expected (batch, time, features), "
-            "or (batch, features) for what is constant in time."
-        )
-    return ValueError(
-        f"{rollout}: {key!r} has {tensor.shape[1]} time entries, {needed} are needed for {rollout.steps} steps; "
-        "give a longer signal or fewer steps."
-    )
-
-
 def loss_raised(error: Exception, loss_fn: Any, prediction: Any, y: Any) -> Exception:
     """What a loss function of (prediction, y) raised, with what it was given, and what it takes."""
     name = getattr(loss_fn, "__name__", type(loss_fn).__name__)

@@ -42,7 +42,7 @@ class PairWatch(TorchFunctionMode):
 
     def __init__(self, batch: Any) -> None:
         super().__init__()
-        self.given = {id(_base(tensor)) for tensor in _tensors(batch)}
+        self.given = {id(_base(tensor)) for tensor in tensors_in(batch)}
         self.computed: Any = WeakIdKeyDictionary()
         self.found: str | None = None
         self.picks = False
@@ -53,8 +53,8 @@ class PairWatch(TorchFunctionMode):
             self._look(*[a for a in args if isinstance(a, Tensor)][:2])
         self.picks = self.picks or func in _PICKING or (func is Tensor.__getitem__ and _has_mask(args[1]))
         out = func(*args, **(kwargs or {}))
-        if self.found is None and not torch.is_grad_enabled() and any(map(self._is_of_rows, _tensors(args))):
-            self.computed.update({tensor: True for tensor in _tensors(out)})
+        if self.found is None and not torch.is_grad_enabled() and any(map(self._is_of_rows, tensors_in(args))):
+            self.computed.update({tensor: True for tensor in tensors_in(out)})
         return out
 
     def _look(self, *pair: Tensor) -> None:
@@ -104,12 +104,13 @@ def _broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...]:
         return ()
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in a value: itself, or those in its items."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping | list | tuple):
         for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
 
 
 def _base(tensor: Tensor) -> Tensor:

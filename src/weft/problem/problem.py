@@ -19,7 +19,6 @@ from weft.problem.losses import PenaltyLoss
 from weft.problem.nodes import duplicates_in, node_list
 from weft.problem.terms import (
     RESERVED_KEYS,
-    Constraint,
     MissingKeyError,
     Objective,
     Term,
@@ -53,7 +52,7 @@ class Problem(nn.Module):
         self,
         nodes: Iterable[nn.Module],
         objectives: Iterable[Objective] = (),
-        constraints: Iterable[Constraint] = (),
+        constraints: Iterable[Term] = (),
         loss: nn.Module | None = None,
         grad_inference: bool = False,
         name: str = "problem",
@@ -61,8 +60,8 @@ class Problem(nn.Module):
         super().__init__()
         self.name, self.grad_inference = name, grad_inference
         self.nodes = nn.ModuleList(node_list(nodes, f"Problem {name!r}"))
-        self.objectives = nn.ModuleList(_term_list(objectives, Objective, "objective"))
-        self.constraints = nn.ModuleList(_term_list(constraints, Constraint, "constraint"))
+        self.objectives = nn.ModuleList(_term_list(objectives, "objective"))
+        self.constraints = nn.ModuleList(_term_list(constraints, "constraint"))
         if isinstance(loss, type) or (loss is not None and not isinstance(loss, nn.Module)):
             raise TypeError(f"{self}: loss must be an instance such as weft.PenaltyLoss(); got {loss!r}.")
         self.loss = PenaltyLoss() if loss is None else loss
@@ -138,7 +137,7 @@ class Problem(nn.Module):
             raise ValueError(f"{self} has several nodes named {duplicates[0]!r}; give each its own name.")
         reported = ["objective_loss", "penalty_loss", "loss"]
         for term in cast(Iterable[Term], [*self.objectives, *self.constraints]):
-            reported += [term.name] + ([f"{term.name}_violation"] if isinstance(term, Constraint) else [])
+            reported += [term.name] + ([f"{term.name}_violation"] if term.kind == "constraint" else [])
         if duplicates := duplicates_in(reported):
             raise ValueError(f"{self} would report {duplicates[0]!r} twice; give each term its own name.")
         outputs = {k for n in self.nodes for k in n.output_keys}
@@ -169,10 +168,10 @@ class Problem(nn.Module):
         return f"{self}: {nodes or 'no nodes'} | terms {terms} | {type(self.loss).__name__} | {parameters:,} parameters"
 
 
-def _term_list(terms: Any, kind: type[Term], word: str) -> list[Any]:
+def _term_list(terms: Any, word: str) -> list[Any]:
     terms = list(terms) if isinstance(terms, Iterable) else [terms]
     for i, term in enumerate(terms):
-        if not isinstance(term, kind):
+        if not isinstance(term, Term) or (term.kind == "constraint") != (word == "constraint"):
             make = "weft.objective(fn)" if word == "objective" else "weft.less_equal, greater_equal or equal"
             raise TypeError(f"{term!r} is no {word}; make it with {make}.")
         term.name = term.name or f"{word}_{i}"

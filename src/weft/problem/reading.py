@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from weft.problem.problem import Problem
-from weft.problem.terms import RESERVED_KEYS, Constraint, Term
-from weft.types import Batch, suggest
+from weft.problem.terms import Term
+from weft.types import suggest
 
 
 def is_neuromancer(problem: nn.Module) -> bool:
@@ -32,7 +32,7 @@ def term_keys(problem: nn.Module, split: str) -> dict[str, str] | None:
     if isinstance(problem, Problem):
         for name, term in problem.terms.items():
             keys[name] = name
-            if isinstance(term, Constraint):
+            if term.kind == "constraint":
                 keys[f"{name}_violation"] = f"{name}_violation"
     elif is_neuromancer(problem):
         for name, term in neuromancer_terms(problem).items():
@@ -69,41 +69,6 @@ def needs_grad_in_eval(modules: Iterable[nn.Module]) -> bool:
     """Whether one of a problem's modules asks for autograd in evaluation, by a true `grad_inference`."""
     # not getattr: where there is no such attribute, nn.Module takes 1.4 us a module to say so
     return any(vars(m).get("grad_inference", getattr(type(m), "grad_inference", False)) for m in modules)
-
-
-def forward_nodes(problem: nn.Module, keys: Sequence[str] | None = None) -> Callable[[Batch], dict[str, Tensor]]:
-    """A function of a batch that returns the problem's tensors without its inputs and losses, for prediction.
-
-    keys: the ones to return; only the nodes that they need are run. ValueError for one that nothing writes.
-    """
-    nodes_only = isinstance(problem, Problem) or is_neuromancer(problem)
-    if keys is not None:
-        from weft.problem.asked import nodes_for, picked
-
-        return nodes_for(problem, keys) if nodes_only else picked(forward_nodes(problem), keys)
-    if hasattr(problem, "own_output"):  # Supervised
-        return cast(Any, problem).step
-    function = cast(Callable[..., Any], problem.step if nodes_only else problem)
-
-    def forward(batch: Batch) -> dict[str, Tensor]:
-        out = function(dict(batch))
-        if not isinstance(out, Mapping):
-            raise TypeError(
-                f"Prediction needs a problem that returns a dict of tensors; {type(problem).__name__} returned "
-                f"{type(out).__name__}. Return a dict, or pass a predict_step."
-            )
-        return {k: v for k, v in out.items() if _is_prediction(k, v, batch) and (nodes_only or not _is_loss(k))}
-
-    return forward
-
-
-def _is_prediction(key: str, value: Any, batch: Batch) -> bool:
-    """A tensor that did not come with the batch; a node may have put a new one under a key of the batch."""
-    return isinstance(value, Tensor) and key not in RESERVED_KEYS and value is not batch.get(key)
-
-
-def _is_loss(key: str) -> bool:
-    return key == "loss" or key.endswith("_loss")
 
 
 def _terms(problem: nn.Module) -> dict[str, Any]:

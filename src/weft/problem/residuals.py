@@ -15,10 +15,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from weft.problem.constraints import Constraint
 from weft.problem.losses import PenaltyLoss
 from weft.problem.problem import Problem
 from weft.problem.reading import is_neuromancer, neuromancer_terms
-from weft.problem.terms import Constraint, Objective, Term
+from weft.problem.terms import Objective, Term
 from weft.types import Batch
 
 

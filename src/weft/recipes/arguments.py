@@ -17,9 +17,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from weft.config import describe, expected, matches
+from weft.config import matches
 from weft.recipes.schema import Text, typed
 from weft.types import suggest
+from weft.words.kinds import describe, expected
 
 NO_DEFAULT = inspect.Parameter.empty
 

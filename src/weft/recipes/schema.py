@@ -15,8 +15,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from weft.config import DataConfig, TrainerConfig, complaints, config_in, matches, types_of
+from weft.config import TrainerConfig, complaints, config_in, matches, types_of
 from weft.recipes import class_paths
+from weft.recipes.batches import DataConfig
 from weft.step.phase import Phase, Schedule
 from weft.types import suggest
 from weft.yamlfile import load as parse_yaml

@@ -35,14 +35,14 @@ def new_folder(config: TrainerConfig, options: dict[str, Any]) -> Path | None:
         return folder
     name, number = time.strftime("%Y-%m-%d_%H-%M-%S"), 1
     folder = root / name
-    while not _made(folder):  # two runs in one second
+    while not made(folder):  # two runs in one second
         number += 1
         folder = root / f"{name}-run{number}"
     lease.acquire(folder)
     return folder
 
 
-def _made(folder: Path) -> bool:
+def made(folder: Path) -> bool:
     """Make a folder, unless it is there already."""
     try:
         folder.mkdir(parents=True)

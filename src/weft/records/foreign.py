@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from weft.yamlfile import MAX_DEPTH, depth_of
+from weft.yamlfile import MAX_DEPTH, depth_of, only_files
 
 MAX_BYTES = 16 << 20
 """Of a JSON file: result.json has some hundred bytes, a profile some thousand."""
@@ -65,7 +65,7 @@ def _complaint(value: Any, kinds: tuple[type, ...]) -> str:
 
 def read_bytes(path: Path, limit: int) -> bytes:
     """What is in the file. Raises ValueError, naming it, if that is more than `limit` bytes."""
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=only_files) as file:
         found = file.read(limit + 1)
     if len(found) > limit:
         raise ValueError(f"{path}: longer than {limit >> 20} MiB")

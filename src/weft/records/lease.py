@@ -24,6 +24,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from weft.yamlfile import only_files
+
 FOLDER = ".owner"
 BEAT_SECONDS = 10.0
 SILENT_SECONDS = 120.0
@@ -121,7 +123,9 @@ def check(folder: Path, look: bool = True) -> None:
     if look:
         lease.look()
     if lease.lost:
-        _, told = _latest(folder)
+        path, told = _latest(folder)
+        if path is None:
+            raise RunInUseError(f"{folder} was moved or deleted while its run was at work, which stops here.")
         raise RunInUseError(
             f"{folder} was taken over by {_name(told)}, since no sign of life of this process was seen for "
             f"{SILENT_SECONDS:.0f} s. This one stops here, and writes nothing more."
@@ -155,7 +159,7 @@ def _latest(folder: Path) -> tuple[Path | None, dict[str, Any]]:
         return None, {}
     path = max(paths, key=lambda path: int(path.stem))
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=only_files) as file:
             told = json.loads(file.read(4096))
     except (OSError, ValueError, RecursionError):
         told = {}
@@ -175,11 +179,15 @@ def _take(folder: Path, before: Path | None) -> bool:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
     except FileExistsError:
         return False
-    _write(path, told)
+    try:
+        _write(path, told)
+    except BaseException:  # an empty one would count as that of somebody
+        path.unlink(missing_ok=True)
+        raise
     _HELD[folder] = Lease(path, told)
-    old = sorted((p for p in path.parent.glob("*.json") if p.stem.isdigit()), key=lambda p: int(p.stem))
-    for one in old[:-_KEPT]:
-        with suppress(OSError):
+    with suppress(OSError):
+        old = sorted((p for p in path.parent.glob("*.json") if p.stem.isdigit()), key=lambda p: int(p.stem))
+        for one in old[:-_KEPT]:
             one.unlink()
     return True
 
@@ -236,7 +244,7 @@ def _is_alive(path: Path, told: dict[str, Any]) -> bool:
             return _start_of(pid) == told["began"]
         if not _exists(pid):
             return False
-    return _age(path) < SILENT_SECONDS
+    return abs(_age(path)) < SILENT_SECONDS  # a time in the future is no sign of life either
 
 
 def _start_of(pid: int) -> str | None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import operator
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from weft.records.report import RunRecord, columns, find_runs
+from weft.records.foreign import printable
+from weft.records.report import SUBMITTED, RunRecord, columns, read_run
 from weft.records.tables import table
 from weft.types import suggest
 
@@ -105,6 +107,35 @@ def runs(root: str | Path = "runs", *, where: str | None = None, sort: str | Non
         there.sort(key=lambda pair: pair[0] if numbers else str(pair[0]), reverse=sort.startswith("-"))
         found = [run for _, run in there] + [run for value, run in values if value is None]
     return Runs(found, root)
+
+
+def find_runs(root: str | Path = "runs") -> list[RunRecord]:
+    """The runs below `root`, newest last; those of a sweep one level deeper. Unreadable ones are named and left out.
+
+    Of those that were submitted `state` says where their job is.
+    """
+    root = Path(root)
+    depths = [(name, stars) for name in ("config.yaml", "result.json", SUBMITTED) for stars in ("*/", "*/*/")]
+    folders = {path.parents[name.count("/")] for name, stars in depths for path in root.glob(stars + name)}
+    found = []
+    for folder in sorted(folders, key=lambda f: f.stat().st_mtime):
+        if (folder / Path(SUBMITTED).name).is_file():  # what was submitted, not a run
+            continue
+        try:
+            found.append(read_run(folder))
+        except (ValueError, OSError) as error:
+            warnings.warn(f"{printable(folder)} is left out: {printable(error)}", stacklevel=2)
+    if submitted := {run.folder: run for run in found if (run.folder / SUBMITTED).is_file()}:
+        from weft.slurm.events import states
+
+        for folder, state in states(submitted).items():
+            if not _is_older(folder / SUBMITTED, folder / "result.json"):  # gone on with by hand since
+                submitted[folder].state = state
+    return found
+
+
+def _is_older(path: Path, other: Path) -> bool:
+    return other.is_file() and path.stat().st_mtime < other.stat().st_mtime
 
 
 def differing(settings: Sequence[dict[str, Any]]) -> list[str]:

@@ -1,7 +1,7 @@
 """Runs looked at afterwards: the one-page report of a run, the list of runs, and what differs between two.
 
     write("runs/a")                     # runs/a/report.html: opens without a server, asks for nothing outside
-    for run in find_runs("runs"): ...
+    for run in listing.find_runs("runs"): ...
 
 Everything is read from the files in the run's folder, so one that still runs, or was killed, can be looked at.
 """
@@ -9,7 +9,6 @@ Everything is read from the files in the run's folder, so one that still runs, o
 from __future__ import annotations
 
 import html
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from weft.records.foreign import MAX_ROWS_BYTES, RESULT, printable, read_json
 from weft.records.repeats import in_words, repeated
 
 SPLITS = ("train", "dev", "test")
+SUBMITTED = "submit/events.jsonl"
 WHERE = ("trainer.root_dir", "trainer.run_name", "trainer.resume", "trainer.progress")
 
 
@@ -40,6 +40,8 @@ class RunRecord:
     """Where the time went (`profiler="simple"`), as `TimeProfile.to_dict` gives it; or rows of another profiler."""
     history: dict[str, dict[int, float]] | None = None
     """The curves of a run without a folder."""
+    state: str | None = None
+    """Where a job is that the run was submitted as: "queued", "running", ...; None for a run that was not."""
 
     @property
     def curves(self) -> dict[str, dict[int, float]]:
@@ -73,13 +75,17 @@ class RunRecord:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Settings and what was trained by dotted name, without those that only say where the run is."""
-        config = flat({name: value for name, value in self.config.items() if name != "objects"})
+        """Settings and what was trained by dotted name, without what only says where the run or its code is."""
+        said = {name: value for name, value in self.config.items() if name != "objects"}
+        base = self.sessions[-1].get("folder") if self.sessions else self.folder.absolute() / "submit" / "code"
+        config = {k: v.removeprefix(f"{base}/") if isinstance(v, str) else v for k, v in flat(said).items()}
         return {k: v for k, v in config.items() if k not in WHERE} | flat(self.trained)
 
     @property
     def status(self) -> str:
         """Why the run ended, or that it has not."""
+        if self.state is not None and not (self.state == "finished" and self.result):
+            return self.state
         return str(self.result.get("stop_reason", "no result: still running, or killed"))
 
 
@@ -90,9 +96,10 @@ def read_run(folder: str | Path) -> RunRecord:
     """
     folder = Path(folder)
     files = ("config.yaml", "metrics.csv", "result.json")
-    if not any((folder / name).is_file() for name in files):
+    if not any((folder / name).is_file() for name in (*files, SUBMITTED)):
         raise FileNotFoundError(f"{folder} is no folder of a run: it has none of {', '.join(files)}.")
-    config = yamlfile.load_file(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
+    said = [path for name in ("config.yaml", "submit/config.yaml") if (path := folder / name).is_file()]
+    config = yamlfile.load_file(said[0]) if said else {}
     result = read_json(folder / "result.json", RESULT) if (folder / "result.json").is_file() else {}
     rows = []
     if (table := folder / "metrics.csv").is_file():
@@ -242,23 +249,6 @@ def _short(value: Any) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ lists of runs
-
-
-def find_runs(root: str | Path = "runs") -> list[RunRecord]:
-    """The runs below `root`, newest last; those of a sweep one level deeper. Unreadable ones are named and left out."""
-    root = Path(root)
-    files = [
-        path
-        for pattern in ("*/config.yaml", "*/*/config.yaml", "*/result.json", "*/*/result.json")
-        for path in root.glob(pattern)
-    ]
-    found = []
-    for folder in sorted({path.parent for path in files}, key=lambda f: f.stat().st_mtime):
-        try:
-            found.append(read_run(folder))
-        except (ValueError, OSError) as error:
-            warnings.warn(f"{printable(folder)} is left out: {printable(error)}", stacklevel=2)
-    return found
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:

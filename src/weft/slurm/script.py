@@ -14,6 +14,8 @@ from weft.types import suggest
 
 OURS = ("job-name", "output", "error", "open-mode", "requeue", "no-requeue", "signal", "array", "wrap", "parsable")
 """Options of sbatch that the script sets itself."""
+EARLY = 60
+"""Seconds that SLURM's signal may come early."""
 
 
 def options_of(slurm: Mapping[str, Any]) -> dict[str, str | None]:
@@ -40,6 +42,20 @@ def options_of(slurm: Mapping[str, Any]) -> dict[str, str | None]:
     return found
 
 
+def seconds_of(time: str | None) -> int | None:
+    """A time limit as sbatch reads it (minutes, [[hours:]minutes:]seconds, days-hours[:minutes[:seconds]]) in seconds.
+
+    None for no limit, and for what sbatch itself will refuse.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time or "")
+    if match is None:
+        return None
+    days, first, second, third = (int(part or 0) for part in match.groups())
+    if match[1] is not None or match[4] is not None:
+        return ((days * 24 + first) * 60 + second) * 60 + third
+    return first * 60 + second
+
+
 def batch_script(
     command: Sequence[str],
     *,
@@ -58,8 +74,13 @@ def batch_script(
 
     `array`: so many jobs of the same script. `setup`: lines of bash before it (modules, conda). `python`: what starts
     Python; None: this one, or "python" after a `setup`. `grace`: seconds before the time limit at which the run saves
-    and goes back into the queue; SLURM looks every 30 s and may come up to 60 s early.
+    and goes back into the queue; SLURM looks every 30 s and may come up to 60 s early. Raises ConfigError where that
+    leaves no time to train.
     """
+    given = options_of(slurm)
+    if (limit := seconds_of(given.get("time"))) is not None and limit <= grace + EARLY:
+        told = f"is {limit} s, of which the last {grace} s are for saving (grace), and SLURM may come {EARLY} s early"
+        raise ConfigError([f"slurm.time={given['time']}: {told}; give more, or a smaller grace (at least 60)"])
     options: dict[str, str | None] = {
         "job-name": name,
         "output": str(logs / ("job-%A_%a.log" if array else "job-%j.log")),
@@ -71,7 +92,7 @@ def batch_script(
     }
     if array:
         options["array"] = f"0-{array - 1}"
-    options |= options_of(slurm)
+    options |= given
     lines = [f"#SBATCH --{key}" + ("" if value is None else f"={_quoted(value)}") for key, value in options.items()]
     interpreter = python or ("python" if setup else shlex.quote(sys.executable))
     job = "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}" if array else "$SLURM_JOB_ID"

@@ -8,7 +8,9 @@ import re
 import shutil
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 from weft import yamlfile
 from weft.recipes.schema import ConfigError
 from weft.slurm import events
-from weft.slurm.freezing import freeze
+from weft.slurm.freezing import freeze, in_copy
 from weft.slurm.script import batch_script
 
 
@@ -36,14 +38,10 @@ class Submitted:
     def state(self) -> str:
         """ "queued", "running", "preempted", "finished", "failed", "stuck", "cancelled", or "lost".
 
-        Read from the run's folder. Only what has no end there is asked for in SLURM's queue, so that a job which died
-        with its machine is "lost".
+        Read from the run's folder. Only what has no end there is asked for in SLURM's queue: a job that is gone without
+        a word, as with its machine, is "lost".
         """
-        said = events.state(self.folder) or "queued"
-        if said in events.ENDS or any(map(_is_in_queue, events.jobs_of(self.folder))):
-            return said
-        said = events.state(self.folder) or "queued"  # it may have ended between the two looks
-        return said if said in events.ENDS else "lost"
+        return events.states([self.folder]).get(self.folder, "queued")
 
     def log(self) -> str:
         """What the job printed so far, over all its restarts."""
@@ -72,7 +70,7 @@ class Submitted:
         returned = self.folder / events.FOLDER / "returned.json"
         if returned.exists():
             return json.loads(returned.read_text())
-        from weft.loop.result import load_result
+        from weft.records.results import load_result
 
         return load_result(self.folder)
 
@@ -97,7 +95,7 @@ def submit(
     (partition, time, gres, mem, account, cpus_per_task, ...). `name`: of the run's folder below `root_dir`; None: the
     config's `run_name`, or the time. `devices` and `num_nodes`: tasks a node, and nodes; None: what the config says.
     `setup`: lines of bash before Python starts (modules, conda). `python`: what starts it. `grace`: seconds
-    (>= 60) before the time limit at which the run saves and is requeued; give it the slowest step and save.
+    (>= 60) before the time limit at which the run saves and is requeued; the slowest step and save are added.
 
     The job runs in a copy of the code below the working folder, in `submit/code` of the run's folder, with links to
     what is no code: what is edited later changes nothing. It is requeued after the time limit and after preemption, and
@@ -124,7 +122,7 @@ def submit(
     folder = (Path(root_dir) if root_dir != "runs" else Path(trainer.get("root_dir") or root_dir)).resolve() / name
     place = folder / events.FOLDER
     text = batch_script(
-        ["-m", "weft.slurm.job", str(folder)],
+        ["-m", "weft.slurm.job", str(folder), str(grace)],
         name=name,
         logs=place,
         code=place / "code",
@@ -137,16 +135,23 @@ def submit(
     )
     if dry_run:
         return Submitted(folder, "", text)
-    _make_room(folder)
-    if callable(run):
-        _keep_function(run, place)
-    else:
-        own = {"root_dir": str(folder.parent), "run_name": name, "resume": "auto"}
-        kept = {"checkpoint": True, **trainer, **own, "devices": devices, "num_nodes": nodes}
-        (place / "config.yaml").write_text(yamlfile.dump(_in_copy({**(config or {}), "trainer": kept}, place / "code")))
-    freeze(Path.cwd(), place / "code", leave_out=folder.parent)
-    (place / "job.sh").write_text(text)
-    return Submitted(folder, send(place / "job.sh", folder), text)
+    before = _make_room(folder)
+    if step := events.last_step(folder):
+        warnings.warn(f"{folder} holds a run of {step} steps, which the job goes on with.", stacklevel=2)
+    try:
+        if callable(run):
+            _keep_function(run, place)
+        else:
+            own = {"root_dir": str(folder.parent), "run_name": name, "resume": "auto"}
+            kept = {"checkpoint": True, **trainer, **own, "devices": devices, "num_nodes": nodes}
+            moved = in_copy({**(config or {}), "trainer": kept}, f"{place / 'code'}/", folder.parent)
+            (place / "config.yaml").write_text(yamlfile.dump(moved))
+        freeze(Path.cwd(), place / "code", leave_out=folder.parent)
+        (place / "job.sh").write_text(text)
+        return Submitted(folder, send(place / "job.sh", folder), text)
+    except BaseException:
+        _take_back(place, before)
+        raise
 
 
 def send(script: Path, folder: Path) -> str:
@@ -160,18 +165,12 @@ def _checked(run: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     """The config in weft's own words, checked without importing what it names: the job does that."""
     from weft.recipes import recipe
 
+    if isinstance(run, str | Path) and Path(run).suffix == ".py":
+        raise ConfigError(
+            [f"{run}: expected a config (YAML); what a script does is submitted from it, by weft.submit(function)"]
+        )
     source = recipe.Source(dict(run), [], []) if isinstance(run, Mapping) else recipe.read(run)
     return recipe.check(source, needed=("problem", "data"), imports=False).config
-
-
-def _in_copy(config: Any, code: Path) -> Any:
-    """`config` with paths below the working folder moved to the copy of it."""
-    here = str(Path.cwd())
-    if isinstance(config, str) and config.startswith(here + os.sep):
-        return str(code) + config[len(here) :]
-    if isinstance(config, Mapping):
-        return {k: _in_copy(v, code) if k != "root_dir" else v for k, v in config.items()}
-    return [_in_copy(v, code) for v in config] if isinstance(config, list) else config
 
 
 def _keep_function(function: Callable[..., Any], place: Path) -> None:
@@ -181,9 +180,12 @@ def _keep_function(function: Callable[..., Any], place: Path) -> None:
         cloudpickle.dump(function, file)
 
 
-def _make_room(folder: Path) -> None:
-    """The run's folder, with nothing in `submit/` that is not this submission's. What was is kept in `submit-1`, ..."""
-    place = folder / events.FOLDER
+def _make_room(folder: Path) -> Path | None:
+    """The run's folder, with nothing in `submit/` that is not this submission's.
+
+    What was is kept in `submit-1`, ...: returns where.
+    """
+    place, aside = folder / events.FOLDER, None
     if place.exists():
         jobs = events.jobs_of(folder)
         if jobs and Submitted(folder, jobs[-1]).state not in (*events.ENDS, "lost"):
@@ -191,23 +193,21 @@ def _make_room(folder: Path) -> None:
                 f"{folder} is the run of job {jobs[-1]}, which is not over; choose another name, or cancel it."
             )
         number = 1
-        while (folder / f"{events.FOLDER}-{number}").exists():
+        while (aside := folder / f"{events.FOLDER}-{number}").exists():
             number += 1
-        shutil.move(place, folder / f"{events.FOLDER}-{number}")
+        place.rename(aside)
     place.mkdir(parents=True)
+    return aside
 
 
-def _is_in_queue(job: str) -> bool:
-    """Whether SLURM has the job waiting or running. True where it does not answer: then nothing is known."""
-    try:
-        done = subprocess.run(
-            ["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, timeout=60, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return True
-    if done.returncode and "Invalid job id" not in done.stderr:
-        return True
-    return any(s not in ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL") for s in done.stdout.split())
+def _take_back(place: Path, before: Path | None) -> None:
+    """Nothing was submitted: the run's folder as it was."""
+    shutil.rmtree(place)
+    if before is not None:
+        before.rename(place)
+    with suppress(OSError):  # not empty
+        place.parent.rmdir()
+        place.parents[1].rmdir()
 
 
 def _call(*command: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from weft.records.folders import made
 from weft.slurm import events
 from weft.slurm.freezing import freeze
 from weft.slurm.script import batch_script
@@ -22,8 +23,10 @@ class SubmittedSweep(Submitted):
 
     @property
     def state(self) -> str:
-        """ "queued", "running", "finished", "cancelled", or "lost" where no worker is left and trials are missing."""
-        if len(self._done()) >= self.study.num_trials or self.study.too_many_failures():
+        """ "queued", "running", "finished", "failed", "cancelled", or "lost": no worker is left, but trials are."""
+        if self.study.too_many_failures():
+            return "failed"
+        if len(self._done()) >= self.study.num_trials:
             return "finished"
         said = super().state
         return "running" if said == "queued" and self.study.trials() else said
@@ -55,10 +58,9 @@ class SubmittedSweep(Submitted):
 def submit_workers(study: Study) -> SubmittedSweep:
     """Submit an array of `workers` jobs for the sweep, running a copy of the code as it is now."""
     config, place = study.config, study.folder / events.FOLDER
-    place.mkdir(exist_ok=True)
-    number = 1 + sum(1 for _ in place.glob("code-*"))
-    code = place / f"code-{number}"
-    freeze(Path.cwd(), code, leave_out=study.folder.parent)
+    number, code = 1, place / "code-1"
+    while not made(code):  # more workers may join from anywhere at the same time
+        number, code = number + 1, place / f"code-{number + 1}"
     script = place / f"job-{number}.sh"
     script.write_text(
         batch_script(
@@ -72,4 +74,5 @@ def submit_workers(study: Study) -> SubmittedSweep:
             grace=config.grace,
         )
     )
+    freeze(Path.cwd(), code, leave_out=study.folder.parent)
     return SubmittedSweep(study.folder, send(script, study.folder), study=study)

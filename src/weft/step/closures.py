@@ -14,7 +14,8 @@ from weft.devices.precision import scaler_of
 from weft.step.forward import forward_of
 from weft.step.instrument import watched
 from weft.step.microbatches import combiner, divided, is_nothing, num_read, parts_of, record, total, weight_of
-from weft.step.nonfinite import ignores, not_finite
+from weft.step.nonfinite import not_finite
+from weft.step.optimizer_step import ignores
 from weft.step.optimizers import needs_closure, parameters_of
 from weft.step.trained import look, rest_of
 

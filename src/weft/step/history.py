@@ -71,6 +71,15 @@ class Progress:
         self.last_epoch = self.first_epoch + epochs
         self.last_step = None if steps is None else self.first_step + steps
 
+    def skip(self) -> None:
+        """One more step was left out, as a number was not finite."""
+        self.skipped += 1
+        self.skipped_total += 1
+
+    def next_phase(self) -> None:
+        """One phase is over, the next begins."""
+        self.phase, self.phase_epoch, self.phase_ended = self.phase + 1, 0, ""
+
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -130,6 +139,11 @@ class Best:
         self.weights: Snapshot | None = None
         self.others: dict[str, torch.Tensor] = {}
         """Of what an optimizer holds and the problem does not register."""
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """What tells two bests of a run apart: name, value and epoch."""
+        return self.name, self.value, self.epoch
 
     def update(
         self, name: str, value: float | None, epoch: int, mode: str, problem: nn.Module, others: Any = None

@@ -24,7 +24,8 @@ from weft.step.optimizer_step import make_step
 from weft.step.optimizers import parameters_of
 from weft.step.own_loop import Moves
 from weft.step.pairs import watched_for_pairs
-from weft.step.trained import look, mark_of, outside_of, tell
+from weft.step.reached import tell
+from weft.step.trained import look, mark_of, outside_of
 from weft.step.update import built_in
 
 if TYPE_CHECKING:

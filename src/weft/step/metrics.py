@@ -23,14 +23,17 @@ FLUSH_AFTER = 32  # batches that wait on the device before they are added up in 
 
 
 class Vector(NamedTuple):
-    """Scalars by name as one tensor, detached."""
+    """Scalars by name as one tensor, detached, and what metrics of all rows read."""
 
     names: tuple[str, ...]
     values: Tensor  # (names,)
+    rows: Mapping[str, Any] = {}
 
-    def items(self) -> Iterator[tuple[str, Tensor]]:
+    def items(self) -> Iterator[tuple[str, Any]]:
         """Names and scalars, as of a dict."""
-        return zip(self.names, self.values.unbind(), strict=True)
+        yield from zip(self.names, self.values.unbind(), strict=True)
+        if self.rows:
+            yield ALL_ROWS, self.rows
 
 
 class Means:
@@ -55,13 +58,13 @@ class Means:
         if not values or not examples:  # the mean over no rows is nan
             return
         if isinstance(values, Vector):
-            names, row = values
+            names, row, whole = values
         else:
-            if ALL_ROWS in values:
-                values = dict(values)
-                for name, inputs in values.pop(ALL_ROWS).items():
-                    self.whole[name].update(inputs)
+            values = dict(values)
+            whole = values.pop(ALL_ROWS, {})
             names, row = tuple(values), _row(values.values())
+        for name, inputs in whole.items():
+            self.whole[name].update(inputs)
         rows, weights = self._waiting.setdefault(names, ([], []))
         rows.append(row)
         weights.append(examples)

@@ -36,12 +36,14 @@ from weft.devices.signals import Interruption
 from weft.events import AT_REST, EVENTS
 from weft.step.history import Best, History, Progress
 from weft.step.metrics import Means, check_scalars, whole_metrics
-from weft.step.optimizers import Others, Scheduled
+from weft.step.optimizers import Others
 from weft.step.phase import Phase
 from weft.step.throughput import Throughput
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+
+    from weft.step.schedules import Scheduled
 
 
 @dataclass
@@ -133,6 +135,14 @@ class Training:
     outside: dict[int, Any] | None = None
     """In the first update of a phase, what requires grad besides (`trained.outside_of`); None: not looked for yet."""
 
+    def train_by(self, optimizers: dict[str, Optimizer], made: dict[str, str]) -> None:
+        """These from here on, which were `made` so; schedules are those that follow."""
+        self.optimizers, self.schedules, self.made = optimizers, {}, made
+
+    def step_by(self, schedules: dict[str, Scheduled], made: Mapping[str, str] | None = None) -> None:
+        """These schedules from here on, which were `made` so."""
+        self.schedules, self.made = schedules, {**self.made, **(made or {})}
+
     def register(self, problem: nn.Module) -> None:
         """Know what `problem` has to train at this moment, when the optimizers are there."""
         self.registered = {id(p): p for p in problem.parameters() if p.requires_grad}
@@ -156,6 +166,10 @@ class Feed:
     splits: dict[str, Any] = field(default_factory=dict)
     make: Callable[[], Data] | None = None
 
+    def use(self, data: Data, splits: dict[str, Any]) -> None:
+        """Train, evaluate and predict with `data`, in these batches by split, from here on."""
+        self.data, self.splits = data, splits
+
 
 @dataclass
 class Epoch:
@@ -178,6 +192,12 @@ class Epoch:
     steps_before: int | None = None
     """Steps of the run when it began, None where it was resumed in its middle."""
 
+    def put_back(self, saved: Mapping[str, Any]) -> None:
+        """Go on with what an open epoch had measured when it was `saved`."""
+        for name in ("means", "logged", "recent"):
+            getattr(self, name).load_state_dict(saved[name])
+        self.evaluated = dict(saved["evaluated"])
+
 
 @dataclass
 class Step:
@@ -191,7 +211,11 @@ class Step:
     statistics: Any = None
     """A copy of what normalisation layers had learned before (`nonfinite.RunningStatistics`)."""
     doubts: Any = None
-    """Steps on a GPU that are looked at later (`nonfinite.Doubts`)."""
+    """Steps on a GPU that are looked at later (`doubts.Doubts`)."""
+
+    def note_in(self, doubts: Any) -> None:
+        """Have steps looked at later."""
+        self.doubts = doubts
 
 
 @dataclass
@@ -220,6 +244,32 @@ class Kept:
     save_wanted: bool = False
     """A hook has asked for a checkpoint while others had not seen the step yet."""
 
+    def begin_data(self, random: dict[str, Any]) -> None:
+        """Know in which random state the data is made that follows."""
+        self.random_before_data, self.data_prints = random, {}
+
+    def begin_epoch(self, random: dict[str, Any] | None = None, generators: Mapping[str, Any] | None = None) -> None:
+        """Know in which random state an epoch begins (None: its data know their order)."""
+        self.random_before_epoch, self.generators_before_epoch = random, dict(generators or {})
+        self.take_random()
+
+    def put_back_random(self, saved: Mapping[str, Any]) -> None:
+        """Know what a checkpoint says of random numbers: before the data, before the open epoch, and at its place."""
+        self.random_before_data = saved["random_before_data"]
+        self.random_before_epoch = saved["random_before_epoch"]
+        self.generators_before_epoch = saved["generators_before_epoch"]
+        self.random_to_resume, self.generators_to_resume = saved["random"], saved["generators"]
+
+    def has_best(self, best: Best) -> None:
+        """A checkpoint holds these best weights."""
+        self.best_saved = best.place
+
+    def take_random(self) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        """The random state that a checkpoint says to go on in, once; then (None, {})."""
+        taken = self.random_to_resume, self.generators_to_resume
+        self.random_to_resume, self.generators_to_resume = None, {}
+        return taken
+
 
 @dataclass
 class Control:
@@ -245,6 +295,10 @@ class Control:
     warned: set[str] = field(default_factory=set)
     clock: float = field(default_factory=time.perf_counter)
     seconds_before: float = 0.0
+
+    def begin(self) -> None:
+        """Hooks know that the fit has started: from here on the run trains."""
+        self.begun = True
 
     @property
     def is_new(self) -> bool:
@@ -328,6 +382,11 @@ class RunState:
     def config(self) -> TrainerConfig:
         """The trainer's options that are plain data."""
         return self.trainer.config
+
+    @cached_property
+    def max_seconds(self) -> float | None:
+        """How long this fit may last (s)."""
+        return self.config.max_seconds
 
     @property
     def phase(self) -> Phase:

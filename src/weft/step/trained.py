@@ -7,15 +7,15 @@ requires grad and is met by a loss is named before the first update of a phase: 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from weft.places import Place, named, places, places_behind
+from weft.places import Place, places, places_behind
 from weft.problem.problem import Problem
 from weft.step.optimizers import parameters_of
 
@@ -56,19 +56,10 @@ def hold(state: RunState, optimizers: Mapping[str, Optimizer]) -> list[Tensor]:
     parameters that are new."""
     found, others = state.training.others.add(state.problem, optimizers), state.training.others
     if others.tensors:  # in each phase anew: they may be copies on the run's device
-        others.hold_buffers(_buffers_beside(state))
+        from weft.step.held import buffers_beside
+
+        others.hold_buffers(buffers_beside(state, steps_of(state)))
     return found
-
-
-def _buffers_beside(state: RunState) -> dict[str, Tensor]:
-    """The buffers of the modules whose parameters only an optimizer holds: they are trained as well."""
-    held = {id(p) for p in state.training.others.tensors.values()}
-    reached = [*places(state.problem, everything=True), *places_behind(steps_of(state), state.problem)]
-    modules = {id(place.module) for place in reached if place.module is not None and id(place.value) in held}
-    found = [place for place in reached if id(place.module) in modules and type(place.value) is Tensor]
-    return {
-        f"buffer.{name}": place.value for name, place in named(p for p in found if not p.value.requires_grad).items()
-    }
 
 
 def steps_of(state: RunState) -> list[tuple[str, Any]]:
@@ -79,25 +70,6 @@ def steps_of(state: RunState) -> list[tuple[str, Any]]:
     return [*steps, (type(trainer).__name__, type(trainer))]
 
 
-def held_by(given: Any, problem: nn.Module) -> list[Tensor]:
-    """What optimizers will hold: the parameters of an instance, the tensors that a factory of one may read."""
-    if isinstance(given, Optimizer):
-        return list(parameters_of(given))
-    if isinstance(given, Mapping):
-        return [p for one in given.values() for p in held_by(one, problem)]
-    found = places_behind([("the optimizer", given)], problem)
-    tensors = [p.value for p in found if isinstance(p.value, Tensor)]
-    return [p for p in tensors if p.is_leaf and (p.requires_grad or isinstance(p, nn.Parameter))]
-
-
-def to_be_trained(state: RunState) -> list[Tensor]:
-    """The tensors that the optimizers of all phases hold, as far as that can be known before they are made."""
-    given = [state.trainer.options["optimizer"], *(phase.optimizer for phase in state.training.phases)]
-    if state.trainer.overrides("configure_optimizers"):
-        given.append(state.trainer.configure_optimizers)
-    return [p for one in (*given, state.training.optimizers) if one is not None for p in held_by(one, state.problem)]
-
-
 # ---- gradients belong to one step ------------------------------------------------------------------------------------
 
 
@@ -105,13 +77,6 @@ def rest_of(state: RunState) -> list[Tensor]:
     """The parameters that may get gradients and that no optimizer clears."""
     held = {id(p) for o in state.training.optimizers.values() for p in parameters_of(o)}
     return [p for p in (*state.problem.parameters(), *state.training.others.tensors.values()) if id(p) not in held]
-
-
-def clear(parameters: Iterable[Tensor]) -> None:
-    """Take the gradients of these away, where there are some."""
-    for p in parameters:
-        if p.grad is not None:
-            p.grad = None
 
 
 def clear_gradients(state: RunState) -> None:
@@ -162,7 +127,11 @@ def outside_of(state: RunState) -> dict[int, Outside]:
         for key, each in found.items()
         if isinstance(p := each.place.value, Tensor) and p.requires_grad and p.is_leaf and key not in trained
     }
-    of_data = _leaves(_tensors(state.step.batch)) if outside else {}
+    if not outside:
+        return {}
+    from weft.step.reached import leaves
+
+    of_data = leaves(state.step.batch)
     return {key: found for key, found in outside.items() if key not in of_data}
 
 
@@ -189,48 +158,7 @@ def look(state: RunState, losses: Any) -> None:
 
     ValueError where a node or term of a `weft.Problem` reaches it, else one warning.
     """
+    from weft.step.reached import leaves, tell
+
     outside = state.training.outside or {}
-    tell(state, [outside[key] for key in _leaves(_tensors(losses)) if key in outside])
-
-
-def tell(state: RunState, reached: list[Outside]) -> None:
-    if not reached:
-        return
-    for key in [id(found.place.value) for found in reached]:
-        del state.training.outside[key]  # type: ignore[union-attr]
-    reached.sort(key=lambda found: not found.of_node)
-    from weft.step.explaining import reached_outside
-
-    message = reached_outside(reached)
-    if reached[0].of_node:
-        raise ValueError(message)
-    state.warn_once(message)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(item)
-
-
-def _leaves(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
-    """What a graph begins with: by id, the tensors that get the gradients of these."""
-    found: dict[int, Tensor] = {}
-    nodes = []
-    for tensor in tensors:
-        if tensor.grad_fn is not None:
-            nodes.append(tensor.grad_fn)
-        else:
-            found[id(tensor)] = tensor
-    seen = set(nodes)
-    while nodes:
-        node = nodes.pop()
-        if (leaf := getattr(node, "variable", None)) is not None:
-            found[id(leaf)] = leaf
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                nodes.append(following)
-    return found
+    tell(state, [outside[key] for key in leaves(losses) if key in outside])

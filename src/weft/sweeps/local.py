@@ -98,5 +98,7 @@ def _ended_by_signals() -> Iterator[None]:
         try:
             yield
         except SignalExit as error:
-            error.requeue(is_saved=True)
+            from weft.devices.requeue import requeue
+
+            requeue(error.number, is_saved=True)
             raise

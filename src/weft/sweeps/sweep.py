@@ -28,7 +28,7 @@ from weft.recipes.schema import ConfigError
 from weft.sweeps.local import run_here
 from weft.sweeps.settings import Space, SweepConfig, space_complaints
 from weft.sweeps.study import Study
-from weft.sweeps.worker import WORK, work_of
+from weft.sweeps.worker import WORK, ConfigRun, work_of
 
 
 def sweep(run: Callable[[Any], Any] | Mapping[str, Any] | str | Path, space: Space, **options: Any) -> Any:
@@ -50,6 +50,10 @@ def sweep(run: Callable[[Any], Any] | Mapping[str, Any] | str | Path, space: Spa
     config = SweepConfig(**options)
     folder = (Path(config.root_dir) / config.name).resolve()
     function, metric = work_of(run, space, config.metric, keeps=config.on == "slurm")
+    if config.on == "slurm" and isinstance(function, ConfigRun):
+        from weft.slurm.freezing import in_copy
+
+        function.config = in_copy(function.config, "", folder.parent)  # workers stand in a copy of this folder
     folder.mkdir(parents=True, exist_ok=True)
     study = Study(config, space, folder)
     study.begin()

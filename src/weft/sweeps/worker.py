@@ -15,7 +15,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from weft.events import Hook
 from weft.recipes.schema import ConfigError, with_option
 
 if TYPE_CHECKING:
+    from weft.sweeps.settings import SweepConfig
     from weft.sweeps.study import Study, Taken
 
 WORK = "work.pkl"
@@ -178,10 +180,24 @@ def main(folder: Path) -> None:
         threading.Thread(target=_end_after, args=(int(parent),), daemon=True).start()
     run, config, space, metric = cloudpickle.loads((folder / WORK).read_bytes())
     study = Study(config, space, folder)
+    note = _noting(config, folder)
+    note("started")
     while (taken := study.take()) is not None:
         _run(study, taken, run, metric)
     if not study.trials(study.State.RUNNING, study.State.WAITING):
         study.result().save()
+        note("failed" if study.too_many_failures() else "finished")
+
+
+def _noting(config: SweepConfig, folder: Path) -> Callable[[str], None]:
+    """What writes down how the sweep goes where its workers are jobs, which are to leave in time."""
+    if config.on != "slurm":
+        return lambda event: None
+    from weft.slurm import events
+    from weft.slurm.leaving import leave_in_time
+
+    leave_in_time(config.grace)
+    return partial(events.note, folder)
 
 
 def _run(study: Study, taken: Taken, run: Any, metric: str | None) -> None:

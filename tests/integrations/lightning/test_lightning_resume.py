@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -171,3 +172,36 @@ def test_the_comparison_can_fail() -> None:
     with pytest.warns(UserWarning, match="Changed since: clip"):
         resumed, _, _ = train_case("clipped", resume="last")
     assert not same(weights(resumed), weights(whole))
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("moment", ["epoch", "validation", "after"])
+@pytest.mark.parametrize("kind", [NetModule, TwoOptimizers])
+def test_lightnings_trainer_goes_on_from_a_checkpoint_of_the_callback(kind: Any, moment: str, tmp_path: Path) -> None:
+    """From what `ModelCheckpoint` writes under `weft.Trainer`, or the view by hand, to the bits of one long fit."""
+
+    def module_and_loaders() -> tuple[Any, ...]:
+        seed_everything(4)
+        module, x = kind(), torch.linspace(0, 1, 66).reshape(22, 3)
+        module.net[1] = nn.Identity()  # random numbers are no part of Lightning's files
+        return module, *[DataLoader(TensorDataset(x, x.sin().sum(1, keepdim=True)), batch_size=4) for _ in "tv"]
+
+    def by_lightning(**kwargs: Any) -> tuple[Any, Any]:
+        options = dict.fromkeys(
+            ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+        )
+        given, trainer = module_and_loaders(), pl.Trainer(accelerator="cpu", max_epochs=4, **options)
+        trainer.fit(*given, **kwargs)
+        return given[0], trainer
+
+    monitor = "val_loss" if moment == "validation" else None
+    files = pl.callbacks.ModelCheckpoint(tmp_path, "{epoch}", monitor, save_top_k=-1 if monitor else 1)
+    ours = weft.Trainer(accelerator="cpu", progress=False, epochs=2, hooks=[files])
+    ours.fit(*module_and_loaders())
+    path = tmp_path / "epoch=1.ckpt"
+    if moment == "after":
+        path = tmp_path / "after.ckpt"
+        ours.run.view.save_checkpoint(path)
+    (whole, expected), (resumed, trainer) = by_lightning(), by_lightning(ckpt_path=path)
+    assert trainer.global_step == expected.global_step and trainer.current_epoch == expected.current_epoch == 4
+    assert same(weights(resumed), weights(whole)) and not same(weights(ours.problem), weights(whole))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities import CombinedLoader
+from torch import nn
 from torch.utils.data import DataLoader
 
 from tests.helpers import trainer_table
@@ -172,7 +175,8 @@ def one_fit(make: Callable[[], Any], *data: Callable[[], Any], **options: Any) -
 
     def script(kind: Any) -> Any:
         order, module = Order(), make()
-        trainer = kind(**{"callbacks": [order], "max_epochs": 2, "logger": CSV(), **QUIET, **options})
+        chosen = {"max_epochs": 2, "logger": CSV(), **QUIET, **options}
+        trainer = kind(callbacks=[order, *chosen.pop("callbacks", [])], **chosen)
         trainer.fit(module, *[make_data() for make_data in data])
         return trainer, module, order.calls
 
@@ -212,7 +216,106 @@ def without_validation_step() -> Any:
     return module
 
 
+def stopping_at_third(module: Any, batch: Any, batch_idx: int) -> Any:
+    if module.global_step == 2:
+        raise StopIteration  # of an iterator of the module's own
+    return scaled_loss(module, batch, batch_idx)
+
+
+class Frozen(Classifier):
+    """A part that is not trained stays in eval mode, and the weights saved are the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(2, 2)
+        self.net.eval().requires_grad_(False)
+
+    def forward(self, x: Any) -> Any:
+        return self.head(self.net(x))
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self.trainer.callbacks[0].calls.append("state_dict")  # type: ignore[attr-defined]
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if "head" in name}
+
+
+class TwoModes(torch.optim.SGD):
+    """As schedule-free ones: it steps in the mode that the script has put it into."""
+
+    slow = 1.0
+
+    def train(self) -> None:
+        self.slow = 1.0
+
+    def eval(self) -> None:
+        self.slow = 0.25
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure()
+        for p in self.param_groups[0]["params"]:
+            p.data -= self.slow * 0.1 * p.grad
+        return loss
+
+
+class InStages(Classifier):
+    """Makes its optimizers anew, exchanges its step and its hooks, and adds a callback, while it trains."""
+
+    def on_train_start(self) -> None:
+        self.net[0].requires_grad_(False)
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.net[0].requires_grad_(True)
+            self.trainer.strategy.setup_optimizers(self.trainer)
+            self.trainer.callbacks.append(Order())  # type: ignore[attr-defined]
+        if self.current_epoch == 2:
+            self.training_step = self.another_step  # type: ignore[method-assign]
+            self.on_train_batch_end = lambda *args: self.log("ended", 1.0)  # type: ignore[method-assign]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.global_step == 8:
+            self.trainer.optimizers = [torch.optim.SGD(self.parameters(), lr=0.2)]
+
+    def another_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == 14:  # counts from the next batch on
+            self.trainer.strategy.optimizers = [torch.optim.SGD(self.parameters(), lr=0.3)]
+        return self.shared(batch)[0] * 2
+
+
+class StagesByHand(InStages):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.shared(batch)[0]
+        self.manual_backward(loss)
+        if batch_idx % 2:
+            self.optimizers().step()  # type: ignore[union-attr]
+            self.zero_grad()
+        return loss
+
+    another_step = training_step
+
+
+def with_gradients() -> Any:
+    module = StagesByHand()
+    module.net[4].weight.grad = torch.ones(2, 16)
+    return module
+
+
 SCRIPTS: dict[str, Script] = {
+    "a frozen part": one_fit(Frozen, class_loader, class_loader),
+    "an optimizer of two modes": one_fit(
+        boring_with(
+            configure_optimizers=lambda self: TwoModes(self.parameters(), lr=0.1),
+            on_train_epoch_start=lambda self: self.trainer.optimizers[0].eval() if self.current_epoch == 0 else None,
+        ),
+        limit_train_batches=3,
+    ),
+    "in stages": one_fit(InStages, class_loader, class_loader, max_epochs=4, log_every_n_steps=1),
+    "in stages by hand": one_fit(StagesByHand, class_loader, max_epochs=4, log_every_n_steps=1),
+    "gradients from before": one_fit(with_gradients, class_loader),
+    "an iterator that ends": one_fit(boring_with(training_step=stopping_at_third), limit_train_batches=4),
     "manual optimization": one_fit(Adversaries, class_loader, class_loader, log_every_n_steps=1),
     "manual, to a step": one_fit(Adversaries, class_loader, max_steps=7, log_every_n_steps=1),
     "every place to log": one_fit(Logs, limit_train_batches=4, limit_val_batches=3, log_every_n_steps=1),
@@ -420,7 +523,7 @@ def test_errors_and_interrupts_reach_callbacks_and_loggers(tmp_path: Path) -> No
                 raise ValueError("in a test")
 
         order, module = Order(), Fails()
-        trainer = kind(max_epochs=2, logger=Notes("."), callbacks=[order], **QUIET)
+        trainer = kind(max_epochs=2, logger=Notes("."), callbacks=[order, cb.OnExceptionCheckpoint("failed")], **QUIET)
         for call in (trainer.fit, trainer.test):
             with pytest.raises(ValueError) as found:
                 call(module)
@@ -500,6 +603,32 @@ def test_lightnings_command_line_takes_it(tmp_path: Path) -> None:
         return done.trainer, done.model
 
     ends_alike(script, tmp_path)
+
+
+def test_the_module_stands_for_lightnings_package() -> None:
+    import weft.integrations.lightning as ours
+
+    assert ours.LightningModule is pl.LightningModule and ours.callbacks is cb and ours.Trainer is Trainer
+    with pytest.raises(AttributeError, match=r"no attribute 'Trainr', and lightning\.pytorch has none either"):
+        ours.Trainr  # noqa: B018
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("first", [True, False])
+def test_the_older_package_may_be_imported_before_or_after(first: bool) -> None:
+    lines = ["from weft.integrations.lightning import Trainer", "import pytorch_lightning as pl"]
+    script = lines if first else lines[::-1]
+    script += ["from abc import ABC", "from pytorch_lightning.demos.boring_classes import BoringModel"]
+    script += [
+        "class Own(Trainer): pass",
+        "class Abstract(Trainer, ABC): pass",
+        f"options = {QUIET | {'logger': False}!r}",
+    ]
+    script += ["for kind in (Trainer, Own, Trainer, Abstract):", "    trainer = kind(max_steps=3, **options)"]
+    script += ["    trainer.fit(BoringModel())", "    assert isinstance(trainer, pl.Trainer) and trainer.weft_run"]
+    script += ["assert type(trainer) is Abstract and trainer.global_step == 3", "print('trained')"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(script)], capture_output=True, text=True, check=False)
+    assert done.stdout.strip().endswith("trained"), done.stderr
 
 
 ATTRIBUTES = (

@@ -18,8 +18,10 @@
 The core knows nothing of this folder: `weft.integrations.adapter_for` names `LightningRun` for a LightningModule.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from weft.integrations.lightning.names import package_in_use
 from weft.integrations.lightning.run import LightningRun
 
 if TYPE_CHECKING:
@@ -29,8 +31,13 @@ __all__ = ["LightningRun", "Trainer"]
 
 
 def __getattr__(name: str) -> Any:
-    if name != "Trainer":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from weft.integrations.lightning.trainer import Trainer  # imports Lightning, which a weft.Trainer does not need
+    """`Trainer`; every other name is Lightning's own, for scripts with `import weft.integrations.lightning as pl`."""
+    if name == "Trainer":
+        from weft.integrations.lightning.trainer import Trainer  # imports Lightning, which a weft.Trainer does not need
 
-    return Trainer
+        return Trainer
+    package = package_in_use()
+    found = None if name.startswith("__") else getattr(import_module(package), name, None)
+    if found is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}, and {package} has none either.")
+    return found

@@ -83,8 +83,8 @@ class Context(Protocol):
         """In a batch after which the optimizer does not step yet."""
         ...
 
-    def count_zero_grad(self) -> None:
-        """Gradients are cleared."""
+    def count_zero_grad(self, what: str) -> None:
+        """Clearing gradients is "ready", "started" or "completed"."""
         ...
 
     def begin_step(self, batch: Any) -> None:
@@ -95,8 +95,8 @@ class Context(Protocol):
         """What every update does last."""
         ...
 
-    def count_optimizer_step(self) -> None:
-        """An optimizer stepped in manual optimization."""
+    def count_optimizer_step(self, what: str = "completed") -> None:
+        """The step of an optimizer is "ready" or "completed"."""
         ...
 
     def step_plateau_schedulers(self, wait: bool) -> None:

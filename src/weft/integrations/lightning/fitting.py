@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 import weft
-from weft.data.batches import num_examples
 from weft.data.data import SPLITS, Data
 from weft.devices.processes import Processes
 from weft.devices.signals import Interruption
@@ -32,7 +31,6 @@ from weft.integrations.lightning.strategy import Strategy
 from weft.integrations.lightning.update import automatic, manual
 from weft.loop.run import Run
 from weft.step.history import Progress
-from weft.step.optimizers import DEFAULT
 from weft.step.state import ROW_NAMES, Control, Feed
 
 if TYPE_CHECKING:
@@ -51,13 +49,10 @@ class FitRun(Run):
         core.run = self
         self.view, self.module = view, view.lightning_module
         self.loop: Any = view.fit_loop
-        self.callbacks: list[Any] = view.callbacks  # type: ignore[attr-defined]
-        self.hooks_of = Hooks(view, self.module, self.callbacks)  # type: ignore[arg-type]
-        self.skip_rest_of_epoch, self.strategy = False, None
+        self.skip_rest_of_epoch = False
         if names_explicitly(self.module.training_step, "dataloader_iter"):
             raise NotImplementedError("training_step takes 'dataloader_iter', which weft does not support.")
-        self.step_context, self.training_step = step_in_strategy(view)
-        before, loader, optimizers = self.state, self.loop._combined_loader, view.strategy.optimizers
+        before, loader = self.state, self.loop._combined_loader
         self.state = replace(
             before,
             fabric=fabric_of(view),
@@ -67,7 +62,7 @@ class FitRun(Run):
             feed=Feed(before.feed.seed, Data(train=loader), {**dict.fromkeys(SPLITS), "train": loader}),
             training=replace(
                 before.training,
-                optimizers={DEFAULT if len(optimizers) == 1 else str(i): o for i, o in enumerate(optimizers)},
+                optimizers={},  # they are Lightning's, and a script may exchange them
                 outside={},  # what else a loss reaches is the script's affair
             ),
         )
@@ -83,9 +78,22 @@ class FitRun(Run):
         return nullcontext()
 
     def begin_phases(self, resumed: bool) -> None:
-        """The update, with Lightning's optimizers; modules stay in the modes that they were put into."""
-        self.strategy = strategy_of(self)
+        """What cannot be trained is refused here."""
+        self.bind()
+
+    def bind(self) -> None:
+        """The update, with the callbacks, hooks and steps of now: scripts exchange them between epochs."""
+        self.callbacks: list[Any] = self.view.callbacks  # type: ignore[attr-defined]
+        self.hooks_of = Hooks(self.view, self.module, self.callbacks)  # type: ignore[arg-type]
+        self.step_context, self.training_step = step_in_strategy(self.view)
+        self.bind_optimizers()
         self.update = make_update(self)
+
+    def bind_optimizers(self) -> None:
+        """How a batch is learned from, with the optimizers of now: scripts make them anew at any batch."""
+        self.strategy, context = strategy_of(self), self
+        by_itself = self.module.automatic_optimization
+        self.optimize = automatic(context) if by_itself else counted(self, manual(context))  # type: ignore[arg-type]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -94,8 +102,19 @@ class FitRun(Run):
         return False  # an interrupt is Lightning's to handle
 
     def last_weights(self) -> dict[str, Tensor]:
-        """The weights themselves: a copy of a large module may be too much."""
-        return self.module.state_dict()
+        """The weights themselves: a copy may be too much, and a script may have a `state_dict` of its own."""
+        return {name: p.detach() for name, p in self.module.named_parameters()}
+
+    def _start(self) -> None:
+        """Gradients that are there stay."""
+        self.state.call("on_fit_start")
+        self.state.control.begin()
+
+    def tell_of_nothing_trained(self) -> None:
+        """A fit that is resumed may have an epoch to close and nothing else."""
+
+    def put_in_train_mode(self) -> None:
+        """Modules stay in the modes that they were put into: a frozen part in eval mode is no part of training."""
 
     def put_in_eval_mode(self) -> None:
         """Lightning leaves the modes of training."""
@@ -108,6 +127,7 @@ class FitRun(Run):
             return False
         self.skip_rest_of_epoch = False
         self.loop.on_advance_start()
+        self.bind()
         return super()._begin_epoch()
 
     def _close_epoch(self) -> None:
@@ -116,7 +136,7 @@ class FitRun(Run):
             self.loop.on_iteration_done()
             metrics: dict[str, Tensor] = self.view.callback_metrics
             plain = {name: value for name, value in metrics.items() if name not in ROW_NAMES and value.numel() == 1}
-            self.state.epoch.logged.add({name: float(value) for name, value in plain.items()}, 1)
+            self.state.epoch.evaluated.update({name: float(value) for name, value in plain.items()})
             super()._close_epoch()
 
     def batches(self, split: str = "train") -> Iterator[Any]:
@@ -182,62 +202,64 @@ class FitRun(Run):
         block = getattr(self.view.strategy, "block_backward_sync", nullcontext)
         return block()
 
-    def count_zero_grad(self) -> None:
-        """Gradients are cleared: Lightning's counters."""
+    def count_zero_grad(self, what: str) -> None:
+        """Clearing gradients is "ready", "started" or "completed": Lightning's counters."""
         count = self.loop.epoch_loop.automatic_optimization.optim_progress.optimizer.zero_grad
-        count.increment_ready()
-        count.increment_started()
-        count.increment_completed()
+        getattr(count, f"increment_{what}")()
 
-    def count_optimizer_step(self) -> None:
-        """An optimizer stepped: Lightning's counters and weft's."""
-        self.progress.step += 1
-        if self.module.automatic_optimization:
-            progress = self.loop.epoch_loop.automatic_optimization.optim_progress.optimizer
-            progress.step.increment_ready()
-            progress.step.increment_completed()
-        else:
-            progress = self.loop.epoch_loop.manual_optimization.optim_step_progress
-            progress.increment_ready()
-            progress.increment_completed()
+    def count_optimizer_step(self, what: str = "completed") -> None:
+        """The step of an optimizer is "ready" or "completed": Lightning's counters and weft's."""
+        loop = self.loop.epoch_loop
+        of_steps = loop.automatic_optimization.optim_progress.optimizer.step
+        count = of_steps if self.module.automatic_optimization else loop.manual_optimization.optim_step_progress
+        getattr(count, f"increment_{what}")()
+        self.progress.step += what == "completed"
 
 
 def make_update(run: FitRun) -> Callable[[Any], Tensor]:
     """The function that takes one batch through the module, as `weft.integrations.lightning.update` has it."""
-    context: Any = run
-    optimize = automatic(context) if run.module.automatic_optimization else counted(run, manual(context))
     on_start, on_end = run.hooks_of.bind("on_train_batch_start"), run.hooks_of.bind("on_train_batch_end")
     loop, connector, progress = run.loop.epoch_loop, run.view._logger_connector, run.progress
     count, nothing = loop.batch_progress, torch.zeros(())
 
     def update(batch: Any) -> Tensor:
         run.begin_step(batch)
-        number, steps_before = run.batch_idx, progress.step
-        loss, outputs = None, None
-        if batch is None:
-            loop._warning_cache.warn("train_dataloader yielded None.")
-        elif on_start is not None and on_start(batch, number) == -1:
-            run.skip_rest_of_epoch = True  # the module said so
-            count.increment_by(0, is_last_batch=True)
-        else:
-            count.increment_started()
-            loss, outputs = optimize(batch, number)
-        count.increment_processed()
-        loop.update_lr_schedulers("step", update_plateau_schedulers=False)
-        if loop._num_ready_batches_reached():
-            loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
-        if not run.skip_rest_of_epoch:
-            if on_end is not None:
-                on_end(outputs, batch, number)
-            connector.on_batch_end()
-            count.increment_completed()
-            connector.update_train_step_metrics()
+        steps_before, loss = progress.step, None
+        try:
+            loss = learn(batch, run.batch_idx)
+        except StopIteration:  # what Lightning takes for the end of an epoch, whoever raises it
+            run.skip_rest_of_epoch = True
         if loss is not None:
-            run.state.epoch.means.add({run.state.config.train_metric: loss}, num_examples(batch))
+            run.state.epoch.means.add({run.state.config.train_metric: loss}, 1)  # rows of a script's batch are its own
         loss = nothing if loss is None else loss
         if progress.step > steps_before or not run.module.automatic_optimization:
             progress.step -= 1  # it was counted when the optimizer stepped
             run.end_step(batch, loss)
+        return loss
+
+    def learn(batch: Any, number: int) -> Tensor | None:
+        loss, outputs, is_left = None, None, False
+        if batch is None:
+            loop._warning_cache.warn("train_dataloader yielded None.")
+        elif on_start is not None and on_start(batch, number) == -1:
+            is_left = True  # the module said so
+            count.increment_by(0, is_last_batch=True)
+        else:
+            count.increment_started()
+            if run.view.strategy._lightning_optimizers is not run.strategy._lightning_optimizers:
+                run.bind_optimizers()
+            loss, outputs = run.optimize(batch, number)
+        count.increment_processed()
+        loop.update_lr_schedulers("step", update_plateau_schedulers=False)
+        if loop._num_ready_batches_reached():
+            loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
+        if is_left:
+            raise StopIteration
+        if on_end is not None:
+            on_end(outputs, batch, number)
+        connector.on_batch_end()
+        count.increment_completed()
+        connector.update_train_step_metrics()
         return loss
 
     return update
@@ -249,10 +271,13 @@ def counted(run: FitRun, optimize: Callable[[Any, int], Any]) -> Callable[[Any, 
 
     def call(batch: Any, number: int) -> Any:
         for optimizer in wrapped:
+            optimizer._on_before_step = partial(run.count_optimizer_step, "ready")
             optimizer._on_after_step = run.count_optimizer_step
-        outputs = optimize(batch, number)
+        outputs: Any = None, {}
+        with suppress(StopIteration):  # of the step alone
+            outputs = optimize(batch, number)
         for optimizer in wrapped:
-            optimizer._on_after_step = _nothing
+            optimizer._on_before_step = optimizer._on_after_step = _nothing
         return outputs
 
     return call

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import sys
+from abc import ABCMeta
+from importlib import reload
 from pkgutil import resolve_name
 from typing import Any
 
@@ -46,9 +48,32 @@ def package_of(thing: Any) -> str:
 
 
 def package_in_use() -> str:
-    """The package that a script has imported: the older one where it is there alone."""
-    is_older = PACKAGES[1] in sys.modules and PACKAGES[0] not in sys.modules
-    return PACKAGES[1] if is_older else PACKAGES[0]
+    """The package that a script has imported: the older one, if the other is not there or came after this library."""
+    loaded = list(sys.modules)  # in the order of their imports
+    if PACKAGES[1] not in loaded:
+        return PACKAGES[0]
+    came_after = PACKAGES[0] not in loaded or loaded.index(__name__) < loaded.index(PACKAGES[0])
+    return PACKAGES[1] if came_after else PACKAGES[0]
+
+
+class OfTheScript(ABCMeta):
+    """What makes `Trainer` and its subclasses: of the package that a script uses, which it may import after weft's."""
+
+    def __new__(cls, name: str, bases: tuple[Any, ...], members: dict[str, Any], **kwargs: Any) -> Any:
+        """A class, with the Trainer of today among its bases."""
+        return super().__new__(cls, name, tuple(map(cls.of_today, bases)), members, **kwargs)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        """An object of the Trainer of today."""
+        return ABCMeta.__call__(OfTheScript.of_today(cls), *args, **kwargs)
+
+    @staticmethod
+    def of_today(kind: Any) -> Any:
+        """The class itself; of `Trainer` the one of the package in use, for which its module may be loaded anew."""
+        if type(kind) is not OfTheScript or kind.__module__ != f"{__package__}.trainer":
+            return kind
+        module: Any = sys.modules[kind.__module__]
+        return (module if module.PACKAGE == package_in_use() else reload(module)).Trainer
 
 
 def lightning_class(thing: Any, path: str) -> Any:

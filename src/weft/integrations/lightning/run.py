@@ -28,7 +28,7 @@ from weft.events import Hook
 from weft.integrations.lightning.data import STAGES, STEPS, Source, Stream, Tape, Transfer, generators_of, is_datamodule
 from weft.integrations.lightning.hooks import Hooks, with_model_callbacks
 from weft.integrations.lightning.log import Results, uses_own_log
-from weft.integrations.lightning.loops import evaluate, predict, restore_modes
+from weft.integrations.lightning.loops import evaluate, predict
 from weft.integrations.lightning.names import overrides, refuse_legacy
 from weft.integrations.lightning.optimizers import Schedulers, configured
 from weft.integrations.lightning.states import is_idle, resume_module, resume_training, state_of
@@ -57,7 +57,7 @@ class LightningRun(Run):
     schedulers: Schedulers
     training_step, skips_backward = None, False
     unsynced = staticmethod(nullcontext)
-    count_zero_grad = staticmethod(lambda: None)
+    count_zero_grad = staticmethod(lambda what: None)
 
     def __init__(self, trainer: Trainer, problem: nn.Module, previous: Run | None = None) -> None:
         super().__init__(trainer, problem, previous)
@@ -79,7 +79,6 @@ class LightningRun(Run):
         self._schedules_before = previous.schedulers.configs if isinstance(previous, LightningRun) else []
         self._stream: Stream | None = None
         self._in_fit = self._is_training = self._plateau_waits = False
-        self._modes: dict[nn.Module, bool] = {}
         self._dtype = torch.get_default_dtype()
 
     # ------------------------------------------------------------------ what was given
@@ -190,7 +189,6 @@ class LightningRun(Run):
         if fn == "fit" and not any(part.training for part in module.modules()):
             for name in _TRAINED.get(module, ()):  # eval mode is how the last fit has left it, not what a user wants
                 module.get_submodule(name).training = True
-        self._modes = {part: part.training for part in module.modules()}
         if fn == "fit" and self._resumed is not None:
             resume_module(self, _own_state(self._resumed), self._resumed["problem"])
 
@@ -245,10 +243,12 @@ class LightningRun(Run):
 
     # ------------------------------------------------------------------ the fit
 
+    def put_in_train_mode(self) -> None:
+        """Modules that were put into eval mode stay there."""
+
     def begin_phases(self, resumed: bool) -> None:
         """Optimizers and the update; a second fit goes on with those it has. The module's own hooks come first."""
         self.listen([Events(self), *self.state.hooks])
-        restore_modes(self._modes)  # modules that were put into eval mode stay there
         torch.set_default_dtype(self._dtype)  # of 64-true: only within steps, hooks and loaders keep theirs
         if resumed or not self.optimizers:
             optimizers, self._schedules_before = configured(self)
@@ -347,9 +347,9 @@ class LightningRun(Run):
         every = self.view.accumulate_grad_batches
         return every != 1 and (self.batch_idx + 1) % every != 0 and not (self.is_last_batch or self.skip_rest_of_epoch)
 
-    def count_optimizer_step(self) -> None:
-        """An optimizer stepped in manual optimization."""
-        self.progress.step += 1
+    def count_optimizer_step(self, what: str = "completed") -> None:
+        """The step of an optimizer is "ready" or "completed"."""
+        self.progress.step += what == "completed"
 
     def end_batch(self, batch: Any, loss: Tensor, stepped: bool) -> None:
         """What an update does last with its batch and loss: call weft's own hooks where it `stepped`, or was manual."""
@@ -392,7 +392,7 @@ class LightningRun(Run):
         if self._plateau_waits:
             self.step_plateau_schedulers(wait=False)
         if self.state.epoch.is_open:
-            self.state.epoch.evaluated |= metrics
+            self.state.epoch.evaluated.update(metrics)
         self.state.call("on_validation_end", metrics)
         return metrics
 

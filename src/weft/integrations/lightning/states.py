@@ -11,7 +11,7 @@ from torchmetrics import Metric
 
 from weft.checkpoint.weights import load_into
 from weft.integrations.lightning.log import Logged
-from weft.integrations.lightning.names import is_a, package_of
+from weft.integrations.lightning.names import is_a, lightning_class, package_of
 
 if TYPE_CHECKING:
     from weft.integrations.lightning.context import Context
@@ -143,7 +143,7 @@ def head(run: Context) -> dict[str, Any]:
 def save_lightning_checkpoint(run: Context, path: Any, weights_only: bool) -> None:
     """Write what `LightningModule.load_from_checkpoint` reads: weights, hyperparameters, states of optimizers, ..."""
     module, datamodule = run.module, run.datamodule
-    state: dict[str, Any] = {**head(run), "state_dict": module.state_dict(), "loops": {}}
+    state: dict[str, Any] = {**head(run), "state_dict": module.state_dict(), "loops": _loops(run)}
     if not weights_only:
         state["callbacks"] = {c.state_key: found for c in run.callbacks if (found := c.state_dict())}
         state["optimizer_states"] = [o.state_dict() for o in run.strategy.optimizers]
@@ -163,6 +163,26 @@ def save_lightning_checkpoint(run: Context, path: Any, weights_only: bool) -> No
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         torch.save(state, path)
     run.fabric.barrier()
+
+
+def _loops(run: Context) -> dict[str, Any]:
+    """Lightning's own counters as they would stand at this moment, so that its Trainer goes on from the file."""
+    epoch, batch, hook = run.progress.epoch, run.progress.batch, run.module._current_fx_name
+    outer = lightning_class(run.module, "loops.fit_loop._FitLoop")(run.view)
+    inner, steps = outer.epoch_loop, run.progress.step
+    automatic, by_hand = inner.automatic_optimization.optim_progress.optimizer.step, inner.manual_optimization
+    for count in (outer.epoch_progress.current, outer.epoch_progress.total):
+        count.ready = count.started = epoch + (batch > 0)
+        count.processed, count.completed = epoch + (hook == "on_train_epoch_end"), epoch
+    of_all = batch + (epoch * run.view.num_training_batches if epoch else 0)
+    for count, number in ((inner.batch_progress.current, batch), (inner.batch_progress.total, of_all)):
+        count.ready = count.started = count.processed = number
+        count.completed = number - (hook == "on_train_batch_end")
+    inner.batch_progress.is_last_batch = run.is_last_batch
+    count = automatic.total if run.module.automatic_optimization else by_hand.optim_step_progress.total
+    count.ready = count.completed = steps
+    inner._batches_that_stepped = steps - (hook != "on_train_epoch_end")
+    return {"fit_loop": outer.state_dict()}
 
 
 def is_idle(run: Context, callback: Any) -> bool:

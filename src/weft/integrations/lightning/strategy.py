@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from weft.devices.precision import scaler_of
 from weft.integrations.lightning.names import lightning_class
 from weft.step.instrument import watched
-from weft.step.nonfinite import finite_check, ignores, not_finite
+from weft.step.nonfinite import not_finite
+from weft.step.optimizer_step import finite_check, ignores
 from weft.step.optimizers import needs_closure, parameters_of
 from weft.step.trained import look
 
@@ -57,7 +58,9 @@ class Strategy:
         """Hand these optimizers to the module, wrapped as Lightning wraps them (where they are: `as_wrapped`)."""
         wrapper = lightning_class(self._run.module, "core.optimizer.LightningOptimizer")
         self.optimizers = optimizers
-        self._lightning_optimizers = as_wrapped or [o if isinstance(o, wrapper) else wrapper(o) for o in optimizers]
+        self._lightning_optimizers = (
+            [o if isinstance(o, wrapper) else wrapper(o) for o in optimizers] if as_wrapped is None else as_wrapped
+        )
         for wrapped in self._lightning_optimizers:
             wrapped._strategy = self
             if not self._run.module.automatic_optimization:

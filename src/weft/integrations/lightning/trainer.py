@@ -9,14 +9,16 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from weft.integrations.lightning.fitting import FitRun
-from weft.integrations.lightning.names import package_in_use
+from weft.integrations.lightning.names import OfTheScript, package_in_use
+
+PACKAGE = package_in_use()
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer as TheirTrainer
     from lightning.pytorch.loops.fit_loop import _FitLoop
 else:
-    TheirTrainer = resolve_name(f"{package_in_use()}:Trainer")
-    _FitLoop = resolve_name(f"{package_in_use()}.loops.fit_loop:_FitLoop")
+    TheirTrainer = resolve_name(f"{PACKAGE}:Trainer")
+    _FitLoop = resolve_name(f"{PACKAGE}.loops.fit_loop:_FitLoop")
 
 
 class FitLoop(_FitLoop):
@@ -31,15 +33,16 @@ class FitLoop(_FitLoop):
         self.on_run_start()
         trainer: Any = self.trainer
         trainer.weft_run = run = FitRun(trainer)
-        with run, trainer.profiler.profile("run_training_epoch"):
+        with run:
             for _ in run.epochs():
-                for batch in run.batches("train"):
-                    run.update(batch)
+                with trainer.profiler.profile("run_training_epoch"):
+                    for batch in run.batches("train"):
+                        run.update(batch)
         self._restarting = False
         self.on_run_end()
 
 
-class Trainer(TheirTrainer):
+class Trainer(TheirTrainer, metaclass=OfTheScript):
     """Lightning's Trainer: its keywords, defaults, methods, attributes and files; the training loop is weft's.
 
     It is a subclass, so callbacks, loggers, `LightningCLI` and a script's own subclasses take it for what it is.

@@ -73,9 +73,10 @@ def _clearing(run: Context, optimizer: Any) -> Callable[[int], None]:
     progress, params = run.progress, _parameter_lists(optimizer)
 
     def clear(number: int) -> None:
-        run.count_zero_grad()
+        run.count_zero_grad("ready")
         if before is not None:
             before(optimizer)
+        run.count_zero_grad("started")
         if own is not None:
             own(progress.epoch, number, optimizer)
         elif params is not None:
@@ -84,6 +85,7 @@ def _clearing(run: Context, optimizer: Any) -> Callable[[int], None]:
                     p.grad = None
         elif optimizer is not None:
             optimizer.zero_grad()
+        run.count_zero_grad("completed")
 
     return clear
 
@@ -129,6 +131,7 @@ def automatic(run: Context) -> Callable[[Any, int], tuple[Tensor | None, dict[st
             with run.unsynced():
                 closure()
         else:
+            run.count_optimizer_step("ready")
             try:
                 if optimizer is None:
                     closure()

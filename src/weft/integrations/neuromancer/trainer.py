@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from weft.checkpoint.weights import state_of
 from weft.data.batches import num_examples
 from weft.data.data import Data
+from weft.data.loaders import iterator_of
 from weft.devices.seeding import random_state, set_random_state
 from weft.loop import trainer as weft_trainer
 from weft.loop.result import FitResult
@@ -128,7 +129,8 @@ class Trainer:
         self.best_devloss: float = np.float64(np.finfo(np.float32).max * (1 if self._eval_min else -1))
         """The best value so far: a float that also has `.item()`. As there, very bad before anything was compared."""
         self.result: FitResult | None = None
-        self._seen: list[tuple[Tensor, dict[str, Any]]] = []  # loss and detached output of each batch of a pass
+        self._seen: list[tuple[Tensor, Tensor | None]] = []  # of each batch of a pass: the loss, and what decides
+        self._last: dict[str, Any] = {}  # the output of the last of them
         self._output: dict[str, Any] = {}
         self._fresh: dict[str, Any] = {}  # what the last step returned; nothing where it ran as a graph
         self._compiles: Any = False
@@ -264,14 +266,21 @@ class Trainer:
         trainer.run.state.processes.clip(list(self.model.parameters()), self.clip)
 
     def _end_batch(self, trainer: Any, batch: Any, loss: Tensor) -> None:
-        self._output, self._fresh = {**_detached(self._fresh), self.train_metric: loss}, {}
-        self._seen.append((loss, self._output))
+        fresh = self._fresh if type(self.callback) is Callback else _detached(self._fresh)  # 1 us for each tensor
+        self._output, self._fresh = {**fresh, self.train_metric: loss}, {}
         self.callback.end_batch(self, self._output)
+        self._note(loss, self._output)
+
+    def _note(self, loss: Tensor, output: dict[str, Any]) -> None:
+        value = output.get(self._eval_metric.removeprefix("mean_"))
+        decides = value.detach() if isinstance(value, Tensor) and value.numel() == 1 else None
+        self._seen.append((loss.detach(), decides))
+        self._last = output
 
     def _evaluated(self, run: Run) -> Any:
         """What decides about best weights, after the epoch's callbacks, the scheduler and the dev set."""
         mean = torch.stack([loss for loss, _ in self._seen]).mean()
-        self._output[f"mean_{self.train_metric}"] = mean
+        self._output = {**_detached(self._output), f"mean_{self.train_metric}": mean}
         means = {**self._means(), f"mean_{self.train_metric}": mean}
         self.callback.begin_epoch(self, self._output)
         if self.lr_scheduler is not None:
@@ -311,14 +320,14 @@ class Trainer:
             run.evaluate("dev")
         mean = torch.stack([loss for loss, _ in self._seen]).mean()
         means = {**self._means(), f"mean_{self.dev_metric}": mean}
-        return {**self._seen[-1][1], f"mean_{self.dev_metric}": mean}, means
+        return {**_detached(self._last), f"mean_{self.dev_metric}": mean}, means
 
     def _validation_step(self, trainer: Any, batch: Any) -> dict[str, Any]:
         output = self.model(_own_name(batch))
         if self._compiles:
             self._fresh = _detached(output) if trial.get() is None else {}
         else:
-            self._seen.append((output[self.dev_metric].detach(), _detached(output)))
+            self._note(output[self.dev_metric], output)
         return output
 
     def _by_graphs(self, state: RunState, split: str, forward: Forward) -> dict[str, float]:
@@ -328,7 +337,7 @@ class Trainer:
             self._fresh = {}
             _, scalars = forward(batch)
             values = {**dict(scalars.items()), **self._fresh}
-            self._seen.append((values[named(self.dev_metric, split)].detach(), values))
+            self._note(values[named(self.dev_metric, split)], values)
             means.add(scalars, num_examples(batch))
         self._fresh = {}
         return means.compute()
@@ -336,7 +345,7 @@ class Trainer:
     def _means(self) -> dict[str, Tensor]:
         """The mean over the batches just seen of the metric that decides, if they have it."""
         name = self._eval_metric.removeprefix("mean_")
-        values = [out[name] for _, out in self._seen if isinstance(out.get(name), Tensor) and out[name].numel() == 1]
+        values = [value for _, value in self._seen if value is not None]
         return {f"mean_{name}": torch.stack(values).mean()} if values else {}
 
     def _set_value_to_beat(self, run: Run) -> None:
@@ -416,7 +425,7 @@ class _Loader:
         self.trainer, self.attribute = trainer, attribute
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in getattr(self.trainer, self.attribute):
+        for batch in iterator_of(getattr(self.trainer, self.attribute)):
             yield {_OWN_NAME if k == "name" else k: v for k, v in batch.items()} if isinstance(batch, dict) else batch
 
 

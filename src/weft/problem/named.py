@@ -1,0 +1,41 @@
+"""Nodes, submodules and parameters of a problem by their names. Loaded where some are named."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from weft.types import suggest
+
+
+def submodule(problem: nn.Module, name: str) -> nn.Module:
+    """The submodule with this dotted name, or the node with this `.name`. ValueError with a suggestion if none."""
+    modules = dict(problem.named_modules(remove_duplicate=False))
+    if name in modules:
+        return modules[name]
+    named = {str(m.name): m for m in modules.values() if isinstance(getattr(m, "name", None), str)}
+    if name in named:
+        return named[name]
+    known = [*named, *(m for m in modules if m), *(n for n, _ in problem.named_parameters() if "." not in n)]
+    raise ValueError(
+        f"{type(problem).__name__} has no node or submodule {name!r}{suggest(name, known) or '.'} It has {known}."
+    )
+
+
+def parameters_under(problem: nn.Module, name: str) -> tuple[nn.Module, list[nn.Parameter]]:
+    """The node, submodule or bare parameter of this name: the module (that holds it), and the parameters.
+
+    ValueError with a suggestion if there is none.
+    """
+    if (bare := dict(problem.named_parameters(remove_duplicate=False)).get(name)) is not None:
+        return problem, [bare]
+    owner = submodule(problem, name)
+    return owner, list(owner.parameters())
+
+
+def has_part(problem: nn.Module, name: str) -> bool:
+    """Whether `name` stands for a node, a submodule or a parameter of the problem."""
+    return (
+        name in dict(problem.named_parameters())
+        or name in dict(problem.named_modules(remove_duplicate=False))
+        or any(getattr(m, "name", None) == name for m in problem.modules())
+    )
