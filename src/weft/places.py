@@ -34,6 +34,8 @@ HOLDERS = {
 }
 """Classes of python's own that hold nothing but what their user gave them."""
 _SEARCHED = "torch.distributions."  # of a library, but it holds what its user gave it
+_OPAQUE = {"itertools", "functools", "queue", "_queue", "weakref", "_contextvars", "operator", "_operator", "builtins"}
+"""Modules of classes that hold what they were given without an attribute."""
 _PLAIN = {type(None), bool, int, float, complex, str, bytes}
 _OF_MODULES = {"_parameters", "_buffers", "_modules"}
 _OF_TORCH = {*vars(nn.Module())} | {
@@ -145,8 +147,14 @@ class _Walk:
         elif isinstance(value, type):
             if not _of_library(value):
                 yield from self.into_class(value, "__call__")
-        elif isinstance(wrapped := getattr(value, "__wrapped__", None), types.FunctionType):  # functools.cache
-            yield from self.into(wrapped, name, get, None)
+        elif self.everything and (type(value).__module__ in _OPAQUE or getattr(type(value), "tobytes", None)):
+            if self.is_new(value):
+                from weft.referents import referents
+
+                for item in referents(value):
+                    yield from self.into(item, name, partial(lambda i: i, item), None)
+        elif isinstance(wrapped := getattr(value, "__dict__", {}).get("__wrapped__"), types.FunctionType):
+            yield from self.into(wrapped, name, get, None)  # functools.cache
         elif self.is_searched(value) and self.is_new(value):
             yield from self.into_attributes(value, name)
             yield from self.into_class(type(value), "__call__")
@@ -192,7 +200,7 @@ class _Walk:
                 read, write = partial(own.__getitem__, attribute), partial(own.__setitem__, attribute)
                 yield from self.into(value, before + attribute, read, write)
         for kind in type(thing).__mro__ if hasattr(type(thing), "__slots__") else ():
-            for slot in _slots(kind):
+            for slot in slots_of(kind):
                 if hasattr(thing, slot):
                     read, write = partial(getattr, thing, slot), partial(setattr, thing, slot)
                     yield from self.into(getattr(thing, slot), before + slot, read, write)
@@ -248,19 +256,25 @@ class _Walk:
     def into_scope(self, function: types.FunctionType) -> Iterator[Place]:
         """The names that a function may read from its module, and from modules of the user's that this one imports."""
         names = dict.fromkeys(_names(function.__code__))
-        scopes: dict[str, dict[str, Any]] = {"": function.__globals__}
-        for name in names:
-            module = function.__globals__.get(name)
-            if isinstance(module, types.ModuleType) and module.__name__.partition(".")[0] not in _LIBRARIES:
-                scopes[f"{name}."] = vars(module)
-        for before, scope in scopes.items():
+        scopes: list[tuple[str, dict[str, Any]]] = [("", function.__globals__)]
+        known = {id(function.__globals__)}
+        for before, scope in scopes:  # grows while it is gone through: a module may be one of a package
+            for name in names:
+                module = scope.get(name, None if before else sys.modules.get(name))  # or imported in the function
+                if not isinstance(module, types.ModuleType) or id(vars(module)) in known:
+                    continue
+                known.add(id(vars(module)))
+                if module.__name__.partition(".")[0] not in _LIBRARIES:
+                    scopes.append((f"{before}{name}.", vars(module)))
+        for before, scope in scopes:
             for name in names:
                 if name in scope and not isinstance(scope[name], types.ModuleType):
                     read, write = partial(scope.__getitem__, name), partial(scope.__setitem__, name)
                     yield from self.into(scope[name], before + name, read, write)
 
 
-def _slots(kind: type) -> Iterable[str]:
+def slots_of(kind: type) -> Iterable[str]:
+    """The names of the slots that a class adds."""
     slots = vars(kind).get("__slots__", ())
     return [s for s in ([slots] if isinstance(slots, str) else slots) if s not in ("__dict__", "__weakref__")]
 

@@ -37,6 +37,13 @@ def test_a_batch_size_for_what_makes_its_batches_itself_is_refused(source: Any, 
     weft.Data(source)
 
 
+def test_the_order_of_a_loader_that_shuffles_is_not_changed_by_an_option() -> None:
+    with pytest.raises(ValueError, match=r"shuffle=False has no effect: the train data is DataLoader"):
+        weft.Data(DataLoader(ROWS, batch_size=4, shuffle=True), shuffle=False)
+    weft.Data(LOADER, shuffle=False)  # it says the same
+    weft.Data(WHOLE, DataLoader(ROWS, batch_size=4, shuffle=True), shuffle=False)
+
+
 def test_what_a_setup_function_returns_is_looked_at_too() -> None:
     with pytest.raises(ValueError, match="batch_size=8 has no effect: the train data is list"):
         weft.Trainer(epochs=1, progress=False).fit(nn.Linear(1, 1), lambda: (ROWS, ROWS, None, 8))

@@ -161,6 +161,37 @@ class OfModule(Own):
         return torch.randn(2, generator=SHARED)
 
 
+class OfParent(OfModule):
+    """Rows that the method of a class above draws."""
+
+
+class OfClass(Own):
+    """Rows from a generator that the class has."""
+
+    shared = np.random.default_rng(3)
+
+    def __init__(self) -> None:
+        type(self).shared = np.random.default_rng(3)
+
+    def draw(self) -> torch.Tensor:
+        return torch.from_numpy(self.shared.standard_normal(2, np.float32))
+
+
+class Slots:
+    __slots__ = ("generator",)
+
+
+class OfSlots(Own):
+    """Rows from a generator in a slot of what the dataset holds."""
+
+    def __init__(self) -> None:
+        self.held = Slots()
+        self.held.generator = torch.Generator().manual_seed(3)
+
+    def draw(self) -> torch.Tensor:
+        return torch.randn(2, generator=self.held.generator)
+
+
 def shuffled() -> DataLoader:
     rows = [{"x": torch.full((2,), float(i))} for i in range(12)]
     return DataLoader(rows, batch_size=5, shuffle=True, generator=torch.Generator().manual_seed(2))  # type: ignore[arg-type]
@@ -171,6 +202,9 @@ DEV: dict[str, Callable[[], Any]] = {
     "of numpy": OfNumpy,
     "in a closure": Transformed,
     "of the module": OfModule,
+    "of the module, by a class above": OfParent,
+    "of the class": OfClass,
+    "in a slot": OfSlots,
     "of a part of a part": lambda: Subset(Subset(Own(), range(9)), range(7)),
     "of several": lambda: ConcatDataset([Own(), Own()]),
     "a loader's": shuffled,

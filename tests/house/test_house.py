@@ -31,7 +31,7 @@ from tests.helpers.source import (
     told_by,
 )
 
-WORDS = {"types", "config", "events", "yamlfile", "demo", "places", "__main__"}
+WORDS = {"types", "config", "events", "yamlfile", "demo", "places", "referents", "__main__"}
 WINGS = {"compile", "sharded", "hooks", "recipes", "sweeps", "slurm", "cli", "plots", "integrations", "optim"}
 ROOMS = {"words", "problem", "data", "devices", "checkpoint", "step", "loop", "loggers", "records"} | WINGS
 

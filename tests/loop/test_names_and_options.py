@@ -87,6 +87,8 @@ IDLE: dict[str, dict[str, Any]] = {
     "log_every": {"log_every": 5},
     "timeout": {"timeout": 5.0},
     "num_workers": {"data": weft.Data({"x": X}, num_workers=2)},
+    "dev_metric": {"dev_metric": "dev_mine"},
+    "strict_data": {"strict_data": True, "data": [{"x": X}]},
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader
 
 import weft
 
@@ -127,6 +128,103 @@ def test_any_argument_of_a_schedule_is_compared(before: Any, after: Any, tmp_pat
     assert "scheduler default: " in fit(tmp_path, 4, sgd(0.01), after)[1]
 
 
+class Decay:
+    """A user's object, of whose methods torch saves nothing."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def rate(self, epoch: int) -> float:
+        return self.factor**epoch
+
+
+FACTOR = 1.0
+
+
+def by_a_global(factor: float) -> Any:
+    def rate(epoch: int) -> float:
+        return FACTOR**epoch
+
+    def make(optimizer: Any) -> Any:
+        globals()["FACTOR"] = factor
+        return lr_scheduler.LambdaLR(optimizer, rate)
+
+    return make
+
+
+def by_nested_functions(factor: float) -> Any:
+    def innermost() -> float:
+        return factor
+
+    def inner() -> float:
+        return innermost()
+
+    def one() -> float:
+        return inner()
+
+    return lambda o: lr_scheduler.LambdaLR(o, lambda e: one() ** e)
+
+
+def by_a_sequence(factor: float) -> Any:
+    def make(o: Any) -> Any:
+        last = lr_scheduler.LambdaLR(o, lambda e: factor ** (e + 1))
+        return lr_scheduler.SequentialLR(o, [lr_scheduler.ConstantLR(o, 1.0), last], [1])
+
+    return make
+
+
+FUNCTIONS: dict[str, Any] = {
+    "closure": lambda f: lambda o: lr_scheduler.LambdaLR(o, lambda e: f**e),
+    "global": by_a_global,
+    "nested": by_nested_functions,
+    "method": lambda f: lambda o: lr_scheduler.LambdaLR(o, Decay(f).rate),
+    "partial": lambda f: lambda o: lr_scheduler.LambdaLR(o, partial(pow, f)),
+    "sequence": by_a_sequence,
+}
+
+
+@pytest.mark.parametrize("way", FUNCTIONS)
+def test_changed_functions_of_a_schedule_are_named_and_in_force(way: str, tmp_path: Path) -> None:
+    """Torch saves none of them, so the checkpoint's cannot be."""
+    make = FUNCTIONS[way]
+    fit(tmp_path, 2, sgd(0.1), make(0.5))
+    assert fit(tmp_path, 3, sgd(0.1), make(0.5))[1] == ""  # negative control
+    rates, told, _ = fit(tmp_path, 5, sgd(0.1), make(0.9))
+    assert "Changed since: functions of scheduler default: " in told and "In force is what stands here now" in told
+    assert rates == [0.0125, round(0.1 * 0.9**4, 4)]  # that of the epoch that had begun, then the new ones
+
+
+def test_a_changed_frequency_of_a_schedule_is_named_and_in_force(tmp_path: Path) -> None:
+    def each(n: int) -> weft.Schedule:
+        return weft.Schedule(lambda o: lr_scheduler.ExponentialLR(o, 0.5), frequency=n)
+
+    fit(tmp_path, 2, sgd(0.1), each(1))
+    rates, told, _ = fit(tmp_path, 6, sgd(0.1), each(2))
+    assert "turns of scheduler default: nothing -> each 2, by None" in told
+    assert "In force is what stands here now" in told and rates == [0.025, 0.025, 0.0125, 0.0125]
+
+
+def test_a_schedule_of_any_class_is_renewed(tmp_path: Path) -> None:
+    class Halving:
+        def __init__(self, optimizer: Any, factor: float) -> None:
+            self.groups, self.factor = optimizer.param_groups, factor
+
+        def step(self) -> None:
+            self.groups[0]["lr"] *= self.factor
+
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            pass
+
+    whole = fit(tmp_path / "whole", 4, sgd(0.1), lambda o: Halving(o, 0.8))[0]
+    fit(tmp_path / "cut", 2, sgd(0.1), lambda o: Halving(o, 0.5))
+    assert (
+        fit(tmp_path / "cut", 4, sgd(0.1), lambda o: Halving(o, 0.8), renew=("optimizer", "scheduler"))[0] == whole[2:]
+    )
+
+
 def test_a_new_schedule_is_as_far_as_one_that_was_there_from_the_beginning(tmp_path: Path) -> None:
     for number, schedule in enumerate((lambda o: lr_scheduler.StepLR(o, 3, 0.1), lr_scheduler.ReduceLROnPlateau)):
         expected = fit(tmp_path / f"whole-{number}", 6, sgd(0.01), schedule)[0]
@@ -199,8 +297,48 @@ def test_a_second_fit_says_that_its_schedule_is_used_up(schedule: Any, option: s
         trainer.fit(problem, {"x": X}, epochs=0)
 
 
-def test_a_second_fit_within_its_schedule_says_nothing() -> None:
-    trainer, problem = weft.Trainer(epochs=2, optimizer=sgd(0.01), scheduler=cosine(4), progress=False), Fit()
+SEVERAL: dict[str, tuple[Any, str]] = {
+    "after a warm-up": (
+        lambda o: lr_scheduler.SequentialLR(
+            o, [lr_scheduler.LinearLR(o, total_iters=2), lr_scheduler.CosineAnnealingLR(o, 2)], [2]
+        ),
+        r"\(CosineAnnealingLR, T_max=2\) is used up",
+    ),
+    "in a chain": (
+        lambda o: lr_scheduler.ChainedScheduler(
+            [lr_scheduler.CosineAnnealingLR(o, 4), lr_scheduler.LinearLR(o, total_iters=2)]
+        ),
+        r"\(CosineAnnealingLR, T_max=4\) is used up",
+    ),
+    "a function": (
+        lambda o: lr_scheduler.LambdaLR(o, lambda e: 1 - e / 4),
+        r"\(LambdaLR\) has come down to a rate of 0",
+    ),
+    "a line": (lambda o: lr_scheduler.LinearLR(o, 1.0, 0.0, 4), r"\(LinearLR\) has come down to a rate of 0"),
+}
+
+
+@pytest.mark.parametrize("what", SEVERAL)
+def test_schedules_of_several_and_rates_of_nothing_are_told_in_a_second_fit(what: str) -> None:
+    schedule, message = SEVERAL[what]
+    trainer, problem = weft.Trainer(epochs=4, optimizer=sgd(0.01), scheduler=schedule, progress=False), Fit()
+    trainer.fit(problem, {"x": X})
+    with pytest.warns(UserWarning, match=message) as told:
+        trainer.fit(problem, {"x": X}, epochs=0)
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        cosine(4),
+        lambda o: lr_scheduler.SequentialLR(
+            o, [lr_scheduler.CosineAnnealingLR(o, 1), lr_scheduler.ConstantLR(o, 1.0)], [1]
+        ),
+    ],
+)
+def test_a_second_fit_within_its_schedule_says_nothing(schedule: Any) -> None:
+    trainer, problem = weft.Trainer(epochs=2, optimizer=sgd(0.01), scheduler=schedule, progress=False), Fit()
     trainer.fit(problem, {"x": X})
     trainer.fit(problem, {"x": X})
 
@@ -256,6 +394,67 @@ def test_what_changes_and_is_in_no_checkpoint_gets_one_line(what: str, tmp_path:
     with pytest.warns(UserWarning, match=rf"No checkpoint holds {message}") as caught:
         trainer.fit(Fit(), {"x": X})
     assert len(caught) == 1
+
+
+class CountsEpochs(torch.utils.data.Sampler):
+    """An order that is a function of how often it was asked for."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return 8
+
+    def __iter__(self) -> Any:
+        self.epoch += 1
+        return iter(torch.randperm(8, generator=torch.Generator().manual_seed(self.epoch)).tolist())
+
+
+class IsTold(CountsEpochs):
+    """One whose epoch is told from outside, which a hook does after a resume too."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Any:
+        return iter(range(8))
+
+
+class CountsRows(torch.utils.data.Dataset):
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        self.seen += 1
+        return {"x": torch.full((1,), 1.0 / self.seen)}
+
+
+ROWS = [{"x": row} for row in X[:8]]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (lambda: DataLoader(ROWS, batch_size=4, sampler=CountsEpochs()), "the train data's CountsEpochs.epoch"),
+        (lambda: weft.Data(CountsRows(), batch_size=4), "the train data's CountsRows.seen"),
+        (lambda: weft.Data({"x": X}, CountsRows(), batch_size=4), "the dev data's CountsRows.seen"),
+    ],
+)
+def test_what_data_counts_itself_and_no_checkpoint_holds_gets_one_line(data: Any, message: str, tmp_path: Path) -> None:
+    trainer = weft.Trainer(epochs=3, progress=False, checkpoint=True, root_dir=str(tmp_path))
+    with pytest.warns(UserWarning, match=rf"No checkpoint holds {message}") as caught:
+        trainer.fit(Fit(), data())
+    assert len(caught) == 1
+
+
+def test_what_is_told_to_a_sampler_from_outside_gets_none(tmp_path: Path) -> None:
+    sampler = IsTold()
+    hook = {"on_epoch_start": lambda trainer: sampler.set_epoch(trainer.current_epoch)}
+    trainer = weft.Trainer(epochs=3, progress=False, checkpoint=True, root_dir=str(tmp_path), hooks=hook)
+    trainer.fit(Fit(), DataLoader(ROWS, batch_size=4, sampler=sampler))
 
 
 def test_what_is_saved_or_does_not_change_or_is_not_asked_for_gets_none(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import weft
+from tests.helpers.patience import patience
 
 X = torch.linspace(0, 1, 24)[:, None]
 
@@ -68,6 +69,22 @@ def test_a_script_that_is_run_again_ends_at_the_undisturbed_bits(kill: int, tmp_
     said = [str(w.message) for w in told if "trains nothing now" in str(w.message)]
     # a checkpoint is of a later fit once that one has saved: after its first step
     assert len(said) == (0 if kill < 20 else 1 if kill < 32 else 2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kill", [11, 16])
+def test_so_it_is_where_each_fit_starts_its_own_processes(kill: int, tmp_path: Path) -> None:
+    processes = {"strategy": "ddp_fork", "devices": 2, "accelerator": "cpu", "timeout": patience()}
+    expected, whole = script(tmp_path / "whole", **processes)
+    with pytest.raises(BaseException, match="") as ended:
+        script(tmp_path / "cut", kill=kill, **processes)
+    assert "Gone" in repr(ended.value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        weights, result = script(tmp_path / "cut", **processes)
+    assert (result.epochs, result.steps) == (whole.epochs, whole.steps)
+    assert all(map(torch.equal, weights, expected))
+    assert result.history == whole.history and result.best_epoch == whole.best_epoch
 
 
 def test_a_single_fit_of_as_many_epochs_says_that_it_was_over(tmp_path: Path) -> None:

@@ -43,6 +43,16 @@ class Square(nn.Module):
         return {"loss": self.layer(x).square().mean(), **said}
 
 
+class Stored:
+    """A batch as libraries of graphs have it: its tensors are in a mapping that it holds."""
+
+    def __init__(self, store: dict[str, Tensor]) -> None:
+        self._store = store
+
+    def to(self, device: Any) -> Stored:
+        return self
+
+
 KINDS: dict[str, tuple[Callable[[Tensor], Batch], Callable[[Batch], Tensor]]] = {
     "dict": (lambda x: {"x": x}, lambda b: b["x"]),
     "dict, two keys": (lambda x: {"x": x, "y": x}, lambda b: b["x"]),
@@ -59,6 +69,8 @@ KINDS: dict[str, tuple[Callable[[Tensor], Batch], Callable[[Batch], Tensor]]] = 
     "batch says": (lambda x: {"t": torch.rand(50), "x": x.T, "num_examples": len(x)}, lambda b: b["x"].T),
     "batch says by row": (lambda x: {"x": x.T, "num_examples": torch.ones(len(x))}, lambda b: b["x"].T),
     "object says": (lambda x: SimpleNamespace(x=x, num_examples=len(x)), lambda b: b.x),
+    "object": (lambda x: SimpleNamespace(edge_index=edges(), x=x, y=x, name="g"), lambda b: b.x),
+    "object of a store": (lambda x: Stored({"edge_index": edges(), "x": x, "y": x}), lambda b: b._store["x"]),
 }
 
 

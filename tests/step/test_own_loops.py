@@ -147,6 +147,7 @@ def test_what_a_loop_of_ones_own_reaches_is_named_once(way: Callable[[], None]) 
 def test_with_the_loop_out_of_sight_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control."""
     monkeypatch.setattr(weft.step.trained, "_is_in_fit", lambda: True)
+    monkeypatch.setattr(weft.step.trained, "LOOKS", 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         variable()

@@ -510,6 +510,7 @@ def test_what_a_step_or_hook_reaches_besides_is_one_warning(
 
 def test_with_the_look_switched_off_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weft.step.trained, "outside_of", lambda state: {})
+    monkeypatch.setattr(weft.step.trained, "LOOKS", 1)
     for make in BY_NODES:
         case = make()
         before = [p.detach().clone() for p in case.outside]
@@ -522,6 +523,7 @@ def test_without_the_others_a_resumed_run_ends_elsewhere(monkeypatch: pytest.Mon
     assert same(by_weft(closure, "resume", True, tmp_path / "a"), theirs)
     monkeypatch.setattr(weft.loop.phases, "adopt", lambda state: None)
     monkeypatch.setattr(weft.step.trained, "outside_of", lambda state: {})
+    monkeypatch.setattr(weft.step.trained, "LOOKS", 1)
     assert not same(by_weft(closure, "resume", True, tmp_path / "b"), theirs)
 
 

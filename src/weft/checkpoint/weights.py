@@ -71,13 +71,12 @@ class Snapshot:
         self._kept, self._module = {name: _copied(value) for name, value in weights.items()}, None
 
     def restore(self, module: nn.Module) -> None:
-        """Put the copy back into the same module, in place; buffers that changed size since get their old size."""
+        """Put the copy back into the same module, in place; buffers that changed size since get their old size.
+
+        ValueError where the module has got other parameters; it is then as it was.
+        """
         if not self._kept:
             raise RuntimeError("This Snapshot is empty; call take(module) first.")
-        for prefix, part in module.named_modules(remove_duplicate=False):
-            for name in part._buffers.keys() - part._non_persistent_buffers_set:
-                if (f"{prefix}.{name}" if prefix else name) not in self._kept:
-                    part._buffers[name] = None  # it was None when the copy was taken
         load_into(module, self._kept, source="the snapshot", any_size=True)
 
 
@@ -142,10 +141,12 @@ def _fit_buffers(module: nn.Module, weights: Mapping[str, Any], any_size: bool) 
     device = next((value.device for value in module.state_dict().values() if isinstance(value, Tensor)), None)
     for prefix, part in module.named_modules(remove_duplicate=False):
         for name, buffer in part._buffers.items():
-            new = weights.get(f"{prefix}.{name}" if prefix else name)
-            if name in part._non_persistent_buffers_set or not isinstance(new, Tensor):
+            new = weights.get(path := f"{prefix}.{name}" if prefix else name)
+            if any_size and buffer is not None and path not in weights and name not in part._non_persistent_buffers_set:
+                part._buffers[name] = None  # it was None when the copy was taken
+            elif name in part._non_persistent_buffers_set or not isinstance(new, Tensor):
                 continue
-            if buffer is None:
+            elif buffer is None:
                 part._buffers[name] = new.detach().clone().to(device)
             elif (any_size or buffer.numel() <= 1) and (
                 buffer.shape != new.shape or buffer.layout is not torch.strided

@@ -27,6 +27,7 @@ from weft.step.forward import Forward
 from weft.step.metrics import ALL_ROWS, Vector
 from weft.step.optimizer_step import clipping
 from weft.step.optimizers import parameters_of
+from weft.step.trained import look
 
 if TYPE_CHECKING:
     from weft.step.state import RunState
@@ -203,6 +204,8 @@ class GradientGraph(EvaluationGraph):
 
     def eagerly(self, batch: Any) -> Effects:
         loss, found = self._loss_eagerly(batch)
+        if self.state.training.looks:
+            look(self.state, loss)
         if self.state.config.accumulate > 1:
             self.share.fill_(0.5)
             loss = loss * 0.5

@@ -191,7 +191,7 @@ def num_examples(batch: Any) -> Any:
 
 
 def rows_in(batch: Any) -> int:
-    """The first dimension that most tensors of `batch` share (dict, list, tuple or tensor), 1 if there is none.
+    """The first dimension that most tensors of `batch` share (dict, list, tuple, object or tensor), 1 if there is none.
 
     A batch with row numbers, "index", has as many rows. Where as many tensors agree on another one, it is that of
     tensors of floating point numbers, then that of the first tensor. Tensors of one number do not count. Of what is
@@ -212,13 +212,15 @@ def rows_in(batch: Any) -> int:
 
 
 def outermost(batch: Any) -> list[tuple[Any, Tensor]]:
-    """The tensors that say how many rows a batch has, by key or number."""
+    """The tensors that say how many rows a batch has, by key, attribute or number."""
     if isinstance(batch, Tensor):
         return [("", batch)] if batch.dim() else []
     if isinstance(batch, Mapping):
         items = list(batch.items())
-    else:
-        items = list(enumerate(batch)) if isinstance(batch, list | tuple) else []
+    elif isinstance(batch, list | tuple):
+        items = list(enumerate(batch))
+    else:  # an object of a library of graphs, say, or a dataclass
+        items = list(getattr(batch, "__dict__", {}).items())
     found = [(key, value) for key, value in items if isinstance(value, Tensor) and value.dim()]
     nested = (outermost(value) for _, value in items if isinstance(value, Mapping | list | tuple))
     return found or next(filter(None, nested), [])
@@ -232,11 +234,6 @@ def disagreement(batch: Any) -> str | None:
     found = [] if is_known else outermost(batch)
     if len({tensor.size(0) for _, tensor in found}) < 2:
         return None
-    named: dict[int, list[str]] = {}
-    for key, tensor in found:
-        named.setdefault(tensor.size(0), []).append(str(key) if isinstance(key, str) else f"tensor {key}")
-    rows = ", ".join(f"{number} by {' and '.join(keys)}" for number, keys in named.items())
-    return (
-        f"The tensors of a batch differ in their first dimension, {rows}: it was counted as {rows_in(batch)} examples. "
-        'Return "num_examples" from the step, or put it into the batch, to say otherwise.'
-    )
+    from weft.data.counting import in_words
+
+    return in_words(found, rows_in(batch))

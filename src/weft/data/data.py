@@ -67,7 +67,7 @@ class Data:
         if own := [split for split, source in given.items() if makes_batches(source)]:
             from weft.data.idle import refuse_idle
 
-            refuse_idle(given, own, self.batch_size, self.drop_last)
+            refuse_idle(given, own, self.batch_size, self.drop_last, self.shuffle)
 
     def size_of_batch(self, split: str, part: str | None = None) -> int | None:
         """The batch size of a split, or of one part of it."""

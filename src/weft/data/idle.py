@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 
 from weft.data.datasets import short
 
 
-def refuse_idle(given: Mapping[str, Any], own: list[str], size: Any, drop_last: bool) -> None:
-    """Raise ValueError for a batch size or `drop_last` that concerns no split, since they yield batches by themselves.
+def refuse_idle(given: Mapping[str, Any], own: list[str], size: Any, drop_last: bool, shuffle: bool) -> None:
+    """Raise ValueError for options that concern no split, since those that they are for yield batches by themselves.
 
     given: the splits that there are; own: the names of those that yield batches by themselves.
     """
@@ -24,6 +24,8 @@ def refuse_idle(given: Mapping[str, Any], own: list[str], size: Any, drop_last: 
         raise ValueError(_message("batch_size", size, idle[0], given[idle[0]]))
     if drop_last and "train" in own and not getattr(given["train"], "drop_last", False):
         raise ValueError(_message("drop_last", True, "train", given["train"]))
+    if not shuffle and isinstance(getattr(given.get("train"), "sampler", None), RandomSampler):
+        raise ValueError(_message("shuffle", False, "train", given["train"]))
 
 
 def _message(name: str, value: Any, split: str, source: Any) -> str:

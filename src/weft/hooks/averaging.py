@@ -60,17 +60,22 @@ class WeightAverage(Hook):
         """average <- average + share * (parameter - average); the first call copies."""
         parameters = dict(problem.named_parameters())
         self.count += 1
-        if self.averages.keys() != parameters.keys():
-            self.averages = {name: p.detach().clone() for name, p in parameters.items()}
+        if not self._fit(parameters):
+            self.averages, self.count = {name: p.detach().clone() for name, p in parameters.items()}, 1
             return
         averages = [self.averages[name].to(p.device) for name, p in parameters.items()]
         now = [own_part(p.detach()) for p in parameters.values()]
         torch._foreach_lerp_([own_part(a) for a in averages], now, share)  # pyright: ignore[reportPrivateImportUsage]
         self.averages = dict(zip(parameters, averages, strict=True))
 
+    def _fit(self, parameters: Mapping[str, Tensor]) -> bool:
+        """Whether the averages are those of these parameters; a net may grow."""
+        of = {name: p.shape for name, p in parameters.items()}
+        return of == {name: average.shape for name, average in self.averages.items()}
+
     def _swap_in(self, problem: nn.Module) -> None:
-        if self.averages and self._live is None:
-            parameters = dict(problem.named_parameters())
+        parameters = dict(problem.named_parameters())
+        if self.averages and self._live is None and self._fit(parameters):
             self._live = [p.detach().clone() for p in parameters.values()]
             _copy(parameters.values(), [self.averages[name] for name in parameters])
 

@@ -16,6 +16,7 @@ import signal
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -69,7 +70,11 @@ def call(trainer: Any, fabric: Fabric, method: str, problem: nn.Module, *args: A
             _raise_first(Path(folder), error)
         told = archive.read(Path(folder) / "told.ckpt")
     fabric.strategy.precision.convert_module(problem)  # as it was there (64-true, bf16-true)
-    load_into(problem, told["problem"], source="the launched processes", any_size=True)
+    try:
+        load_into(problem, told["problem"], source="the launched processes", any_size=True)
+    except ValueError as misfit:  # it has grown there
+        why = str(misfit).partition("; pass")[0]
+        warnings.warn(f"The problem keeps its weights of before, result.last_weights are the new: {why}.", stacklevel=3)
     if told["state"] is not None:
         problem.eval()
         trainer.run = _run_after(trainer, problem, told)
@@ -112,8 +117,10 @@ def _work(fabric: Fabric, work: Any, folder: str, quiet: Any = None) -> None:
         is_fit = isinstance(returned, FitResult)
         state = state_of_run(trainer.run.state) if is_fit else None  # of all processes
         if fabric.is_global_zero:
+            resumed_from = trainer.run.state.kept.resumed_from if is_fit else None
             returned = _plain_result(returned) if is_fit else returned
             told = {"problem": state_of(problem), "state": state, "returned": returned}
+            told["resumed_from"] = None if resumed_from is None else str(resumed_from)
             archive.write(Path(folder) / "told.ckpt", told)
         if torch.distributed.is_initialized():  # else a process of ddp_spawn aborts when it exits
             torch.distributed.barrier()
@@ -141,6 +148,7 @@ def _run_after(trainer: Any, problem: nn.Module, told: dict[str, Any]) -> Run:
     put_back_hooks([*(m for m in problem.modules() if isinstance(m, Hook)), *trainer.hooks], state)
     values = told["returned"]
     run.state.kept.run_dir = None if values["run_dir"] is None else Path(values["run_dir"])
+    run.state.kept.resumed_from = None if told["resumed_from"] is None else Path(told["resumed_from"])
     run.result = FitResult(**{**values, "run_dir": run.run_dir})
     run.state.control.stop_reason = run.result.stop_reason
     seeding.set_random_state({**state["random"], "cuda": []})  # as if the first process had been this one

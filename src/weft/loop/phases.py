@@ -104,7 +104,7 @@ def _make_optimizers(state: RunState) -> None:
         if state.kept.run_dir is None:
             training.step_by(schedules)
         else:
-            from weft.loop.settings import schedules_made
+            from weft.loop.made import schedules_made
 
             training.step_by(schedules, schedules_made(training.optimizers, schedules))
 

@@ -55,17 +55,19 @@ class Fresh:
     """A scheduler as it was given, before a checkpoint is put back: so one that is an object begins anew."""
 
     def __init__(self, scheduler: Any) -> None:
-        self.scheduler, self.optimizer = scheduler, scheduler.optimizer
-        self.state = copy.deepcopy(scheduler.state_dict())
-        self.groups = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
+        self.scheduler, self.optimizer = scheduler, getattr(scheduler, "optimizer", None)
+        self.state = copy.deepcopy(scheduler.state_dict()) if hasattr(scheduler, "state_dict") else {}
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        self.groups = [{k: v for k, v in g.items() if k != "params"} for g in groups]
 
     def put_back(self) -> None:
         """As before the first step, from the rates that the optimizer's groups have now (where it does not bring its
         own). TypeError for one that had stepped already."""
-        if self.state.get("last_epoch", 0) > 0:
+        if self.optimizer is None or self.state.get("last_epoch", 0) > 0:
+            why = "has no `optimizer`" if self.optimizer is None else "has stepped before"
             raise TypeError(
-                f"fit: renew='scheduler' makes the scheduler anew, and this {type(self.scheduler).__name__} has "
-                "stepped before; give it as a function of the optimizer."
+                f"fit: renew='scheduler' makes the scheduler anew, and this {type(self.scheduler).__name__} {why}; "
+                "give it as a function of the optimizer."
             )
         self.scheduler.load_state_dict(copy.deepcopy(self.state))
         bases = getattr(self.scheduler, "base_lrs", None)

@@ -138,7 +138,8 @@ def begin(
     _put_back(state, saved, renewal)
     _put_back_random(state, saved)
     state.call("on_fit_start")
-    done_before = state.progress.was_done(state.control.number, num_epochs(state))
+    fits, number = state.progress.fits, state.control.number
+    done_before = number < len(fits) and fits[number][1] == num_epochs(state)  # this fit of the script, and as long
     state.control.reopened = state.progress.batch > 0 and not done_before
     if state.control.reopened:
         state.call("on_epoch_start")
@@ -149,7 +150,7 @@ def begin(
     if done_before:
         leave_to_next_fit(state)
     else:
-        del state.progress.fits[state.control.number :]
+        del state.progress.fits[number:]
         state.progress.begin_fit(num_epochs(state), state.config.max_steps, goes_on=True)
 
 
@@ -157,7 +158,7 @@ def leave_to_next_fit(state: RunState) -> None:
     """Train nothing: a script that fits several times was ended in a later fit than this one, which goes on instead."""
     progress, number = state.progress, state.control.number
     first, epochs = progress.fits[number]
-    state.leave_to_next()
+    state.control.stop_reason, progress.last_epoch = None, progress.epoch
     state.warn_once(
         f"{state.kept.resumed_from} was saved in fit {len(progress.fits) + 1} of this run: fit {number + 1}, of epochs "
         f"{first} to {first + epochs - 1}, was over and trains nothing now. The next fit goes on from the checkpoint. "

@@ -30,7 +30,7 @@ from weft.events import AT_REST, Hook, listeners
 from weft.loop import feeding, phases
 from weft.loop.adapters import Seams, Told
 from weft.loop.leaving import before_training, come_back, heed_early, heed_late, rest_if_waiting
-from weft.loop.remarks import tell_of_no_best, tell_of_options, tell_of_used_up
+from weft.loop.remarks import tell_of_options
 from weft.loop.result import FitResult, result_of
 from weft.loop.short import SHORT
 from weft.loop.streams import lasting_streams
@@ -120,6 +120,8 @@ class Run(Told, Seams):
             is_second = not (state.control.is_new or state.control.continues) or phases.was_over(self._resumed)
             self._start()
             if is_second:
+                from weft.loop.afterwards import tell_of_used_up
+
                 tell_of_used_up(state.training.schedules, state)
             heed_early(state, lambda: rest_if_waiting(state, self._in_batches, self._rest))
         except BaseException as error:
@@ -170,13 +172,16 @@ class Run(Told, Seams):
         state.processes.leave(error)
         interrupted = isinstance(error, KeyboardInterrupt | SignalExit)
         progress.interrupted, progress.seconds, state.epoch.is_open = interrupted, state.seconds, False
-        if error is None:
+        if error is None and state.best.value is None:
+            from weft.loop.afterwards import tell_of_no_best
+
             tell_of_no_best(state)
         control.stop_reason = "interrupted" if interrupted else "error" if error else control.stop_reason or "epochs"
         self.put_in_eval_mode()
         last = self.last_weights(), state.training.others.state_dict()
-        if error is None or interrupted:
-            state.best.restore(state.problem, state.training.others)
+        restores = error is None or interrupted
+        if restores and (misfit := state.best.restore(state.problem, state.training.others)):
+            state.warn_once(misfit)
         phases.unfreeze(state.training.frozen)
         self.result = result = result_of(state, *last)
         bound, state.hooks = state.hooks.bound, Listeners(state.hooks.hooks)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import platform
 import zlib
 from collections.abc import Mapping
-from functools import partial
-from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +18,6 @@ from weft.data.batches import Batches
 from weft.loop.order import generators_in
 
 if TYPE_CHECKING:
-    from weft.step.schedules import Scheduled
     from weft.step.state import RunState
 
 # These say how long, where and how visibly a run trains; changing them changes no number of an epoch.
@@ -76,7 +73,7 @@ def _num_batches(source: Any) -> int | None:
 
 MARK = "generators"
 """A setting that files of the first version lack, as they lack `NEW`."""
-NEW = (MARK, "scheduler ", "groups of optimizer ", "phase ", "weights of phase ")
+NEW = (MARK, "scheduler ", "functions of ", "turns of ", "groups of optimizer ", "phase ", "weights of phase ")
 
 
 def settings(state: RunState) -> dict[str, str]:
@@ -101,6 +98,21 @@ def settings(state: RunState) -> dict[str, str]:
     return {name: str(value) for name, value in found.items()}
 
 
+def _of_phases(state: RunState) -> dict[str, Any]:
+    """What the phases of a run in several are, by their numbers."""
+    found: dict[str, Any] = {}
+    if len(phases := state.training.phases) == 1:
+        return found
+    from weft.loop.made import in_words
+
+    for number, phase in enumerate(phases):
+        found[f"phase {number}"] = f"epochs={phase.epochs}, freeze={list(phase.freeze)}, patience={phase.patience}"
+        if phase.until is not None:
+            found[f"end of phase {number}"] = str(phase.until)
+        found[f"weights of phase {number}"] = in_words(dict(phase.weights or {}))
+    return found
+
+
 def optimizers_made(optimizers: Mapping[str, Optimizer]) -> dict[str, str]:
     """The groups of optimizers where they differ from the defaults, as they were made: later their numbers change."""
     found = {}
@@ -109,73 +121,9 @@ def optimizers_made(optimizers: Mapping[str, Optimizer]) -> dict[str, str]:
         groups = [{**group, "lr": group.get("initial_lr", group.get("lr"))} for group in groups]
         plain = [{k: v for k, v in g.items() if v != optimizer.defaults.get(k) and k != "initial_lr"} for g in groups]
         if any(plain):
+            from weft.loop.made import in_words
+
             found[f"groups of optimizer {name}"] = str([in_words(group) for group in plain])
-    return found
-
-
-def schedules_made(optimizers: Mapping[str, Optimizer], schedules: Mapping[str, Scheduled]) -> dict[str, str]:
-    """Schedules as they were made; some keep their arguments in the optimizer's groups."""
-    found = {}
-    for name, schedule in schedules.items():
-        optimizer = optimizers[name]
-        own = [{k: v for k, v in g.items() if k not in optimizer.defaults} for g in optimizer.param_groups]
-        own = [{k: v for k, v in group.items() if k not in ("params", "initial_lr")} for group in own]
-        found[f"scheduler {name}"] = in_words(schedule.scheduler) + (f", {in_words(own)}" if any(own) else "")
-    return found
-
-
-_EVOLVES = {
-    "optimizer",
-    "last_epoch",
-    "_step_count",
-    "_last_lr",
-    "base_lrs",
-    "_get_lr_called_within_step",
-    "_is_initial",
-}
-
-
-def in_words(value: Any, depth: int = 4) -> str:
-    """A value as a text that changes when it does: plain values, containers, the code of functions, attributes."""
-    if isinstance(value, bool | int | float | complex | str | bytes | None):
-        return repr(value)
-    if isinstance(value, torch.Tensor):
-        return repr(value.tolist()) if value.numel() <= 100 else f"tensor of shape {tuple(value.shape)}"
-    if depth == 0:
-        return type(value).__name__
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{k}: {in_words(v, depth - 1)}' for k, v in value.items())}}}"
-    if isinstance(value, list | tuple | set):
-        items = [in_words(v, depth - 1) for v in value]
-        return f"[{', '.join(sorted(items) if isinstance(value, set) else items)}]"
-    if isinstance(value, MethodType):  # of the scheduler itself, or of something else
-        return value.__qualname__
-    if isinstance(value, FunctionType):
-        return f"{value.__name__} {_print_of_code(value, depth):08x}"
-    name = type(value).__name__
-    attributes = {k: v for k, v in vars(value).items() if k not in _EVOLVES} if hasattr(value, "__dict__") else {}
-    if isinstance(value, partial):
-        attributes = {"function": value.func, "arguments": value.args, **value.keywords}
-    return f"{name}({', '.join(f'{k}={in_words(v, depth - 1)}' for k, v in attributes.items())})"
-
-
-def _print_of_code(function: FunctionType, depth: int) -> int:
-    """A checksum of what a function does: its code, its defaults, what it closes over."""
-    held = [cell.cell_contents for cell in function.__closure__ or ()]
-    own = [c for c in function.__code__.co_consts if not hasattr(c, "co_code")]
-    text = f"{function.__code__.co_names} {own} {in_words([held, function.__defaults__], depth - 1)}"
-    return zlib.crc32(function.__code__.co_code + text.encode())
-
-
-def _of_phases(state: RunState) -> dict[str, Any]:
-    """What the phases of a run in several are, by their numbers."""
-    found: dict[str, Any] = {}
-    phases = state.training.phases if len(state.training.phases) > 1 else []
-    for number, phase in enumerate(phases):
-        found[f"phase {number}"] = f"epochs={phase.epochs}, freeze={list(phase.freeze)}, patience={phase.patience}"
-        if phase.until is not None:
-            found[f"end of phase {number}"] = str(phase.until)
-        found[f"weights of phase {number}"] = in_words(dict(phase.weights or {}))
     return found
 
 

@@ -18,7 +18,6 @@ from weft.events import as_hooks
 from weft.loop import options as opts
 from weft.loop.adapters import adapter_for, split_hooks
 from weft.loop.default_hooks import hooks_from
-from weft.loop.remarks import tell_of_left_out
 from weft.loop.result import FitResult
 from weft.loop.run import Run
 from weft.loop.short import SHORT
@@ -300,6 +299,7 @@ class Trainer(TrainerOptions, Tools):
     def save_weights(self, path: Any) -> None:
         """Write the problem's weights to `path`: plain tensors, readable with `weft.load_weights`."""
         from weft.checkpoint.weights_files import save_weights
+        from weft.loop.afterwards import tell_of_left_out
 
         save_weights(self.problem, path)
         tell_of_left_out(self.run, path)

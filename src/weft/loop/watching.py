@@ -16,10 +16,11 @@ _SAVES = 3  # looked at so often
 
 
 class Watch:
-    """The random generators that steps and hooks reach, and the numbers, texts and tensors of hooks without state."""
+    """Random generators of steps and hooks; numbers, texts and tensors of loaders and of hooks without state."""
 
     def __init__(self, state: RunState) -> None:
         self._hooks = {f"Hook {type(hook).__name__}": hook for hook in state.trainer.hooks if _is_forgotten(hook)}
+        self._hooks |= _of_loaders(state)
         known = {id(generator) for generator in generators_in(state).values()}
         found = generators_within(list(_code_of(state)), "", [state, state.trainer, *vars(state).values()])
         self._generators = {name: one for name, one in found.items() if id(one) not in known}
@@ -29,6 +30,8 @@ class Watch:
         seen: dict[str, Any] = {}
         for name, hook in self._hooks.items():
             for attribute, value in vars(hook).items():
+                if attribute == "epoch" and hasattr(hook, "set_epoch"):  # it is told from outside
+                    continue
                 if isinstance(value, Tensor):
                     seen[f"{name}.{attribute}"] = id(value), value._version
                 elif isinstance(value, bool | int | float | complex | str | None):  # lists are what a hook writes down
@@ -50,6 +53,19 @@ class Watch:
                 "Give a hook state_dict and load_state_dict; keep values in trainer.state, and draw from torch's own "
                 "random numbers or from a generator that the problem or the data holds as an attribute."
             )
+
+
+def _of_loaders(state: RunState) -> dict[str, Any]:
+    """What loaders draw by that is the user's own: samplers that count their epochs, datasets that count their rows."""
+    found: dict[str, Any] = {}
+    for split in ("train", "dev", "test"):
+        loader: Any = getattr(state.feed.splits.get(split), "loader", None)
+        batch_sampler, dataset = getattr(loader, "batch_sampler", None), getattr(loader, "dataset", None)
+        own = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+        for thing in (*own, dataset, getattr(dataset, "dataset", None), getattr(loader, "collate_fn", None)):
+            if hasattr(thing, "__dict__") and not type(thing).__module__.startswith(("torch.", "weft.", "builtins")):
+                found[f"the {split} data's {type(thing).__name__}"] = thing
+    return found
 
 
 def _is_forgotten(hook: Any) -> bool:

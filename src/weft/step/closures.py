@@ -93,7 +93,7 @@ def evaluation_of(state: RunState) -> Evaluation:
         losses, read = [], []
         for part, examples, share in split(batch):
             loss, scalars = forward(part)
-            if state.training.outside:
+            if state.training.looks:
                 look(state, loss)
             share = weight_of(state, scalars, share)
             read.append(({k: v.detach() if isinstance(v, Tensor) else v for k, v in scalars.items()}, examples))

@@ -192,6 +192,14 @@ def reached_outside(reached: Sequence[Any]) -> str:
     )
 
 
+def no_more_fitting(epoch: int | None, misfit: ValueError) -> str:
+    """What to say of best weights that cannot be put back into a problem that has grown since."""
+    return (
+        f"The best weights, those of epoch {epoch}, do not fit the problem as it is now, so it holds the last ones: "
+        f"{str(misfit).partition('; pass')[0]}."
+    )
+
+
 def came_late(name: str, p: Tensor) -> str:
     """What to say of a parameter that came after the optimizers."""
     return (

@@ -88,10 +88,6 @@ class Progress:
             if each.name != "fits" or "fits" in state_dict:  # files of the first version lack it
                 setattr(self, each.name, copy.deepcopy(state_dict[each.name]))
 
-    def was_done(self, number: int, epochs: int) -> bool:
-        """Whether fit `number` (from 0) of a script was over before the one that goes on here, and trained as many."""
-        return number < len(self.fits) and self.fits[number][1] == epochs
-
     @property
     def place(self) -> tuple[int, int, int]:
         """What tells two states of a run apart: step, epoch, and batch (0: the epoch is not open)."""
@@ -163,11 +159,17 @@ class Best:
         self.others = others.state_dict() if others is not None else {}
         return True
 
-    def restore(self, problem: nn.Module, others: Any) -> None:
-        """Put the best weights back, if there are any."""
+    def restore(self, problem: nn.Module, others: Any) -> str | None:
+        """Put the best weights back, if there are any. Why not, where the problem has changed its shape since."""
         if self.weights is not None:
-            self.weights.restore(problem)
+            try:
+                self.weights.restore(problem)
+            except ValueError as misfit:
+                from weft.step.explaining import no_more_fitting
+
+                return no_more_fitting(self.epoch, misfit)
             others.load_state_dict(self.others)
+        return None
 
     def state_dict(self, problem: nn.Module) -> dict[str, Any]:
         """The value and the weights that had it; these are None where `problem` holds them at this moment."""

@@ -25,7 +25,7 @@ from weft.step.optimizers import parameters_of
 from weft.step.own_loop import Moves
 from weft.step.pairs import watched_for_pairs
 from weft.step.reached import tell
-from weft.step.trained import look, mark_of, outside_of
+from weft.step.trained import LOOKS, look, mark_of, outside_of
 from weft.step.update import built_in
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class Manual:
                 optimizer.zero_grad()
         if state.training.outside is None:
             prepare_late_look(state)
-        if state.training.outside:
+        if state.training.looks:
             look(state, loss)
         self.loss, self._gradients_used, self._differentiated = loss.detach(), False, True
         rows = rows_of(state.step.batch)
@@ -126,7 +126,7 @@ class Manual:
         step, combine = self._steps[names]
         if state.training.outside is None:
             prepare_late_look(state)
-        if state.training.outside:
+        if state.training.looks:
             look_at_gradients(state)
         if combine is not None:
             examples, loss = rows_of(state.step.batch), total(state, []) if self.loss is None else self.loss
@@ -154,7 +154,7 @@ def prepare_late_look(state: RunState) -> None:
     """The same within a step of which nothing told the beginning: what it made itself cannot be told from the rest,
     so only parameters count."""
     found = outside_of(state)
-    state.training.watch_for({k: v for k, v in found.items() if isinstance(v.place.value, nn.Parameter)})
+    state.training.watch_for({k: v for k, v in found.items() if isinstance(v.place.value, nn.Parameter)}, LOOKS)
 
 
 def look_at_gradients(state: RunState) -> None:

@@ -42,7 +42,7 @@ def by_several(state: RunState, begin: Callable, end: Callable) -> Update:
             found, scalars = forward(part)
             share = weight_of(state, scalars, share)
             read.append((scalars, examples))
-            if state.training.outside:
+            if state.training.looks:
                 look(state, found)
             if is_nothing(state, share):
                 continue

@@ -134,6 +134,12 @@ class Training:
     """What the problem had that requires grad when the optimizers of this phase were there."""
     outside: dict[int, Any] | None = None
     """In the first update of a phase, what requires grad besides (`trained.outside_of`); None: not looked for yet."""
+    looks: int = 0
+    """Updates of the phase whose losses are still looked at."""
+    judged: set[int] = field(default_factory=set)
+    """The tensors that were found where losses may reach them, by id, trained ones included."""
+    unknown: dict[int, Any] = field(default_factory=dict)
+    """Parameters that losses reached and that were found nowhere, with `looks` of then: made in the step, or hidden."""
 
     def train_by(self, optimizers: dict[str, Optimizer], made: dict[str, str]) -> None:
         """These from here on, which were `made` so; schedules are those that follow."""
@@ -147,9 +153,13 @@ class Training:
         """Know what `problem` has to train at this moment, when the optimizers are there."""
         self.registered = {id(p): p for p in problem.parameters() if p.requires_grad}
 
-    def watch_for(self, outside: dict[int, Any]) -> None:
-        """Have losses looked at for these."""
-        self.outside = outside
+    def watch_for(self, outside: dict[int, Any], looks: int) -> None:
+        """Have losses of so many updates looked at, the open one included, for these."""
+        self.outside, self.looks, self.unknown = outside, looks, self.unknown if looks else {}
+
+    def meets_again(self, p: nn.Parameter) -> bool:
+        """Whether the losses of the update before reached this parameter of unknown origin too."""
+        return self.unknown.setdefault(id(p), (self.looks, p))[0] > self.looks  # it is kept: no id is used twice
 
     def turn(self, to: str) -> None:
         """Optimizers that train at other weights than they evaluate (schedule-free ones) turn to "train" or "eval"."""
@@ -413,10 +423,6 @@ class RunState:
         """The checkpoint of a later fit of a script than this one: the next fit goes on from it."""
         is_of_later = len(self.progress.fits) > self.control.number
         return str(self.kept.resumed_from) if is_of_later and self.kept.resumed_from is not None else None
-
-    def leave_to_next(self) -> None:
-        """Train nothing in this fit: the next one goes on from what was read."""
-        self.control.stop_reason, self.progress.last_epoch = None, self.progress.epoch
 
     # ---- data
 

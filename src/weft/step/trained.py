@@ -122,15 +122,18 @@ def outside_of(state: RunState) -> dict[int, Outside]:
     # an optimizer that a hook, a step or a trainer steps by itself (ascent on a weight, say) trains what it holds
     others = [each.place.value for each in found.values() if isinstance(each.place.value, Optimizer)]
     trained |= {id(p) for optimizer in others for p in parameters_of(optimizer)}
+    from weft.step.reached import leaves
+
+    for each in [e for e in found.values() if isinstance(e.place.value, Tensor) and e.place.value.grad_fn is not None]:
+        for key, leaf in leaves(each.place.value).items():  # of a view of a parameter, the parameter
+            name = f"{each.place.name} (made of it)"
+            found.setdefault(key, each._replace(place=each.place._replace(name=name, value=leaf)))
+    state.training.judged = {key for key, each in found.items() if isinstance(each.place.value, Tensor)} | trained
     outside = {
         key: each._replace(gradient=mark_of(each))
         for key, each in found.items()
         if isinstance(p := each.place.value, Tensor) and p.requires_grad and p.is_leaf and key not in trained
     }
-    if not outside:
-        return {}
-    from weft.step.reached import leaves
-
     of_data = leaves(state.step.batch)
     return {key: found for key, found in outside.items() if key not in of_data}
 
@@ -145,9 +148,16 @@ def _is_in_fit() -> bool:
     return False
 
 
+LOOKS = 2  # updates of a phase: what is met again in the second was not made in the first
+
+
 def prepare_look(state: RunState) -> None:
-    """Before the first update of a phase, find what losses may reach besides; later updates are not looked at."""
-    state.training.watch_for(outside_of(state) if state.training.outside is None else {})
+    """Before the first update of a phase, find what losses may reach besides."""
+    training = state.training
+    if training.outside is None:
+        training.watch_for(outside_of(state), LOOKS)
+    elif training.looks:
+        training.watch_for({}, training.looks - 1)
 
 
 _OF_TRAINERS = {"run", "options", "config", "phases", "callbacks", "launched", "recipe", "state", "hooks"}
@@ -158,7 +168,6 @@ def look(state: RunState, losses: Any) -> None:
 
     ValueError where a node or term of a `weft.Problem` reaches it, else one warning.
     """
-    from weft.step.reached import leaves, tell
+    from weft.step.reached import tell_of_met
 
-    outside = state.training.outside or {}
-    tell(state, [outside[key] for key in leaves(losses) if key in outside])
+    tell_of_met(state, losses)

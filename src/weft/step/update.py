@@ -45,7 +45,7 @@ def by_one(state: RunState, begin: Callable, end: Callable) -> Update:
         losses, read = [], []
         for part, examples, share in parts(batch):
             loss, scalars = forward(part)
-            if state.training.outside:
+            if state.training.looks:
                 look(state, loss)
             share = weight_of(state, scalars, share)
             if share != 1.0:

@@ -86,7 +86,7 @@ class Strategy:
         """Gradients of `loss` by the module's `backward`, with the hooks around."""
         if self.precision_plugin.scaler is not None:
             loss = self.precision_plugin.scaler.scale(loss)
-        if self._run.state.training.outside:
+        if self._run.state.training.looks:
             look(self._run.state, loss)
         if self._before_backward is not None:
             self._before_backward(loss)
