@@ -213,13 +213,10 @@ figures["rl"] = off(policy)
 # ## 10. Five folds, each with a problem of its own
 
 # %%
-held_out = []
-for fold in range(5):
-    test = torch.arange(64) % 5 == fold
-    trainer = quiet(200)
-    trainer.fit(weft.Supervised(line(fold), nn.MSELoss()), (X[~test], Y[~test]))
-    held_out.append(trainer.test((X[test], Y[test]))["test_loss"])
-figures["folds"] = max(held_out)
+sgd = lambda params: torch.optim.SGD(params, lr=0.1)
+make_problem = lambda: weft.Supervised(line(), nn.MSELoss())
+found = weft.cross_validate(make_problem, (X, Y), folds=5, epochs=200, optimizer=sgd, progress=False)
+figures["folds"] = max(found.scores)
 
 # %% [markdown]
 # ## 11. and 12. Eight seeds: one after the other, and all in one `vmap`
@@ -253,21 +250,10 @@ figures["seeds at once"] = float(apart.abs().max())
 # ## 13. A learning rate finder: the rate grows each step until the loss does
 
 # %%
-rates, losses = [], []
-with quiet(200, rate=1e-3).start(weft.Supervised(line(), nn.MSELoss()), (X, Y)) as run:
-    for epoch in run.epochs():
-        for batch in run.batches():
-            losses.append(float(run.update(batch)))
-            rates.append(run.optimizers["default"].param_groups[0]["lr"])
-            run.optimizers["default"].param_groups[0]["lr"] *= 1.1
-        if losses[-1] > 4 * losses[0]:
-            run.stop("too fast")
-figures["largest rate"] = rates[losses.index(min(losses))]
+found = weft.find_lr(weft.Supervised(line(), nn.MSELoss()), (X, Y), low=1e-3, high=100.0, optimizer=sgd)
+figures["largest rate"] = found.rates[found.losses.index(min(found.losses))]
 
-plt.semilogx(rates, losses)
-plt.xlabel("learning rate")
-plt.ylabel("loss")
-plt.ylim(0, losses[0] * 1.5)
+found.plot()
 plt.show()
 
 # %% [markdown]

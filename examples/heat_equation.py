@@ -21,27 +21,22 @@ layers = [m for i, o in zip(sizes, sizes[1:], strict=False) for m in (torch.nn.L
 net = torch.nn.Sequential(*layers[:-1])
 
 
-def slope(of, by):
-    return torch.autograd.grad(of.sum(), by, create_graph=True)[0]
-
-
 # %% [markdown]
 # ## Three parts
 #
-# A split of several datasets has one part for each. Their keys are `interior.x`, `boundary.x`, ...: one node for each
-# part applies the same network there, and a term says which part its keys belong to.
+# A split of several datasets has one part for each. Their keys are `interior.x`, `boundary.x`, ...: `Node.on` makes one
+# node of the same network for each part, and a term says which part its keys belong to.
 
 # %%
+d = weft.gradient  # of a quantity by an input, row by row
 points = {"interior": 400, "boundary": 60, "initial": 60}
 parts = {name: {"x": torch.rand(n, 1), "t": T * torch.rand(n, 1)} for name, n in points.items()}
 parts["boundary"]["x"].round_()  # the two ends
 parts["initial"]["t"].zero_()
 
 problem = weft.Problem(
-    [weft.Node(net, [f"{part}.x", f"{part}.t"], [f"{part}.u"], name=part) for part in parts],
-    objectives=[
-        weft.objective(lambda u, x, t: (slope(u, t) - slope(slope(u, x), x)) ** 2, part="interior", name="equation")
-    ],
+    weft.Node(net, ["x", "t"], ["u"], name="net").on(*parts),
+    objectives=[weft.objective(lambda u, x, t: (d(u, t) - d(d(u, x), x)) ** 2, part="interior", name="equation")],
     constraints=[
         weft.equal("u", 0.0, part="boundary", weight=10.0, norm=2, name="boundary"),
         weft.equal("u", lambda x: torch.sin(torch.pi * x), part="initial", weight=10.0, norm=2, name="initial"),

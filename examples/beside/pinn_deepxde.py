@@ -9,16 +9,8 @@ def equation(x, u):  # u'' = -pi^2 sin(pi x)
     return dde.grad.hessian(u, x) + torch.pi**2 * torch.sin(torch.pi * x)
 
 
-def at_an_end(x, on_boundary):
-    return on_boundary
-
-
-def zero(x):
-    return np.zeros((len(x), 1))
-
-
 line = dde.geometry.Interval(0, 1)
-ends = dde.icbc.DirichletBC(line, zero, at_an_end)
+ends = dde.icbc.DirichletBC(line, lambda x: 0, lambda x, on_boundary: on_boundary)
 data = dde.data.PDE(line, equation, ends, num_domain=64, num_boundary=2)
 net = dde.nn.FNN([1, 20, 20, 1], "tanh", "Glorot uniform")
 model = dde.Model(data, net)

@@ -13,6 +13,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 
+class NoSuchName(AttributeError):
+    """A name that a package does not have; what is close to it is looked for when it is told, not when it is tried."""
+
+    def __str__(self) -> str:
+        from weft.words.foreign import no_name
+
+        return no_name(*self.args)
+
+
 def _face(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """`__getattr__`, `__dir__` and `__all__` of a package: the names that its TYPE_CHECKING block imports.
 
@@ -27,9 +36,7 @@ def _face(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], 
 
     def look_up(name: str) -> Any:
         if name not in home:
-            from weft.types import suggest
-
-            raise AttributeError(f"module {package!r} has no attribute {name!r}{suggest(name, home)}")
+            raise NoSuchName(package, name, list(home))
         module, original = home[name]
         is_module = module == package
         value = import_module(f"{module}.{original}") if is_module else getattr(import_module(module), original)
@@ -62,6 +69,7 @@ if TYPE_CHECKING:
     from weft.problem.constraints import equal as equal
     from weft.problem.constraints import greater_equal as greater_equal
     from weft.problem.constraints import less_equal as less_equal
+    from weft.problem.derivatives import gradient as gradient
     from weft.problem.lagrangian import AugmentedLagrangian as AugmentedLagrangian
     from weft.problem.losses import PenaltyLoss as PenaltyLoss
     from weft.problem.nodes import Node as Node

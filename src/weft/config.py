@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from weft.types import alternatives, suggest
+from weft.types import alternatives
 
 # ------------------------------------------------------------------------------------------------ kinds of values
 
@@ -114,9 +114,10 @@ def with_manual(cls: type[T]) -> type[T]:
 
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, **given: Any) -> None:
-        if unknown := [name for name in given if name not in known]:
-            hint = suggest(unknown[0], known) or f"; there are {', '.join(known)}."
-            raise TypeError(f"{cls.__name__} has no option {', '.join(map(repr, unknown))}{hint}")
+        if unknown := [(name, value) for name, value in given.items() if name not in known]:
+            from weft.words.foreign import unknown_options
+
+            raise unknown_options(cls.__name__, unknown, known)
         init(self, *args, **given)
 
     cls.__init__, cls.__doc__ = __init__, Manual(cls.__doc__, cls)  # type: ignore[assignment, misc]

@@ -94,9 +94,11 @@ def listeners(hooks: Iterable[Any]) -> list[Any]:
 
 def as_hooks(hooks: Any) -> list[Any]:
     """The `hooks` option as a list: None, one hook, one dict of functions by event, or a list mixing both."""
-    if hooks is None:
+    if hooks is None or hooks == []:
         return []
-    return listeners(hooks if isinstance(hooks, list | tuple) else [hooks])
+    from weft.words.calls import check_hooks
+
+    return check_hooks(listeners(hooks if isinstance(hooks, list | tuple) else [hooks]), EVENTS)
 
 
 def bind(hooks: Iterable[Any], event: str) -> list[Callable[..., Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -79,6 +80,111 @@ def test_what_fit_does_not_take_says_where_it_goes(word: str) -> None:
     assert "only a data setup function takes further arguments" in str(caught.value) and says in str(caught.value)
 
 
+ON_OTHERS: dict[str, tuple[Any, str, Any, str]] = {
+    "validation data": (weft.Data, "validation_data", (X, X), "here it is dev="),
+    "short batch size": (weft.Data, "bs", 3, "here it is batch_size=3"),
+    "collate": (weft.Data, "collate_fn", None, "fit(problem, DataLoader(..., collate_fn=...))"),
+    "epochs of a phase": (weft.Phase, "max_epochs", 3, "here it is epochs=3"),
+    "rate of a phase": (weft.Phase, "lr", 0.1, "here it is optimizer=lambda params: torch.optim.Adam(params, lr=0.1)"),
+    "how many": (weft.CheckpointConfig, "save_top_k", 3, "here it is keep=3"),
+    "which": (weft.CheckpointConfig, "monitor", "a", "option of the trainer: weft.Trainer(monitor_metric='a')"),
+    "where": (weft.CheckpointConfig, "dirpath", "a", "option of the trainer: weft.Trainer(root_dir='a')"),
+    "trials": (weft.SweepConfig, "n_trials", 3, "here it is trials=3"),
+    "direction": (weft.SweepConfig, "direction", "maximize", "here it is mode='max'"),
+    "jobs": (weft.SweepConfig, "n_jobs", 3, "here it is workers=3"),
+    "direction of a trainer": (weft.Trainer, "direction", "minimize", "here it is monitor_mode='min'"),
+    "none": (weft.Phase, "zzz", 3, "there are epochs, optimizer, scheduler, data, freeze"),
+}
+
+
+@pytest.mark.parametrize("case", ON_OTHERS)
+def test_every_class_of_options_knows_the_words_of_others(case: str) -> None:
+    cls, word, value, says = ON_OTHERS[case]
+    with pytest.raises(TypeError) as caught:
+        cls(**({"train": {"x": X}} if cls is weft.Data else {}), **{word: value})
+    assert f"{cls.__name__} has no option {word!r}; " in str(caught.value) and says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("face", "name", "says"),
+    [
+        (weft, "EarlyStopping", "weft.Trainer(patience=...)"),
+        (weft.hooks, "ModelCheckpoint", "weft.Trainer(checkpoint=True)"),
+        (weft, "fit", "weft.Trainer(epochs=...).fit(problem, data)"),
+        (weft, "lr_find", "weft.find_lr(problem, data)"),
+        (weft, "cross_val_score", "weft.cross_validate"),
+        (weft, "minimize", "weft.objective"),
+        (weft, "System", "weft.Rollout"),
+    ],
+)
+def test_a_name_of_another_library_is_met_with_wefts_own(face: Any, name: str, says: str) -> None:
+    with pytest.raises(AttributeError) as caught:
+        getattr(face, name)
+    assert f"has no attribute {name!r}; here it is {says}" in str(caught.value)
+    assert not hasattr(face, "__wrapped__") and "here it is" not in str(
+        pytest.raises(AttributeError, getattr, face, "zz").value
+    )
+
+
+def test_names_that_are_told_are_there_and_those_of_others_are_not() -> None:
+    import re
+
+    for words, way in foreign.NAMES.items():
+        assert not [word for word in words.split() if hasattr(weft, word)]
+        for name in re.findall(r"weft\.(\w+)", way):
+            assert hasattr(weft, name), way
+
+
+CALLS: dict[str, tuple[Any, str]] = {
+    "step": (
+        lambda: weft.Trainer(training_step=lambda batch: 0.0),
+        r"training_step takes \(batch\).*\(trainer, batch\)",
+    ),
+    "hook": (
+        lambda: weft.Trainer(hooks=[type("K", (weft.Hook,), {"on_epoch_end": lambda self, epoch: None})()]),
+        r"hooks: K.on_epoch_end takes \(epoch\), and is called with \(trainer, metrics\)",
+    ),
+    "hook of a dict": (
+        lambda: weft.Trainer(hooks={"on_step_end": lambda t: None}),
+        r"called with \(trainer, batch, loss\)",
+    ),
+    "scheduler": (
+        lambda: weft.Trainer(scheduler=torch.optim.lr_scheduler.StepLR, progress=False).fit(
+            weft.Supervised(nn.Linear(2, 1), nn.MSELoss()), (X, X[:, :1])
+        ),
+        r"StepLR.*step_size.*such as lambda optimizer: StepLR\(optimizer, ...\)",
+    ),
+    "optimizer": (
+        lambda: weft.Trainer(optimizer="adam").fit(weft.Supervised(nn.Linear(2, 1), nn.MSELoss()), (X, X[:, :1])),
+        r"'adam'.*optimizer=lambda params: torch.optim.Adam\(params, lr=1e-3\)",
+    ),
+    "series": (lambda: weft.windows(X, length=3), r'windows: got Tensor.*windows\(\{"x": series\}'),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_what_cannot_be_called_as_it_will_be_is_told_before_training(case: str) -> None:
+    call, says = CALLS[case]
+    with pytest.raises(TypeError, match=says):
+        call()
+
+
+def test_what_takes_any_arguments_or_does_not_tell_is_taken() -> None:
+    hooks = [{"on_step_end": lambda *args: None}, {"on_epoch_end": print}, {"on_fit_end": lambda t, r, more=1: None}]
+    weft.Trainer(hooks=hooks, training_step=lambda *args, **more: 0.0)
+
+
+def test_a_metric_that_is_to_grow_is_not_monitored_by_its_smallest_unasked() -> None:
+    for name in ("dev_accuracy", "dev_r2", "val_f1", "AUROC"):
+        with pytest.warns(UserWarning, match=f"monitor_metric='{name}' is monitored with monitor_mode='min'.*'max'"):
+            weft.Trainer(monitor_metric=name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        weft.Trainer(monitor_metric="dev_accuracy", monitor_mode="max")
+        weft.Trainer(monitor_metric="dev_accuracy", monitor_mode="min")
+        weft.Trainer(monitor_metric="dev_loss")
+
+
 def test_a_supervised_problem_knows_the_words_for_its_parts() -> None:
     for word, ours in (("model", "net"), ("criterion", "loss_fn"), ("metric", "metrics"), ("los_fn", "loss_fn")):
         with pytest.raises(TypeError, match=f"Supervised has no option '{word}'; .*{ours}"):
@@ -93,8 +199,9 @@ def test_several_unknown_options_are_told_at_once() -> None:
 
 
 def test_every_word_leads_to_an_option_that_there_is() -> None:
+    others = {f.name for cls in (weft.Data, weft.CheckpointConfig, weft.SweepConfig) for f in dataclasses.fields(cls)}
     ours = {*KNOWN, "net", "loss_fn"}
-    assert set(foreign._SAME.values()) <= ours
+    assert set(foreign.SAME) <= ours | others and foreign.OF_OTHERS == set(foreign.SAME) - KNOWN | {"metrics"}
     assert not set(foreign._SAME) & set(TrainerConfig.__dataclass_fields__)
     assert not set(foreign._INSTEAD) & KNOWN
     legal = set(map(str, TrainerConfig.__annotations__)) and {

@@ -126,6 +126,40 @@ def test_a_part_or_key_that_is_not_there_is_told_with_those_that_are() -> None:
         )
 
 
+def test_a_node_on_several_parts_is_a_node_of_the_same_function_for_each() -> None:
+    net = net_of_points()
+    node = weft.Node(net, ["x"], ["u"], name="net")
+    several = node.on(*PARTS)
+    assert [(n.name, n.input_keys, n.output_keys) for n in several] == [
+        ("net_interior", ["interior.x"], ["interior.u"]),
+        ("net_boundary", ["boundary.x"], ["boundary.u"]),
+    ]
+    assert all(n.fn is net for n in several)
+    terms = [weft.objective(excess, part="interior", name="pde")]
+    ends = [weft.equal("boundary.u", "boundary.u0", weight=10.0, norm=2, name="ends")]
+    short, long = (
+        fit_parts(weft.Problem(nodes, terms, ends, grad_inference=True), data_of_parts()).history
+        for nodes in (several, [*slope_and_ends().nodes])
+    )
+    assert short == long and short["train_pde"][0] != short["train_pde"][1]
+
+
+def test_a_gradient_is_that_of_autograd_and_refuses_to_add_quantities_up() -> None:
+    x = torch.rand(5, 2, dtype=torch.float64, requires_grad=True)
+    u = (x[:, :1] ** 3 * x[:, 1:]).sin()
+    inner = (x[:, :1] ** 3 * x[:, 1:]).cos()
+    first = weft.gradient(u, x)
+    torch.testing.assert_close(first, torch.cat([3 * x[:, :1] ** 2 * x[:, 1:], x[:, :1] ** 3], 1) * inner)
+    torch.testing.assert_close(weft.gradient(u[:, 0], x), first)
+    second = weft.gradient(first[:, 1:], x)[:, 1:]
+    torch.testing.assert_close(second, -(x[:, :1] ** 6) * u)
+    assert not torch.allclose(second, u)
+    with pytest.raises(ValueError, match=r"\(5, 2\) holds several quantities a row.*gradient\(u\[:, :1\], x\)"):
+        weft.gradient(first, x)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        weft.gradient(u, torch.rand(5, 2))
+
+
 def test_only_the_named_part_requires_grad() -> None:
     seen: list[tuple[bool, bool]] = []
     look = {"on_step_start": lambda t, b: seen.append(tuple(b[p]["x"].requires_grad for p in PARTS))}

@@ -280,14 +280,19 @@ def mistakes() -> dict[str, tuple[Any, type[Exception], str]]:
             r"fit\(weft.Supervised\(net, loss_fn\), \(X, y\)",
         ),
         "flat y": (
-            lambda t: t.fit(regression(), (X, flat)),
+            lambda t: t.fit(weft.Supervised(regressor(), lambda p, y: (p - y).square().mean()), (X, flat)),
             ValueError,
             r"\(40, 1\) and y \(40,\).*y.reshape\(-1, 1\)",
         ),
-        "flat net": (
-            lambda t: t.fit(regression(net=nn.Sequential(nn.Linear(3, 1), nn.Flatten(0))), (X, TARGET)),
-            ValueError,
-            r"\(40,\) and y \(40, 1\).*y.reshape\(-1\) makes y flat",
+        "labels of floats": (
+            lambda t: t.fit(weft.Supervised(classifier(), nn.CrossEntropyLoss()), (X, LABELS.float())),
+            RuntimeError,
+            r"CrossEntropyLoss got a prediction of shape \(40, (\d)\) .*y of shape \(40,\) \(float32\).*\(y.long\(\)\)",
+        ),
+        "labels that are too large": (
+            lambda t: t.fit(weft.Supervised(classifier(), nn.CrossEntropyLoss()), (X, LABELS + 5)),
+            IndexError,
+            r"out of bounds\. CrossEntropyLoss got.*int64, from 5 to \d\).*whole numbers from 0 to",
         ),
         "train_test_split": (
             lambda t: t.fit(regression(), (X, X_DEV, TARGET, TARGET_DEV)),
@@ -332,6 +337,33 @@ def test_a_mistake_of_the_first_minutes_is_told_with_the_line_to_write(mistake: 
     with pytest.raises(kind, match=f"(?s){says}") as caught:
         call(quiet_trainer())
     assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("loss", [nn.MSELoss(), nn.functional.l1_loss, nn.HuberLoss()])
+def test_torchs_losses_of_numbers_take_a_flat_y_as_the_column_it_is(loss: Any) -> None:
+    flat_y = TARGET[:, 0]
+    flat_net = lambda: nn.Sequential(regressor(), nn.Flatten(0))
+    ends = []
+    for net, y in ((regressor(), TARGET), (regressor(), flat_y), (flat_net(), TARGET), (flat_net(), flat_y)):
+        trainer = quiet_trainer(seed=1)
+        result = trainer.fit(weft.Supervised(net, loss, "r2"), weft.Data((X, y), batch_size=8))
+        ends.append((flat(result.last_weights), result.history, trainer.predict(X).shape))
+    for weights, history, shape in ends[1:]:
+        assert torch.equal(weights, ends[0][0]) and history == ends[0][1] and shape in ((40, 1), (40,))
+    assert history["train_r2"] != history["train_loss"] and ends[2][2] == (40,)
+    own = weft.Supervised(regressor(), lambda p, y: (p[:, 0] - y).square().mean())  # one's own function gets y as it is
+    assert quiet_trainer(seed=1).fit(own, (X, flat_y)).epochs
+
+
+def test_whole_numbers_and_columns_of_labels_are_taken_as_what_the_loss_compares() -> None:
+    zeros_and_ones, net = (X[:, 0] > 0.5).long(), regressor()
+    given = weft.Supervised(net, nn.BCEWithLogitsLoss(), "accuracy")({"x": X, "y": zeros_and_ones})
+    by_hand = nn.functional.binary_cross_entropy_with_logits(net(X)[:, 0], zeros_and_ones.float())
+    torch.testing.assert_close(given["loss"], by_hand)
+    net = classifier()
+    column = weft.Supervised(net, nn.CrossEntropyLoss())({"x": X, "y": LABELS[:, None]})
+    assert torch.equal(column["loss"], nn.functional.cross_entropy(net(X), LABELS))
+    assert not torch.equal(column["loss"], nn.functional.cross_entropy(net(X), LABELS.roll(1)))
 
 
 def test_one_batch_of_many_rows_is_told_once_and_not_where_a_size_was_given() -> None:

@@ -129,6 +129,7 @@ def test_any_number_of_runs_is_compared(root: Path, tmp_path: Path) -> None:
     assert both.to_dataframe()["dev_loss"].tolist() == pytest.approx(list(last.values()), rel=1e-12)
     assert [line.get_label() for line in both.plot().lines] == ["one", "two", "three"]
     text = both.write(tmp_path / "c.html").read_text()
+    assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in text and "<script" not in text
     assert text.count('class="curve"') == 3 * len(both.names) and "three" in text
     assert "<svg" in both._repr_html_()
     with pytest.raises(ValueError, match="expected two runs or more, got 1"):

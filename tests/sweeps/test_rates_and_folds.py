@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import weft
+from weft.sweeps import rates as rates_module
 
 X = torch.linspace(-1, 1, 30)[:, None]
 Y = 3 * X + 0.5
@@ -54,6 +55,23 @@ def test_the_suggestion_trains_and_the_rate_at_which_the_loss_diverges_is_not_su
     assert len(found.rates) < 200  # the test ended when the loss had grown
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_batches_that_scatter_do_not_decide_about_the_rate(seed: int) -> None:
+    torch.manual_seed(seed)
+    x = torch.rand(600, 2)
+    make = lambda: nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1))
+    data = weft.Data((x, x.prod(1, keepdim=True)), batch_size=32)
+    found = weft.find_lr(weft.Supervised(make(), nn.MSELoss()), data, accelerator="cpu")
+    assert found.suggestion is not None and 5e-4 < found.suggestion < 0.1
+    falls = np.diff(found.smoothed)[: int(np.argmin(found.smoothed)) - 1]  # of two neighbours alone
+    told = found.rates[int(np.argmin(falls)) + 1]
+    assert seed or told < 1e-5  # what one would have been told by them
+    rates, noise = list(np.geomspace(1e-7, 1, 80)), np.random.default_rng(seed).normal(1.0, 0.1, 80).tolist()
+    assert rates_module._steepest(rates, [1.0] * 80, 79) is None
+    falling = [1.0 - 1e-3 * i for i in range(80)]
+    assert rates_module._steepest(rates, [a + b / 1e6 for a, b in zip(falling, noise, strict=True)], 79) is not None
+
+
 def test_the_problem_and_the_random_state_are_afterwards_as_they_were() -> None:
     problem = make_line()
     before, random = {k: v.clone() for k, v in problem.state_dict().items()}, torch.get_rng_state()
@@ -91,6 +109,30 @@ def test_every_row_is_in_one_dev_set_and_each_fold_is_the_fit_by_hand() -> None:
     assert len(found.plot(Figure().add_subplot()).lines) == 4
     other = weft.cross_validate(make_line, {"x": X, "y": Y}, folds=4, seed=1, epochs=1, progress=False, **OPTIONS)
     assert other.rows != found.rows
+
+
+@pytest.mark.parametrize("kind", ["pair", "arrays", "data", "tables", "flat"])
+def test_folds_of_x_and_y_are_those_of_a_dict(kind: str) -> None:
+    import pandas
+
+    def make() -> weft.Supervised:
+        torch.manual_seed(0)
+        return weft.Supervised(nn.Linear(1, 1), nn.MSELoss(), metrics=["r2"])
+
+    given: Any = {
+        "pair": (X, Y),
+        "arrays": (X.numpy(), Y.numpy()),
+        "data": weft.Data((X, Y)),
+        "tables": (pandas.DataFrame(X.numpy(), columns=["a"]), pandas.DataFrame(Y.numpy(), columns=["b"])),
+        "flat": (X.numpy(), Y[:, 0].numpy()),
+    }[kind]
+    one, two = (
+        weft.cross_validate(make, data, folds=3, epochs=3, progress=False, **OPTIONS)
+        for data in ({"x": X, "y": Y}, given)
+    )
+    assert one.scores == two.scores and one.rows == two.rows
+    assert [r.history["dev_r2"] for r in one.results] == [r.history["dev_r2"] for r in two.results]
+    assert one.scores != one.scores[::-1]
 
 
 def test_the_batch_size_of_the_data_holds_in_each_fold(tmp_path: Any) -> None:

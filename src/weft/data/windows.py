@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,10 @@ def windows(series: Any, length: int, stride: int = 1, name: str | None = None) 
         raise ValueError(f"windows: length and stride must be at least 1, got length={length}, stride={stride}.")
     cut: dict[str, list[Tensor]] = {}
     for experiment in series if isinstance(series, Sequence) else [series]:
+        if not isinstance(experiment, Mapping):
+            raise TypeError(
+                f'windows: got {type(experiment).__name__}; give series by key: windows({{"x": series}}, ...).'
+            )
         tensors = {k: as_tensor_of(k, v) for k, v in experiment.items()}
         durations = {k: t.shape[0] for k, t in tensors.items()}
         if len(set(durations.values())) > 1 or min(durations.values()) < length:

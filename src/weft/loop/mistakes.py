@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +25,16 @@ def no_problem(problem: Any) -> TypeError:
     else:
         found = f"{type(problem).__name__} {getattr(problem, '__name__', repr(problem))[:60]}"
     return TypeError(f"fit: the problem is {found}; expected a torch.nn.Module first.")
+
+
+def tell_of_the_mode(metric: str) -> None:
+    """Warn of a monitored metric whose name says that more is better, where nobody said which is."""
+    if re.search(r"(^|_)(acc|accuracy|r2|r2_score|auc|auroc|f1|f1_score|precision|recall|dice)$", metric.lower()):
+        warnings.warn(
+            f"monitor_metric={metric!r} is monitored with monitor_mode='min': the weights with the smallest are kept "
+            "as the best. Give monitor_mode='max' (or 'min', if that is meant).",
+            stacklevel=4,
+        )
 
 
 def tell_of_one_batch(state: RunState) -> None:

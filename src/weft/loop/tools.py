@@ -22,7 +22,7 @@ class Tools:
     @property
     def running(self) -> Run:
         if self.run is None:
-            raise RuntimeError("Nothing was trained yet: call fit (or start) first.")
+            raise RuntimeError("Nothing was trained yet: call fit (or start) first, or give problem=.")
         return self.run
 
     @property

@@ -66,14 +66,19 @@ class Trainer(TrainerOptions, Tools):
             if isinstance(self.options[name], str):
                 plain[name], self.options[name] = self.options[name], None
         self.config = TrainerConfig(**plain)
+        if self.config.monitor_metric and "monitor_mode" not in plain:
+            from weft.loop.mistakes import tell_of_the_mode
+
+            tell_of_the_mode(self.config.monitor_metric)
         own, self.callbacks = split_hooks(self.options["hooks"])
         self.hooks: list[Any] = as_hooks(own)
         self.phases: list[Phase] = opts.as_phases(self.options["phases"], plain)
         self.metric_functions = opts.as_metrics(self.options["metrics"])
         for name in opts.STEPS.values():
             if (step := self.options[name]) is not None:
-                if not callable(step):
-                    raise TypeError(f"{name}={step!r}: expected a function (trainer, batch).")
+                from weft.words.calls import check_call
+
+                check_call(name, step, ("trainer", "batch"))
                 setattr(self, name, partial(step, self))
         self.state: dict[str, Any] = {}
         self.run: Run | None = None

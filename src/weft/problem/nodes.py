@@ -39,6 +39,14 @@ class Node(nn.Module):
             self.owner = owner  # of a bound method; its parameters are trained too
         self._concatenates = self._check_arity()
 
+    def on(self, *parts: str) -> list[Node]:
+        """A node of the same function for each of these parts of a batch, which reads and writes its keys.
+
+        `Node(net, ["x"], ["u"]).on("interior", "boundary")`: from "interior.x" to "interior.u", and of the boundary.
+        """
+        keys = [([f"{p}.{k}" for k in self.input_keys], [f"{p}.{k}" for k in self.output_keys]) for p in parts]
+        return [Node(self.fn, *k, name=f"{self.name}_{p}") for p, k in zip(parts, keys, strict=True)]
+
     def _check_arity(self) -> bool:
         """Whether the inputs are concatenated. Raises TypeError if they are more or fewer than `fn` takes."""
         try:
@@ -67,11 +75,9 @@ class Node(nn.Module):
             return {self.output_keys[0]: value}
         if isinstance(value, tuple | list) and len(value) == len(self.output_keys):
             return dict(zip(self.output_keys, value, strict=True))
-        found = f"{len(value)} values" if isinstance(value, tuple | list) else f"one {type(value).__name__}"
-        raise TypeError(
-            f"{self} returned {found}; expected {len(self.output_keys)} for the keys {self.output_keys}: "
-            + ("a tensor." if len(self.output_keys) == 1 else "a tuple of tensors.")
-        )
+        from weft.problem.mistakes import wrong_number
+
+        raise wrong_number(self, value)
 
     def __str__(self) -> str:
         return f"node {self.name!r}"

@@ -80,10 +80,9 @@ class Problem(nn.Module):
         try:
             split, data = batch.get("name", "train"), with_parts(batch)
         except AttributeError:
-            raise TypeError(
-                f"{self} reads batches by key, and got one of type {type(batch).__name__}; give the data keys: "
-                'weft.DictDataset({"x": x, "y": y}), or a collate_fn that returns a dict.'
-            ) from None
+            from weft.problem.mistakes import no_keys
+
+            raise no_keys(self, batch) from None
         out = self._run_nodes(data)
         for key, value in self.loss(data, self.objectives, self.constraints).items():
             out[f"{split}_{key}"] = value
@@ -119,20 +118,15 @@ class Problem(nn.Module):
                     continue
                 late = [n for n in self.nodes[i + 1 :] if key in n.output_keys and key not in n.input_keys]
                 if late:
-                    raise ValueError(
-                        f"{self}: node {node.name!r} reads {key!r}, which only the later node {late[0].name!r} writes; "
-                        "list the nodes in the order in which they run, or make a Rollout of a loop."
-                    )
+                    from weft.problem.mistakes import written_late
+
+                    raise written_late(self, node, key, late[0])
                 inputs.append(key)
             for key in node.output_keys:
-                if key in writer:
-                    raise ValueError(
-                        f"{self}: nodes {writer[key].name!r} and {node.name!r} both write {key!r}; rename one output."
-                    )
-                if key in RESERVED_KEYS:
-                    raise ValueError(
-                        f"{self}: node {node.name!r} writes {key!r}, which describes the batch; rename it."
-                    )
+                if key in writer or key in RESERVED_KEYS:
+                    from weft.problem.mistakes import taken_key
+
+                    raise taken_key(self, node, key, writer.get(key))
                 writer[key] = node
         for term in cast(Iterable[Term], [*self.objectives, *self.constraints]):
             inputs += [k for k in term.keys if k not in writer and k not in inputs]

@@ -34,10 +34,12 @@ class Supervised(nn.Module):
         `reset` (torchmetrics), which see all rows. They are reported as `train_accuracy`, `dev_accuracy`, ...
 
     Batches are dicts with the keys `x` and `y`, which is what `(X, y)` becomes, or pairs, as a DataLoader yields them.
-    X and y of floating point numbers are cast to the dtype of the net and of its prediction. `predict(X)` returns what
-    the net returns, without gradients.
-    Raises TypeError for classes in the place of objects, and ValueError where predictions of shape (n, 1) meet a y of
-    shape (n,), which torch would compare every row with every other.
+    X and y of floating point numbers are cast to the dtype of the net and of its prediction. Torch's losses that
+    compare number with number (MSELoss, L1Loss, BCEWithLogitsLoss, ...) see y in the dtype and shape of a prediction
+    (rows, 1) where y is (rows,), or the other way round; its losses of classes (CrossEntropyLoss, NLLLoss) see a column
+    of class numbers as (rows,). `predict(X)` returns what the net returns, without gradients.
+    Raises TypeError for classes in the place of objects, and ValueError where a loss function of one's own compares
+    every row with every other: predictions of shape (n, 1) and a y of shape (n,).
     """
 
     @told
@@ -63,9 +65,9 @@ class Supervised(nn.Module):
         """{"loss": a scalar, "prediction": what the net returned, "y": what it was compared with}."""
         x, y = _pair(batch)
         prediction = self.net(self._cast(x))
-        if isinstance(prediction, Tensor) and isinstance(y, Tensor) and y.is_floating_point():
-            y = y.to(prediction.dtype) if prediction.is_floating_point() else y
-        loss = self.loss_fn(prediction, y) if self._shapes_seen else self._first_loss(prediction, y)
+        if isinstance(prediction, Tensor) and isinstance(y, Tensor):
+            y = self._comparable(prediction, y)
+        loss = self._loss(prediction, y) if self._shapes_seen else self._first_loss(prediction, y)
         return {
             "loss": loss.mean() if isinstance(loss, Tensor) and loss.dim() else loss,
             "prediction": prediction,
@@ -100,13 +102,32 @@ class Supervised(nn.Module):
         dtype = next((p.dtype for p in self.net.parameters() if p.is_floating_point()), x.dtype)
         return x if x.dtype == dtype else x.to(dtype)
 
+    def _comparable(self, prediction: Tensor, y: Tensor) -> Tensor:
+        """y as the loss function takes it: of torch's losses the dtype and shape are known."""
+        name = getattr(self.loss_fn, "__name__", type(self.loss_fn).__name__)
+        is_torchs = (getattr(self.loss_fn, "__module__", None) or "").startswith("torch.")
+        if is_torchs and name in _OF_NUMBERS:
+            is_column = prediction.shape == (*y.shape, 1) or y.shape == (*prediction.shape, 1)
+            return (y.reshape(prediction.shape) if is_column else y).to(prediction.dtype)
+        if is_torchs and name in _OF_CLASSES and y.shape == (len(prediction), 1) and not y.is_floating_point():
+            return y[:, 0] if prediction.dim() == 2 and prediction.shape[1] > 1 else y
+        return y.to(prediction.dtype) if y.is_floating_point() and prediction.is_floating_point() else y
+
+    def _loss(self, prediction: Any, y: Any) -> Any:
+        try:
+            return self.loss_fn(prediction, y)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is raised with what was compared
+            from weft.problem.mistakes import loss_raised
+
+            raise loss_raised(error, self.loss_fn, prediction, y) from None
+
     def _first_loss(self, prediction: Any, y: Any) -> Any:
         """The loss of a first batch; ValueError where it pairs every row with every other."""
         if torch.compiler.is_compiling() or not (isinstance(prediction, Tensor) and isinstance(y, Tensor)):
-            return self.loss_fn(prediction, y)
+            return self._loss(prediction, y)
         with warnings.catch_warnings(), PairWatch([prediction, y]) as watch:
             warnings.filterwarnings("ignore", message="Using a target size")  # torch's, of the same
-            loss = self.loss_fn(prediction, y)
+            loss = self._loss(prediction, y)
         if watch.found is not None and {prediction.dim(), y.dim()} != {2} and abs(prediction.dim() - y.dim()) == 1:
             raise ValueError(
                 f"Supervised: the net's prediction has shape {tuple(prediction.shape)} and y {tuple(y.shape)}: "
@@ -123,6 +144,30 @@ class Supervised(nn.Module):
 
 
 _PART = "prediction_"
+_OF_NUMBERS = {
+    *[
+        "MSELoss",
+        "L1Loss",
+        "SmoothL1Loss",
+        "HuberLoss",
+        "BCELoss",
+        "BCEWithLogitsLoss",
+        "PoissonNLLLoss",
+        "SoftMarginLoss",
+    ],
+    *[
+        "mse_loss",
+        "l1_loss",
+        "smooth_l1_loss",
+        "huber_loss",
+        "binary_cross_entropy",
+        "binary_cross_entropy_with_logits",
+    ],
+    *["poisson_nll_loss", "soft_margin_loss"],
+}
+"""Torch's losses that compare number with number."""
+_OF_CLASSES = {"CrossEntropyLoss", "NLLLoss", "cross_entropy", "nll_loss"}
+"""Torch's losses whose y holds numbers of classes, (rows,)."""
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from weft.records.charts import STYLE, Line, chart
 from weft.records.listing import differing, text
 from weft.records.repeats import in_words, repeated, without_repeats
-from weft.records.report import RunRecord, columns, flat, read_run
+from weft.records.report import RunRecord, columns, document, flat, read_run
 from weft.records.tables import table
 
 if TYPE_CHECKING:
@@ -129,12 +129,7 @@ class Comparison:
         )
         body = f"<h1>{title}</h1>{self._charts()}{note}{tables}"
         path = Path(path)
-        path.write_text(
-            f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>comparison</title>'
-            f'<link rel="icon" href="data:,"><style>{STYLE}</style></head><body>{body}</body></html>\n',
-            encoding="utf-8",
-            errors="backslashreplace",
-        )
+        path.write_text(document("comparison", body), encoding="utf-8", errors="backslashreplace")
         return path
 
 

@@ -130,12 +130,17 @@ def page(run: RunRecord) -> str:
     for number, session in enumerate(run.sessions, 1):
         name = "Surroundings" if len(run.sessions) == 1 else f"Surroundings, session {number}"
         parts.append(_table(name, flat({key: value for key, value in session.items() if key != "trained"})))
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # nothing can be asked for, by any browser
+    return document(title, "\n".join(parts))
+
+
+def document(title: str, body: str) -> str:
+    """A whole HTML page of `body`, both escaped already, with the style; it may ask for nothing, in any browser."""
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}"><link rel="icon" href="data:,">'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>'
-        f"<body>\n{chr(10).join(parts)}\n</body></html>\n"
+        f"<body>\n{body}\n</body></html>\n"
     )
 
 

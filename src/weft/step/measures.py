@@ -73,7 +73,8 @@ class Keys:
             if found is None:
                 raise KeyError(
                     f"Metric {self.name!r} reads {key!r}, which is neither in the output {list(out)} nor in the batch. "
-                    f"Name what it is to read: metrics={{{self.name!r}: (metric, [keys])}}."
+                    f"Return it from your step beside the loss (`trainer.problem(batch)` does), or name what it is to "
+                    f"read: metrics={{{self.name!r}: (metric, [keys])}}."
                 )
             values.append(found)
         return values

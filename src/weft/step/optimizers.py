@@ -47,7 +47,10 @@ def build_optimizers(given: Any, problem: nn.Module) -> dict[str, Optimizer]:
 def _build(name: str, given: Any, problem: nn.Module, named: bool) -> Optimizer:
     if not isinstance(given, Optimizer):
         if not callable(given):
-            raise TypeError(f"optimizer {name!r} is {given!r}; expected a torch optimizer or a function of parameters.")
+            raise TypeError(
+                f"optimizer {name!r} is {given!r}; expected a torch optimizer or a function of parameters, such as "
+                "optimizer=lambda params: torch.optim.Adam(params, lr=1e-3)."
+            )
         owner, params = problem, list(problem.parameters())
         if named or name != DEFAULT:
             from weft.problem.named import has_part, parameters_under

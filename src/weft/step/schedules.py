@@ -79,6 +79,10 @@ def build_schedulers(given: Any, optimizers: Mapping[str, Optimizer]) -> dict[st
                 raise TypeError(
                     f"scheduler {name!r} is {scheduler!r}; expected a scheduler or a function of the optimizer."
                 )
+            if isinstance(scheduler, type):
+                from weft.words.calls import check_call
+
+                check_call(f"scheduler {name!r}, the class {scheduler.__name__},", scheduler, ("optimizer",))
             scheduler = scheduler(optimizers[name])
         if not hasattr(scheduler, "step"):
             raise TypeError(

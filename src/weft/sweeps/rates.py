@@ -11,7 +11,9 @@ begins to diverge.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
+import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +36,7 @@ NOT_HERE = ("epochs", "max_steps", "min_epochs", "max_time", "scheduler", "phase
 
 @dataclass(repr=False)
 class LearningRates:
-    """Losses by learning rate. `suggestion`: where the smoothed loss falls fastest; None if it never falls."""
+    """Losses by learning rate. `suggestion`: where they fall fastest; None if they never fall clearly."""
 
     rates: list[float]
     losses: list[float]
@@ -42,7 +44,7 @@ class LearningRates:
     suggestion: float | None
 
     def __repr__(self) -> str:
-        told = "none: the loss does not fall" if self.suggestion is None else f"{self.suggestion:.2g}"
+        told = "none: the loss does not fall clearly" if self.suggestion is None else f"{self.suggestion:.2g}"
         return (
             f"LearningRates({len(self.rates)} steps from {self.rates[0]:.1g} to {self.rates[-1]:.1g}; suggests {told})"
         )
@@ -99,7 +101,7 @@ def find_lr(
         problem.train(was_training)
         torch.set_rng_state(random)
     smoothed = _smooth(losses)
-    return LearningRates(rates, losses, smoothed, _steepest(rates, smoothed))
+    return LearningRates(rates, losses, smoothed, _steepest(rates, losses, smoothed.index(min(smoothed))))
 
 
 def _walk(trainer: Trainer, problem: nn.Module, data: Any, rates: list[float]) -> tuple[list[float], list[float]]:
@@ -137,9 +139,21 @@ def _smooth(losses: list[float]) -> list[float]:
     return found
 
 
-def _steepest(rates: list[float], smoothed: list[float]) -> float | None:
-    """The rate at which the smoothed loss falls fastest per factor of the rate, before its minimum."""
-    last = smoothed.index(min(smoothed))
-    slopes = [(smoothed[i + 1] - smoothed[i - 1], rates[i]) for i in range(1, last)]
-    slope, rate = min(slopes, default=(0.0, None))
-    return rate if slope < 0 else None
+def _steepest(rates: list[float], losses: list[float], last: int) -> float | None:
+    """The middle of the factor of 10 in which the losses up to `last` fall fastest; None where none falls clearly.
+
+    The slope of each such window is the median of those of its pairs (Theil and Sen): losses of single batches scatter.
+    """
+    width = min(max(5, sum(rate < 10 * rates[0] for rate in rates)), last + 1)
+    starts = range(last + 2 - width) if width > 1 else []
+    slopes = [(_slope(losses[i : i + width]), i) for i in starts]
+    slope, i = min(slopes, default=(0.0, 0))
+    seen = losses[i : i + width]
+    off = [loss - slope * j for j, loss in enumerate(seen)]
+    scatter = statistics.median(abs(value - statistics.median(off)) for value in off) if seen else 0.0
+    return rates[i + width // 2] if -slope * width > 2 * scatter else None
+
+
+def _slope(values: list[float]) -> float:
+    pairs = itertools.combinations(enumerate(values), 2)
+    return statistics.median((later - sooner) / (j - i) for (i, sooner), (j, later) in pairs)

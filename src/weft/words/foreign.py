@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec
 
 from weft.types import suggest
@@ -59,7 +59,7 @@ SAME = {
     "accumulate": "gradient_accumulation_steps grad_accum accumulation_steps",
     "validate_every": "eval_every validation_freq val_every valid_every",
     "log_every": "logging_steps log_interval log_freq",
-    "root_dir": "output_dir log_dir logdir save_dir checkpoint_dir",
+    "root_dir": "output_dir log_dir logdir save_dir checkpoint_dir dirpath",
     "hooks": "callbacks callback custom_hooks",
     "loggers": "logger report_to custom_logger",
     "patience": "early_stopping early_stopping_patience early_stopping_rounds",
@@ -77,8 +77,22 @@ SAME = {
     "max_steps": "num_steps n_steps steps total_steps max_iters",
     "compile": "jit torch_compile jit_compile",
     "limit_batches": "steps_per_epoch limit_batch",
+    "monitor_mode": "mode direction",
+    "train": "train_data train_dataset train_set",
+    "dev": "val valid validation val_data valid_data validation_data eval_data val_set val_dataset eval_dataset",
+    "test": "test_data test_set test_dataset",
+    "batch_size": "bs train_batch_size per_device_train_batch_size",
+    "keep": "save_top_k max_to_keep save_total_limit",
+    "every_n_steps": "every_n_train_steps save_steps save_every",
+    "every_n_seconds": "train_time_interval",
+    "best": "save_best save_best_only",
+    "trials": "n_trials num_trials num_samples n_iter",
+    "workers": "n_jobs",
+    "mode": "direction",
+    "name": "study_name",
 }
-"""By weft's own word the others that take the same value, or one of the same kind."""
+"""By weft's own word the others that take the same value, or one of the same kind; a word may stand for several, of
+which a class has one."""
 INSTEAD = {
     "lr learning_rate": "optimizer=lambda params: torch.optim.Adam(params, lr={value})",
     "weight_decay momentum betas": "optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3, {name}={value})",
@@ -86,16 +100,16 @@ INSTEAD = {
     "(X, y), or weft.Problem(nodes, [weft.objective(fn)])",
     "model module net network pl_module": "the first argument of fit, in a problem: fit(weft.Supervised(net, loss_fn), "
     "(X, y))",
-    "batch_size train_batch_size per_device_train_batch_size eval_batch_size": "a matter of the data: "
+    "bs batch_size train_batch_size per_device_train_batch_size eval_batch_size": "a matter of the data: "
     "weft.Data((X, y), batch_size={value})",
     "shuffle drop_last num_workers pre_batch refresh_every inputs_require_grad": "a matter of the data: "
     "weft.Data(train, dev, {name}={value})",
-    "validation_data val_data valid_data eval_data eval_set eval_dataset valid_set val_set val_dataset "
-    "validation_dataset X_val x_val": "fit(problem, (X, y), dev=(X_dev, y_dev))",
+    "val valid validation validation_data val_data valid_data eval_data eval_set eval_dataset valid_set val_set "
+    "val_dataset validation_dataset X_val x_val": "fit(problem, (X, y), dev=(X_dev, y_dev))",
     "validation_split train_split val_size test_size": "split the rows yourself: fit(problem, (X[100:], y[100:]), "
     "dev=(X[:100], y[:100]))",
     "train_loader train_dataloader train_dataset train_data data_loader dataloader train_set": "fit(problem, data)",
-    "test_data test_loader test_set": "weft.Data(train, dev, test), or trainer.test(data)",
+    "test_data test_loader test_set test_dataset": "weft.Data(train, dev, test), or trainer.test(data)",
     "metric eval_metrics compute_metrics": 'metrics={{"name": function of keys}}, or weft.Supervised(net, loss_fn, '
     'metrics=["accuracy"])',
     "verbose enable_progress_bar disable_tqdm progress_bar show_progress quiet": "progress=False for silence; the line "
@@ -113,6 +127,10 @@ INSTEAD = {
     "wandb use_wandb": "loggers=[WandbLogger(...)]",
     "training_step_fn train_step step_fn": "training_step=function of (trainer, batch)",
     "keys outputs": "fit has none; predict(data, keys=[...]) has",
+    "collate_fn sampler batch_sampler pin_memory prefetch_factor persistent_workers": "a matter of a loader of your "
+    "own, which is iterated as it is: fit(problem, DataLoader(..., {name}=...))",
+    "save_weights_only": "trainer.save_weights(path); checkpoints hold all that a resumed run needs",
+    "save_last": "nothing to ask for: the newest checkpoint is always kept",
     "class_weight sample_weight": "a key of the data that the loss function or a term reads",
     **{name: f"limit_batches={{{{{split!r}: {{value}}}}}}" for name, split in LIMITS.items()},
 }
@@ -137,19 +155,71 @@ VALUES = {
 }
 """Values by the words of others."""
 
-_SAME = {word: ours for ours, words in SAME.items() for word in words.split()} | RENAMED
+NAMES = {
+    "fit train": "weft.Trainer(epochs=...).fit(problem, data)",
+    "Model Module NeuralNetRegressor NeuralNetClassifier PINN PDE": "weft.Supervised(net, loss_fn), or "
+    "weft.Problem(nodes, objectives)",
+    "Dataset DataLoader TensorDataset DataModule LightningDataModule": "weft.Data(train, dev, batch_size=...), of "
+    "tensors, tables, files or loaders",
+    "LightningModule": "lightning.pytorch.LightningModule, which weft.Trainer().fit takes as it is",
+    "callbacks Callback callback": "weft.Hook, and what weft.hooks holds",
+    "EarlyStopping early_stopping": "weft.Trainer(patience=...)",
+    "ModelCheckpoint Checkpoint": "weft.Trainer(checkpoint=True); the best weights are in the problem",
+    "LRScheduler LearningRateScheduler ReduceLROnPlateau LearningRateMonitor": "weft.Trainer(scheduler=...), "
+    "weft.Schedule",
+    "GradientClipping": "weft.Trainer(clip=...)",
+    "ProgressBar TQDMProgressBar RichProgressBar ProgbarLogger": "weft.Trainer(progress=...)",
+    "TensorBoard TensorBoardLogger CSVLogger WandbLogger": "weft.Trainer(loggers=...)",
+    "lr_find lr_finder LRFinder LearningRateFinder": "weft.find_lr(problem, data)",
+    "kfold KFold cross_val cross_val_score CrossValidation": "weft.cross_validate(make_problem, data, folds=5)",
+    "seed_everything manual_seed set_seed": "weft.Trainer(seed=...)",
+    "variable minimize Objective loss Loss": "weft.objective(function of keys)",
+    "constraint Constraint variables": "weft.less_equal, weft.greater_equal, weft.equal",
+    "System": "weft.Rollout(nodes, steps=...)",
+    "tune Tuner GridSearchCV study create_study": "weft.sweep(run, space)",
+    "load load_model load_from_checkpoint load_checkpoint": "weft.load_weights(problem, path)",
+    "save save_model": "weft.save_weights(problem, path)",
+}
+"""Names that other libraries have at their top, by what does the same here."""
+OF_OTHERS = {
+    *[
+        "net",
+        "loss_fn",
+        "metrics",
+        "train",
+        "dev",
+        "test",
+        "batch_size",
+        "keep",
+        "best",
+        "trials",
+        "workers",
+        "mode",
+        "name",
+    ]
+}
+OF_OTHERS |= {"every_n_steps", "every_n_seconds"}
+_HOMES = dict.fromkeys(("keep", "best", "every_n_steps", "every_n_seconds"), "checkpoint=dict({ours}={value})")
+_HOMES |= dict.fromkeys(("trials", "workers", "name"), "weft.sweep(run, space, {ours}={value})")
+"""Of weft's words in `SAME` those that are no options of the trainer."""
+_SAME = {word: (ours,) for word, ours in RENAMED.items()}
+for _ours, _words in SAME.items():
+    for _word in _words.split():
+        _SAME[_word] = (*_SAME.get(_word, ()), _ours)
 _INSTEAD = {word: way for words, way in INSTEAD.items() for word in words.split()}
 
 
 def advice(name: str, value: Any, known: Iterable[str] = ()) -> str:
     """ "; " and what to write for an option of another library, else the closest of the `known` ones, else ""."""
-    known = list(known)
-    if (ours := _SAME.get(name)) is not None and ours in known:
-        return f"; here it is {ours}={shown(value)}"
+    known, meant = list(known), _SAME.get(name, ())
+    if ours := next((word for word in meant if word in known), None):
+        return f"; here it is {ours}={shown(VALUES.get(value, value) if isinstance(value, str) else value)}"
     if name in _INSTEAD:
         return f"; here it is {_INSTEAD[name].format(name=name, value=shown(value))}"
-    if ours is not None and ours not in ("net", "loss_fn", "metrics"):
-        return f"; here it is an option of the trainer: weft.Trainer({ours}={shown(value)})"
+    if meant and meant[0] in _HOMES:
+        return f"; here it is {_HOMES[meant[0]].format(ours=meant[0], value=shown(value))}"
+    if meant and meant[0] not in OF_OTHERS:
+        return f"; here it is an option of the trainer: weft.Trainer({meant[0]}={shown(value)})"
     if name in NEUTRAL or name in NOTED:
         return f"; it has no meaning here: {NEUTRAL[name][1] if name in NEUTRAL else NOTED[name]}"
     return suggest(name, known)
@@ -158,8 +228,20 @@ def advice(name: str, value: Any, known: Iterable[str] = ()) -> str:
 def unknown_options(owner: str, given: Iterable[tuple[str, Any]], known: Iterable[str]) -> TypeError:
     """What to raise for options that `owner` does not have, each with what to write."""
     known = list(known)
-    told = [f"{owner} has no option {name!r}{advice(name, value, known)}" for name, value in given]
-    return TypeError(". ".join(told) + ".")
+    listed = f"; there are {', '.join(known)}" if len(known) < 20 else ""
+    told = [f"{owner} has no option {name!r}{advice(name, value, known) or listed}" for name, value in given]
+    return TypeError(". ".join(told).rstrip(".?") + ("?" if told[-1].endswith("?") else "."))
+
+
+def elsewhere(name: str, names: Mapping[str, str]) -> str:
+    """ "; here it is ..." for a name that stands in a table of others' (`NAMES`), else ""."""
+    return next((f"; here it is {way}" for words, way in names.items() if name in words.split()), "")
+
+
+def no_name(package: str, name: str, known: Iterable[str]) -> str:
+    """What to say of a name that a package does not have."""
+    near = elsewhere(name, NAMES) or suggest(name, known)
+    return f"module {package!r} has no attribute {name!r}{near}"
 
 
 def told(init: Callable[P, None]) -> Callable[P, None]:
@@ -177,7 +259,7 @@ def told(init: Callable[P, None]) -> Callable[P, None]:
 
 def shown(value: Any) -> str:
     """A value as it was written, if it is short."""
-    return repr(value) if _is_short(value) else "..."
+    return repr(value) if _is_short(value) else "<what you gave>"
 
 
 def _is_short(value: Any) -> bool:
