@@ -262,17 +262,12 @@ class _Walk:
     def into_scope(self, function: types.FunctionType) -> Iterator[Place]:
         """The names that a function may read from its module, and from modules of the user's that this one imports."""
         names = dict.fromkeys(_names(function.__code__))
-        scopes: list[tuple[str, dict[str, Any]]] = [("", function.__globals__)]
-        known = {id(function.__globals__)}
-        for before, scope in scopes:  # grows while it is gone through: a module may be one of a package
-            for name in names:
-                module = scope.get(name, None if before else sys.modules.get(name))  # or imported in the function
-                if not isinstance(module, types.ModuleType) or id(vars(module)) in known:
-                    continue
-                known.add(id(vars(module)))
-                if module.__name__.partition(".")[0] not in _LIBRARIES:
-                    scopes.append((f"{before}{name}.", vars(module)))
-        for before, scope in scopes:
+        scopes: dict[str, dict[str, Any]] = {"": function.__globals__}
+        for name in names:
+            module = function.__globals__.get(name)
+            if isinstance(module, types.ModuleType) and module.__name__.partition(".")[0] not in _LIBRARIES:
+                scopes[f"{name}."] = vars(module)
+        for before, scope in scopes.items():
             for name in names:
                 if name in scope and not isinstance(scope[name], types.ModuleType):
                     read, write = partial(scope.__getitem__, name), partial(scope.__setitem__, name)
