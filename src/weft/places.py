@@ -71,9 +71,9 @@ def attributes_of(things: Iterable[tuple[str, Any]]) -> Iterator[Place]:
                 yield Place(path, path, name, value, partial(own.__getitem__, name), partial(own.__setitem__, name))
 
 
-def methods_of(kind: type) -> Iterator[types.FunctionType]:
-    """The functions that a class defines itself."""
-    return (value for value in vars(kind).values() if isinstance(value, types.FunctionType))
+def members_of(kind: type) -> Iterable[tuple[str, Any]]:
+    """What a class defines itself, by name: functions, values."""
+    return vars(kind).items()
 
 
 def places(problem: nn.Module, everything: bool = False) -> Iterator[Place]:

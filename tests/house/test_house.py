@@ -331,7 +331,7 @@ def test_what_modules_hold_is_walked_through_in_one_place() -> None:
         "weft.loop.trainer",  # its own options
         "weft.integrations.neuromancer.trainer",  # methods of a callback's class
         "weft.loop.misspelt",  # methods of a trainer's class
-        "weft.loop.settings",  # what a scheduler was made with
+        "weft.loop.made",  # what a scheduler was made with
         "weft.loop.watching",  # attributes of hooks
         "weft.step.trained",  # attributes of hooks and trainers
     }

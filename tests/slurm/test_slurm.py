@@ -50,7 +50,7 @@ def _tensors(thing: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 
 
 @functools.cache
-def undisturbed(workers: int, seed: int = 0) -> str:
+def digest_undisturbed(workers: int, seed: int = 0) -> str:
     """The digest of the weights of a run that nobody disturbs."""
     from weft import cli
 
@@ -82,7 +82,7 @@ def test_a_job_that_is_signalled_comes_back_and_ends_with_the_same_bits(
     cluster.call("scancel", "-s", "USR1", job.job)  # what --signal=USR1@300 sends before the time limit
     until(lambda: events.state(job.folder) == "queued")
     assert job.result(patience()).epochs == 5 and job.state == "finished"
-    assert digest_of(job.folder) == undisturbed(workers) != undisturbed(workers, seed=1)
+    assert digest_of(job.folder) == digest_undisturbed(workers) != digest_undisturbed(workers, seed=1)
     happened = [e["event"] for e in events.events(job.folder)]
     assert happened == ["submitted", "started", "requeued", "started", "finished"]
     assert cluster.job(job.job)["Restarts"] == "1" and "epoch" in job.log()
@@ -100,7 +100,7 @@ def test_a_job_that_is_preempted_comes_back_and_ends_with_the_same_bits(
     cluster.call("sbatch", "-p", "urgent", "-n", str(cluster.cpus), "--output=/dev/null", "--wrap", "sleep 1")
     until(lambda: events.state(job.folder) in ("preempted", "queued"))
     assert job.result(patience()).epochs == 5
-    assert digest_of(job.folder) == undisturbed(workers) and int(cluster.job(job.job)["Restarts"]) >= 1
+    assert digest_of(job.folder) == digest_undisturbed(workers) and int(cluster.job(job.job)["Restarts"]) >= 1
 
 
 @pytest.mark.long
@@ -111,7 +111,7 @@ def test_a_job_that_comes_to_its_time_limit_comes_back_and_ends_with_the_same_bi
     (project / "module.py").write_text(module)
     job = weft.submit("run.yaml", name="t", slurm={"time": 3}, grace=60)
     assert job.result(patience()).epochs == 5
-    assert digest_of(job.folder) == undisturbed(0)
+    assert digest_of(job.folder) == digest_undisturbed(0)
     (left,) = [e for e in events.events(job.folder) if e["event"] == "requeued"]
     assert 0 < left["step"] < 60 and cluster.job(job.job)["Restarts"] == "1"
 
@@ -124,7 +124,7 @@ def test_a_signal_before_training_begins_costs_nothing(project: Path, cluster: o
     time.sleep(1.0)
     cluster.call("scancel", "-s", "USR1", job.job)
     job.result(patience())
-    assert digest_of(job.folder) == undisturbed(0) and cluster.job(job.job)["Restarts"] == "1"
+    assert digest_of(job.folder) == digest_undisturbed(0) and cluster.job(job.job)["Restarts"] == "1"
 
 
 @pytest.mark.long

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from weft.devices.seeding import random_state, set_random_state, with_arrays, with_tensors
-from weft.places import attributes_of, methods_of, slots_of
+from weft.places import attributes_of, members_of, slots_of
 
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
@@ -84,9 +84,11 @@ def _parts(thing: Any) -> Iterator[tuple[str, Any]]:
     for kind in [] if isinstance(thing, FunctionType) else type(thing).__mro__[-2::-1]:
         if kind.__module__.startswith("torch."):
             continue
-        for function in methods_of(kind):
-            yield from globals_of(function)
-        yield from ((f".{name}", value) for name, value in vars(kind).items() if isinstance(value, GENERATORS))
+        for name, value in members_of(kind):
+            if isinstance(value, FunctionType):
+                yield from globals_of(value)
+            elif isinstance(value, GENERATORS):
+                yield f".{name}", value
         yield from ((f".{slot}", getattr(thing, slot)) for slot in slots_of(kind) if hasattr(thing, slot))
     yield from ((f".{p.name}", p.value) for p in attributes_of([("", thing)]) if p.name != "_iterator")
 

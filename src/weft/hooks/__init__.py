@@ -18,10 +18,10 @@ SWA                   Stochastic weight averaging: the mean of the weights at th
 SelfAdaptive          Weights that are maximised while the parameters minimise, for terms that stay wrong.
 SimpleProfiler        A stopwatch for the parts of the training.
 SoftAdapt             Softmax of the rates at which losses change: terms that shrink least get more weight.
-WeightHistograms      Logs the distribution of each parameter, every `every` epochs.
-freeze                Let the parameters of these nodes or submodules train no more, until `unfreeze`.
+WeightHistograms      Logs the distribution of each parameter, every `every` epochs (>= 1, else ValueError).
+freeze                Let the parameters of these nodes or submodules of `problem` train no more, until `unfreeze`.
 load_node             The problem, whose part `node` now holds the weights that stand in a file.
-unfreeze              Let the parameters of these nodes or submodules train again. Call before the fit.
+unfreeze              Let the parameters of these nodes or submodules of `problem` train again. Call before the fit.
 """
 
 from typing import TYPE_CHECKING

@@ -147,8 +147,8 @@ def _run_after(trainer: Any, problem: nn.Module, told: dict[str, Any]) -> Run:
     trainer.state.update(state["state"])
     put_back_hooks([*(m for m in problem.modules() if isinstance(m, Hook)), *trainer.hooks], state)
     values = told["returned"]
-    run.state.kept.run_dir = None if values["run_dir"] is None else Path(values["run_dir"])
-    run.state.kept.resumed_from = None if told["resumed_from"] is None else Path(told["resumed_from"])
+    run_dir, resumed_from = values["run_dir"], told["resumed_from"]
+    run.state.kept.goes_on_from(resumed_from and Path(resumed_from), run_dir and Path(run_dir))
     run.result = FitResult(**{**values, "run_dir": run.run_dir})
     run.state.control.stop_reason = run.result.stop_reason
     seeding.set_random_state({**state["random"], "cuda": []})  # as if the first process had been this one

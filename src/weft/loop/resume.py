@@ -60,7 +60,7 @@ def find_state(state: RunState, resume: str) -> dict[str, Any] | None:
     if found is None:
         return None
     saved, path = found[0], found[1].absolute()
-    state.kept.resumed_from, state.kept.run_dir = path, folders.folder_of(path) or state.kept.run_dir
+    state.kept.goes_on_from(path, folders.folder_of(path) or state.kept.run_dir)
     _put_back_numbers(state, saved)
     return saved
 

@@ -15,9 +15,9 @@ curves                The losses of `result` over its epochs, one line a split, 
 field                 A field over a grid, with a `reference` also that and the absolute error.
 phase_portrait        Paths in the plane of two states, a dot where each begins.
 rollout               Trajectories over time, one colour each, with their bounds.
-save_summary          Write a picture of `curves` and below it all `terms` to `path` (its ending names the format).
+save_summary          Write a picture of the `curves` of `result`, all `terms` below them, to `path` (its ending names the format).
 search                The values of a sweep's trials in order with the best so far, and over each of its parameters.
-series                Values by epoch of several runs, one line each under its name.
+series                The values of several runs, by name and epoch, one line each under its name.
 solution_map          Filled contours of `fn(x, y)` over a rectangle, with a colour bar.
 spectrum              The eigenvalues of a square matrix in the complex plane, with the unit circle.
 terms                 One axes for each named term and constraint violation of `result`, train and dev in each.

@@ -179,7 +179,7 @@ def wrong_loss(loss: Any, key: str, problem: nn.Module, out: Any, split: str) ->
 
 
 def reached_outside(reached: Sequence[Any]) -> str:
-    """What to say of tensors that a loss reached and nothing trains (`trained.Outside`), by the first one's owner."""
+    """What to say of tensors that a loss reached and nothing trains (`reached.Outside`), by the first one's owner."""
     place = reached[0].place
     more = [found.place for found in reached if found.place.owner == place.owner]
     found = ", ".join(f"{p.name} of shape {tuple(p.value.shape)}" for p in more[:5])

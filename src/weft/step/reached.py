@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -10,10 +10,18 @@ from weft.places import Place
 from weft.problem.pairs import tensors_in
 from weft.problem.problem import Problem
 from weft.step.optimizers import parameters_of
-from weft.step.trained import Outside
 
 if TYPE_CHECKING:
     from weft.step.state import RunState
+
+
+class Outside(NamedTuple):
+    """A tensor that is not trained: where it is, and what it has as a gradient before the step."""
+
+    place: Place
+    of_node: bool
+    """Whether it is a node or term of a `weft.Problem` that reaches it."""
+    gradient: Any = None
 
 
 def tell_of_met(state: RunState, losses: Any) -> None:

@@ -153,6 +153,10 @@ class Training:
         """Know what `problem` has to train at this moment, when the optimizers are there."""
         self.registered = {id(p): p for p in problem.parameters() if p.requires_grad}
 
+    def judge(self, tensors: set[int]) -> None:
+        """Know these, by id: where losses may reach them was looked at."""
+        self.judged = tensors
+
     def watch_for(self, outside: dict[int, Any], looks: int) -> None:
         """Have losses of so many updates looked at, the open one included, for these."""
         self.outside, self.looks, self.unknown = outside, looks, self.unknown if looks else {}
@@ -269,6 +273,10 @@ class Kept:
         self.random_before_epoch = saved["random_before_epoch"]
         self.generators_before_epoch = saved["generators_before_epoch"]
         self.random_to_resume, self.generators_to_resume = saved["random"], saved["generators"]
+
+    def goes_on_from(self, path: Path | None, run_dir: Path | None) -> None:
+        """Write into `run_dir` what follows the checkpoint `path`."""
+        self.resumed_from, self.run_dir = path, run_dir
 
     def has_best(self, best: Best) -> None:
         """A checkpoint holds these best weights."""

@@ -9,15 +9,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from weft.places import Place, places, places_behind
+from weft.places import places, places_behind
 from weft.problem.problem import Problem
 from weft.step.optimizers import parameters_of
+from weft.step.reached import Outside, leaves, tell_of_met
 
 if TYPE_CHECKING:
     from weft.step.state import RunState
@@ -88,15 +89,6 @@ def clear_gradients(state: RunState) -> None:
 # ---- what a loss reaches besides what is trained ---------------------------------------------------------------------
 
 
-class Outside(NamedTuple):
-    """A tensor that is not trained: where it is, and what it has as a gradient before the step."""
-
-    place: Place
-    of_node: bool
-    """Whether it is a node or term of a `weft.Problem` that reaches it."""
-    gradient: Any = None
-
-
 def mark_of(found: Outside) -> Any:
     """What changes when a backward reaches it."""
     grad = found.place.value.grad
@@ -122,13 +114,11 @@ def outside_of(state: RunState) -> dict[int, Outside]:
     # an optimizer that a hook, a step or a trainer steps by itself (ascent on a weight, say) trains what it holds
     others = [each.place.value for each in found.values() if isinstance(each.place.value, Optimizer)]
     trained |= {id(p) for optimizer in others for p in parameters_of(optimizer)}
-    from weft.step.reached import leaves
-
     for each in [e for e in found.values() if isinstance(e.place.value, Tensor) and e.place.value.grad_fn is not None]:
         for key, leaf in leaves(each.place.value).items():  # of a view of a parameter, the parameter
             name = f"{each.place.name} (made of it)"
             found.setdefault(key, each._replace(place=each.place._replace(name=name, value=leaf)))
-    state.training.judged = {key for key, each in found.items() if isinstance(each.place.value, Tensor)} | trained
+    state.training.judge({key for key, each in found.items() if isinstance(each.place.value, Tensor)} | trained)
     outside = {
         key: each._replace(gradient=mark_of(each))
         for key, each in found.items()
@@ -168,6 +158,4 @@ def look(state: RunState, losses: Any) -> None:
 
     ValueError where a node or term of a `weft.Problem` reaches it, else one warning.
     """
-    from weft.step.reached import tell_of_met
-
     tell_of_met(state, losses)

@@ -20,7 +20,7 @@ Start = Callable[[list[str], Path], None]
 """Runs `tests.helpers.twin_processes` with these arguments; there is a folder for what is beside."""
 
 
-def by_script(arguments: list[str], aside: Path, launcher: tuple[str, ...] = ()) -> None:
+def from_a_script(arguments: list[str], aside: Path, launcher: tuple[str, ...] = ()) -> None:
     command = [sys.executable, *launcher, "-m", "tests.helpers.twin_processes", *arguments]
     environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=patience())
@@ -28,14 +28,14 @@ def by_script(arguments: list[str], aside: Path, launcher: tuple[str, ...] = ())
 
 
 def by_torchrun(arguments: list[str], aside: Path) -> None:
-    by_script(arguments, aside, ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"))
+    from_a_script(arguments, aside, ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"))
 
 
 STARTS: dict[str, tuple[Start, str, str]] = {
-    "script": (by_script, "ddp", "plain"),
-    "manual optimization": (by_script, "ddp", "manual"),
+    "script": (from_a_script, "ddp", "plain"),
+    "manual optimization": (from_a_script, "ddp", "manual"),
     "torchrun": (by_torchrun, "ddp", "accumulated"),
-    "spawn": (by_script, "ddp_spawn", "to a step"),
+    "spawn": (from_a_script, "ddp_spawn", "to a step"),
 }
 
 

@@ -222,7 +222,7 @@ def stopping_at_third(module: Any, batch: Any, batch_idx: int) -> Any:
     return scaled_loss(module, batch, batch_idx)
 
 
-class Frozen(Classifier):
+class FrozenBackbone(Classifier):
     """A part that is not trained stays in eval mode, and the weights saved are the others."""
 
     def __init__(self) -> None:
@@ -304,7 +304,7 @@ def with_gradients() -> Any:
 
 
 SCRIPTS: dict[str, Script] = {
-    "a frozen part": one_fit(Frozen, class_loader, class_loader),
+    "a frozen part": one_fit(FrozenBackbone, class_loader, class_loader),
     "an optimizer of two modes": one_fit(
         boring_with(
             configure_optimizers=lambda self: TwoModes(self.parameters(), lr=0.1),

@@ -31,6 +31,7 @@ from weft.integrations.lightning.names import is_a, lightning_class, names_expli
 from weft.integrations.lightning.strategy import Strategy
 from weft.integrations.lightning.update import automatic, manual
 from weft.loop.run import Run
+from weft.places import attributes_of
 from weft.step.history import Progress
 from weft.step.state import ROW_NAMES, Control, Feed
 
@@ -86,7 +87,7 @@ class FitRun(Run):
     def bind(self) -> None:
         """The update, with the callbacks, hooks and steps of now: scripts exchange them between epochs."""
         self.callbacks: list[Any] = self.view.callbacks  # type: ignore[attr-defined]
-        own = [v for owner in (self.module, *self.callbacks) for v in vars(owner).values() if callable(v)]
+        own = [p.value for p in attributes_of(("", o) for o in (self.module, *self.callbacks)) if callable(p.value)]
         found = [self.module.automatic_optimization, *self.callbacks, *own]
         if len(found) == len(self.bound) and all(map(is_, found, self.bound)):
             return

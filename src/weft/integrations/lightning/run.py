@@ -348,7 +348,7 @@ class LightningRun(Run):
         return every != 1 and (self.batch_idx + 1) % every != 0 and not (self.is_last_batch or self.skip_rest_of_epoch)
 
     def count_optimizer_step(self, what: str = "completed") -> None:
-        """The step of an optimizer is "ready" or "completed"."""
+        """The step of an optimizer is `what`: "ready" or "completed"."""
         self.progress.step += what == "completed"
 
     def end_batch(self, batch: Any, loss: Tensor, stepped: bool) -> None:
