@@ -60,7 +60,7 @@ def by_updates(trainer: weft.Trainer, problem: Any, data: Any) -> Any:
     return run.result
 
 
-def loop_by_hand(trainer: weft.Trainer, problem: Any, data: Any) -> Any:
+def steps_by_hand(trainer: weft.Trainer, problem: Any, data: Any) -> Any:
     """A loop of one's own with its own loss, backward and step."""
     with trainer.start(problem, data) as run:
         for epoch in run.epochs():
@@ -71,7 +71,7 @@ def loop_by_hand(trainer: weft.Trainer, problem: Any, data: Any) -> Any:
     return run.result
 
 
-LOOPS = {"fit": None, "own loop, updates": by_updates, "own loop, by hand": loop_by_hand}
+LOOPS = {"fit": None, "own loop, updates": by_updates, "own loop, by hand": steps_by_hand}
 KINDS = ["plain"] * 8 + ["compiled", "two processes"]
 NOT_BY_HAND = ("accumulate", "training_step", "phases", "validate_every")
 """Options that a loop by hand would have to obey itself."""

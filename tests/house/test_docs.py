@@ -112,7 +112,7 @@ def public_names() -> dict[str, Any]:
     return {name: thing for name, thing in found.items() if callable(thing)}
 
 
-def text_of(name: str, thing: Any, names: dict[str, Any]) -> str:
+def docs_of(name: str, thing: Any, names: dict[str, Any]) -> str:
     """The docstring, with those of the public names that it sends its reader to ("see `less_equal`")."""
     text = inspect.getdoc(thing) or ""
     for base in thing.__mro__ if inspect.isclass(thing) else ():
@@ -130,7 +130,7 @@ def text_of(name: str, thing: Any, names: dict[str, Any]) -> str:
 
 def missing_words(name: str, thing: Any, names: dict[str, Any]) -> list[str]:
     """Its arguments that the text does not name; "raises" where the function itself raises and the text is silent."""
-    text = text_of(name, thing, names)
+    text = docs_of(name, thing, names)
     if inspect.isclass(thing) and issubclass(thing, Exception):
         return []
     parameters = inspect.signature(thing).parameters.values()

@@ -27,7 +27,7 @@ class Fit(torch.nn.Module):
         return {f"{batch['name']}_loss": (self.net(batch["x"]) - 3 * batch["x"]).square().mean()}
 
 
-def plain_sgd(lr: float, **options: Any) -> Any:
+def sgd_of(lr: float, **options: Any) -> Any:
     return lambda parameters: torch.optim.SGD(parameters, lr=lr, **options)
 
 
@@ -52,22 +52,20 @@ def fit(
 
 def test_a_changed_schedule_is_named_and_can_be_made_to_win(tmp_path: Path) -> None:
     for root in (tmp_path / "old", tmp_path / "new"):
-        assert fit(root, 4, plain_sgd(0.01), cosine_rates(4))[:2] == ([0.01, 0.0085, 0.005, 0.0015], "")
-    rates, told, _ = fit(tmp_path / "old", 8, plain_sgd(0.01), cosine_rates(8))
+        assert fit(root, 4, sgd_of(0.01), cosine_rates(4))[:2] == ([0.01, 0.0085, 0.005, 0.0015], "")
+    rates, told, _ = fit(tmp_path / "old", 8, sgd_of(0.01), cosine_rates(8))
     assert rates == [0.0, 0.0015, 0.005, 0.0085]
     assert "scheduler default: CosineAnnealingLR(T_max=4, eta_min=0.0) -> CosineAnnealingLR(T_max=8" in told
     assert "In force is the checkpoint's scheduler default." in told and "renew=('scheduler',)" in told
     assert "(CosineAnnealingLR, T_max=4) is used up" in told
-    rates, told, _ = fit(tmp_path / "new", 8, plain_sgd(0.01), cosine_rates(8), renew=("optimizer", "scheduler"))
-    assert (
-        rates == [0.005, 0.0031, 0.0015, 0.0004] == fit(tmp_path / "whole", 8, plain_sgd(0.01), cosine_rates(8))[0][4:]
-    )
+    rates, told, _ = fit(tmp_path / "new", 8, sgd_of(0.01), cosine_rates(8), renew=("optimizer", "scheduler"))
+    assert rates == [0.005, 0.0031, 0.0015, 0.0004] == fit(tmp_path / "whole", 8, sgd_of(0.01), cosine_rates(8))[0][4:]
     assert "In force is what stands here now." in told and "used up" not in told
 
 
 CHANGES = {
-    "a rate": (plain_sgd(0.01), plain_sgd(0.0001), 0.01, 0.0001, "lr"),
-    "a decay": (plain_sgd(0.01), plain_sgd(0.01, weight_decay=0.1), 0, 0.1, "weight_decay"),
+    "a rate": (sgd_of(0.01), sgd_of(0.0001), 0.01, 0.0001, "lr"),
+    "a decay": (sgd_of(0.01), sgd_of(0.01, weight_decay=0.1), 0, 0.1, "weight_decay"),
     "betas": (torch.optim.Adam, partial(torch.optim.Adam, betas=(0.5, 0.9)), (0.9, 0.999), (0.5, 0.9), "betas"),
 }
 
@@ -125,9 +123,9 @@ def test_groups_of_an_optimizer_are_compared_one_by_one(tmp_path: Path) -> None:
     ],
 )
 def test_any_argument_of_a_schedule_is_compared(before: Any, after: Any, tmp_path: Path) -> None:
-    fit(tmp_path, 2, plain_sgd(0.01), before)
-    assert fit(tmp_path, 3, plain_sgd(0.01), before)[1] == ""  # negative control
-    assert "scheduler default: " in fit(tmp_path, 4, plain_sgd(0.01), after)[1]
+    fit(tmp_path, 2, sgd_of(0.01), before)
+    assert fit(tmp_path, 3, sgd_of(0.01), before)[1] == ""  # negative control
+    assert "scheduler default: " in fit(tmp_path, 4, sgd_of(0.01), after)[1]
 
 
 class Decay:
@@ -189,9 +187,9 @@ FUNCTIONS: dict[str, Any] = {
 def test_changed_functions_of_a_schedule_are_named_and_in_force(way: str, tmp_path: Path) -> None:
     """Torch saves none of them, so the checkpoint's cannot be."""
     make = FUNCTIONS[way]
-    fit(tmp_path, 2, plain_sgd(0.1), make(0.5))
-    assert fit(tmp_path, 3, plain_sgd(0.1), make(0.5))[1] == ""  # negative control
-    rates, told, _ = fit(tmp_path, 5, plain_sgd(0.1), make(0.9))
+    fit(tmp_path, 2, sgd_of(0.1), make(0.5))
+    assert fit(tmp_path, 3, sgd_of(0.1), make(0.5))[1] == ""  # negative control
+    rates, told, _ = fit(tmp_path, 5, sgd_of(0.1), make(0.9))
     assert "Changed since: functions of scheduler default: " in told and "In force is what stands here now" in told
     assert rates == [0.0125, round(0.1 * 0.9**4, 4)]  # that of the epoch that had begun, then the new ones
 
@@ -200,8 +198,8 @@ def test_a_changed_frequency_of_a_schedule_is_named_and_in_force(tmp_path: Path)
     def each(n: int) -> weft.Schedule:
         return weft.Schedule(lambda o: lr_scheduler.ExponentialLR(o, 0.5), frequency=n)
 
-    fit(tmp_path, 2, plain_sgd(0.1), each(1))
-    rates, told, _ = fit(tmp_path, 6, plain_sgd(0.1), each(2))
+    fit(tmp_path, 2, sgd_of(0.1), each(1))
+    rates, told, _ = fit(tmp_path, 6, sgd_of(0.1), each(2))
     assert "turns of scheduler default: nothing -> each 2, by None" in told
     assert "In force is what stands here now" in told and rates == [0.025, 0.025, 0.0125, 0.0125]
 
@@ -220,27 +218,27 @@ def test_a_schedule_of_any_class_is_renewed(tmp_path: Path) -> None:
         def load_state_dict(self, state: dict[str, Any]) -> None:
             pass
 
-    whole = fit(tmp_path / "whole", 4, plain_sgd(0.1), lambda o: Halving(o, 0.8))[0]
-    fit(tmp_path / "cut", 2, plain_sgd(0.1), lambda o: Halving(o, 0.5))
+    whole = fit(tmp_path / "whole", 4, sgd_of(0.1), lambda o: Halving(o, 0.8))[0]
+    fit(tmp_path / "cut", 2, sgd_of(0.1), lambda o: Halving(o, 0.5))
     assert (
-        fit(tmp_path / "cut", 4, plain_sgd(0.1), lambda o: Halving(o, 0.8), renew=("optimizer", "scheduler"))[0]
+        fit(tmp_path / "cut", 4, sgd_of(0.1), lambda o: Halving(o, 0.8), renew=("optimizer", "scheduler"))[0]
         == whole[2:]
     )
 
 
 def test_a_new_schedule_is_as_far_as_one_that_was_there_from_the_beginning(tmp_path: Path) -> None:
     for number, schedule in enumerate((lambda o: lr_scheduler.StepLR(o, 3, 0.1), lr_scheduler.ReduceLROnPlateau)):
-        expected = fit(tmp_path / f"whole-{number}", 6, plain_sgd(0.01), schedule)[0]
-        fit(tmp_path / str(number), 4, plain_sgd(0.01))
-        assert fit(tmp_path / str(number), 6, plain_sgd(0.01), schedule, renew="scheduler")[0] == expected[4:]
+        expected = fit(tmp_path / f"whole-{number}", 6, sgd_of(0.01), schedule)[0]
+        fit(tmp_path / str(number), 4, sgd_of(0.01))
+        assert fit(tmp_path / str(number), 6, sgd_of(0.01), schedule, renew="scheduler")[0] == expected[4:]
 
 
 def test_another_class_of_schedule_is_refused_unless_it_is_renewed(tmp_path: Path) -> None:
-    fit(tmp_path, 2, plain_sgd(0.01), cosine_rates(9))
+    fit(tmp_path, 2, sgd_of(0.01), cosine_rates(9))
     exponential = partial(lr_scheduler.ExponentialLR, gamma=0.5)
     with pytest.raises(ValueError, match=r"schedulers: .*CosineAnnealingLR.*renew='scheduler'"):
-        fit(tmp_path, 4, plain_sgd(0.01), exponential)
-    assert fit(tmp_path, 4, plain_sgd(0.01), exponential, renew="scheduler")[0] == [0.0025, 0.0013]
+        fit(tmp_path, 4, sgd_of(0.01), exponential)
+    assert fit(tmp_path, 4, sgd_of(0.01), exponential, renew="scheduler")[0] == [0.0025, 0.0013]
 
 
 def test_changed_phases_are_named(tmp_path: Path) -> None:
@@ -294,7 +292,7 @@ def test_a_setup_function_cannot_have_an_argument_of_fit(kind: Any, name: str) -
     ],
 )
 def test_a_second_fit_says_that_its_schedule_is_used_up(schedule: Any, option: str) -> None:
-    trainer, problem = weft.Trainer(epochs=4, optimizer=plain_sgd(0.01), scheduler=schedule, progress=False), Fit()
+    trainer, problem = weft.Trainer(epochs=4, optimizer=sgd_of(0.01), scheduler=schedule, progress=False), Fit()
     trainer.fit(problem, {"x": X})
     with pytest.warns(UserWarning, match=rf"{option}\) is used up: it has made 4 steps"):
         trainer.fit(problem, {"x": X}, epochs=0)
@@ -324,7 +322,7 @@ SEVERAL: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("what", SEVERAL)
 def test_schedules_of_several_and_rates_of_nothing_are_told_in_a_second_fit(what: str) -> None:
     schedule, message = SEVERAL[what]
-    trainer, problem = weft.Trainer(epochs=4, optimizer=plain_sgd(0.01), scheduler=schedule, progress=False), Fit()
+    trainer, problem = weft.Trainer(epochs=4, optimizer=sgd_of(0.01), scheduler=schedule, progress=False), Fit()
     trainer.fit(problem, {"x": X})
     with pytest.warns(UserWarning, match=message) as told:
         trainer.fit(problem, {"x": X}, epochs=0)
@@ -341,7 +339,7 @@ def test_schedules_of_several_and_rates_of_nothing_are_told_in_a_second_fit(what
     ],
 )
 def test_a_second_fit_within_its_schedule_says_nothing(schedule: Any) -> None:
-    trainer, problem = weft.Trainer(epochs=2, optimizer=plain_sgd(0.01), scheduler=schedule, progress=False), Fit()
+    trainer, problem = weft.Trainer(epochs=2, optimizer=sgd_of(0.01), scheduler=schedule, progress=False), Fit()
     trainer.fit(problem, {"x": X})
     trainer.fit(problem, {"x": X})
 

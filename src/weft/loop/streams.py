@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 
 class Lasting:
@@ -37,6 +37,7 @@ def _tried(call: Callable[..., Any], *args: Any) -> Any:
 @contextmanager
 def lasting_streams() -> Iterator[None]:
     """Within: sys.stdout and sys.stderr are Lasting. Not where a process has none, or an outer fit sees to it."""
-    out, err = (f if isinstance(f, Lasting | None) else Lasting(f) for f in (sys.stdout, sys.stderr))
+    given: list[Any] = [sys.stdout, sys.stderr]
+    out, err = (f if isinstance(f, Lasting | None) else cast(Any, Lasting(f)) for f in given)
     with redirect_stdout(out), redirect_stderr(err):
         yield

@@ -96,6 +96,7 @@ def noted(state: RunState, optimizers: Sequence[Optimizer], scaled: bool) -> Dou
 
 def doubts_in(state: RunState) -> Doubts:
     """Those of the run, made when the first step may be noted."""
-    if state.step.doubts is None:
-        state.step.note_in(Doubts(state.fabric.device))
-    return state.step.doubts
+    doubts = state.step.doubts
+    if doubts is None:
+        state.step.note_in(doubts := Doubts(state.fabric.device))
+    return doubts

@@ -199,10 +199,12 @@ OF_OTHERS = {
     ]
 }
 OF_OTHERS |= {"every_n_steps", "every_n_seconds"}
-_HOMES = dict.fromkeys(("keep", "best", "every_n_steps", "every_n_seconds"), "checkpoint=dict({ours}={value})")
+_HOMES: dict[str, str] = dict.fromkeys(
+    ("keep", "best", "every_n_steps", "every_n_seconds"), "checkpoint=dict({ours}={value})"
+)
 _HOMES |= dict.fromkeys(("trials", "workers", "name"), "weft.sweep(run, space, {ours}={value})")
 """Of weft's words in `SAME` those that are no options of the trainer."""
-_SAME = {word: (ours,) for word, ours in RENAMED.items()}
+_SAME: dict[str, tuple[str, ...]] = {word: (ours,) for word, ours in RENAMED.items()}
 for _ours, _words in SAME.items():
     for _word in _words.split():
         _SAME[_word] = (*_SAME.get(_word, ()), _ours)
