@@ -66,7 +66,7 @@ def in_words(value: Any, seen: dict[int, Any] | None = None, functions: list[str
         return repr(value.tolist()) if is_told else f"tensor of shape {tuple(value.shape)}"
     name, seen = type(value).__name__, {} if seen is None else seen
     if id(value) in seen or len(seen) >= MOST_WORDS or isinstance(value, _NAMED_ONLY):
-        return name
+        return str(name)
     seen[id(value)] = value  # which keeps the number from being used again
     if functions is not None and isinstance(value, FunctionType | MethodType | partial):
         functions.append(in_words(value, {}))

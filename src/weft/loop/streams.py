@@ -38,6 +38,6 @@ def _tried(call: Callable[..., Any], *args: Any) -> Any:
 def lasting_streams() -> Iterator[None]:
     """Within: sys.stdout and sys.stderr are Lasting. Not where a process has none, or an outer fit sees to it."""
     given: list[Any] = [sys.stdout, sys.stderr]
-    out, err = (f if isinstance(f, Lasting | None) else cast(Any, Lasting(f)) for f in given)
+    out, err = (cast(Any, f if isinstance(f, Lasting | None) else Lasting(f)) for f in given)
     with redirect_stdout(out), redirect_stderr(err):
         yield

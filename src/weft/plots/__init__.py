@@ -15,7 +15,7 @@ curves                The losses of `result` over its epochs, one line a split, 
 field                 A field over a grid, with a `reference` also that and the absolute error.
 phase_portrait        Paths in the plane of two states, a dot where each begins.
 rollout               Trajectories over time, one colour each, with their bounds.
-save_summary          Write a picture of `result`, curves and below them all `terms`, to `path` (its ending names the format).
+save_summary          Write a picture of `result`, curves above all `terms`, to `path` (its ending names the format).
 search                The values of a sweep's trials in order with the best so far, and over each of its parameters.
 series                The values of several runs, by name and epoch, one line each under its name.
 solution_map          Filled contours of `fn(x, y)` over a rectangle, with a colour bar.

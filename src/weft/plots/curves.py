@@ -67,7 +67,7 @@ def series(values: Mapping[str, Mapping[int, float]], ax: Axes | None = None, yl
 
 
 def save_summary(result: Any, path: str | os.PathLike[str]) -> None:
-    """Write a picture of `result`, curves and below them all `terms`, to `path` (its ending names the format)."""
+    """Write a picture of `result`, curves above all `terms`, to `path` (its ending names the format)."""
     from matplotlib.figure import Figure
 
     names = _term_names(result.history)
