@@ -8,6 +8,7 @@ These are the rules of YAML 1.2's core schema; PyYAML alone follows 1.1.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -116,7 +117,12 @@ def only_files(path: str, flags: int) -> int:
 
     Raises ValueError for these.
     """
-    number = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+    try:
+        number = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket
+            raise ValueError(f"{path}: no regular file") from error
+        raise
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
         raise ValueError(f"{path}: no regular file")

@@ -64,6 +64,7 @@ def test_twenty_epochs_of_a_weft_problem_have_the_losses_of_eager() -> None:
     assert_agree(small_rosenbrock(), rosenbrock_data(), epochs=20, clip=1.0)
 
 
+@pytest.mark.long
 def test_twenty_epochs_in_float64_agree_to_ten_digits() -> None:
     assert_agree(
         small_rosenbrock(),
@@ -101,6 +102,7 @@ class Stateful(nn.Module):
         return {f"{batch['name']}_loss": loss, "size": y.abs().mean()}
 
 
+@pytest.mark.long
 def test_batch_norm_dropout_noise_buffers_and_the_epoch_are_those_of_eager() -> None:
     trainer = assert_agree(Stateful(), rosenbrock_data(train=43, batch_size=10), epochs=6)  # its last batch has 3 rows
     assert trainer.problem.seen == 43 * 6

@@ -239,7 +239,11 @@ MISTAKES: list[tuple[dict[str, Any], list[str], str]] = [
     ({"trainer": {"checkpoint": {"keep": 1}}}, [], "trainer.checkpoint.keep=1: must be at least 2"),
     ({"trainer": {"limit_batches": {"trian": 3}}}, [], "no split is named ['trian']"),
     ({"trainer": 5}, [], "trainer=5: expected a dict of options"),
-    ({"trainer": {"patience": 3, "monitor_metric": "dev_accuracy", "epochs": 2}}, [], "'dev_accuracy'"),
+    (
+        {"trainer": {"patience": 3, "monitor_metric": "dev_accuracy", "monitor_mode": "max", "epochs": 2}},
+        [],
+        "'dev_accuracy'",
+    ),
     ({"batches": {"batch_size": 0}}, [], "batches.batch_size=0: must be at least 1"),
     ({"batches": {"batchsize": 3}}, [], "did you mean 'batch_size'?"),
     ({"batches": {"num_workers": "every"}}, [], "batches.num_workers='every': expected a whole number or 'all'"),

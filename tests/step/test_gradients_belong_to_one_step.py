@@ -86,7 +86,7 @@ def test_gradients_of_an_earlier_phase_do_not_enter_the_next(make: Callable[[Two
 
 def test_with_the_clearing_switched_off_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weft.loop.run, "clear_gradients", lambda state: None)
-    monkeypatch.setattr(weft.loop.run, "clear", lambda parameters: None)
+    monkeypatch.setattr(weft.loop.run.Run, "begin_update", weft.loop.run.Run.begin_step)
     monkeypatch.setattr(weft.step.optimizer_step, "rest_of", lambda state: [])
     module = Two()
     result = weft.Trainer(progress=False, phases=phases(module, first)).fit(module, X)
