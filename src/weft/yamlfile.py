@@ -120,7 +120,7 @@ def only_files(path: str, flags: int) -> int:
     try:
         number = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
     except OSError as error:
-        if error.errno == errno.ENXIO:  # a socket
+        if error.errno in (errno.ENXIO, errno.ELOOP):  # a socket, a link to itself
             raise ValueError(f"{path}: no regular file") from error
         raise
     if not stat.S_ISREG(os.fstat(number).st_mode):
