@@ -157,7 +157,7 @@ class _Walk:
             if self.is_new(value):
                 from weft.referents import referents
 
-                for item in referents(value):
+                for item in referents(value, _of_library):
                     yield from self.into(item, name, partial(lambda i: i, item), None)
         elif isinstance(wrapped := getattr(value, "__dict__", {}).get("__wrapped__"), types.FunctionType):
             yield from self.into(wrapped, name, get, None)  # functools.cache
