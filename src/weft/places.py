@@ -114,7 +114,11 @@ def _is_opaque(kind: type) -> bool:
 
 
 def _of_library(kind: Any) -> bool:
-    return (getattr(kind, "__module__", None) or "").partition(".")[0] in _LIBRARIES
+    return _is_library(getattr(kind, "__module__", None))
+
+
+def _is_library(module: Any) -> bool:
+    return str(module).partition(".")[0] in _LIBRARIES
 
 
 class _Walk:
@@ -179,9 +183,10 @@ class _Walk:
         return self.everything or (callable(value) and hasattr(value, "__dict__"))
 
     def into_items(self, items: Any, name: str, get: Callable[[], Any], put: Any) -> Iterator[Place]:
-        """The items of a container; one of plain values only is a value itself."""
+        """The items of a container; one of plain values only is a value itself, as is the namespace of a library."""
         values = list(items.values()) if isinstance(items, dict) else list(items)
-        if set(map(type, values)) <= _PLAIN:
+        is_of_library = isinstance(items, dict) and "__spec__" in items and _is_library(items.get("__name__"))
+        if is_of_library or set(map(type, values)) <= _PLAIN:
             yield Place(self.path, self.owner, name, items, get, put)
             return
         keys = list(items) if isinstance(items, dict) else range(len(values))

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import weft
-from weft.data.data import evaluation_data
+from weft.data.evaluated import evaluation_data
 
 A, B = np.arange(12.0).reshape(6, 2), np.linspace(0, 1, 6)[:, None]
 

@@ -89,11 +89,6 @@ def find(folder: str | os.PathLike[str], which: str = "last") -> Path:
     return _first_whole(folder, which, "meta")[1]  # every byte is verified, but no numbers are loaded
 
 
-def latest(folder: str | os.PathLike[str]) -> Path:
-    """The path of the newest verified checkpoint: `find(folder, "last")`."""
-    return find(folder, "last")
-
-
 def load(
     place: str | os.PathLike[str], which: str = "last", map_location: Any = "cpu", *, with_shards: bool = True
 ) -> tuple[dict[str, Any], Path]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from weft.problem.constraints import Constraint
-from weft.problem.losses import PenaltyLoss, add_objectives, totals
-from weft.problem.terms import Objective
+from weft.problem.losses import PenaltyLoss
 from weft.types import Batch, suggest
 
 
@@ -60,23 +59,14 @@ class BarrierLoss(PenaltyLoss):
         self.barrier = barrier if callable(barrier) else barriers[barrier]
         self.upper_bound = upper_bound
 
-    def forward(
-        self, data: Batch, objectives: Iterable[Objective], constraints: Iterable[Constraint]
-    ) -> dict[str, Tensor]:
-        """Scalars by name, as PenaltyLoss; a constraint's contribution is barrier and penalty together."""
-        out: dict[str, Tensor] = {}
-        objective_terms = add_objectives(out, data, objectives)
-        penalties = []
-        for c in constraints:
-            value = c.value(data)
-            violation = c.violation(value)
-            cost = violation if c.norm == 1 else violation.square()
-            if c.sense != "==":
-                cost = torch.where(value < 0, self._clamped(value), cost)  # nan is not < 0, and stays nan
-            contribution = c.weight * c.shapes.mean(cost)
-            out[c.name], out[f"{c.name}_violation"] = contribution, c.shapes.mean(violation)
-            penalties.append(contribution)
-        return totals(out, objective_terms, penalties)
+    def penalty(self, constraint: Constraint, data: Batch) -> tuple[Tensor, Tensor]:
+        """Barrier and penalty of a constraint together, and its mean violation in `data`."""
+        c, value = constraint, constraint.value(data)
+        violation = c.violation(value)
+        cost = violation if c.norm == 1 else violation.square()
+        if c.sense != "==":
+            cost = torch.where(value < 0, self._clamped(value), cost)  # nan is not < 0, and stays nan
+        return c.weight * c.shapes.mean(cost), c.shapes.mean(violation)
 
     def _clamped(self, value: Tensor) -> Tensor:
         # Outside (value >= 0) the result is not used, but 0 * inf in its derivative would be nan; so stay just inside.

@@ -39,9 +39,13 @@ class PenaltyLoss(nn.Module):
         objective_terms = add_objectives(out, data, objectives)
         penalties = []
         for c in constraints:
-            out[c.name], out[f"{c.name}_violation"] = penalty, _ = c(data)
+            out[c.name], out[f"{c.name}_violation"] = penalty, _ = self.penalty(c, data)
             penalties.append(penalty)
         return totals(out, objective_terms, penalties)
+
+    def penalty(self, constraint: Constraint, data: Batch) -> tuple[Tensor, Tensor]:
+        """What a constraint adds to the loss of `data`, and its mean violation."""
+        return constraint(data)
 
 
 def add_objectives(out: dict[str, Tensor], data: Batch, objectives: Iterable[Objective]) -> list[Tensor]:
