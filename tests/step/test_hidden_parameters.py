@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed
 from torch import Tensor, nn
 
 import weft
@@ -264,3 +265,22 @@ def test_what_a_hidden_optimizer_of_a_hook_trains_is_no_finding() -> None:
     get = types.MappingProxyType(held)
     step = in_a_step(lambda x: get["w"] * x)
     assert fit(problem(None), training_step=step, hooks=[{"on_step_end": lambda *a: ascent.step()}]) == (8, [])
+
+
+LIBRARIES = {
+    "all modules": sys.modules,
+    "a namespace": vars(torch.distributed),
+    "its reader": vars(torch.distributed).get,
+    "a proxy of it": types.MappingProxyType({"distributed": torch.distributed}),
+    "modules to come": iter([torch, torch.distributed]),
+}
+
+
+@pytest.mark.parametrize("held", LIBRARIES)
+def test_libraries_that_a_node_holds_are_not_looked_through(held: str) -> None:
+    """Reading all that they hold would take long, recurse, and wake what warns when it is read."""
+    steps, told = fit(problem(lambda x: (LIBRARIES[held], x)[1]))
+    assert steps == 8 and told == []
+    hidden = {"held": LIBRARIES[held], "net": nn.Linear(1, 1)}  # beside them everything is looked through
+    steps, told = fit(problem(lambda x: hidden["net"](x)))
+    assert steps == 0 and len(told) == 1
