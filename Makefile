@@ -13,7 +13,7 @@ TEST_ENV := OMP_NUM_THREADS=1 NUMBA_DISABLE_JIT=1 MPLBACKEND=agg
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Other versions of torch that the compiled core is tested on; each takes some gigabytes beside .venv.
-TORCH ?= 2.11.0 2.12.1 2.14.1 2.15.0
+TORCH ?= 2.11.0 2.12.1 2.14.1
 CORE := tests/compile/test_quick_graphs.py tests/compile/test_compiled.py tests/compile/test_hard_to_trace.py \
 	tests/compile/test_torchs_bugs.py
 

@@ -58,7 +58,6 @@ def _no_load_runs_code(tmp_path: Path) -> None:
             partial(checkpoints.load, folder),
             partial(checkpoints.load, folder, "best"),
             partial(checkpoints.find, folder),
-            partial(checkpoints.latest, folder),
             partial(load_weights, problem, path),
             partial(load_weights, problem, folder),
         ]

@@ -317,7 +317,7 @@ def test_damaged_and_missing_pointers_do_not_hide_the_checkpoints(tmp_path: Path
         checkpoints.find(tmp_path, "newest")
     checkpoints.save(tmp_path, 2, state_of_step(2), best=True)
     (tmp_path / "last").unlink()
-    assert checkpoints.latest(tmp_path).name == "step-000000002.ckpt"
+    assert checkpoints.find(tmp_path).name == "step-000000002.ckpt"
     (tmp_path / "last").write_text("../../elsewhere/step-000000009.ckpt")
     (tmp_path / "best").write_bytes(b"\xff\x00")
     with pytest.warns(UserWarning, match="last is damaged"):

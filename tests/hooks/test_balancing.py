@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import weft
 from tests.helpers.bitwise import same
 from weft.hooks.balancing import Balancing
-from weft.problem.reading import set_term_weights, term_weights
+from weft.problem.weights import set_term_weights, term_weights
 from weft.step.state import RunState
 
 DTYPE = torch.float64

@@ -18,8 +18,8 @@ from weft.problem.lagrangian import AugmentedLagrangian
 from weft.problem.losses import PenaltyLoss
 from weft.problem.nodes import Node
 from weft.problem.problem import Problem
-from weft.problem.reading import set_term_weights
 from weft.problem.terms import objective
+from weft.problem.weights import set_term_weights
 
 # ---------------------------------------------------------------------------------------------------------------- terms
 

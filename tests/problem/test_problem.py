@@ -19,12 +19,11 @@ from weft.problem.problem import Problem
 from weft.problem.reading import (
     is_neuromancer,
     needs_grad_in_eval,
-    set_term_weights,
     term_keys,
-    term_weights,
 )
 from weft.problem.rollout import Rollout
 from weft.problem.terms import objective
+from weft.problem.weights import set_term_weights, term_weights
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from copy import copy
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -116,18 +115,6 @@ def start_processes(fabric: Fabric, timeout: float | None) -> None:
         from weft.devices.joining import join
 
         join(fabric, timeout, was_there)
-
-
-def let_others_end(fabric: Fabric) -> None:
-    """Wait for the processes that this script started, which leave because of a signal, too.
-
-    Fabric's watcher would take that for a failure, and kill this one. It watches the list that is emptied here.
-    """
-    started = getattr(getattr(fabric.strategy, "launcher", None), "procs", None) or []
-    others, started[:] = list(started), []
-    for process in others:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(30)
 
 
 @contextmanager

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import atexit
 import os
+import subprocess
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -65,3 +67,15 @@ def _limit_waiting(fabric: Fabric, timeout: float | None) -> None:
         mesh = getattr(fabric.strategy, "_device_mesh", None)  # of a problem in shards: it has groups of its own
         for group in (None, *(mesh.get_all_groups() if mesh is not None else ())):
             torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)
+
+
+def let_others_end(fabric: Fabric) -> None:
+    """Wait for the processes that this script started, which leave because of a signal, too.
+
+    Fabric's watcher would take that for a failure, and kill this one. It watches the list that is emptied here.
+    """
+    started = getattr(getattr(fabric.strategy, "launcher", None), "procs", None) or []
+    others, started[:] = list(started), []
+    for process in others:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(30)

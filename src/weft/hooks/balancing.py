@@ -31,7 +31,7 @@ from weft.hooks.terms import (
     trained_parameters,
     weights_of,
 )
-from weft.problem.reading import set_term_weights
+from weft.problem.weights import set_term_weights
 
 if TYPE_CHECKING:
     from weft.step.state import RunState

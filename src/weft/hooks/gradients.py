@@ -8,7 +8,7 @@ import torch
 
 from weft.events import Hook
 from weft.hooks.terms import term_gradients, trained_parameters
-from weft.problem.reading import term_weights
+from weft.problem.weights import term_weights
 from weft.step.optimizers import parameters_of
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from weft.events import Hook
 from weft.problem.named import submodule
-from weft.problem.reading import set_term_weights, term_weights
+from weft.problem.weights import set_term_weights, term_weights
 from weft.types import suggest
 
 

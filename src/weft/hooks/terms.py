@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from weft.data.batches import num_examples
 from weft.problem.named import submodule
 from weft.problem.outputs import forward_nodes
-from weft.problem.reading import term_weights
 from weft.problem.terms import argument_keys
+from weft.problem.weights import term_weights
 from weft.step.forward import forward_of
 from weft.types import suggest
 

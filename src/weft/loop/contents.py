@@ -20,7 +20,7 @@ from weft.devices.generators import generator_states
 from weft.devices.precision import scaler_of
 from weft.loop.order import generators_in
 from weft.loop.settings import fixed_settings, settings
-from weft.problem.reading import term_weights
+from weft.problem.weights import term_weights
 
 if TYPE_CHECKING:
     from weft.step.state import RunState

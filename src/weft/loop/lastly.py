@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 from weft.checkpoint import archive
-from weft.devices.fabric import let_others_end
+from weft.devices.joining import let_others_end
 from weft.devices.signals import SignalExit
 from weft.loop.contents import state_of_run
 from weft.step.state import RunState

@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from weft.data.data import Data, as_data
-from weft.problem.reading import set_term_weights
 from weft.step.optimizers import build_optimizers
 from weft.step.state import RunState
 from weft.step.trained import adopt
@@ -67,6 +66,8 @@ def put_in_force(state: RunState, anew: bool = True) -> None:
     unfreeze(state.training.frozen)
     if anew:
         if phase.weights:
+            from weft.problem.weights import set_term_weights
+
             set_term_weights(state.problem, dict(phase.weights))
         if phase.setup is not None:
             phase.setup(state.trainer)

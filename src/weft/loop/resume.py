@@ -41,7 +41,7 @@ from weft.loop.compatibility import compare
 from weft.loop.contents import FORMAT, PARTS, parameter_names, stateful
 from weft.loop.order import set_generators_in
 from weft.loop.phases import num_epochs, replaces_optimizers
-from weft.problem.reading import set_term_weights
+from weft.problem.weights import set_term_weights
 from weft.records import folders, lease
 from weft.step.state import FOUND_AGAIN
 
@@ -158,7 +158,7 @@ def leave_to_next_fit(state: RunState) -> None:
     """Train nothing: a script that fits several times was ended in a later fit than this one, which goes on instead."""
     progress, number = state.progress, state.control.number
     first, epochs = progress.fits[number]
-    state.control.stop_reason, progress.last_epoch = None, progress.epoch
+    state.leave_to_next()
     state.warn_once(
         f"{state.kept.resumed_from} was saved in fit {len(progress.fits) + 1} of this run: fit {number + 1}, of epochs "
         f"{first} to {first + epochs - 1}, was over and trains nothing now. The next fit goes on from the checkpoint. "

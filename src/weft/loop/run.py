@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -38,9 +38,12 @@ from weft.step.evaluation import add_up_terms, evaluate, monitored_metric
 from weft.step.forward import Forward, forward_of
 from weft.step.instrument import bind_watched, watched, watched_batches
 from weft.step.optimizer_step import look_back, statistics_of
-from weft.step.state import Listeners, Owner, RunState, Stage, Update
+from weft.step.state import Listeners, RunState, Stage, Update
 from weft.step.trained import clear_gradients, prepare_look
 from weft.step.update import built_in
+
+if TYPE_CHECKING:
+    from weft.step.owner import Owner
 
 
 class Run(Told, Seams):

@@ -1,18 +1,15 @@
-"""Reading any problem: its terms, their weights, its predictions."""
+"""Reading any problem: its terms and what it asks for."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from weft.problem.problem import Problem
-from weft.problem.terms import Term
-from weft.types import suggest
 
 
 def is_neuromancer(problem: nn.Module) -> bool:
@@ -45,36 +42,10 @@ def term_keys(problem: nn.Module, split: str) -> dict[str, str] | None:
     return {f"{split}_{name}": f"{split}_{key}" for name, key in keys.items()}
 
 
-def term_weights(problem: nn.Module) -> dict[str, Tensor | float]:
-    """The weight of each term by name, as it is now; empty for a plain module. A weft term's is the live tensor."""
-    return {name: term.weight for name, term in _terms(problem).items()}
-
-
-def set_term_weights(problem: nn.Module, weights: Mapping[str, float | Tensor]) -> None:
-    """Set the weights of the named terms, from the next batch on. Raises ValueError for a name that no term has."""
-    terms = _terms(problem)
-    for name in weights:
-        if name not in terms:
-            known = f"its terms are {list(terms)}" if terms else "it has no named terms"
-            raise ValueError(f"The problem has no term {name!r}: {known}{suggest(name, terms) or '.'}")
-    with torch.no_grad():
-        for name, value in weights.items():
-            if isinstance(terms[name], Term) or isinstance(terms[name].weight, nn.Parameter):
-                terms[name].weight.fill_(value)
-            else:
-                terms[name].weight = value
-
-
 def needs_grad_in_eval(modules: Iterable[nn.Module]) -> bool:
     """Whether one of a problem's modules asks for autograd in evaluation, by a true `grad_inference`."""
     # not getattr: where there is no such attribute, nn.Module takes 1.4 us a module to say so
     return any(vars(m).get("grad_inference", getattr(type(m), "grad_inference", False)) for m in modules)
-
-
-def _terms(problem: nn.Module) -> dict[str, Any]:
-    if isinstance(problem, Problem):
-        return dict(problem.terms)
-    return neuromancer_terms(problem) if is_neuromancer(problem) else {}
 
 
 def neuromancer_terms(problem: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from enum import Enum
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -43,6 +43,7 @@ from weft.step.throughput import Throughput
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
+    from weft.step.owner import Owner
     from weft.step.schedules import Scheduled
 
 
@@ -60,42 +61,6 @@ trial: ContextVar[Trial | None] = ContextVar("trial", default=None)
 
 Update = Callable[[Any], Tensor]
 """Batch (a list of batches when accumulating) -> the loss, detached and still on the device."""
-
-
-class Owner(Protocol):
-    """What a run asks of its trainer."""
-
-    options: dict[str, Any]
-    config: TrainerConfig
-    state: dict[str, Any]
-    hooks: list[Any]
-    phases: list[Phase]
-    callbacks: list[Any]
-    metric_functions: dict[str, Any]
-    launched: Any
-    recipe: dict[str, Any] | None
-    monitors_by_default: bool
-    names_are_apart: bool
-
-    def overrides(self, name: str) -> bool:
-        """Whether a method is the user's own."""
-        ...
-
-    def step_function(self, split: str, problem: nn.Module) -> Callable[[Any], Any]:
-        """What is called with each batch of `split`."""
-        ...
-
-    def configure_optimizers(self) -> Any:
-        """The optimizer(s) as they were given."""
-        ...
-
-    def update(self, batch: Any) -> Any:
-        """The user's own update, where it is overridden."""
-        ...
-
-    def default_hooks(self, state: RunState) -> list[Any]:
-        """The hooks that the options ask for."""
-        ...
 
 
 ROW_NAMES = ("epoch", "step", "time")
@@ -375,26 +340,11 @@ class RunState:
         if previous is None:
             kept = Kept(attributes(problem))
             return cls(trainer, problem, Training(phases), Feed(seeding.order_seed(config.seed)), kept, Control())
-        before = previous.kept
-        return cls(
-            trainer,
-            problem,
-            replace(previous.training, phases=phases, frozen=[], outside=None, compile_choice="eager"),
-            Feed(previous.feed.seed),
-            Kept(
-                before.attributes_at_start,
-                run_dir=before.run_dir,
-                best_saved=before.best_saved,
-                in_force=before.in_force,
-            ),
-            Control(
-                number=previous.control.number + 1,
-                seconds_before=previous.progress.seconds,
-            ),
-            previous.progress,
-            previous.history,
-            previous.best,
-        )
+        was, progress, number = previous.kept, previous.progress, previous.control.number + 1
+        training = replace(previous.training, phases=phases, frozen=[], outside=None, compile_choice="eager")
+        kept = Kept(was.attributes_at_start, was.run_dir, best_saved=was.best_saved, in_force=was.in_force)
+        control, feed = Control(number, seconds_before=progress.seconds), Feed(previous.feed.seed)
+        return cls(trainer, problem, training, feed, kept, control, progress, previous.history, previous.best)
 
     @property
     def config(self) -> TrainerConfig:
@@ -431,6 +381,10 @@ class RunState:
         """The checkpoint of a later fit of a script than this one: the next fit goes on from it."""
         is_of_later = len(self.progress.fits) > self.control.number
         return str(self.kept.resumed_from) if is_of_later and self.kept.resumed_from is not None else None
+
+    def leave_to_next(self) -> None:
+        """Train nothing in this fit: the next one goes on from what was read."""
+        self.control.stop_reason, self.progress.last_epoch = None, self.progress.epoch
 
     # ---- data
 
