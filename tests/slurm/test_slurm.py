@@ -71,15 +71,19 @@ def stepped(job: Any) -> bool:
     return events.last_step(job.folder) >= 7
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("workers", "to"),
+    [(0, []), *(pytest.param(w, to, marks=pytest.mark.long) for w, to in [(2, []), (0, ["--batch"]), (2, ["--full"])])],
+)
 def test_a_job_that_is_signalled_comes_back_and_ends_with_the_same_bits(
-    workers: int, project: Path, cluster: one_node.Cluster
+    workers: int, to: list[str], project: Path, cluster: one_node.Cluster
 ) -> None:
+    """`to`: the run alone, as --signal=USR1@300 does before the time limit; the batch shell alone; all processes."""
     job = weft.submit(one_node.write_config(project, workers), name="a", slurm={"time": 10})
     assert job.state == "queued" or job.state == "running"
     (project / "module.py").write_text("raise RuntimeError('edited after it was submitted')")
     until(lambda: stepped(job))
-    cluster.call("scancel", "-s", "USR1", job.job)  # what --signal=USR1@300 sends before the time limit
+    cluster.call("scancel", *to, "--signal=USR1", job.job)
     until(lambda: events.state(job.folder) == "queued")
     assert job.result(patience()).epochs == 5 and job.state == "finished"
     assert digest_of(job.folder) == digest_undisturbed(workers) != digest_undisturbed(workers, seed=1)
