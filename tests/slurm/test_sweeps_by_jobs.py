@@ -169,13 +169,13 @@ def test_a_sweep_within_a_job_is_requeued_once_and_goes_on(project: Path, cluste
     assert [len(lives(folder, n)) for n in range(4)] == [2, 2, 1, 1] and "was not requeued" not in told
 
 
-TRIALS, WORKERS = 200, 3
+TRIALS, WORKERS, MINUTES = 200, 3, 3
 
 
 def test_random_interruptions_lose_no_trial_and_finish_none_twice(project: Path, cluster: one_node.Cluster) -> None:
     train = trials_of(epochs=6, pause=0.02)
     options: dict[str, Any] = {"trials": TRIALS, **RANDOM}
-    slurm: dict[str, Any] = {"on": "slurm", "slurm": {"time": 3}, "grace": 60}
+    slurm: dict[str, Any] = {"on": "slurm", "slurm": {"time": MINUTES}, "grace": 60}
     sweep = weft.sweep(train, SPACE, workers=WORKERS, **slurm, **options)
     began, kinds = time.monotonic(), interrupt(sweep, cluster, lambda: weft.sweep(train, SPACE, **slurm, **options))
     found, seconds = sweep.result(patience()), time.monotonic() - began
@@ -200,25 +200,32 @@ def test_random_interruptions_lose_no_trial_and_finish_none_twice(project: Path,
     )
 
 
-KINDS = ("usr1", "scancel", "requeue", "kill", "preempt", "preempt with grace")
+KINDS = ("usr1", "scancel", "requeue", "kill", "preempt", "preempt with grace", "time limit")
 
 
 def interrupt(sweep: Any, cluster: one_node.Cluster, join: Callable[[], Any]) -> Counter[str]:
     """Do all kinds of harm to a sweep's workers until it is over; another one joins for each that will not come back.
 
-    The last of the first workers is only preempted, and comes to its time limit.
+    The last of the first workers is only preempted.
     """
-    dice, kinds = random.Random(0), Counter[str]()
+    dice, kinds, limited = random.Random(0), Counter[str](), list[str]()
     while sweep.state not in ("finished", "failed", "lost", "cancelled"):
         goal = len(list(sweep.folder.glob("trial-*"))) + dice.randrange(1, 7)
         until(lambda: len(list(sweep.folder.glob("trial-*"))) >= goal or sweep.state == "finished")  # noqa: B023
         time.sleep(dice.uniform(0.0, 1.0))
-        task = f"{sweep.job}_{dice.randrange(WORKERS - 1)}"
+        for job in limited:  # or it would leave after each step
+            cluster.call("scontrol", "update", f"JobId={job}", f"TimeLimit={MINUTES}", check=False)
+        task, limited = f"{sweep.job}_{dice.randrange(WORKERS - 1)}", []
         kind = KINDS[sum(kinds.values())] if sum(kinds.values()) < len(KINDS) else dice.choice(KINDS[:4] * 2 + KINDS)
         if kind == "usr1":
             cluster.call("scancel", "-s", "USR1", task, check=False)
         elif kind == "requeue":
             cluster.call("scontrol", "requeue", task, check=False)
+        elif kind == "time limit" and (ran := cluster.job(task).get("RunTime", "")).count(":") == 2:
+            hours, minutes, seconds = (int(part) for part in ran.split(":"))
+            limit = hours * 60 + minutes + (seconds + 30) // 60 + 1  # the signal is to come 60 s before it: now
+            cluster.call("scontrol", "update", f"JobId={task}", f"TimeLimit={limit}", check=False)
+            limited = [task]
         elif kind == "kill" and (pids := workers_of(sweep.folder)):
             os.kill(dice.choice(pids), signal.SIGKILL)
         elif kind == "scancel" and (jobs := cluster.call("squeue", "-h", "-r", "-p", "main", "-o", "%i").split()):

@@ -218,5 +218,5 @@ def _call(*command: str) -> str:
             f"There is no {command[0]} on this machine; submit from a login node of the cluster."
         ) from None
     if done.returncode:
-        raise RuntimeError(f"{command[0]}: {done.stderr.strip() or f'exit status {done.returncode}'}")
+        raise RuntimeError(done.stderr.strip() or f"{command[0]}: exit status {done.returncode}")  # it says who it is
     return done.stdout
