@@ -53,9 +53,10 @@ def trials_of(epochs: int, pause: float) -> Callable[[Any], Any]:
             time.sleep(pause if trial.folder.parent.name == "sweep" else 0.0)
             return (trainer.problem(batch["x"]) - trial["x"]).square().mean()
 
-        kept = [int(p.stem.rpartition("-")[2]) for p in (trial.folder / "checkpoints").glob("step-*.ckpt")]
+        last = trial.folder / "checkpoints" / "last"  # a file that it does not name yet was not saved
+        kept = int(last.read_text().strip()[len("step-") : -len(".ckpt")]) if last.exists() else 0
         place = f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-        begun = lambda trainer: write(f"begun {trainer.global_step} {max(kept, default=0)} {place}")
+        begun = lambda trainer: write(f"begun {trainer.global_step} {kept} {place}")
         torch.manual_seed(0)
         adam = lambda params: torch.optim.Adam(params, 0.05)
         options = {**trial.options, "hooks": [*trial.options["hooks"], {"on_fit_start": begun}]}
