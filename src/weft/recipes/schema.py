@@ -237,6 +237,8 @@ def _normal_options(cls: type, key: str, value: Any, wrong: list[str]) -> dict[s
         return {}
     types = types_of(cls)
     values = {k: typed(v, types.get(k, Any)) for k, v in value.items()}
+    sections = [name for name in values if name in SECTIONS and name not in types]
+    wrong += [f"{key}.{name}={values.pop(name)!r}: {name} is a section of its own: --{name} ..." for name in sections]
     wrong += complaints(cls, values, f"{key}.")
     return values
 
