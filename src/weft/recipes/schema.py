@@ -190,8 +190,8 @@ def normal(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     out: dict[str, Any] = {}
     for section, value in config.items():
         if section not in SECTIONS:
-            hint = OF_PYTHON if section == "objects" else suggest(str(section), SECTIONS) or _listed()
-            wrong.append(f"{section}: there is no such section{hint}")
+            hint = f": there is no such section{suggest(str(section), SECTIONS) or _listed()}"
+            wrong.append(f"{section}{OF_PYTHON if section == 'objects' else hint}")
         elif value is not None:
             out[section] = _normal_section(section, value, wrong)
     wrong += [f"{n.key}={n.spec['class_path']!r}: {c}" for n in named(out) if (c := _reference_complaint(n))]
