@@ -206,8 +206,8 @@ def came_late(name: str, p: Tensor) -> str:
     """What to say of a parameter that came after the optimizers."""
     return (
         f"Parameter {name} of shape {tuple(p.shape)} requires grad since its optimizers were made, and is in none of "
-        "them: it is not trained. Make it before the fit or in a phase's `setup`, add it (optimizer.add_param_group), "
-        "or change it in place (p.data.copy_(...))."
+        "them: it is not trained. Make it before the first fit of a trainer or in a phase's `setup`, add it "
+        "(optimizer.add_param_group), or change it in place (p.data.copy_(...))."
     )
 
 
