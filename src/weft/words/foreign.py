@@ -131,6 +131,7 @@ INSTEAD = {
     "own, which is iterated as it is: fit(problem, DataLoader(..., {name}=...))",
     "save_weights_only": "trainer.save_weights(path); checkpoints hold all that a resumed run needs",
     "save_last": "nothing to ask for: the newest checkpoint is always kept",
+    "X y inputs targets": "the pair (X, y): weft.Data((X, y), batch_size=32)",
     "loss_weights": "a number at each term: weft.objective(fn, weight=10.0)",
     "display_every": "progress, which shows a line without being asked for",
     "class_weight sample_weight": "a key of the data that the loss function or a term reads",
