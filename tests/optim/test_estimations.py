@@ -40,7 +40,7 @@ class Inverse(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 1))
+        self.net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
         self.viscosity = nn.Parameter(torch.tensor(0.2))
 
     def residuals(self, batch: Any) -> dict[str, Tensor]:
@@ -49,7 +49,12 @@ class Inverse(nn.Module):
         (first,) = torch.autograd.grad(u.sum(), x, create_graph=True)
         second = torch.autograd.grad(first[:, 1].sum(), x, create_graph=True)[0][:, 1]
         equation = first[:, 0] + u[:, 0] * first[:, 1] - self.viscosity * second
-        return {"equation": equation, "measured": self.net(batch["measured"]["x"]) - batch["measured"]["u"]}
+        size = 0.01 * torch.cat([p.reshape(-1) for p in self.net.parameters()])  # else some weights grow for ever
+        return {
+            "equation": equation,
+            "measured": self.net(batch["measured"]["x"]) - batch["measured"]["u"],
+            "size": size,
+        }
 
     def forward(self, batch: Any) -> Tensor:
         return torch.stack([r.square().mean() for r in self.residuals(batch).values()]).sum()
@@ -72,12 +77,11 @@ def measurements() -> dict[str, Any]:
 @pytest.mark.long
 @BOTH
 def test_the_viscosity_is_that_of_scipys_optimum(name: str) -> None:
-    """From the weights that a first phase found, as the least squares of a network have several optima."""
+    """scipy starts a little away from where the fit ended, as a network has several optima."""
     problem, parts = Inverse(), measurements()
     sizes = {key: len(part["x"]) for key, part in parts.items()}
     data = weft.Data(parts, batch_size=sizes, shuffle=False, inputs_require_grad=("x",))
-    minimised(problem, data, name, 30)
-    problem.double()
+    result = minimised(problem, data, name, 200)
     names, shapes = zip(*((key, p.shape) for key, p in problem.named_parameters()), strict=True)
     batch = {key: {k: v.clone().requires_grad_(k == "x") for k, v in part.items()} for key, part in parts.items()}
 
@@ -93,13 +97,14 @@ def test_the_viscosity_is_that_of_scipys_optimum(name: str) -> None:
     def jacobian(x: Any) -> Any:
         return torch.autograd.functional.jacobian(read, torch.from_numpy(x), vectorize=True).numpy()
 
-    start = flat_weights(problem).numpy()
+    found = flat_weights(problem).numpy()
+    start = found * (1 + 1e-3 * np.random.default_rng(0).standard_normal(len(found)))
     want = by_scipy(residuals, start, jacobian)
     place = next(itertools.accumulate(shapes[i].numel() for i in range(names.index("viscosity"))), 0)
-    result = minimised(problem, data, name, 400)
-    assert 2 * want.cost == pytest.approx(result.history["train_loss"][-1], rel=1e-6)
-    assert float(problem.viscosity.detach()) == pytest.approx(want.x[place], rel=1e-6)
-    assert start[place] != pytest.approx(want.x[place], rel=1e-6) and abs(want.x[place] - 0.1) < 0.02
+    assert found[place] == float(problem.viscosity.detach()) != 0.2
+    assert result.history["train_loss"][-1] == pytest.approx(2 * want.cost, rel=1e-6)
+    assert found[place] == pytest.approx(want.x[place], rel=1e-6)
+    assert start[place] != pytest.approx(want.x[place], rel=1e-5) and abs(want.x[place] - 0.1) < 0.02
 
 
 class AsForward(nn.Module):
@@ -159,11 +164,11 @@ def test_what_neuromancers_systems_estimate_is_what_scipy_finds(name: str, syste
     seen = seen + 0.05 * draw.standard_normal(seen.shape)
     problem = estimation(kind)
     rows = {"xn": torch.from_numpy(x0)[:, None], "seen": torch.from_numpy(seen)}
-    minimised(problem, weft.Data(rows, shuffle=False), name, 60)
+    minimised(problem, weft.Data(rows, shuffle=False), name, 12)
     want = by_scipy(lambda p: (rolled_out(field, p, x0) - seen).ravel(), first).x
     found = flat_weights(problem).numpy()
     assert found == pytest.approx(want, rel=1e-6)
-    assert found != pytest.approx(true, rel=1e-3) and np.allclose(found, true, rtol=0.1)
+    assert found != pytest.approx(true, rel=1e-5) and np.allclose(found, true, rtol=0.1)  # noise moves the optimum
 
 
 def estimation(kind: str) -> Any:

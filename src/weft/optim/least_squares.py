@@ -27,8 +27,6 @@ from weft.problem.residuals import residuals_of
 
 CHUNK = 2**25
 """Numbers of the Jacobian that are made at once."""
-MAX_OUTPUTS = 64
-"""Entries of a residual in one row of the batch that are differentiated one by one in a graph."""
 
 
 class LeastSquares:
@@ -202,7 +200,7 @@ class Rows:
 def _shape_of(problem: LeastSquares, whole: Tensor) -> Any:
     """What a graph is made for; None where there are no rows, or too many entries in one."""
     known = {id(p) for p in problem.problem.parameters()}
-    if whole.ndim == 0 or whole.shape[0] < 2 or whole[0].numel() > MAX_OUTPUTS:
+    if whole.ndim == 0 or whole.shape[0] < 2 or whole[0].numel() > sum(p.numel() for p in problem.params):
         return None
     if any(id(p) not in known for p in problem.params):
         return None
@@ -290,10 +288,10 @@ def _trace(problem: LeastSquares, name: str, count: int) -> _Traced:
                 read, {f"problem.{k}": v for k, v in state.items()}, (_rebuilt(batch, iter(rows)), name)
             )
             entries = r.reshape(-1)
-            gradients = [
-                _flat(torch.autograd.grad(e, params, retain_graph=True, allow_unused=True), params) for e in entries
-            ]
-        return entries.detach(), torch.stack(gradients)
+            if len(entries) > 1:
+                return entries.detach(), _vjps(entries, params, len(entries))
+            gradient = torch.autograd.grad(entries, params, torch.ones_like(entries), allow_unused=True)
+        return entries.detach(), _flat(gradient, params)[None]
 
     dims = [0 if _has_rows(leaf, count) else None for leaf in leaves]
     traced = _Traced(one_row, (None, None, dims))
