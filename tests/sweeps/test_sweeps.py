@@ -20,9 +20,11 @@ from tests.helpers.patience import patience
 from tests.helpers.running import processes
 from weft import cli, yamlfile
 from weft.recipes.schema import ConfigError
+from weft.sweeps.settings import SweepConfig
+from weft.sweeps.study import Study
 from weft.sweeps.sweep import sweep_from_file
 
-pytest.importorskip("optuna", reason="needs Optuna (weft[sweep])")
+optuna = pytest.importorskip("optuna", reason="needs Optuna (weft[sweep])")
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
 LINE = {"x": {"low": -2.0, "high": 2.0}}
@@ -53,6 +55,28 @@ def test_the_same_seed_proposes_the_same_settings(tmp_path: Path) -> None:
     more = weft.sweep(parabola, LINE, trials=6, seed=0, sampler="random", name="a", root_dir=str(tmp_path))
     values = [t["params"]["x"] for t in more.trials]
     assert len(set(values)) == 6  # going on does not propose the first ones again
+
+
+def test_a_trial_that_nobody_holds_has_the_settings_of_its_number(tmp_path: Path) -> None:
+    """Its worker may have died, or not yet come to hold it, when another one takes it over."""
+    (tmp_path / "s").mkdir()
+    study = Study(SweepConfig(trials=3, seed=0, sampler="random"), LINE, tmp_path / "s")
+    first = study.take()
+    study.study.ask()
+    taken = study.take()
+    assert first is not None and taken is not None
+    for one in (first, taken):
+        study.tell(one, "done", 0.0, {})
+    found = weft.sweep(parabola, LINE, trials=3, seed=0, sampler="random", root_dir=str(tmp_path))
+    assert taken.trial.number == 1 and taken.params == found.trials[1]["params"] != found.trials[0]["params"]
+
+
+def test_a_database_by_its_url_holds_the_trials(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/trials.db"
+    found = weft.sweep(parabola, LINE, trials=4, workers=2, seed=0, root_dir=str(tmp_path), storage=url)
+    read = optuna.load_study(study_name="sweep", storage=url).get_trials(states=[optuna.trial.TrialState.COMPLETE])
+    assert [t.value for t in read] == [t["value"] for t in found.trials] and len(read) == 4
+    assert not list(tmp_path.rglob("*.journal"))
 
 
 def test_a_grid_tries_everything_once(tmp_path: Path) -> None:
