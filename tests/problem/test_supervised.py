@@ -336,6 +336,16 @@ def mistakes() -> dict[str, tuple[Any, type[Exception], str]]:
             TypeError,
             r"a pair of arrays, x is ndarray of shape \(40, 3\); expected tensors.*weft.Data\(\(X, y\)",
         ),
+        "lists of arrays": (
+            lambda t: t.fit(regression(), (list(X.numpy()), list(TARGET.numpy()))),
+            TypeError,
+            r"a batch is list; .*stacked first: numpy.stack\(X\)",
+        ),
+        "lists of unequal rows": (
+            lambda t: t.fit(regression(), ([[1.0, 2.0], [3.0]], [1.0, 2.0])),
+            TypeError,
+            "DictDataset: 'x' cannot be made a tensor",
+        ),
         "rows of arrays": (
             lambda t: t.fit(regression(), list(zip(X.numpy(), flat.numpy(), strict=True))),
             TypeError,

@@ -202,6 +202,7 @@ def _pair(batch: Any) -> tuple[Any, Any]:
         f'Supervised: a batch {found}; expected "x" and "y", or a pair. Give the data as (X, y), with '
         'weft.Data((X, y), batch_size=32) for batches; of a table: (table[["a", "b"]], table[["target"]]). What reads '
         "other keys is a weft.Problem."
+        + (" Lists of arrays are stacked first: numpy.stack(X)." if isinstance(batch, list | tuple) else "")
     )
 
 
