@@ -12,7 +12,7 @@ import pytest
 import weft
 from tests.helpers.terminals import read_terminal, start_in_terminal
 
-SCRIPT = """
+OF_THE_FIRST_MINUTES = """
 import torch
 import weft
 
@@ -29,17 +29,17 @@ finally:
 """
 
 
-def script(folder: Path, epochs: int, checkpoint: bool) -> str:
+def written_script(folder: Path, epochs: int, checkpoint: bool) -> str:
     given = {"EPOCHS": epochs, "CHECKPOINT": checkpoint}
     given |= {"NAME": "first" if checkpoint else None, "RESUME": "auto" if checkpoint else None}
-    text = SCRIPT
+    text = OF_THE_FIRST_MINUTES
     for name, value in given.items():
         text = text.replace(name, repr(value))
     (folder / "first.py").write_text(text)
     return str(folder / "first.py")
 
 
-def kept(shown: str) -> tuple[float, float, int]:
+def what_was_kept(shown: str) -> tuple[float, float, int]:
     found = re.search(r"kept (\S+) (\S+) (\d+)", shown)
     assert found is not None, shown[-1000:]
     return float(found[1]), float(found[2]), int(found[3])
@@ -51,7 +51,7 @@ def test_ctrl_c_shows_the_users_line_and_keeps_the_best_weights(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WEFT_TRACEBACK", raising=False)
-    process, master = start_in_terminal(sys.executable, script(tmp_path, 1_000_000, checkpoint))
+    process, master = start_in_terminal(sys.executable, written_script(tmp_path, 1_000_000, checkpoint))
     shown = read_terminal(master, "epoch 9")  # or any that begins so
     os.write(master, b"\x03")
     shown += read_terminal(master, "\0")
@@ -62,14 +62,14 @@ def test_ctrl_c_shows_the_users_line_and_keeps_the_best_weights(
     assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")  # the cursor is there again
     trace = shown[shown.index("Traceback (most recent call last)") :]
     assert "result = trainer.fit(problem, data" in trace and trace.count("  File ") <= 2
-    now, best, epochs = kept(shown)
+    now, best, epochs = what_was_kept(shown)
     assert now == pytest.approx(best, rel=1e-6) and epochs > 1
     assert (tmp_path / "runs").is_dir() == checkpoint
     if checkpoint:
         assert weft.load_result(tmp_path / "runs" / "first").stop_reason == "interrupted"
-        process, master = start_in_terminal(sys.executable, script(tmp_path, epochs + 3, checkpoint))
+        process, master = start_in_terminal(sys.executable, written_script(tmp_path, epochs + 3, checkpoint))
         shown = read_terminal(master, "\0")
         _, status = os.waitpid(process, 0)
         os.close(master)
-        assert os.waitstatus_to_exitcode(status) == 0 and kept(shown)[2] == epochs + 3
+        assert os.waitstatus_to_exitcode(status) == 0 and what_was_kept(shown)[2] == epochs + 3
         assert len(weft.load_result(tmp_path / "runs" / "first").history["train_loss"]) == epochs + 3

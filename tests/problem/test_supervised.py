@@ -296,6 +296,13 @@ def mistakes() -> dict[str, tuple[Any, type[Exception], str]]:
             TypeError,
             r"not dict.*is a net.*weft.Supervised\(net, loss",
         ),
+        "a step without its validation": (
+            lambda t: quiet_trainer(training_step=lambda t, b: nn.functional.mse_loss(t.problem(b["x"]), b["y"])).fit(
+                regressor(), {"x": X, "y": TARGET}, {"x": X_DEV, "y": TARGET_DEV}
+            ),
+            TypeError,
+            r"The dev step calls Sequential with a whole batch.*give a validation_step=.*as there is a training_step",
+        ),
         "X and y apart": (
             lambda t: t.fit(regression(), X, TARGET),
             TypeError,
