@@ -11,7 +11,9 @@ import pytest
 import scipy.optimize
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from tests.helpers.problems import tanh_net
 from weft.optim import LeastSquares, LevenbergMarquardt, NaturalGradient
 
 BOTH = pytest.mark.parametrize("kind", [LevenbergMarquardt, NaturalGradient])
@@ -159,3 +161,41 @@ def test_a_loss_that_is_more_than_its_residuals_is_refused(kind: Any) -> None:
     with pytest.raises(TypeError, match="needs residuals: step"):
         optimizer.step(more)
     assert module.x.tolist() == [-1.2, 1.0]
+
+
+class Taught(nn.Module):
+    """A net whose second derivatives are to be those of another: differences of large numbers near the solution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = tanh_net(1, 1).double()
+        self.teacher = [p.detach().clone() for p in self.net.parameters()]
+        with torch.no_grad():
+            for p in self.net.parameters():
+                p.mul_(1 + 0.01 * torch.rand_like(p))
+
+    def residuals(self, batch: Any) -> Tensor:
+        def curvature(params: Any) -> Tensor:
+            named = {name: p for (name, _), p in zip(self.net.named_parameters(), params, strict=True)}
+            u = functional_call(self.net, named, (x,))
+            (first,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+            return 1e3 * torch.autograd.grad(first.sum(), x, create_graph=True)[0][:, 0]
+
+        x = batch["x"].requires_grad_()
+        return curvature(self.net.parameters()) - curvature(self.teacher)
+
+
+@BOTH
+def test_rounding_near_a_solution_is_no_disagreement(kind: Any) -> None:
+    """Its graphs row by row stay, also those that are made there."""
+    module, batch = Taught(), {"x": torch.linspace(-1, 1, 40, dtype=torch.float64)[:, None]}
+    closure = LeastSquares(module, batch)
+    optimizer = kind(list(module.parameters()))
+    first = optimizer.step(closure)
+    for _ in range(60):
+        last = optimizer.step(closure)
+    assert float(last) < 1e-12 * float(first) and not closure.rows.given_up
+    there = LeastSquares(module, batch)
+    kind(list(module.parameters())).step(there)
+    assert [graph is not None for _, graph in there.rows.graphs.values()] == [True]

@@ -47,6 +47,17 @@ def test_the_mean_squares_of_all_residuals_add_up_to_the_loss() -> None:
     assert float(out["train_constraint_0"].detach()) > 0
 
 
+def test_a_residual_may_belong_to_a_part_of_the_batch() -> None:
+    node = weft.Node(tanh_net(2, 1), ["inside.x"], ["inside.u"], name="net")
+    terms = [weft.residual(lambda u, y: u - y, part="inside", name="fit")]
+    limits = [weft.less_equal("u", -0.3, part="inside", norm=2, name="cap")]
+    p, inside = weft.Problem([node], terms, limits), tanh_points(7)
+    out, residuals = p({"inside": inside, "name": "train"}), residuals_of(p)({"inside": inside})
+    torch.testing.assert_close(residuals["fit"], node.fn(inside["x"]) - inside["y"])
+    torch.testing.assert_close(sum(r.square().mean() for r in residuals.values()), out["train_loss"])
+    assert float(out["train_cap"].detach()) > 0
+
+
 def test_terms_that_are_no_squares_say_what_to_write() -> None:
     mixed = of_terms(
         objectives=[weft.objective(lambda u: u, name="f")], constraints=[weft.less_equal("u", 0.1, name="cap")]

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
-import select
 import signal
 import subprocess
 import sys
-import termios
 import time
 from pathlib import Path
 
@@ -20,6 +17,7 @@ import torch
 
 import weft
 from tests.helpers.patience import patience
+from tests.helpers.terminals import read_terminal, start_in_terminal
 from weft import cli, yamlfile
 from weft.cli.help import completions
 from weft.data.data import as_data
@@ -209,6 +207,28 @@ def test_a_run_started_from_python_describes_itself_too(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the other commands
+
+
+@pytest.mark.parametrize("command", ["resume", "validate", "test", "predict"])
+def test_a_run_started_from_python_goes_on_by_its_script(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from weft.demo import data_setup, make_problem
+
+    trainer = weft.Trainer(epochs=1, progress=False, root_dir=str(tmp_path), run_name="p", checkpoint=True)
+    trainer.fit(make_problem(), data_setup, nsim=30)
+    assert cli.main([command, str(tmp_path / "p")]) == cli.BAD_USAGE
+    told = capsys.readouterr().err
+    assert told.startswith("weft: objects: this run was started from Python; run its script again, with fit(..., ")
+    assert "problem: missing" not in told
+
+
+def test_python_m_weft_is_the_command(here: Path) -> None:
+    done = [
+        subprocess.run([sys.executable, "-m", name, "fit", "--no"], capture_output=True, text=True, check=False)
+        for name in ("weft", "weft.cli")
+    ]
+    assert done[0].stderr == done[1].stderr != "" and done[0].returncode == done[1].returncode == cli.BAD_USAGE
 
 
 def test_validate_test_and_predict_use_the_best_weights_of_a_run(
@@ -445,32 +465,9 @@ def test_as_a_process_it_exits_with_0_and_2(here: Path) -> None:
     assert done.returncode == 2 and done.stderr == "weft: trainer.epochs=-3: must be at least 0\n"
 
 
-def read_terminal(master: int, until: str) -> str:
-    """What a program wrote to its terminal until `until` appears in it, or the program ends."""
-    text, deadline = "", time.monotonic() + patience()
-    while until not in text and time.monotonic() < deadline:
-        if select.select([master], [], [], 0.5)[0]:
-            try:
-                text += os.read(master, 65536).decode(errors="replace")
-            except OSError:  # the program ended
-                break
-    return text
-
-
-def start_in_terminal(*words: str) -> tuple[int, int]:
-    """(process, terminal) of a command that runs in a terminal of its own."""
-    process, master = pty.fork()
-    if process == 0:
-        termios.tcsetwinsize(0, (24, 200))
-        environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
-        os.execve(sys.executable, weft_of(*words), environment)
-    return process, master
-
-
 def test_ctrl_c_in_a_terminal_keeps_the_best_weights_and_exits_with_130(here: Path) -> None:
-    process, master = start_in_terminal(
-        "fit", "--config", "run.yaml", "--epochs", "100000", "--hooks", "pde_cli.py:Slow", "--trainer.progress", "auto"
-    )
+    long = ("--epochs", "100000", "--hooks", "pde_cli.py:Slow", "--trainer.progress", "auto")
+    process, master = start_in_terminal(*weft_of("fit", "--config", "run.yaml", *long))
     shown = read_terminal(master, "epoch 2/100000")
     assert "train_loss" in shown and "steps/s" in shown
     os.write(master, b"\x03")  # what the key sends; the terminal makes it SIGINT

@@ -208,7 +208,13 @@ def test_several_optimizers_share_a_denominator() -> None:
         torch.manual_seed(0)
         problem = Both()
         optimizers = {"first": sgd, "second": sgd}
-        options = {"epochs": 1, "progress": False, "accelerator": "cpu", "precision": "64-true"}
+        options = {
+            "epochs": 1,
+            "progress": False,
+            "accelerator": "cpu",
+            "precision": "64-true",
+            "monitor_metric": False,
+        }
         trainer = weft.Trainer(accumulate=accumulate, optimizer=optimizers, **options)
         result = trainer.fit(problem, weft.Data(masked(), batch_size=size, shuffle=False))
         ended.append((problem.first.weight.detach(), problem.second.bias.detach(), result.history["train_loss"][0]))

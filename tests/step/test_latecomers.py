@@ -168,3 +168,48 @@ def test_further_functions_of_torch_that_pair_rows_are_told(loss: str) -> None:
     )
     with pytest.warns(UserWarning, match="every row with every other"):
         weft.Trainer(epochs=1, progress=False).fit(problem, DATA)
+
+
+def with_a_hidden_factor() -> tuple[nn.Parameter, weft.Problem]:
+    torch.manual_seed(0)
+    k = nn.Parameter(torch.tensor(0.5))
+    node = weft.Node(nn.Linear(2, 1), ["x"], ["u"])
+    return k, weft.Problem([node], [weft.objective(lambda u, y: (k * u - y) ** 2, name="fit")])
+
+
+def test_what_a_refusal_says_to_give_to_the_problem_is_trained_by_the_same_trainer() -> None:
+    ends = []
+    for is_refused_before in (False, True):
+        k, problem = with_a_hidden_factor()
+        trainer = weft.Trainer(epochs=5, progress=False)
+        if is_refused_before:
+            with pytest.raises(ValueError, match=r"`problem.k = k`"):
+                trainer.fit(problem, DATA)
+        problem.k = k
+        result = trainer.fit(problem, DATA)
+        assert result.epochs == 5 and k.item() != 0.5
+        ends.append(torch.cat([p.detach().flatten() for p in problem.parameters()]))
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("between", ["given", "thawed", "nothing"])
+def test_a_parameter_that_comes_between_two_fits_is_told(between: str) -> None:
+    k, problem = with_a_hidden_factor()
+    k.requires_grad_(False)
+    if between == "thawed":
+        problem.k = k
+    trainer = weft.Trainer(epochs=2, progress=False, optimizer=lambda q: torch.optim.Adam([p for p in q], lr=1e-3))
+    trainer.fit(problem, DATA)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        if between != "nothing":
+            problem.k = k.requires_grad_(True)
+        trainer.fit(problem, DATA)
+    found = [str(w.message) for w in told if LATE in str(w.message)]
+    held = any(k is p for group in trainer.optimizer.param_groups for p in group["params"])
+    assert len(found) == (between != "nothing" and not held)
+    assert (k.item() != 0.5) == (between != "nothing" and held)
+    if found:
+        other = weft.Trainer(epochs=2, progress=False)  # a new one makes new optimizers: the way out
+        other.fit(problem, DATA)
+        assert k.item() != 0.5

@@ -216,6 +216,12 @@ def test_what_is_not_finite_counts_as_pruned(tmp_path: Path) -> None:
         ({"x": {"low": 0.0, "hgih": 1.0}}, {}, "there is no such key; did you mean 'high'?"),
         ({"x": 3}, {}, "expected a list of choices"),
         ({"x": [[1]]}, {}, "expected a list of numbers, texts"),
+        (
+            {"x": (1e-4, 0.1)},
+            {},
+            "a tuple of two numbers; expected {'low': 0.0001, 'high': 0.1} for a range, or a list",
+        ),
+        ({"x": (1e-4, 0.1, "log")}, {}, "a tuple of two numbers"),
         (LINE, {"sampler": "grid"}, "a grid needs a list of choices, or a step"),
         (LINE, {"trails": 3}, "did you mean 'trials'?"),
         (LINE, {"workers": 0}, "workers=0: must be at least 1"),
@@ -228,6 +234,14 @@ def test_wrong_spaces_and_options_are_refused_before_anything_starts(
     with pytest.raises(ConfigError) as caught:
         weft.sweep(parabola, space, root_dir=str(tmp_path), **options)
     assert message in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_a_function_written_for_optuna_is_told_where_its_ranges_go(tmp_path: Path) -> None:
+    def of_optuna(trial: Any) -> float:
+        return trial.suggest_float("x", -2.0, 2.0) ** 2
+
+    with pytest.raises(RuntimeError, match=r"'suggest_float': the ranges stand in the space.*reads trial\[\"lr\"\]"):
+        weft.sweep(of_optuna, LINE, trials=1, max_failures=0, root_dir=str(tmp_path))
 
 
 def test_learning_rate_and_batch_size_are_tuned_from_a_file(

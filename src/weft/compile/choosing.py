@@ -27,6 +27,7 @@ from weft.compile.checking import difference, side_effect
 from weft.compile.functional import flatten
 from weft.compile.graph import MAX_NODES, get_ready
 from weft.compile.lifting import CannotCompile, NotYet
+from weft.compile.residuals import ResidualGraphs
 from weft.compile.stepgraphs import EvaluationGraph, GradientGraph, UpdateGraph
 from weft.data.batches import num_examples
 from weft.devices.precision import scaler_of
@@ -121,6 +122,9 @@ def compile_update(
     several, combine, finish = state.config.accumulate > 1, combiner(state), _finisher(state)
     step: Step | None = None
     if needs_closure(optimizer):
+        rows = getattr(optimizer, "rows", None)
+        if rows is not None and state.config.compile is True:
+            rows.by_graph = ResidualGraphs(state)
         return with_closure(state, begin, end, closure_evaluation(graphs))
 
     def make(batch: Any, tensors: list[Tensor]) -> EvaluationGraph:
@@ -282,9 +286,13 @@ class Chosen:
         graph = self._current.get(key, _UNKNOWN)
         if graph is _UNKNOWN or (graph is not None and not graph.watch.glance()):
             graph = self._choose(key, batch, tensors)
-        if graph is not None and graph.num_checks and (reason := difference(graph, batch, tensors)) is not None:
-            self._give_up(repr(key), f"the graph does not agree with the eager step: {reason}")
-            graph = self._current[key] = None
+        if graph is not None and graph.num_checks:
+            if (reason := difference(graph, batch, tensors)) is None:
+                graph.agreed = self.state.progress.step
+            else:
+                last = "" if graph.agreed is None else f" (it last did at step {graph.agreed})"
+                self._give_up(repr(key), f"the graph does not agree with the eager step{last}: {reason}")
+                graph = self._current[key] = None
         return graph, tensors
 
     def _choose(self, key: tuple[Any, ...], batch: Any, tensors: list[Tensor]) -> EvaluationGraph | None:

@@ -79,10 +79,11 @@ def put_in_force(state: RunState, anew: bool = True) -> None:
 def _make_optimizers(state: RunState) -> None:
     """The optimizers and schedules of the phase. Those of the one before go on where it names none.
 
-    A second fit goes on with the optimizers it has, unless a later phase has replaced those of the first.
+    A second fit goes on with the optimizers it has, unless a later phase has replaced those of the first, or they have
+    made no step: what refused the fit may have been put right in the problem.
     """
     phase, training, is_first = state.phase, state.training, state.progress.phase == 0
-    if is_first and training.optimizers and not replaces_optimizers(state):
+    if is_first and training.optimizers and state.progress.step and not replaces_optimizers(state):
         return
     if is_first or phase.optimizer is not None:
         given = phase.optimizer if phase.optimizer is not None else state.trainer.configure_optimizers()

@@ -45,6 +45,8 @@ class GaussNewton(Searching):
     """What both methods share: the linear system for a damping, and the book-keeping of a step."""
 
     needs_residuals = True
+    growth: tuple[float, float]
+    """By what the damping grows after a step that failed, and by what this number grows then."""
 
     def __init__(
         self,
@@ -116,6 +118,27 @@ class GaussNewton(Searching):
 
     def _search(self, system: System, value: float, near: Near) -> tuple[float, Tensor] | None:
         """The loss and the step of a point that is lower than `value`; None where there is none."""
+        damping, (growth, faster) = self._damping(system), self.growth
+        for _ in range(40):
+            found = self._direction(system, damping, near)
+            if found is not None:
+                promised = system.promised(found[0], damping)
+                if promised <= 4.0 * self.epsilon * value:
+                    return None  # the smaller steps of more damping promise less
+                best = self._along(*found, value, near)
+                if best is not None:
+                    factor = self._judged((value - best[0]) / promised)
+                    self.kept["damping"] = max(damping * factor, system.scale * self.epsilon)
+                    return best
+            damping, growth = damping * growth, growth * faster
+        return None
+
+    def _along(self, d: Tensor, a: Tensor, value: float, near: Near) -> tuple[float, Tensor] | None:
+        """Loss and step of a point t d + t^2 a that is lower than `value`; None where there is none."""
+        raise NotImplementedError
+
+    def _judged(self, ratio: float) -> float:
+        """By what the damping is multiplied where the loss fell by `ratio` of what the linear model promised."""
         raise NotImplementedError
 
     def _direction(self, system: System, damping: float, near: Near) -> tuple[Tensor, Tensor] | None:
@@ -144,10 +167,13 @@ class GaussNewton(Searching):
 
     def _linearized(self, closure: LeastSquares, value: float) -> System:
         """The linear system here. The graphs of its rows must agree with the loss, else they are given up."""
-        n, group = sum(p.numel() for p in closure.params), self.param_groups[0]
+        x, group = flat(closure.params), self.param_groups[0]
+        n, size = len(x), float(x.norm())
         while True:
             system = _system(closure, n, group["max_dense"], group["cg_iterations"])
-            if abs(system.value - value) <= 1e4 * self.epsilon * max(abs(value), abs(system.value)):
+            # near a solution r is a small difference of numbers as large as J x, and rounded as those
+            bound = self.epsilon * (1e4 * math.sqrt(value) + 1e2 * math.sqrt(system.scale) * size)
+            if abs(math.sqrt(system.value) - math.sqrt(value)) <= bound:
                 return system
             if not self.rows.forget():
                 raise ValueError(
@@ -173,19 +199,14 @@ class LevenbergMarquardt(GaussNewton):
     what the linear model promised, after Nielsen (IMM-REP-1999-05, Technical University of Denmark).
     """
 
-    def _search(self, system: System, value: float, near: Near) -> tuple[float, Tensor] | None:
-        kept, growth = self.kept, 2.0
-        damping = self._damping(system)
-        for _ in range(40):
-            found = self._direction(system, damping, near)
-            if found is not None:
-                step = found[0] + found[1]
-                new = _square(near(step))
-                if new < value:
-                    kept["damping"] = max(damping / 5.0, system.scale * self.epsilon)
-                    return new, step
-            damping, growth = damping * growth, growth * 1.5
-        return None
+    growth = 2.0, 1.5
+
+    def _along(self, d: Tensor, a: Tensor, value: float, near: Near) -> tuple[float, Tensor] | None:
+        new = _square(near(d + a))
+        return (new, d + a) if new < value else None
+
+    def _judged(self, ratio: float) -> float:
+        return 0.2
 
 
 class NaturalGradient(GaussNewton):
@@ -200,33 +221,22 @@ class NaturalGradient(GaussNewton):
     arXiv:2505.12149; the acceleration is that of arXiv:1201.5885.
     """
 
-    def _search(self, system: System, value: float, near: Near) -> tuple[float, Tensor] | None:
-        damping = self._damping(system)
-        for _ in range(40):
-            found = self._direction(system, damping, near)
-            best = None if found is None else _along(*found, value, near)
-            if found is not None and best is not None:
-                new, step = best
-                kept_its_word = (value - new) / system.promised(found[0], damping)
-                factor = 0.2 if kept_its_word > 0.75 else 1.0 if kept_its_word > 0.25 else 4.0
-                self.kept["damping"] = max(damping * factor, system.scale * self.epsilon)
-                return new, step
-            damping *= 10.0
-        return None
+    growth = 10.0, 1.0
 
+    def _along(self, d: Tensor, a: Tensor, value: float, near: Near) -> tuple[float, Tensor] | None:
+        best: tuple[float, Tensor] | None = None
+        for i in range(24):  # t = 1, 1/2, 1/4, ..., until it rises again
+            t = 2.0**-i
+            step = d * t + a * t**2
+            new = _square(near(step))
+            if new < (value if best is None else best[0]):
+                best = new, step
+            elif best is not None:
+                break
+        return best
 
-def _along(d: Tensor, a: Tensor, value: float, near: Near) -> tuple[float, Tensor] | None:
-    """Loss and step of the best t d + t^2 a below `value`, t = 1, 1/2, 1/4, ..., until it rises again."""
-    best: tuple[float, Tensor] | None = None
-    for i in range(24):
-        t = 2.0**-i
-        step = d * t + a * t**2
-        new = _square(near(step))
-        if new < (value if best is None else best[0]):
-            best = new, step
-        elif best is not None:
-            break
-    return best
+    def _judged(self, ratio: float) -> float:
+        return 0.2 if ratio > 0.75 else 1.0 if ratio > 0.25 else 4.0
 
 
 def _square(r: Tensor) -> float:
@@ -270,24 +280,40 @@ class _Dense(System):
 
 
 class _InParameters(_Dense):
-    """By the n x n matrix J'J, added up block by block."""
+    """By the n x n matrix J'J, added up block by block. A Jacobian that is not large is kept for later products."""
 
-    def __init__(self, closure: LeastSquares, n: int) -> None:
+    def __init__(self, closure: LeastSquares, n: int, keep: bool) -> None:
         like = closure.params[0]
         self.closure = closure
         self.matrix, self.gradient = like.new_zeros(n, n), like.new_zeros(n)
-        rs = []
+        rs, self.jacobians = [], list[Tensor]()
         for r, jacobian in closure.blocks():
-            self.matrix.addmm_(jacobian.T, jacobian)
+            _add_square(self.matrix, jacobian)
             self.gradient.addmv_(jacobian.T, r)
             rs.append(r)
+            if keep:
+                self.jacobians.append(jacobian)
         self.r = torch.cat(rs)
         self.value, self.scale = _square(self.r), float(self.matrix.diagonal().max()) or 1.0
 
     def solve(self, w: Tensor | None, damping: float) -> Tensor | None:
-        right = self.gradient if w is None else self.closure.transposed(w)
+        right = self.gradient if w is None else self._transposed(w)
         factor = self.factor(damping)
         return None if factor is None else -torch.cholesky_solve(right[:, None], factor)[:, 0]
+
+    def _transposed(self, w: Tensor) -> Tensor:
+        if not self.jacobians:
+            return self.closure.transposed(w)
+        parts = w.split([len(jacobian) for jacobian in self.jacobians])
+        return torch.stack([j.T @ part for j, part in zip(self.jacobians, parts, strict=True)]).sum(0)
+
+
+def _add_square(matrix: Tensor, jacobian: Tensor) -> None:
+    """Add the lower triangle of J'J, which is what a Cholesky factorization reads; some 0.6 of the products of all."""
+    n = len(matrix)
+    for start in range(0, n, 128):
+        rows = slice(start, min(n, start + 128))
+        matrix[rows, : rows.stop].addmm_(jacobian[:, rows].T, jacobian[:, : rows.stop])
 
 
 class _InResiduals(_Dense):
@@ -334,7 +360,7 @@ def _system(closure: LeastSquares, n: int, max_dense: int, iterations: int) -> S
     """In the smaller of both spaces; by products where what is dense there would be too large."""
     m = sum(r.numel() for r in closure.parts().values())
     if n <= m and n * n <= max_dense:
-        return _InParameters(closure, n)
+        return _InParameters(closure, n, keep=m * n <= max_dense)
     if m < n and m * n <= max_dense:
         return _InResiduals(closure)
     return _ByProducts(closure, iterations)

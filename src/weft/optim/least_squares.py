@@ -22,12 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from weft.optim.searching import a_little_away
 from weft.problem.residuals import residuals_of
 
 CHUNK = 2**25
 """Numbers of the Jacobian that are made at once."""
-MAX_OUTPUTS = 64
-"""Entries of a residual in one row of the batch that are differentiated one by one in a graph."""
 
 
 class LeastSquares:
@@ -61,17 +60,23 @@ class LeastSquares:
             p.grad = grad
         return loss.detach()
 
-    @torch.enable_grad()
     def parts(self) -> dict[str, Tensor]:
         """The residuals by name, as the problem returns them."""
-        found = self.read(self.batch)
+        return self._parts(self.batch)
+
+    @torch.enable_grad()
+    def _parts(self, batch: Any) -> dict[str, Tensor]:
+        found = self.read(batch)
         if isinstance(found, Tensor):
             return {"residuals": found}
         return dict(found if isinstance(found, Mapping) else {f"residuals_{i}": r for i, r in enumerate(found)})
 
     def values(self) -> Tensor:
         """r, whose sum of squares is the loss, without gradients."""
-        return torch.cat([_scaled(r.detach()) for r in self.parts().values()])
+        return self.rows.computed("the residuals", self._values, self.batch)[0]
+
+    def _values(self, batch: Any) -> tuple[Tensor]:
+        return (self._vector(batch).detach(),)
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """r and J, some rows at a time."""
@@ -81,18 +86,25 @@ class LeastSquares:
 
     def product(self, vector: Tensor) -> Tensor:
         """J times a vector of parameters, without J: the derivative of J' w with respect to w."""
-        r = self._vector()
-        w = torch.zeros_like(r, requires_grad=True)
-        back = _flat(torch.autograd.grad(r, self.params, w, create_graph=True, allow_unused=True), self.params)
-        return torch.autograd.grad(back, w, vector)[0].detach()
+        return self.rows.computed("products with the Jacobian", self._product, self.batch, vector)[0]
 
     def transposed(self, vector: Tensor) -> Tensor:
         """J' times a vector of residuals, without J."""
-        return _flat(torch.autograd.grad(self._vector(), self.params, vector, allow_unused=True), self.params).detach()
+        return self.rows.computed("products with the transposed Jacobian", self._transposed, self.batch, vector)[0]
+
+    def _product(self, batch: Any, vector: Tensor) -> tuple[Tensor]:
+        r = self._vector(batch)
+        w = torch.zeros_like(r, requires_grad=True)
+        back = _flat(torch.autograd.grad(r, self.params, w, create_graph=True, allow_unused=True), self.params)
+        return (torch.autograd.grad(back, w, vector)[0].detach(),)
+
+    def _transposed(self, batch: Any, vector: Tensor) -> tuple[Tensor]:
+        gradients = torch.autograd.grad(self._vector(batch), self.params, vector, allow_unused=True)
+        return (_flat(gradients, self.params).detach(),)
 
     @torch.enable_grad()
-    def _vector(self) -> Tensor:
-        return torch.cat([_scaled(r) for r in self.parts().values()])
+    def _vector(self, batch: Any) -> Tensor:
+        return torch.cat([_scaled(r) for r in self._parts(batch).values()])
 
 
 def _scaled(residual: Tensor) -> Tensor:
@@ -149,6 +161,8 @@ def _vjps(outputs: Tensor, inputs: Sequence[Tensor], count: int) -> Tensor:
 # ---- row by row ------------------------------------------------------------------------------------------------------
 
 ByRow = Callable[[LeastSquares], Iterator[tuple[Tensor, Tensor]]]
+Computes = Callable[..., Sequence[Tensor]]
+"""(name, function, batch, *vectors) -> function(batch, *vectors)."""
 
 
 class Rows:
@@ -158,6 +172,12 @@ class Rows:
         self.graphs: dict[str, tuple[Any, ByRow | None]] = {}
         self.given_up = False
         """Whether the graphs gave something else than the problem: they hold values that change."""
+        self.by_graph: Computes | None = None
+        """What computes a function by a compiled graph, for a run that is compiled."""
+
+    def computed(self, name: str, function: Callable[..., tuple[Tensor, ...]], batch: Any, *vectors: Tensor) -> Any:
+        """`function(batch, *vectors)`, by a compiled graph where there is one."""
+        return function(batch, *vectors) if self.by_graph is None else self.by_graph(name, function, batch, *vectors)
 
     def of(self, problem: LeastSquares, name: str, whole: Tensor) -> ByRow | None:
         """What yields r and J of the residual `name`, now `whole`; None where it must be differentiated as a whole."""
@@ -180,7 +200,7 @@ class Rows:
 def _shape_of(problem: LeastSquares, whole: Tensor) -> Any:
     """What a graph is made for; None where there are no rows, or too many entries in one."""
     known = {id(p) for p in problem.problem.parameters()}
-    if whole.ndim == 0 or whole.shape[0] < 2 or whole[0].numel() > MAX_OUTPUTS:
+    if whole.ndim == 0 or whole.shape[0] < 2 or whole[0].numel() > sum(p.numel() for p in problem.params):
         return None
     if any(id(p) not in known for p in problem.params):
         return None
@@ -197,10 +217,14 @@ class _Traced:
     graph: Callable[..., Any]
     in_dims: tuple[Any, ...]
 
-    def inputs(self, problem: LeastSquares, rows: slice, count: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        leaves = [leaf[rows] if _has_rows(leaf, count) else leaf for leaf in _leaves(problem.batch)]
-        others = [*_others(problem).values()]
-        return [p.detach() for p in problem.params], [o.detach() for o in others], [x.detach() for x in leaves]
+    def held(self, problem: LeastSquares) -> tuple[list[Tensor], list[Tensor]]:
+        """What trains, and the other parameters and buffers."""
+        return [p.detach() for p in problem.params], [o.detach() for o in _others(problem).values()]
+
+    def leaves(self, problem: LeastSquares, rows: slice, count: int) -> list[Tensor]:
+        """The batch's tensors at some of its rows."""
+        found = [leaf[rows] if _has_rows(leaf, count) else leaf for leaf in _leaves(problem.batch)]
+        return [leaf.detach() for leaf in found]
 
 
 def _by_row(problem: LeastSquares, name: str, whole: Tensor) -> ByRow | None:
@@ -209,20 +233,26 @@ def _by_row(problem: LeastSquares, name: str, whole: Tensor) -> ByRow | None:
     try:
         traced = _trace(problem, name, count)
         apply = vmap(traced.graph, in_dims=traced.in_dims)
-        n = sum(p.numel() for p in problem.params)
+        n, scale = sum(p.numel() for p in problem.params), 1 / math.sqrt(whole.numel())
         at_once = max(1, min(count, CHUNK // (per_row * n)))
 
         def by_row(now: LeastSquares) -> Iterator[tuple[Tensor, Tensor]]:
-            for start in range(0, count, at_once):
+            def of(leaves: list[Tensor]) -> tuple[Tensor, Tensor]:
                 with torch.no_grad():
-                    r, jacobian = apply(*traced.inputs(now, slice(start, start + at_once), count))
-                yield r.reshape(-1) / math.sqrt(whole.numel()), jacobian.reshape(-1, n).div_(math.sqrt(whole.numel()))
+                    r, jacobian = apply(*traced.held(now), leaves)
+                    return r.reshape(-1) * scale, jacobian.reshape(-1, n) * scale
 
-        r, gradient = r_and_gradient(by_row(problem))
+            for start in range(0, count, at_once):
+                leaves = traced.leaves(now, slice(start, start + at_once), count)
+                yield now.rows.computed(f"the Jacobian of {name}", of, leaves)
+
+        with a_little_away(problem.params):
+            r, gradient = r_and_gradient(by_row(problem))
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError):
         return None  # the problem is no function of one row, or torch cannot trace or batch it: never an error of its
-    want = _scaled(whole)
-    gradients = torch.autograd.grad(want, problem.params, want.detach(), retain_graph=True, allow_unused=True)
+    with a_little_away(problem.params):
+        want = _scaled(problem.parts()[name])
+        gradients = torch.autograd.grad(want, problem.params, want.detach(), allow_unused=True)
     agree = _is_close(r, want.detach()) and _is_close(gradient, _flat(gradients, problem.params).detach())
     return by_row if agree else None
 
@@ -258,14 +288,14 @@ def _trace(problem: LeastSquares, name: str, count: int) -> _Traced:
                 read, {f"problem.{k}": v for k, v in state.items()}, (_rebuilt(batch, iter(rows)), name)
             )
             entries = r.reshape(-1)
-            gradients = [
-                _flat(torch.autograd.grad(e, params, retain_graph=True, allow_unused=True), params) for e in entries
-            ]
-        return entries.detach(), torch.stack(gradients)
+            if len(entries) > 1:
+                return entries.detach(), _vjps(entries, params, len(entries))
+            gradient = torch.autograd.grad(entries, params, torch.ones_like(entries), allow_unused=True)
+        return entries.detach(), _flat(gradient, params)[None]
 
     dims = [0 if _has_rows(leaf, count) else None for leaf in leaves]
     traced = _Traced(one_row, (None, None, dims))
-    values, held, tensors = traced.inputs(problem, slice(0, 1), count)
+    (values, held), tensors = traced.held(problem), traced.leaves(problem, slice(0, 1), count)
     rows = [x[0] if d == 0 else x for x, d in zip(tensors, dims, strict=True)]
     graph = make_fx(one_row)(values, held, rows)
     graph.graph.eliminate_dead_code()
@@ -299,8 +329,9 @@ def _leaves(batch: Any) -> Iterator[Tensor]:
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _leaves(value)
+        for key, value in batch.items():
+            if key != "epoch":  # a number, and a tensor in a graph
+                yield from _leaves(value)
     elif isinstance(batch, list | tuple):
         for value in batch:
             yield from _leaves(value)
@@ -311,7 +342,7 @@ def _rebuilt(batch: Any, tensors: Iterator[Tensor]) -> Any:
     if isinstance(batch, Tensor):
         return next(tensors)
     if isinstance(batch, Mapping):
-        return {key: _rebuilt(value, tensors) for key, value in batch.items()}
+        return {key: value if key == "epoch" else _rebuilt(value, tensors) for key, value in batch.items()}
     return [_rebuilt(value, tensors) for value in batch] if isinstance(batch, list | tuple) else batch
 
 

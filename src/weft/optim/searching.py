@@ -82,6 +82,19 @@ def write(params: Iterable[Tensor], vector: Tensor) -> None:
         start += p.numel()
 
 
+@contextmanager
+def a_little_away(params: Iterable[Tensor]) -> Iterator[None]:
+    """Within: the parameters, each 1 % larger. At a solution residuals are rounding alone, and agree with nothing."""
+    known = [(p.data, p.detach().clone()) for p in params]  # `.data` has a count of changes of its own
+    try:
+        for data, old in known:
+            data.copy_(old * 1.01)
+        yield
+    finally:
+        for data, old in known:
+            data.copy_(old)
+
+
 def with_gradient(closure: Callable[[], Any]) -> Tensor:
     """What the closure returns, evaluated with autograd on, detached."""
     with torch.enable_grad():

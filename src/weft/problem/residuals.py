@@ -19,7 +19,7 @@ from weft.problem.constraints import Constraint
 from weft.problem.losses import PenaltyLoss
 from weft.problem.problem import Problem
 from weft.problem.reading import is_neuromancer, neuromancer_terms
-from weft.problem.terms import Objective, Term
+from weft.problem.terms import Objective, Term, with_parts
 from weft.types import Batch
 
 
@@ -34,13 +34,16 @@ class Residual(Objective):
         return value.square().mean()
 
 
-def residual(fn: Callable[..., Tensor], weight: float | Tensor = 1.0, name: str | None = None) -> Residual:
+def residual(
+    fn: Callable[..., Tensor], weight: float | Tensor = 1.0, name: str | None = None, part: str | None = None
+) -> Residual:
     """A term that adds `weight * mean(fn(...) ** 2)` to the loss, and that least-squares optimizers can see into.
 
     fn: a function whose argument names are the keys it reads, or a module, as for `weft.objective`; it returns the
         residual itself, not its square, of any shape. Raises ValueError for a negative weight.
+    part: of a batch with parts, the one whose keys the arguments name.
     """
-    term = Residual(fn, weight, name)
+    term = Residual(fn, weight, name, part)
     if term.given_weight < 0:
         raise ValueError(f"The weight of {term} must not be negative: residuals are brought to zero; got {weight!r}.")
     return term
@@ -78,7 +81,7 @@ def _of_terms(problem: Problem) -> Callable[[Batch], dict[str, Tensor]]:
         raise TypeError(f"The loss of {problem} is no sum of squares. {'. '.join(wrong)}.")
 
     def read(batch: Batch) -> dict[str, Tensor]:
-        data = {**batch, **problem.step(batch)}
+        data = with_parts(batch) | problem.step(batch)
         found = {term.name: _weighted(term, term.value(data)) for term in residual_terms}
         return found | {c.name: _weighted(c, c.violation(c.value(data))) for c in limits}
 

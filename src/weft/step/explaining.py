@@ -48,6 +48,8 @@ def _explained(error: Exception, batch: Any, problem: nn.Module, split: str) -> 
         return None
     weights = {p.dtype for p in problem.parameters() if p.is_floating_point()}
     data = {k: v.dtype for k, v in batch.items() if isinstance(v, Tensor)} if isinstance(batch, Mapping) else {}
+    if hasattr(problem, "own_data"):  # whose y is no input
+        data.pop("y", None)
     other = {k: str(d) for k, d in data.items() if d not in weights and k != "index"}
     if not other:
         return None
@@ -204,8 +206,8 @@ def came_late(name: str, p: Tensor) -> str:
     """What to say of a parameter that came after the optimizers."""
     return (
         f"Parameter {name} of shape {tuple(p.shape)} requires grad since its optimizers were made, and is in none of "
-        "them: it is not trained. Make it before the fit or in a phase's `setup`, add it (optimizer.add_param_group), "
-        "or change it in place (p.data.copy_(...))."
+        "them: it is not trained. Make it before the first fit of a trainer or in a phase's `setup`, add it "
+        "(optimizer.add_param_group), or change it in place (p.data.copy_(...))."
     )
 
 

@@ -108,15 +108,15 @@ class Training:
 
     def train_by(self, optimizers: dict[str, Optimizer], made: dict[str, str]) -> None:
         """These from here on, which were `made` so; schedules are those that follow."""
-        self.optimizers, self.schedules, self.made = optimizers, {}, made
+        self.optimizers, self.schedules, self.made, self.registered = optimizers, {}, made, {}
 
     def step_by(self, schedules: dict[str, Scheduled], made: Mapping[str, str] | None = None) -> None:
         """These schedules from here on, which were `made` so."""
         self.schedules, self.made = schedules, {**self.made, **(made or {})}
 
     def register(self, problem: nn.Module) -> None:
-        """Know what `problem` has to train at this moment, when the optimizers are there."""
-        self.registered = {id(p): p for p in problem.parameters() if p.requires_grad}
+        """Know what `problem` has to train when the optimizers are new, not in a later fit that goes on with them."""
+        self.registered = self.registered or {id(p): p for p in problem.parameters() if p.requires_grad}
 
     def judge(self, tensors: set[int]) -> None:
         """Know these, by id: where losses may reach them was looked at."""

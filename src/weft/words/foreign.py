@@ -131,6 +131,9 @@ INSTEAD = {
     "own, which is iterated as it is: fit(problem, DataLoader(..., {name}=...))",
     "save_weights_only": "trainer.save_weights(path); checkpoints hold all that a resumed run needs",
     "save_last": "nothing to ask for: the newest checkpoint is always kept",
+    "X y inputs targets": "the pair (X, y): weft.Data((X, y), batch_size=32)",
+    "loss_weights": "a number at each term: weft.objective(fn, weight=10.0)",
+    "display_every": "progress, which shows a line without being asked for",
     "class_weight sample_weight": "a key of the data that the loss function or a term reads",
     **{name: f"limit_batches={{{{{split!r}: {{value}}}}}}" for name, split in LIMITS.items()},
 }
@@ -176,6 +179,13 @@ NAMES = {
     "variable minimize Objective loss Loss": "weft.objective(function of keys)",
     "constraint Constraint variables": "weft.less_equal, weft.greater_equal, weft.equal",
     "System": "weft.Rollout(nodes, steps=...)",
+    "grad jacobian hessian gradients": "weft.gradient(u, x), and of that again for second derivatives",
+    "DirichletBC NeumannBC RobinBC PeriodicBC PointSetBC BC IC OperatorBC": "a term of that part of the data: "
+    'weft.objective(fn, part="boundary")',
+    "geometry Interval Rectangle GeometryXTime TimeDomain TimePDE": "tensors of points, in parts: "
+    'weft.Data({"interior": {"x": x}, "boundary": {"x": ends}}, inputs_require_grad=["interior.x"])',
+    "Variable Parameter": "torch.nn.Parameter, which a problem trains as its attribute: problem.k = k",
+    "nn": "torch.nn",
     "tune Tuner GridSearchCV study create_study": "weft.sweep(run, space)",
     "load load_model load_from_checkpoint load_checkpoint": "weft.load_weights(problem, path)",
     "save save_model": "weft.save_weights(problem, path)",
