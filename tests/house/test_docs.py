@@ -27,7 +27,7 @@ def cells(page: str) -> list[tuple[str, str]]:
     return [(options, re.sub(r"^%.*\n", "", code, flags=re.MULTILINE)) for options, code in CELL.findall(text)]
 
 
-@pytest.mark.parametrize("page", ["index", "tour"])
+@pytest.mark.parametrize("page", ["index", "tour", "reference/optim"])
 def test_the_cells_of_a_page_run_as_they_stand(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib import pyplot
 
@@ -35,7 +35,7 @@ def test_the_cells_of_a_page_run_as_they_stand(page: str, monkeypatch: pytest.Mo
     names: dict[str, Any] = {"__name__": page}
     with contextlib.redirect_stdout(io.StringIO()):
         for _, code in cells(page):
-            exec(compile(code.replace("epochs=300", "epochs=3"), f"{page}.md", "exec"), names)  # noqa: S102, our own text
+            exec(compile(re.sub("epochs=(300|2000)", "epochs=3", code), f"{page}.md", "exec"), names)  # noqa: S102, our own text
     pyplot.close("all")
 
 
@@ -78,6 +78,7 @@ def test_the_script_for_lightnings_trainer_runs(tmp_path: Path, monkeypatch: pyt
 RUN_BY = {
     ("index", "code-cell"): "test_the_cells_of_a_page_run_as_they_stand",
     ("tour", "code-cell"): "test_the_cells_of_a_page_run_as_they_stand",
+    ("optim", "code-cell"): "test_the_cells_of_a_page_run_as_they_stand",
     ("troubles", "code-cell"): "test_each_mistake_of_the_page_of_mistakes_happens_and_says_what_the_page_quotes",
     ("lightning", "python"): "test_the_script_for_lightnings_trainer_runs",
     ("index", "bash"): "the installation, which is how the suite came to run",
