@@ -191,8 +191,8 @@ class TrainerConfig:
     """Key of the loss in what the problem returns for a dev batch; monitored by default."""
     test_metric: str = "test_loss"
     """Key of the loss in what the problem returns for a test batch."""
-    monitor_metric: str | None = None
-    """Metric that decides best weights and early stopping; None: dev_metric, or train_metric without a dev set."""
+    monitor_metric: str | Literal[False] | None = None
+    """What decides best weights and early stopping; None: dev_metric, or train_metric; False: the last weights stay."""
     monitor_mode: Literal["min", "max"] = "min"
     """Whether smaller ("min") or larger ("max") is better."""
     patience: Count | None = None

@@ -266,6 +266,19 @@ def test_match_loads_parts_under_new_names_many_from_one() -> None:
     unchanged(target, ValueError, r"'' does not fit 'a'", "w.pt", match={"a": ""})
 
 
+def test_weights_of_a_net_and_of_the_problem_around_it_name_the_match() -> None:
+    net, problem = nn.Linear(2, 2), nn.ModuleDict({"net": nn.Linear(2, 2)})
+    save_weights(problem, "problem.pt")
+    save_weights(net, "net.pt")
+    unchanged(net, ValueError, r"problem.pt holds net.weight, net.bias.* load it with match={'': 'net'}", "problem.pt")
+    unchanged(problem, ValueError, r"net.pt holds weight, bias.* load it with match={'net': ''}", "net.pt")
+    assert same(
+        cloned_state(load_weights(nn.Linear(2, 2), "problem.pt", match={"": "net"})), cloned_state(problem["net"])
+    )
+    assert same(cloned_state(load_weights(problem, "net.pt", match={"net": ""})["net"]), cloned_state(net))
+    unchanged(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), ValueError, "does not fit this problem", "net.pt")
+
+
 def test_a_module_that_resizes_in_its_own_loading_is_left_to_it() -> None:
     class Own(nn.Module):
         def __init__(self) -> None:

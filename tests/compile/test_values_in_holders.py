@@ -6,6 +6,10 @@ import argparse
 import array
 import collections
 import contextvars
+import ctypes
+import functools
+import math
+import multiprocessing
 import os
 import threading
 import types
@@ -14,6 +18,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
@@ -52,12 +57,33 @@ def put_attribute(thing: Any, value: float) -> None:
     thing.lam = value
 
 
-def item(thing: Any, value: float) -> None:
+def item(thing: Any, value: Any) -> None:
     thing["lam"] = value
 
 
 def put_first(thing: Any, value: float) -> None:
     thing[0] = value
+
+
+class Cached:
+    """A number behind a cache that is cleared when it changes."""
+
+    def __init__(self) -> None:
+        held = {"lam": 0.0}
+
+        @functools.cache
+        def get() -> float:
+            return held["lam"]
+
+        self.held, self.get = held, get
+
+    def put(self, value: float) -> None:
+        self.held["lam"] = value
+        self.get.cache_clear()
+
+
+def put_value(thing: Any, value: float) -> None:
+    thing.value = value
 
 
 HOLDERS: dict[str, tuple[Callable[[], Any], Callable[[Any, float], Any], Callable[[Any], float]]] = {
@@ -76,6 +102,21 @@ HOLDERS: dict[str, tuple[Callable[[], Any], Callable[[Any, float], Any], Callabl
         lambda c: c[1]["lam"],
     ),
     "ContextVar": (lambda: contextvars.ContextVar("lam", default=0.0), lambda c, v: c.set(v), lambda c: c.get()),
+    "ctypes": (lambda: ctypes.c_double(0.0), put_value, lambda c: c.value),
+    "shared memory": (lambda: multiprocessing.Value("d", 0.0), put_value, lambda c: c.value),
+    "bytearray": (lambda: bytearray(1), lambda c, v: put_first(c, int(v)), lambda c: float(c[0])),
+    "a table": (lambda: pd.DataFrame({"lam": [0.0]}), lambda c, v: item(c, [v]), lambda c: float(c["lam"][0])),
+    "a cache": (Cached, lambda c, v: c.put(v), lambda c: c.get()),
+    "0.0 and -0.0": (
+        lambda: types.SimpleNamespace(lam=0.0),
+        lambda c, v: put_attribute(c, -0.0 if v else 0.0),
+        lambda c: 1 - math.copysign(1, c.lam),
+    ),
+    "the order of a dict": (
+        lambda: {"a": 0.0, "b": 1.0},
+        lambda c, v: c.update(a=c.pop("a")) if v else None,
+        lambda c: next(iter(c.values())),
+    ),
     "weakref": (lambda: weakref.ref(KEPT), lambda c, v: put_attribute(c(), v), lambda c: c().lam),
     "environ": (lambda: "WEFT_TEST_LAM", lambda c, v: os.environ.update({c: str(v)}), lambda c: float(os.environ[c])),
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import pytest
 import weft
 from tests.helpers import job as job_script
 from tests.helpers.patience import patience, timed
+from tests.helpers.slurm_variables import free_port, variables_of_two_tasks
 from weft.checkpoint.folder import load as load_checkpoint
 
 JOB = Path(job_script.__file__)
@@ -74,12 +74,6 @@ def told(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "told.json").read_text())
 
 
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def undisturbed_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], float]:
     """What the job finds when the plain script starts its second process, and the seconds of all that."""
@@ -109,21 +103,7 @@ def test_torchrun_ends_at_the_same_bits_as_the_script(tmp_path: Path, by_script:
 
 
 def test_processes_started_by_slurm_end_at_the_same_bits(tmp_path: Path, by_script: dict[str, Any]) -> None:
-    common = {
-        "SLURM_NTASKS": "2",
-        "SLURM_NTASKS_PER_NODE": "2",
-        "SLURM_JOB_NAME": "train",
-        "SLURM_JOB_ID": "1",
-        "SLURM_NODELIST": "localhost",
-        "SLURM_NNODES": "1",
-        "SLURM_NODEID": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": free_port(),
-    }
-    jobs = [
-        start_job([sys.executable], "all", tmp_path, DDP, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), **common)
-        for rank in range(2)
-    ]
+    jobs = [start_job([sys.executable], "all", tmp_path, DDP, **variables) for variables in variables_of_two_tasks()]
     errors = [job.communicate(timeout=patience())[1] for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], errors
     no_process_is_left(tmp_path)

@@ -106,7 +106,7 @@ ALLOWED: dict[str, Rule] = {
     "train_metric": is_text,
     "dev_metric": is_text,
     "test_metric": is_text,
-    "monitor_metric": either(none, is_text),
+    "monitor_metric": either(none, is_text, one_of(False)),
     "monitor_mode": one_of("min", "max"),
     "patience": either(none, integer(1)),
     "min_delta": above(0, equal=True),

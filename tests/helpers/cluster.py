@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import platform
 import secrets
@@ -9,11 +11,18 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import textwrap
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from tests.helpers.patience import patience
+from weft.slurm import events
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "scancel")
 MODULE = """
@@ -49,9 +58,10 @@ CONFIG = """
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
 
-def write_config(folder: Path, workers: int = 0) -> str:
+def write_config(folder: Path, workers: int = 0, devices: int = 1) -> str:
     path = folder / "run.yaml"
-    path.write_text(textwrap.dedent(CONFIG).replace("WORKERS", str(workers)))
+    text = textwrap.dedent(CONFIG).replace("WORKERS", str(workers))
+    path.write_text(text if devices == 1 else text.replace("{epochs", f"{{devices: {devices}, strategy: ddp, epochs"))
     return str(path)
 
 
@@ -193,3 +203,41 @@ class Cluster:
         """What SLURM says of a job: JobState, Restarts, ..."""
         said = self.call("scontrol", "show", "job", number, check=False)
         return {key: value for key, _, value in (word.partition("=") for word in said.split())}
+
+
+def until(happened: Callable[[], Any]) -> None:
+    end = time.monotonic() + patience()
+    while not happened():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.05)
+
+
+def digest_of(folder: Path) -> str:
+    weights = torch.load(folder / "weights.pt", weights_only=True)
+    tensors = {k: v for k, v in _tensors(weights)}
+    assert tensors
+    return hashlib.sha256(b"".join(k.encode() + tensors[k].numpy().tobytes() for k in sorted(tensors))).hexdigest()
+
+
+def _tensors(thing: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(thing, torch.Tensor):
+        yield name, thing
+    elif isinstance(thing, dict):
+        for key, value in thing.items():
+            yield from _tensors(value, f"{name}.{key}")
+
+
+@functools.cache
+def digest_undisturbed(workers: int, seed: int = 0, devices: int = 1) -> str:
+    """The digest of the weights of a run that nobody disturbs."""
+    words = ["--trainer.run_name", "u", "--trainer.progress", "false", "--trainer.seed", str(seed)]
+    with tempfile.TemporaryDirectory() as place:
+        (Path(place) / "module.py").write_text(textwrap.dedent(MODULE))
+        config = write_config(Path(place), workers, devices)
+        command = [sys.executable, "-m", "weft", "fit", "--config", config, "--problem.pause", "0", *words]
+        subprocess.run(command, cwd=place, check=True)
+        return digest_of(Path(place) / "runs" / "u")
+
+
+def stepped(job: Any) -> bool:
+    return events.last_step(job.folder) >= 7  # see CONFIG

@@ -122,3 +122,18 @@ def test_an_event_that_is_a_method_of_a_trainer_is_an_error() -> None:
         def on_epoch_end(self, trainer: Any, metrics: Any) -> None: ...
 
     Own()
+
+
+@pytest.mark.parametrize("same_problem", [True, False])
+def test_a_refused_fit_leaves_the_run_before_it(same_problem: bool) -> None:
+    problem, one = problem_of(nn.Linear(1, 1), squared), trainer()
+    result = one.fit(problem, points_of_a_line(1.0))
+    before = one.predict(points_of_a_line(1.0))["u"]
+    other = problem if same_problem else problem_of(nn.Linear(1, 1), squared)
+    for data, more in (({"x": torch.ones(3, 1), "y": torch.ones(2, 1)}, {}), (points_of_a_line(1.0), {"epohcs": 3})):
+        with pytest.raises((TypeError, ValueError)):
+            one.fit(other, data, **more)
+    assert one.problem is problem and torch.equal(one.predict(points_of_a_line(1.0))["u"], before)
+    assert one.fit(problem, points_of_a_line(1.0)).epochs == 2 * result.epochs
+    if not same_problem:  # one that is not refused takes its place
+        assert one.fit(other, points_of_a_line(3.0)).epochs == 20 and one.problem is other

@@ -118,6 +118,19 @@ def test_without_a_dev_set_the_training_loss_decides() -> None:
     assert result.best_metric == min(result.history["train_loss"])
 
 
+def test_with_nothing_monitored_the_last_weights_stay() -> None:
+    def uphill(trainer: Any, batch: Any) -> None:  # so the first epoch is the best
+        trainer.optimizer.param_groups[0]["lr"] = -0.1
+
+    for given, is_last in ((False, True), (None, False)):
+        grown = problem()
+        result = trained(grown, hooks={"on_step_start": uphill}, optimizer=ADAM, monitor_metric=given)
+        assert (result.monitor, result.best_epoch) == ((None, None) if is_last else ("train_loss", 0))
+        assert same(result.last_weights, dict(grown.state_dict())) == is_last
+    with pytest.warns(UserWarning, match=r"No effect in this fit: monitor_metric \(patience looks at the loss\)"):
+        assert trained(problem(), monitor_metric=False, patience=9).monitor == "train_loss"
+
+
 # ---------------------------------------------------------------- limits
 
 

@@ -209,8 +209,8 @@ def test_a_rollout_says_which_signal_is_too_short_missing_or_of_the_wrong_shape(
         ours({"x": x})
     with pytest.raises(ValueError, match=r"'d' has shape \(3,\); expected \(batch, time, features\)"):
         ours({"x": x, "d": torch.zeros(3)})
-    with pytest.raises(ValueError, match="several nodes named 'lambda'|several nodes named 'node'"):
-        Rollout([Node(lambda x: x, ["x"], ["u"]), Node(lambda u: u, ["u"], ["x"])], 2)
+    with pytest.raises(ValueError, match="Rollout 'rollout' has several nodes named 'f'|several nodes named 'f'"):
+        Rollout([Node(lambda x: x, ["x"], ["u"], name="f"), Node(lambda u: u, ["u"], ["x"], name="f")], 2)
 
 
 def test_a_rollout_in_a_problem_and_a_neuromancer_system_in_it_give_the_same_loss():
@@ -295,6 +295,35 @@ def node(reads: list[str], writes: list[str], name: str) -> Node:
 def test_a_problem_that_contradicts_itself_is_refused_when_it_is_built(nodes, terms, words):
     with pytest.raises(ValueError, match=words):
         Problem(nodes, **({"objectives": [objective(lambda a: a, name="g")]} | terms), name="p")
+
+
+def test_nodes_without_a_name_that_would_have_the_same_are_named_by_what_they_compute():
+    def net() -> nn.Linear:
+        return nn.Linear(1, 1)
+
+    def of(*nodes: Any) -> list[Any]:
+        made = Problem(nodes, [objective(lambda x: x)])
+        assert all(made.nodes[i].fn is node.fn for i, node in enumerate(nodes))
+        return [n.name for n in made.nodes]
+
+    assert of(Node(net(), ["x"], ["u"]), Node(net(), ["u"], ["v"])) == ["linear_u", "linear_v"]
+    assert of(Node(net(), ["x"], ["u"]), Node(nn.Tanh(), ["u"], ["v"])) == ["linear", "tanh"]  # as ever
+    pair = Node(lambda x: (x, x), ["x"], ["a.u", "a.v"]), Node(lambda x: x, ["x"], ["w"])
+    assert of(*pair, Node(net(), ["w"], ["z"], name="n")) == ["node_u_v", "node_w", "n"]
+    with pytest.raises(ValueError, match="several nodes named 'linear_u'"):
+        of(Node(net(), ["x"], ["a.u"]), Node(net(), ["x"], ["b.u"]))
+    loop = Rollout([Node(net(), ["x"], ["u"]), Node(net(), ["u"], ["x"])], 2)
+    assert [n.name for n in loop.nodes] == ["linear_u", "linear_x"]
+
+
+def test_a_list_of_nodes_may_stand_among_the_nodes():
+    nodes = Node(nn.Linear(1, 1), ["x"], ["u"], name="net").on("a", "b")
+    last = Node(lambda u: u, ["a.u"], ["w"], name="last")
+    assert list(Problem([nodes, last], [objective(lambda w: w)]).nodes) == [*nodes, last]
+    assert list(Problem([*nodes, last], [objective(lambda w: w)]).nodes) == [*nodes, last]
+    assert list(Rollout([[Node(lambda x: x, ["x"], ["x"])]], 2).nodes)
+    with pytest.raises(TypeError, match="'no' is no node"):
+        Problem([[nodes[0], "no"]], [objective(lambda w: w)])
 
 
 def test_what_is_no_node_term_or_loss_is_refused_with_how_to_make_one():

@@ -87,6 +87,7 @@ ARRAYS: dict[str, tuple[Any, Any]] = {
     "arrays": (X.numpy(), TARGET.numpy()),
     "tables": (pd.DataFrame(X.numpy(), columns=list("abc")), pd.DataFrame({"t": TARGET.numpy()[:, 0]})),
     "lists in arrays": (np.array(X.tolist()), np.array(TARGET.tolist())),
+    "lists": (X.double().tolist(), TARGET.double()[:, 0].tolist()),
 }
 
 
@@ -101,6 +102,7 @@ LOADED: dict[str, Any] = {
     "TensorDataset": lambda: weft.Data(TensorDataset(X, TARGET), batch_size=7, shuffle=False),
     "DataLoader of tuples": lambda: DataLoader(TensorDataset(X, TARGET), batch_size=7),
     "list of tuples": lambda: list(zip(X.split(7), TARGET.split(7), strict=True)),
+    "lists of numbers": lambda: weft.Data((X.tolist(), TARGET.tolist()), batch_size=7, shuffle=False),
     "keys": lambda: weft.Data({"x": X, "y": TARGET}, batch_size=7, shuffle=False),
     "setup": lambda: lambda: (TensorDataset(X, TARGET), None, None, 7),
 }
@@ -113,6 +115,31 @@ def test_loaders_datasets_and_pairs_train_alike(kind: str) -> None:
     close = result.history["train_loss"] == pytest.approx(losses, rel=1e-12)
     assert close != (kind == "setup")  # which is shuffled, as nobody said otherwise: the control
     assert result.steps == 24
+
+
+def test_a_list_of_two_arrays_is_the_pair_that_it_looks_like() -> None:
+    ends = [quiet_trainer().fit(regression(), given).last_weights for given in ([X, TARGET], (X, TARGET))]
+    batches = quiet_trainer().fit(regression(), [(X, TARGET), (X, TARGET)])  # two of them, as before: the control
+    assert torch.equal(*map(flat, ends)) and batches.steps == 8
+    assert not torch.equal(flat(batches.last_weights), flat(ends[0]))
+
+
+@pytest.mark.parametrize("data", ["keys", "DataLoader of tuples"])
+def test_the_loss_has_its_name_in_steps_and_loops_of_ones_own(data: str) -> None:
+    def step(trainer: Any, batch: Any) -> Tensor:
+        return trainer.problem(batch)[trainer.train_metric]
+
+    losses = quiet_trainer().fit(regression(), LOADED[data]()).history
+    assert quiet_trainer(training_step=step).fit(regression(), LOADED[data]()).history == losses
+    trainer, dev = quiet_trainer(), (X_DEV, TARGET_DEV)
+    with trainer.start(regression(), LOADED[data](), dev if data != "keys" else None) as run:
+        for _ in run.epochs():
+            for batch in run.batches("train"):
+                run.backward(run.problem(batch)[trainer.train_metric])
+                run.step()
+            run.evaluate("dev")
+    assert run.result is not None and run.result.history["train_loss"] == losses["train_loss"]
+    assert set(run.result.history) <= {"train_loss", "dev_loss"}  # and under no second name
 
 
 def test_a_tensor_dataset_is_sliced_and_not_collated() -> None:
@@ -227,7 +254,7 @@ class SeveralOutputs(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "given", [X, X.numpy(), {"x": X}, (X, TARGET), DataLoader(TensorDataset(X, TARGET), batch_size=7)]
+    "given", [X, X.numpy(), X.tolist(), {"x": X}, (X, TARGET), DataLoader(TensorDataset(X, TARGET), batch_size=7)]
 )
 def test_predict_returns_what_the_net_returns_one_row_per_row(given: Any) -> None:
     trainer, problem = quiet_trainer(), regression()
@@ -301,9 +328,40 @@ def mistakes() -> dict[str, tuple[Any, type[Exception], str]]:
         ),
         "its list": (
             lambda t: t.fit(regression(), [X, X_DEV]),
-            TypeError,
-            r"a batch is Tensor of shape \(40, 3\).*\(X, y\)",
+            ValueError,
+            r"unequal lengths \{'x': 40, 'y': 13\}",
         ),
+        "batches of arrays": (
+            lambda t: t.fit(regression(), [(X.numpy(), TARGET.numpy())]),
+            TypeError,
+            r"a pair of arrays, x is ndarray of shape \(40, 3\); expected tensors.*weft.Data\(\(X, y\)",
+        ),
+        "rows of arrays": (
+            lambda t: t.fit(regression(), list(zip(X.numpy(), flat.numpy(), strict=True))),
+            TypeError,
+            "a batch is one row.*weft.Data",
+        ),
+        "no return": (
+            lambda t: t.fit(weft.Supervised(regressor(), lambda p, y: None), (X, TARGET)),
+            TypeError,
+            r"returned None \(is a return missing\?\); expected a tensor",
+        ),
+        "a number": (
+            lambda t: t.fit(weft.Supervised(regressor(), lambda p, y: (p - y).square().mean().item()), (X, TARGET)),
+            TypeError,
+            r"returned float 0\.\d+; expected a tensor",
+        ),
+        "several losses": (
+            lambda t: t.fit(weft.Supervised(regressor(), lambda p, y: {"loss": (p - y).mean()}), (X, TARGET)),
+            TypeError,
+            r"returned dict .*expected a tensor.*weft.Problem's objectives",
+        ),
+        "whole numbers": (
+            lambda t: t.fit(weft.Supervised(classifier(), nn.CrossEntropyLoss()), ((9 * X).int(), LABELS)),
+            TypeError,
+            r"The data has \{'x': 'torch.int32'\}.*give \['x'\] as floats",
+        ),
+        "test of X, y": (lambda t: t.test(X, TARGET), TypeError, r"Give the data once: .*the pair \(X, y\)"),
         "three": (lambda t: t.fit(regression(), (X, TARGET, flat)), TypeError, r'tuple of 3 arrays.*"w": w'),
         "rows": (
             lambda t: t.fit(regression(), list(zip(X, flat, strict=True))),
@@ -364,6 +422,11 @@ def test_whole_numbers_and_columns_of_labels_are_taken_as_what_the_loss_compares
     column = weft.Supervised(net, nn.CrossEntropyLoss())({"x": X, "y": LABELS[:, None]})
     assert torch.equal(column["loss"], nn.functional.cross_entropy(net(X), LABELS))
     assert not torch.equal(column["loss"], nn.functional.cross_entropy(net(X), LABELS.roll(1)))
+    for dtype in (torch.int32, torch.int8, torch.uint8):
+        narrow = weft.Supervised(net, nn.CrossEntropyLoss())({"x": X, "y": LABELS.to(dtype)})
+        assert torch.equal(narrow["loss"], column["loss"])
+    two = weft.Supervised(net, nn.functional.cross_entropy)({"x": X, "y": LABELS == 1})
+    assert torch.equal(two["loss"], nn.functional.cross_entropy(net(X), (LABELS == 1).long()))
 
 
 def test_one_batch_of_many_rows_is_told_once_and_not_where_a_size_was_given() -> None:

@@ -211,6 +211,28 @@ def test_a_run_started_from_python_describes_itself_too(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ the other commands
 
 
+@pytest.mark.parametrize("command", ["resume", "validate", "test", "predict"])
+def test_a_run_started_from_python_goes_on_by_its_script(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from weft.demo import data_setup, make_problem
+
+    trainer = weft.Trainer(epochs=1, progress=False, root_dir=str(tmp_path), run_name="p", checkpoint=True)
+    trainer.fit(make_problem(), data_setup, nsim=30)
+    assert cli.main([command, str(tmp_path / "p")]) == cli.BAD_USAGE
+    told = capsys.readouterr().err
+    assert told.startswith("weft: objects: this run was started from Python; run its script again, with fit(..., ")
+    assert "problem: missing" not in told
+
+
+def test_python_m_weft_is_the_command(here: Path) -> None:
+    done = [
+        subprocess.run([sys.executable, "-m", name, "fit", "--no"], capture_output=True, text=True, check=False)
+        for name in ("weft", "weft.cli")
+    ]
+    assert done[0].stderr == done[1].stderr != "" and done[0].returncode == done[1].returncode == cli.BAD_USAGE
+
+
 def test_validate_test_and_predict_use_the_best_weights_of_a_run(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

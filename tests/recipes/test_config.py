@@ -316,6 +316,7 @@ MISTAKES: list[tuple[dict[str, Any], list[str], str]] = [
     ({}, ["--config", "list.yaml"], "list.yaml: found list, expected sections"),
     ({}, ["--config", "ring.yaml"], "recursive"),
     ({}, ["--trainer.epoch", "3"], "trainer.epoch=3: there is no such option; did you mean 'epochs'?"),
+    ({}, ["--trainer.optimizer", "SGD"], "trainer.optimizer='SGD': optimizer is a section of its own: --optimizer ..."),
     ({}, ["--trainer.epochs"], "--trainer.epochs: needs a value"),
     ({}, ["--patience", "3"], "--patience: there is no such option; did you mean '--trainer.patience'?"),
     ({}, ["--data.nsin", "3"], "data.nsin=3: data_setup has no such parameter; did you mean 'nsim'?"),

@@ -278,9 +278,11 @@ def test_the_report_shows_where_the_time_went(tmp_path: Path) -> None:
     from weft.records import report
 
     result = fit_slow(profiler="simple", root_dir=str(tmp_path))
+    assert repr(result).endswith(" s, see .profile)") and "filter" in str(result.profile)
     text = report.page(report.read_run(result.run_dir))  # type: ignore[arg-type]
     assert "Where the time goes (per step)" in text and "<th>node filter</th>" in text and "<th>backward</th>" in text
     plain = fit_slow(root_dir=str(tmp_path / "b"))
+    assert repr(plain).endswith(" s)")
     assert "Where the time goes" not in report.page(report.read_run(plain.run_dir))  # type: ignore[arg-type]
     advanced = fit_slow(profiler="advanced", root_dir=str(tmp_path / "c"))
     assert "time.sleep" in report.page(report.read_run(advanced.run_dir))  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import weft
+from tests.helpers.browser import Browser
 from tests.helpers.patience import patience
 from weft.demo import data_setup, make_problem
 from weft.loggers.csv import read_rows
@@ -198,3 +199,40 @@ def test_a_browser_draws_the_curves_without_a_complaint(run_folder: Path, tmp_pa
     for colour in charts.COLOURS[:2]:  # train and dev
         rgb = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         assert (abs(pixels - rgb).max(axis=2) < 0.03).sum() > 300, colour
+
+
+# Of all words on a page, in cells and in pictures, the pairs whose rectangles lie on each other or touch.
+TOUCHING = """(() => {
+  const words = [...document.querySelectorAll('svg text, td, th')].filter((e) => e.textContent.trim()).map((e) => {
+    const range = document.createRange();
+    range.selectNodeContents(e);
+    const r = e.tagName === 'text' ? e.getBoundingClientRect() : range.getBoundingClientRect();
+    return {text: e.textContent.trim(), left: r.left, right: r.right, top: r.top, bottom: r.bottom};
+  }).filter((r) => r.right > r.left);
+  const found = [];
+  for (const [i, a] of words.entries()) for (const b of words.slice(i + 1)) {
+    const wide = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+    const high = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+    if (wide > -1 && high > 3) found.push(a.text + ' | ' + b.text);
+  }
+  return [words.length, found];
+})()"""
+
+
+@pytest.mark.skipif(chromium() is None, reason="needs Chromium; on Debian: apt-get install chromium")
+def test_no_words_lie_on_others_in_a_report_and_a_comparison(run_folder: Path, tmp_path: Path) -> None:
+    trainer = weft.Trainer(epochs=3, seed=0, progress=False, root_dir=str(tmp_path), run_name="b", profiler="simple")
+    trainer.fit(make_problem(), data_setup, nsim=300)
+    both = weft.compare(run_folder, tmp_path / "b", run_folder, labels=["one of a long name", "b", "c"])
+    both.write(tmp_path / "both.html")
+    crowded = '<svg width="300" height="40"><text x="5" y="20">title</text><text x="20" y="20">legend</text></svg>'
+    (tmp_path / "crowded.html").write_text(f"<html><body>{crowded}</body></html>")
+    with Browser(tmp_path) as browser:
+        for page in (tmp_path / "b" / "report.html", run_folder / "report.html", tmp_path / "both.html"):
+            browser.open(f"file://{page}")
+            browser.text_with(["epoch"])
+            number, touching = browser.evaluate(TOUCHING)
+            assert number > 50 and touching == [], (page.name, touching[:20])
+        browser.open(f"file://{tmp_path / 'crowded.html'}")
+        browser.text_with(["legend"])
+        assert browser.evaluate(TOUCHING) == [2, ["title | legend"]]  # the control

@@ -105,6 +105,13 @@ def test_runs_show_the_settings_in_which_they_differ(root: Path) -> None:
     assert "<th>parameters</th>" in found._repr_html_()
 
 
+def test_settings_without_a_value_are_none(tmp_path: Path) -> None:
+    for name, optimizer in (("a", {"class_path": "SGD", "init_args": {}}), ("b", {"class_path": "Adam"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(yamlfile.dump({"optimizer": optimizer}))
+    assert weft.runs(tmp_path).settings == ["optimizer.class_path"]
+
+
 def names_of(found: Any) -> list[str]:
     return [run.folder.name for run in found]
 

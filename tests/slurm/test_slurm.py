@@ -2,84 +2,36 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
-import os
-import random
-import signal
-import tempfile
+import sys
 import textwrap
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import weft
 from tests.helpers import cluster as one_node
+from tests.helpers.cluster import digest_of, digest_undisturbed, stepped, until
 from tests.helpers.patience import patience
 from weft.slurm import events
 
 pytestmark = pytest.mark.skipif(bool(one_node.missing_programs()), reason=f"needs SLURM: {one_node.missing_programs()}")
 
 
-def until(happened: Callable[[], Any]) -> None:
-    end = time.monotonic() + patience()
-    while not happened():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.05)
-
-
-def digest_of(folder: Path) -> str:
-    weights = torch.load(folder / "weights.pt", weights_only=True)
-    tensors = {k: v for k, v in _tensors(weights)}
-    assert tensors
-    return hashlib.sha256(b"".join(k.encode() + tensors[k].numpy().tobytes() for k in sorted(tensors))).hexdigest()
-
-
-def _tensors(thing: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(thing, torch.Tensor):
-        yield name, thing
-    elif isinstance(thing, dict):
-        for key, value in thing.items():
-            yield from _tensors(value, f"{name}.{key}")
-
-
-@functools.cache
-def digest_undisturbed(workers: int, seed: int = 0) -> str:
-    """The digest of the weights of a run that nobody disturbs."""
-    from weft import cli
-
-    words = ["--trainer.run_name", "u", "--trainer.progress", "false", "--trainer.seed", str(seed)]
-    before = os.getcwd()
-    with tempfile.TemporaryDirectory() as place:
-        (Path(place) / "module.py").write_text(textwrap.dedent(one_node.MODULE))
-        os.chdir(place)
-        try:
-            config = one_node.write_config(Path(place), workers)
-            assert cli.main(["fit", "--config", config, "--problem.pause", "0", *words]) == 0
-        finally:
-            os.chdir(before)
-        return digest_of(Path(place) / "runs" / "u")
-
-
-def stepped(job: Any) -> bool:
-    return events.last_step(job.folder) >= 7
-
-
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("workers", "to"),
+    [(0, []), *(pytest.param(w, to, marks=pytest.mark.long) for w, to in [(2, []), (0, ["--batch"]), (2, ["--full"])])],
+)
 def test_a_job_that_is_signalled_comes_back_and_ends_with_the_same_bits(
-    workers: int, project: Path, cluster: one_node.Cluster
+    workers: int, to: list[str], project: Path, cluster: one_node.Cluster
 ) -> None:
+    """`to`: the run alone, as --signal=USR1@300 does before the time limit; the batch shell alone; all processes."""
     job = weft.submit(one_node.write_config(project, workers), name="a", slurm={"time": 10})
     assert job.state == "queued" or job.state == "running"
     (project / "module.py").write_text("raise RuntimeError('edited after it was submitted')")
     until(lambda: stepped(job))
-    cluster.call("scancel", "-s", "USR1", job.job)  # what --signal=USR1@300 sends before the time limit
+    cluster.call("scancel", *to, "--signal=USR1", job.job)
     until(lambda: events.state(job.folder) == "queued")
     assert job.result(patience()).epochs == 5 and job.state == "finished"
     assert digest_of(job.folder) == digest_undisturbed(workers) != digest_undisturbed(workers, seed=1)
@@ -170,37 +122,6 @@ def test_a_function_is_submitted_and_what_it_returns_comes_back(project: Path) -
 
 
 @pytest.mark.long
-def test_a_sweep_by_jobs_completes_its_trials_whatever_happens_to_them(
-    project: Path, cluster: one_node.Cluster
-) -> None:
-    def train(trial: Any) -> Any:
-        import time
-
-        import torch
-
-        import weft
-
-        def step(trainer: Any, batch: Any) -> Any:
-            time.sleep(0.02)
-            return (trainer.problem(batch["x"]) - trial["x"]).square().mean()
-
-        torch.manual_seed(0)
-        adam = lambda params: torch.optim.Adam(params, 0.05)
-        trainer = weft.Trainer(epochs=8, seed=0, optimizer=adam, training_step=step, **trial.options)
-        return trainer.fit(torch.nn.Linear(2, 1), weft.Data({"x": torch.rand(32, 2)}, batch_size=4))
-
-    space = {"x": {"low": 0.0, "high": 3.0}}
-    sweep = weft.sweep(train, space, trials=5, workers=2, seed=0, sampler="random", on="slurm", slurm={"time": 10})
-    until(lambda: (sweep.folder / "trial-0001" / "checkpoints").exists())
-    cluster.call("scancel", "-s", "USR1", f"{sweep.job}_0")
-    cluster.call("scontrol", "requeue", f"{sweep.job}_1")
-    found = sweep.result(patience() * 2)
-    assert [t["state"] for t in found.trials] == ["complete"] * 5 and sweep.state == "finished"
-    here = weft.sweep(train, space, trials=5, workers=1, seed=0, sampler="random", name="here")
-    assert [(t["params"], t["value"]) for t in here.trials] == [(t["params"], t["value"]) for t in found.trials]
-
-
-@pytest.mark.long
 def test_devices_and_tasks_that_do_not_agree_are_put_right_or_refused(project: Path, cluster: one_node.Cluster) -> None:
     (project / "fit.py").write_text(
         textwrap.dedent("""
@@ -232,116 +153,84 @@ def test_devices_and_tasks_that_do_not_agree_are_put_right_or_refused(project: P
     assert said(tasks=2, devices=1, srun="").count("world 1 steps 4") == 1  # -n 2 for two cores
 
 
-TRIALS, WORKERS = 200, 3
+def sent(cluster: one_node.Cluster, *options: str, command: str) -> str:
+    """The number of a job with a batch script of one's own."""
+    kept = ["--parsable", "--requeue", "--open-mode=append", "--output=out-%a.txt", *options]
+    return cluster.call("sbatch", *kept, "--wrap", command.replace("weft", f"{sys.executable} -m weft")).strip()
+
+
+def is_over(cluster: one_node.Cluster, job: str) -> bool:
+    return cluster.job(job)["JobState"] not in ("RUNNING", "PENDING", "COMPLETING", "CONFIGURING")
 
 
 @pytest.mark.long
-def test_random_interruptions_lose_no_trial_and_finish_none_twice(project: Path, cluster: one_node.Cluster) -> None:
-    def train(trial: Any) -> Any:
-        import os
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("how", ["signalled", "preempted"])
+def test_two_tasks_come_back_and_end_with_the_same_bits(
+    how: str, workers: int, project: Path, cluster: one_node.Cluster
+) -> None:
+    job = weft.submit(one_node.write_config(project, workers, devices=2), name="two")
+    until(lambda: stepped(job))
+    if how == "signalled":
+        cluster.call("scancel", "--signal=USR1", job.job)
+    else:
+        cluster.call("sbatch", "-p", "urgent", "-n", str(cluster.cpus), "--output=/dev/null", "--wrap", "sleep 1")
+    assert job.result(patience()).epochs == 5 and cluster.job(job.job)["Restarts"] == "1"
+    assert digest_of(job.folder) == digest_undisturbed(workers, devices=2) != digest_undisturbed(workers)
+    assert [e["step"] for e in events.events(job.folder) if e["event"] == "started"][1] >= 7
+
+
+@pytest.mark.long
+def test_a_signal_after_training_costs_nothing(project: Path, cluster: one_node.Cluster) -> None:
+    def train(job: Any) -> None:
         import time
 
-        import torch
+        from weft import cli
 
-        import weft
+        words = ["--trainer.root_dir", str(job.folder.parent), "--trainer.run_name", job.folder.name]
+        assert cli.main(["fit", "--config", "run.yaml", *words, "--trainer.resume", "auto"]) == 0
+        (job.folder / "over").touch()
+        time.sleep(4)
 
-        def write(line: str) -> None:
-            with (trial.folder / "said").open("a") as file:
-                file.write(line + "\n")
-
-        def step(trainer: Any, batch: Any) -> Any:
-            time.sleep(0.02 if trial.folder.parent.name == "sweep" else 0.0)
-            return (trainer.problem(batch["x"]) - trial["x"]).square().mean()
-
-        kept = [int(p.stem.rpartition("-")[2]) for p in (trial.folder / "checkpoints").glob("step-*.ckpt")]
-        place = f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-        begun = lambda trainer: write(f"begun {trainer.global_step} {max(kept, default=0)} {place}")
-        torch.manual_seed(0)
-        adam = lambda params: torch.optim.Adam(params, 0.05)
-        options = {**trial.options, "hooks": [*trial.options["hooks"], {"on_fit_start": begun}]}
-        trainer = weft.Trainer(epochs=6, seed=0, optimizer=adam, training_step=step, **options)
-        result = trainer.fit(torch.nn.Linear(2, 1), weft.Data({"x": torch.rand(32, 2)}, batch_size=4))
-        write(f"over {result.steps}")
-        return result
-
-    space = {"x": {"low": 0.0, "high": 3.0}}
-    options: dict[str, Any] = {"trials": TRIALS, "seed": 0, "sampler": "random"}
-    slurm: dict[str, Any] = {"on": "slurm", "slurm": {"time": 3}, "grace": 60}
-    sweep = weft.sweep(train, space, workers=WORKERS, **slurm, **options)
-    began, kinds = time.monotonic(), interrupt(sweep, cluster, lambda: weft.sweep(train, space, **slurm, **options))
-    found, seconds = sweep.result(patience()), time.monotonic() - began
-
-    assert [t["state"] for t in found.trials] == ["complete"] * TRIALS  # none lost
-    here = weft.sweep(train, space, name="here", workers=WORKERS, **options)
-    assert [(t["params"], t["value"]) for t in here.trials] == [(t["params"], t["value"]) for t in found.trials]
-    told = Counter(e["trial_id"] for e in journal_of(sweep.folder) if e["op_code"] == 6 and e["state"] == 1)
-    assert sorted(told.values()) == [1] * TRIALS
-    resumed = interrupted = lives = 0
-    for number in range(TRIALS):
-        said = [line.split() for line in (sweep.folder / f"trial-{number:04d}" / "said").read_text().splitlines()]
-        begun = [int(line[1]) for line in said if line[0] == "begun"]
-        assert begun == [int(line[2]) for line in said if line[0] == "begun"]  # from the newest checkpoint
-        after = said[[line[0] for line in said].index("over") + 1 :]  # killed before it was told: no step again
-        assert all(line[1] == str(6 * 8) for line in after)
-        interrupted, lives = interrupted + (len(begun) > 1), lives + len(begun)
-        resumed += sum(step > 0 for step in begun)
-    assert set(kinds) == set(KINDS) and interrupted > 5 and resumed > 5
-    print(
-        f"{TRIALS} trials in {seconds:.0f} s, {dict(kinds)}: {interrupted} interrupted, {lives - TRIALS} times, "
-        f"{resumed} of these after their first checkpoint; jobs begun {len(lives_of(sweep.folder))} times"
-    )
+    job = weft.submit(train, name="late")
+    until(lambda: (job.folder / "over").exists())
+    cluster.call("scancel", "--signal=USR1", job.job)
+    job.result(patience())
+    assert digest_of(job.folder) == digest_undisturbed(0) and cluster.job(job.job)["Restarts"] == "1"
+    assert [e["step"] for e in events.events(job.folder) if e["event"] == "started"] == [0, 60]
 
 
-KINDS = ("usr1", "scancel", "requeue", "kill", "preempt", "preempt with grace")
+@pytest.mark.long
+@pytest.mark.parametrize(("start", "to"), [("srun ", []), ("exec ", ["--batch"]), ("srun ", None)])
+def test_a_batch_script_of_ones_own_comes_back_and_ends_with_the_same_bits(
+    start: str, to: list[str] | None, project: Path, cluster: one_node.Cluster
+) -> None:
+    """`to`: what is signalled; None: preempted with a time of grace."""
+    cluster.call("scontrol", "update", "PartitionName=main", "GraceTime=20")
+    one_node.write_config(project, workers=2)
+    words = "weft fit --config run.yaml --trainer.run_name a --trainer.resume auto"
+    job = sent(cluster, command=start + words)
+    until(lambda: events.last_step(project / "runs" / "a") >= 7)
+    if to is not None:
+        cluster.call("scancel", *to, "--signal=USR1", job)
+    else:
+        cluster.call("sbatch", "-p", "urgent", "-n", str(cluster.cpus), "--output=/dev/null", "--wrap", "sleep 1")
+    until(lambda: is_over(cluster, job))
+    assert cluster.job(job)["JobState"] == "COMPLETED" and cluster.job(job)["Restarts"] == "1"
+    assert digest_of(project / "runs" / "a") == digest_undisturbed(2)
 
 
-def interrupt(sweep: Any, cluster: one_node.Cluster, join: Callable[[], Any]) -> Counter[str]:
-    """Do all kinds of harm to a sweep's workers until it is over; another one joins for each that will not come back.
-
-    The last of the first workers is only preempted, and comes to its time limit.
-    """
-    dice, kinds = random.Random(0), Counter[str]()
-    while sweep.state not in ("finished", "failed", "lost", "cancelled"):
-        goal = len(list(sweep.folder.glob("trial-*"))) + dice.randrange(1, 7)
-        until(lambda: len(list(sweep.folder.glob("trial-*"))) >= goal or sweep.state == "finished")  # noqa: B023
-        time.sleep(dice.uniform(0.0, 1.0))
-        task = f"{sweep.job}_{dice.randrange(WORKERS - 1)}"
-        kind = KINDS[sum(kinds.values())] if sum(kinds.values()) < len(KINDS) else dice.choice(KINDS[:4] * 2 + KINDS)
-        if kind == "usr1":
-            cluster.call("scancel", "-s", "USR1", task, check=False)
-        elif kind == "requeue":
-            cluster.call("scontrol", "requeue", task, check=False)
-        elif kind == "kill" and (pids := workers_of(sweep.folder)):
-            os.kill(dice.choice(pids), signal.SIGKILL)
-        elif kind == "scancel" and (jobs := cluster.call("squeue", "-h", "-r", "-p", "main", "-o", "%i").split()):
-            cluster.call("scancel", dice.choice(jobs), check=False)
-        elif kind.startswith("preempt"):
-            cluster.call("scontrol", "update", "PartitionName=main", f"GraceTime={20 * kind.endswith('grace')}")
-            cluster.call("sbatch", "-p", "urgent", "-n", str(cluster.cpus), "-o/dev/null", "--wrap", "sleep 1")
-        if kind in ("kill", "scancel"):
-            assert join().folder == sweep.folder
-        kinds[kind] += 1
-    return kinds
-
-
-def journal_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "sweep.journal").read_text().splitlines() if line.endswith("}")]
-
-
-def lives_of(folder: Path) -> set[str]:
-    """Each job and restart in which a trial was begun."""
-    said = [line.split() for path in folder.glob("trial-*/said") for line in path.read_text().splitlines()]
-    return {line[3] for line in said if line[0] == "begun"}
-
-
-def workers_of(folder: Path) -> list[int]:
-    """The processes of a sweep's workers, without the srun that started them."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (process / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if b"weft.sweeps.worker" in words and str(folder).encode() in words and b"srun" not in words[0]:
-            found.append(int(process.name))
-    return found
+@pytest.mark.long
+def test_tasks_of_an_array_without_names_each_have_and_go_on_with_their_own_run(
+    project: Path, cluster: one_node.Cluster
+) -> None:
+    words = "weft fit --config run.yaml --trainer.resume auto --trainer.root_dir runs"
+    command = f"srun {words} --trainer.seed $SLURM_ARRAY_TASK_ID"
+    job = sent(cluster, "--array=0-2", command=command)
+    runs = project / "runs"
+    until(lambda: len([f for f in runs.glob("*") if events.last_step(f) >= 7]) == 3)
+    for task in (1, 2):
+        cluster.call("scancel", "--signal=USR1", f"{job}_{task}")
+    until(lambda: all(is_over(cluster, f"{job}_{task}") for task in range(3)))
+    assert [cluster.job(f"{job}_{task}")["Restarts"] for task in range(3)] == ["0", "1", "1"]
+    assert sorted(digest_of(f) for f in runs.iterdir()) == sorted(digest_undisturbed(0, seed) for seed in range(3))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sklearn.metrics import r2_score
@@ -195,6 +197,23 @@ def test_a_metric_that_cannot_be_is_named(given: dict[str, Any], says: str) -> N
     rows = {**rows_of(), "flat": rows_of()["y"][:, 0]}
     with pytest.raises((TypeError, KeyError, ValueError), match=says):
         weft.Trainer(epochs=1, progress=False, metrics=given).fit(straight_line(), rows)
+
+
+@pytest.mark.parametrize("given", [lambda u, y: u.nothing(), weft.whole(lambda u, y: u.nothing())])
+def test_what_a_metric_raises_says_in_which_metric(given: Any) -> None:
+    with pytest.raises(AttributeError, match="nothing") as caught:
+        weft.Trainer(epochs=1, progress=False, metrics={"odd": given}).fit(straight_line(), rows_of())
+    assert re.search(r"raised in metric 'odd', which reads u \(\d+, 1\), y \(\d+, 1\)", "".join(caught.value.__notes__))
+
+
+def test_a_metric_that_computes_with_numpy_is_told_of_whole() -> None:
+    def middle(u: Any, y: Any) -> float:
+        return float(np.median(u.numpy() - y.numpy()))
+
+    with pytest.raises(RuntimeError, match="requires grad") as caught:
+        weft.Trainer(epochs=1, progress=False, metrics={"m": middle}).fit(straight_line(), rows_of())
+    assert any("metrics={'m': weft.whole(fn)} gives it all rows" in note for note in caught.value.__notes__)
+    assert weft.Trainer(epochs=1, progress=False, metrics={"m": weft.whole(middle)}).fit(straight_line(), rows_of())
 
 
 class OfParts(nn.Module):

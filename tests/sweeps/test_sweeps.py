@@ -20,9 +20,11 @@ from tests.helpers.patience import patience
 from tests.helpers.running import processes
 from weft import cli, yamlfile
 from weft.recipes.schema import ConfigError
+from weft.sweeps.settings import SweepConfig
+from weft.sweeps.study import Study
 from weft.sweeps.sweep import sweep_from_file
 
-pytest.importorskip("optuna", reason="needs Optuna (weft[sweep])")
+optuna = pytest.importorskip("optuna", reason="needs Optuna (weft[sweep])")
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
 LINE = {"x": {"low": -2.0, "high": 2.0}}
@@ -53,6 +55,28 @@ def test_the_same_seed_proposes_the_same_settings(tmp_path: Path) -> None:
     more = weft.sweep(parabola, LINE, trials=6, seed=0, sampler="random", name="a", root_dir=str(tmp_path))
     values = [t["params"]["x"] for t in more.trials]
     assert len(set(values)) == 6  # going on does not propose the first ones again
+
+
+def test_a_trial_that_nobody_holds_has_the_settings_of_its_number(tmp_path: Path) -> None:
+    """Its worker may have died, or not yet come to hold it, when another one takes it over."""
+    (tmp_path / "s").mkdir()
+    study = Study(SweepConfig(trials=3, seed=0, sampler="random"), LINE, tmp_path / "s")
+    first = study.take()
+    study.study.ask()
+    taken = study.take()
+    assert first is not None and taken is not None
+    for one in (first, taken):
+        study.tell(one, "done", 0.0, {})
+    found = weft.sweep(parabola, LINE, trials=3, seed=0, sampler="random", root_dir=str(tmp_path))
+    assert taken.trial.number == 1 and taken.params == found.trials[1]["params"] != found.trials[0]["params"]
+
+
+def test_a_database_by_its_url_holds_the_trials(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/trials.db"
+    found = weft.sweep(parabola, LINE, trials=4, workers=2, seed=0, root_dir=str(tmp_path), storage=url)
+    read = optuna.load_study(study_name="sweep", storage=url).get_trials(states=[optuna.trial.TrialState.COMPLETE])
+    assert [t.value for t in read] == [t["value"] for t in found.trials] and len(read) == 4
+    assert not list(tmp_path.rglob("*.journal"))
 
 
 def test_a_grid_tries_everything_once(tmp_path: Path) -> None:
@@ -192,6 +216,12 @@ def test_what_is_not_finite_counts_as_pruned(tmp_path: Path) -> None:
         ({"x": {"low": 0.0, "hgih": 1.0}}, {}, "there is no such key; did you mean 'high'?"),
         ({"x": 3}, {}, "expected a list of choices"),
         ({"x": [[1]]}, {}, "expected a list of numbers, texts"),
+        (
+            {"x": (1e-4, 0.1)},
+            {},
+            "a tuple of two numbers; expected {'low': 0.0001, 'high': 0.1} for a range, or a list",
+        ),
+        ({"x": (1e-4, 0.1, "log")}, {}, "a tuple of two numbers"),
         (LINE, {"sampler": "grid"}, "a grid needs a list of choices, or a step"),
         (LINE, {"trails": 3}, "did you mean 'trials'?"),
         (LINE, {"workers": 0}, "workers=0: must be at least 1"),
@@ -204,6 +234,14 @@ def test_wrong_spaces_and_options_are_refused_before_anything_starts(
     with pytest.raises(ConfigError) as caught:
         weft.sweep(parabola, space, root_dir=str(tmp_path), **options)
     assert message in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_a_function_written_for_optuna_is_told_where_its_ranges_go(tmp_path: Path) -> None:
+    def of_optuna(trial: Any) -> float:
+        return trial.suggest_float("x", -2.0, 2.0) ** 2
+
+    with pytest.raises(RuntimeError, match=r"'suggest_float': the ranges stand in the space.*reads trial\[\"lr\"\]"):
+        weft.sweep(of_optuna, LINE, trials=1, max_failures=0, root_dir=str(tmp_path))
 
 
 def test_learning_rate_and_batch_size_are_tuned_from_a_file(

@@ -49,6 +49,8 @@ def load_weights(
         weights = {name.removeprefix("problem."): value for name, value in weights.items()}
     if match is not None:
         weights = {**own, **_matched(own, weights, match, strict, path)}
+    elif strict and (found := _apart_by_a_prefix(own, weights)):
+        raise ValueError(f"{path} holds {few(weights)}, and this problem {few(own)}; load it with match={found}.")
     load_into(problem, weights, source=str(path), strict=strict)
     return problem
 
@@ -70,6 +72,16 @@ def _tell_of_others(state: Mapping[str, Any], of_best: bool, path: Path) -> None
             "not loaded. `resume` puts it back.",
             stacklevel=3,
         )
+
+
+def _apart_by_a_prefix(own: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[str, str]:
+    """The `match` with which all weights are loaded, where one prefix is all in which their names differ; else {}."""
+    for longer, shorter in ((weights, own), (own, weights)):
+        first = next(iter(shorter), "")
+        for prefix in (name.removesuffix(first) for name in longer if name.endswith(f".{first}")):
+            if {f"{prefix}{name}" for name in shorter} == set(longer):
+                return {"": prefix[:-1]} if longer is weights else {prefix[:-1]: ""}
+    return {}
 
 
 def _matched(

@@ -97,8 +97,8 @@ def _same(one: Any, other: Any) -> bool:
 def out_of_reach(graph: Any) -> str | None:
     """What a step reaches that no trial of it could put back, as a reason against trying; None if there is nothing."""
     for place, thing in graph.watch.one_way.items():
-        if isinstance(thing, str):  # a name in its code
-            return f"the step makes random numbers by {thing}, of which a graph would hold one draw"
+        if isinstance(thing, str):
+            return thing
         kind = f"{type(thing).__module__}.{type(thing).__qualname__}".removeprefix("builtins.")
         return f"the step reaches {place}, a {kind}, which cannot be put back after a trial (nothing was drawn from it)"
     return None

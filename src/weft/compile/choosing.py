@@ -286,9 +286,13 @@ class Chosen:
         graph = self._current.get(key, _UNKNOWN)
         if graph is _UNKNOWN or (graph is not None and not graph.watch.glance()):
             graph = self._choose(key, batch, tensors)
-        if graph is not None and graph.num_checks and (reason := difference(graph, batch, tensors)) is not None:
-            self._give_up(repr(key), f"the graph does not agree with the eager step: {reason}")
-            graph = self._current[key] = None
+        if graph is not None and graph.num_checks:
+            if (reason := difference(graph, batch, tensors)) is None:
+                graph.agreed = self.state.progress.step
+            else:
+                last = "" if graph.agreed is None else f" (it last did at step {graph.agreed})"
+                self._give_up(repr(key), f"the graph does not agree with the eager step{last}: {reason}")
+                graph = self._current[key] = None
         return graph, tensors
 
     def _choose(self, key: tuple[Any, ...], batch: Any, tensors: list[Tensor]) -> EvaluationGraph | None:

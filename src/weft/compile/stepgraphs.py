@@ -42,6 +42,7 @@ class EvaluationGraph:
 
     def __init__(self, state: RunState, forward: Forward, batch: Any, tensors: list[Tensor]) -> None:
         self.state, self.forward, self.num_checks = state, forward, 2
+        self.agreed: int | None = None  # the step in which it was last found to agree with the eager one
         self.watch = Watch(state.problem, state.trainer, [forward], self.further_places())
         if (reason := out_of_reach(self)) is not None:
             raise CannotCompile(reason)
@@ -181,7 +182,10 @@ class GradientGraph(EvaluationGraph):
         loss, values = self.read(batch)
         if share is not None:
             loss = loss * share.to(loss.dtype)
-        return loss.detach(), values, list(torch.autograd.grad(loss, self.trained, allow_unused=True))
+        grads: list[Tensor | None] = list(torch.autograd.grad(loss, self.trained, allow_unused=True))
+        if any(g is not None and g.layout is not torch.strided for g in grads):
+            raise CannotCompile("a gradient is sparse")
+        return loss.detach(), values, grads
 
     def gradients(self, outputs: Sequence[Tensor]) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each parameter that has a gradient, with the one among `outputs`.
@@ -280,7 +284,7 @@ class UpdateGraph(GradientGraph):
         optimizer, name = self.optimizer, type(self.optimizer).__name__
         places = [Place(name, vars(optimizer), ("state", "param_groups"))]
         places += [Place(name, group, notes=frozenset({"lr"})) for group in optimizer.param_groups]
-        return places + [Place(name, s, is_near=False) for s in optimizer.state.values()]
+        return [*places, Place(name, optimizer.state), *(Place(name, s) for s in optimizer.state.values())]
 
     # ---- for the check
 

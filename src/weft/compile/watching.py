@@ -5,10 +5,11 @@
     watch.changed()     # "cfg.lam": what has
     with watch.untouched(): ...
 
-A graph holds numbers, flags and texts as they were when it was traced. Watched are the attributes of modules and of the
-trainer, and what functions close over, read from their module, have as defaults or find in lists, dicts and objects of
-the user's own; tensors by identity, as their values are inputs of the graph. Long containers are looked at once an
-epoch. Random generators that a step reaches are put back too; iterators cannot be, and are only named.
+A graph holds numbers, flags and texts as they were when it was traced, and the modules, hooks and frozen parameters of
+then. Watched are the attributes of modules and of the trainer, and what functions close over, read from their module,
+have as defaults or find in lists, dicts and objects of the user's own; tensors by identity, as their values are inputs
+of the graph. Long containers are looked at once an epoch. Random generators that a step reaches are put back too;
+iterators cannot be, and are only named.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import functools
 import inspect
 import io
+import math
 import os
 import random
 import sys
@@ -25,7 +27,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import is_, itemgetter
 from types import CellType, CodeType, FunctionType, GeneratorType, MethodType, ModuleType
 from typing import Any
@@ -35,15 +37,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from weft import places
 from weft.devices.generators import GENERATORS, generator_states, generators_within, set_generator_states
-from weft.places import HOLDERS
 
+HOLDERS = places.HOLDERS | {f"multiprocessing.sharedctypes.Synchronized{kind}" for kind in ("", "Array", "String")}
 MAX_NEAR = 256  # items of a container that is looked at in every step
-MAX_PLACES = 5000
+MAX_PLACES = 5000  # besides those of modules
 
 _OF_MODULES = set(vars(nn.Module())) - {"training"}
 _NOT_READ = ("hooks", "callbacks", "options", "phases", "run")  # of a trainer, by steps
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 _MISSING = object()
 _PLAIN = (int, float, complex, str, bytes, np.generic, torch.dtype, torch.device, type(None))
 _EVERYWHERE = (*(getattr(draw, "__self__", None) for draw in (random.random, np.random.rand)), torch.default_generator)
@@ -63,14 +67,14 @@ class Place:
     notes: frozenset[Any] = frozenset()
     """Keys whose values may change."""
     is_near: bool = True
+    is_ordered: bool = False
+    """Whether a dict's order counts."""
 
     def read(self) -> dict[Any, Any]:
         """Its values now, by key."""
         held = vars(self.held) if isinstance(self.held, type) else self.held
-        if isinstance(held, CellType | FunctionType | ContextVar):
+        if not isinstance(held, Mapping | list | set):
             return {"": _contents(held)}
-        if isinstance(held, np.ndarray):
-            return {"": held.tobytes()}
         if isinstance(held, list | set):
             return dict(enumerate(held) if isinstance(held, list) else zip(held, held, strict=True))
         return dict(held) if self.keys is None else {k: held[k] for k in self.keys if k in held}
@@ -85,12 +89,12 @@ class Place:
         elif isinstance(held, ContextVar):
             if values[""] is not _MISSING:
                 held.set(values[""])
-        elif not isinstance(held, type | MutableMapping | list | set | np.ndarray | FunctionType):
-            return  # a view of what cannot be written
         elif isinstance(held, FunctionType):
             held.__defaults__ = values[""]
         elif isinstance(held, np.ndarray):
             held[...] = np.frombuffer(values[""], held.dtype).reshape(held.shape)
+        elif not isinstance(held, type | MutableMapping | list | set):
+            return  # a view of what cannot be written
         elif isinstance(held, list):
             held[:] = values.values()
         elif isinstance(held, set):
@@ -113,16 +117,18 @@ class Place:
 
         held = vars(self.held) if isinstance(self.held, type) else self.held
         at = named(held)
-        if isinstance(held, CellType | FunctionType | ContextVar):
+        if not isinstance(held, Mapping | list | set):
             return f"{named(_contents)}({at}), "
-        if isinstance(held, np.ndarray):
-            return f"{at}.tobytes(), "
         if isinstance(held, list | set):
             return f"*{at}, len({at}), "
+        if any(isinstance(key, Tensor) for key in held):  # whose hash is slow: an optimizer's state
+            return f"*{at}.values(), len({at}), "
         keys = [k for k in (held if self.keys is None else self.keys) if k not in self.notes]
         one_by_one = "".join(f"{at}[{named(key)}], " for key in keys[:1])
         picked = f"*{named(itemgetter(*keys))}({at}), " if len(keys) > 1 else one_by_one
-        return picked if self.keys is not None else f"{picked}len({at}), "
+        if self.keys is not None:
+            return picked
+        return picked + (f"*{at}, " if keys and self.is_ordered else f"len({at}), ")
 
 
 class Watch:
@@ -136,17 +142,17 @@ class Watch:
         walk.into(type(problem).__name__, problem)
         for function in functions:
             walk.into(getattr(function, "__name__", type(function).__name__), function)
+        run = getattr(owner, "run", None)
+        optimizers = list(run.optimizers.values()) if run is not None else []
         if walk.reads_rates:
-            optimizers = owner.run.optimizers if owner.run is not None else {}
-            walk.places += [Place(f"{n}'s param_groups", g) for n, o in optimizers.items() for g in o.param_groups]
+            walk.places += [Place("the optimizer's param_groups", g) for o in optimizers for g in o.param_groups]
         self.places, self.tensors = [*walk.places, *extra], walk.tensors
         self.generators, self.one_way = walk.generators, walk.one_way
         self._saved = [place.read() for place in self.places]
-        self._near = _reader([*walk.near(), *(p for p in extra if p.is_near)])
-        self._all = _reader(self.places)
+        parameters = [*problem.parameters(), *(p for o in optimizers for g in o.param_groups for p in g["params"])]
+        self._near = _reader([*walk.near(), *(p for p in extra if p.is_near)], parameters, walk.unhooked)
+        self._all = _reader(self.places, parameters)
         self._near_before, self._all_before = self._near(), self._all()
-        self._parameters = list(problem.parameters())
-        self._requires = [p.requires_grad for p in self._parameters]
 
     def glance(self) -> bool:
         """Whether all that is near is as it was. Cheap enough for every step."""
@@ -159,14 +165,13 @@ class Watch:
     def changed(self) -> str | None:
         """What is no longer as it was, None if all is."""
         if _alike(self._all(), self._all_before):
-            requires = [p.requires_grad for p in self._parameters]
-            return None if requires == self._requires else "requires_grad of a parameter"
+            return None
         for place, before in zip(self.places, self._saved, strict=True):
             now = place.read()
             for key in {**before, **now}:
                 if key not in place.notes and not _alike(now.get(key, _MISSING), before.get(key, _MISSING)):
                     return place.name if key == "" else f"{place.name}.{key}"
-        return "an attribute"
+        return "what is frozen, or a hook,"
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
@@ -197,13 +202,23 @@ def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
                     tensor.copy_(value)
 
 
-def _reader(places: Iterable[Place]) -> Callable[[], tuple[Any, ...] | None]:
-    """A function that gives what is compared of these places, None where something is no longer there.
+def _reader(
+    places: Iterable[Place], parameters: Iterable[Tensor], empty: Iterable[list[Any]] = ()
+) -> Callable[[], tuple[Any, ...] | None]:
+    """A function that gives what is compared of these places and parameters, None where something is no longer there.
 
     Its code is made for them: to call a function for each place would take as long as a small step's other Python.
+    `empty`: groups of containers that are to stay so.
     """
     names: dict[str, Any] = {}
     text = "".join(place.expression(names) for place in places)
+    for name, p in {f"p{id(p)}": p for p in parameters}.items():
+        names[name] = p
+        text += f"{name}.requires_grad, {name}._backward_hooks or {name}._post_accumulate_grad_hooks, "
+    for number, group in enumerate(empty):
+        held = {f"e{number}_{i}": container for i, container in enumerate(group)}
+        names |= held
+        text += f"{' or '.join(held)}, "
     read = eval(f"lambda: ({text})", names)  # of names that are ours alone
 
     def found() -> tuple[Any, ...] | None:
@@ -224,7 +239,9 @@ def _alike(now: Any, before: Any) -> bool:
     if isinstance(now, list | tuple):
         same = len(now) == len(before)
         return same and (all(map(is_, now, before)) or all(map(_alike, now, before)))
-    return isinstance(now, _PLAIN) and (now == before or repr(now) == repr(before) == "nan")
+    if not isinstance(now, _PLAIN):
+        return False
+    return bool(now == before) if now else repr(now) == repr(before)  # 0.0 is not -0.0; nan is like nan
 
 
 class _Slots(MutableMapping):
@@ -277,12 +294,16 @@ class _Items(MutableMapping):
         return len(self.of)
 
 
-def _contents(held: CellType | FunctionType | ContextVar[Any]) -> Any:
-    """What a cell or a context variable holds, or the defaults of a function."""
+def _contents(held: Any) -> Any:
+    """What a cell or a context variable holds, the defaults of a function, the bytes of an array or of other memory."""
     if isinstance(held, ContextVar):
         return held.get(_MISSING)
+    if isinstance(held, FunctionType):
+        return held.__defaults__
+    if not isinstance(held, CellType):
+        return np.asarray(held).tobytes() if hasattr(held, "__array__") else memoryview(held).tobytes()
     try:
-        return held.cell_contents if isinstance(held, CellType) else held.__defaults__
+        return held.cell_contents
     except ValueError:  # not assigned yet
         return _MISSING
 
@@ -304,6 +325,9 @@ class _Walk:
         self.reads_rates = False
         """Whether a step names the groups of an optimizer, as it does to read the learning rate."""
         self._seen: dict[int, Any] = {}
+        self._classes: set[type] = set()
+        self.unhooked: list[list[Any]] = []
+        self._of_modules = 0
         self._of_owner: dict[str, Any] = {}
 
     def near(self) -> Iterator[Place]:
@@ -312,7 +336,7 @@ class _Walk:
             if place.is_near:
                 is_module = isinstance(place.held, dict) and "_parameters" in place.held
                 free = place.notes | _OF_MODULES if is_module else place.notes
-                yield Place(place.name, place.held, place.keys, free)
+                yield replace(place, notes=free)
 
     def owner(self, owner: Any) -> None:
         """Add the attributes of a trainer. Behind those that a step's code names is looked later."""
@@ -328,7 +352,10 @@ class _Walk:
 
         `owner`: the class whose method it may be; `far`: a list or dict that is not to be looked at in every step.
         """
-        if isinstance(value, (*_PLAIN, Tensor)) or id(value) in self._seen or len(self.places) > MAX_PLACES:
+        if isinstance(value, (*_PLAIN, Tensor)) or id(value) in self._seen:
+            return
+        if len(self.places) - self._of_modules > MAX_PLACES:
+            self.one_way[name] = f"the step reaches more than {MAX_PLACES:,} values, too many to look at in every step"
             return
         self._seen[id(value)] = value  # kept, so that its number is not used again
         if isinstance(value, GENERATORS):
@@ -369,8 +396,7 @@ class _Walk:
             self.dictionary(name, value, far)
         elif isinstance(value, type):
             if not _of_library(value.__module__):
-                keys = tuple(k for k, v in vars(value).items() if not callable(v) and not k.startswith("__"))
-                self._some(name, value, vars(value), keys)
+                self._class(value)
                 for item in vars(value).values():
                     self.into(name, getattr(item, "fget", None) or getattr(item, "__func__", item), value)
         elif (
@@ -396,6 +422,10 @@ class _Walk:
         """Look at an object of a library: it may be a generator's method, an iterator, or hold a generator."""
         if isinstance(of := getattr(value, "__self__", None), GENERATORS):
             self.into(name, of)
+        elif callable(wrapped := getattr(value, "__wrapped__", None)):  # a cache's function
+            self.into(name, wrapped)
+        elif (size := _small_memory(value)) is not None:
+            self.places.append(Place(name, value, is_near=size <= 8 * MAX_NEAR))
         elif isinstance(value, Iterator) and not isinstance(value, io.IOBase):
             if not isinstance(value, GeneratorType) or value.gi_frame is not None:  # not at its end
                 self.one_way[name] = value
@@ -405,7 +435,7 @@ class _Walk:
 
     def dictionary(self, name: str, values: Any, far: bool = False) -> None:
         """Add a dict and what is behind its values."""
-        self.places.append(Place(name, values, is_near=not far and len(values) <= MAX_NEAR))
+        self.places.append(Place(name, values, is_near=not far and len(values) <= MAX_NEAR, is_ordered=True))
         for key, value in list(values.items()):
             self.into(f"{name}.{key}", value)
 
@@ -417,15 +447,29 @@ class _Walk:
             self.tensors += [t for held in (vars(m), m._buffers) for t in held.values() if type(t) is Tensor]
             # a module's own notes: NeuroMANCER's variables keep their last value so; public ones may be read by anybody
             notes = frozenset(k for k, v in vars(m).items() if k.startswith("_") and isinstance(v, Tensor))
-            self.places.append(Place(path, vars(m), None, notes, not kind.__module__.startswith("torch.nn")))
-            for held in (m._parameters, m._buffers, m._modules, *(vars(m)[hooks] for hooks in _HOOKS)):
-                self._seen[id(held)] = held
-                self.places.append(Place(path, held, is_near=False))
+            self.places.append(Place(path, vars(m), None, notes))
+            own = [m._parameters, m._buffers, m._modules]
+            self.places += [Place(path, held, is_ordered=held is m._modules) for held in own]
+            hooks = [vars(m)[kind] for kind in (*_HOOKS, *_BACKWARD_HOOKS)]
+            self.places += [Place(path, held, is_near=any(hooks)) for held in hooks]
+            self.unhooked += [] if any(hooks) else [hooks]  # most: looked at in one expression
+            own += hooks
+            self._seen |= {id(held): held for held in own}
+            self._of_modules += 1 + len(own)
             for key, value in list(vars(m).items()):
                 if key not in _OF_MODULES or key in _HOOKS:
                     self.into(f"{path}.{key}", value, far=_of_library(kind.__module__))
             if not _of_library(kind.__module__):
+                self._class(kind)
                 self.into(f"{path}.forward", kind.forward, kind)
+
+    def _class(self, kind: type) -> None:
+        """Add the attributes and methods of a class, without what is behind these."""
+        for held in kind.__mro__:
+            if held not in self._classes and not _of_library(held.__module__):
+                self._classes.add(held)
+                keys = tuple(k for k in vars(held) if not k.startswith("__"))
+                self.places += [Place(held.__name__, held, keys)] if keys else []
 
     def _function(self, name: str, function: FunctionType, owner: type | None) -> None:
         is_ours = _of_library(function.__module__ or "")  # or torch's: it reads what it closes over, and sets it once
@@ -444,11 +488,12 @@ class _Walk:
         names = tuple(dict.fromkeys(_names(function.__code__)))
         if not {"environ", "getenv"}.isdisjoint(names) and id(os.environ) not in self._seen:
             self._seen[id(os.environ)] = os.environ
-            self.places.append(Place("os.environ", os.environ, is_near=False))
+            self.places.append(Place("os.environ", os.environ))
         if "param_groups" in names:
             self.reads_rates = True
         for made in _UNSEEDED.intersection(names):
-            self.one_way[made] = f"{made} (in {function.__name__})"
+            way = f"the step makes random numbers by {made} (in {function.__name__})"
+            self.one_way[made] = f"{way}, of which a graph would hold one draw"
         self._some(function.__module__, function.__globals__, function.__globals__, names)
         for attribute in self._of_owner.keys() & names:
             self.into(attribute, self._of_owner[attribute])
@@ -468,6 +513,17 @@ class _Walk:
         for module in {values[k] for k in names if k in values and isinstance(values[k], ModuleType)}:
             if not _of_library(module.__name__):
                 self._some(module.__name__, vars(module), vars(module), names)
+
+
+def _small_memory(value: Any) -> int | None:
+    """The bytes of numbers that an object of a library holds and shows (ctypes, bytearray, a pandas table), if few."""
+    if hasattr(type(value), "__array__"):
+        found = np.asarray(value) if getattr(value, "size", math.inf) <= MAX_NEAR else None
+        return None if found is None or found.dtype == object else found.nbytes
+    try:
+        return memoryview(value).nbytes
+    except TypeError:
+        return None
 
 
 def _names(code: CodeType) -> Iterator[str]:

@@ -154,7 +154,7 @@ def _unknown_arguments(given: Mapping[str, Any]) -> TypeError:
         is_option = name in TrainerConfig.__dataclass_fields__ or name in ("optimizer", "scheduler", "hooks", "loggers")
         here = f"; here it is an option of the trainer: weft.Trainer({name}=...)" if is_option else ""
         told.append(f"{name!r}{here or advice(name, value, ('data', 'epochs', 'resume', 'renew'))}")
-    more = "".join(f" {one}." for one in told if "; " in one)
+    more = "".join(f" {one}{'' if one.endswith('?') else '.'}" for one in told if "; " in one)
     return TypeError(
         f"fit: unknown arguments {sorted(given)}; only a data setup function takes further arguments.{more}"
     )

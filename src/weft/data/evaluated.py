@@ -9,6 +9,14 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 
 from weft.data.data import SPLITS, Data, as_data, makes_batches, read_rows
+from weft.data.datasets import is_array
+
+
+def of_x(data: Any) -> Any:
+    """X alone, an array or a list of rows of numbers, under its key; other data as they are."""
+    from weft.data.rows import are_numbers
+
+    return {"x": data} if is_array(data) or are_numbers(data) else data
 
 
 def evaluation_data(split: str, data: Any, setup_kwargs: Mapping[str, Any], batch_size: Any = None) -> Data:

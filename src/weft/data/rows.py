@@ -22,7 +22,7 @@ def read(split: str, source: Any) -> Any:
     X and y are arrays of any kind with one row per example. The columns of a table become keys, each of shape
     (rows, 1). TypeError for what has rows and no keys, with the line to write.
     """
-    if isinstance(source, tuple) and source and all(map(is_array, source)):
+    if isinstance(source, tuple) and source and all(is_array(rows) or are_numbers(rows) for rows in source):
         if len(source) == 2:
             return pair(*source)
         raise TypeError(
@@ -41,6 +41,14 @@ def read(split: str, source: Any) -> Any:
     if is_array(source) or isinstance(source, str | bytes | bytearray | memoryview):
         raise lone(split, source)
     return source
+
+
+def are_numbers(rows: Any) -> bool:
+    """Whether these are lists of numbers: rows as Python writes them."""
+    is_list = isinstance(rows, list)
+    while isinstance(rows, list) and rows:
+        rows = rows[0]
+    return is_list and isinstance(rows, int | float)
 
 
 def pair(x: Any, y: Any) -> DictDataset:

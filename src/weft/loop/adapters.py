@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 
 from weft.checkpoint.weights import state_of
 from weft.data.data import Data, as_data, nothing_to_train_on
-from weft.data.datasets import is_array
 from weft.devices.precision import numerics
 from weft.devices.processes import Processes
 from weft.loop import feeding
@@ -239,10 +238,10 @@ class Seams:
     ) -> Callable[[], Data]:
         """What makes the data of `Trainer.validate`, `test` or `predict`; `last` is the run of the last fit."""
         batch_size = last.feed.data.batch_size if last is not None else None
-        if split == "predict" and hasattr(self.state.problem, "own_output"):  # Supervised: X may come alone
-            data = {"x": data} if is_array(data) else data
-        from weft.data.evaluated import evaluation_data
+        from weft.data.evaluated import evaluation_data, of_x
 
+        if split == "predict" and hasattr(self.state.problem, "own_output"):  # Supervised: X may come alone
+            data = of_x(data)
         return partial(evaluation_data, split, data, setup_kwargs, batch_size)
 
     def predict(self, keys: Sequence[str] | None = None) -> Any:

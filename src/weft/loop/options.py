@@ -64,7 +64,7 @@ def asked(data: Any, dataloaders: Any, problem: nn.Module | None, datamodule: An
         problem, data = data, None
     given = [d for d in (data, dataloaders, datamodule) if d is not None]
     if len(given) > 1:
-        raise TypeError("Give the data once: as `data`, `dataloaders` or `datamodule`.")
+        raise TypeError("Give the data once: as `data` (of X and y the pair (X, y)), `dataloaders` or `datamodule`.")
     return problem, given[0] if given else None
 
 

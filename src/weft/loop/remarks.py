@@ -30,6 +30,7 @@ def _without_effect(state: RunState, stops_itself: bool) -> Iterator[tuple[str, 
     no_folder = "nothing is written: there is no root_dir, checkpoint or logger"
     table = (
         ("min_epochs", config.min_epochs and not (is_patient or stops_itself), no_patience),
+        ("monitor_metric", config.monitor_metric is False and is_patient, "patience looks at the loss"),
         ("warmup", config.warmup and not is_patient, no_patience),
         ("min_delta", config.min_delta and not is_patient, no_patience),
         ("clip_algorithm", config.clip_algorithm != "norm" and config.clip is None, "nothing is clipped: clip=None"),

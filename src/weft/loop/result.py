@@ -55,7 +55,7 @@ class FitResult:
             best = f"best {self.monitor}={self.best_metric:.6g} at epoch {self.best_epoch}, "
         return (
             f"FitResult({self.epochs} epochs, {self.steps} steps, {best}"
-            f"stopped by {self.stop_reason!r}, {self.seconds:.1f} s)"
+            f"stopped by {self.stop_reason!r}, {self.seconds:.1f} s{', see .profile' * (self.profile is not None)})"
         )
 
     def to_dataframe(self) -> pandas.DataFrame:

@@ -41,7 +41,7 @@ class TrainerOptions:
         train_metric: str = "train_loss",
         dev_metric: str = "dev_loss",
         test_metric: str = "test_loss",
-        monitor_metric: str | None = None,
+        monitor_metric: str | Literal[False] | None = None,
         monitor_mode: Literal["min", "max"] = "min",
         patience: Count | None = None,
         min_delta: Annotated[float, at_least(0)] = 0.0,

@@ -163,8 +163,6 @@ class Trainer(TrainerOptions, Tools):
         opts.check_problem(problem)
         given = {"datamodule": datamodule, "train_dataloaders": train_dataloaders, "val_dataloaders": val_dataloaders}
         previous = self.run if self.run is not None and self.run.is_of(problem) else None
-        if previous is None:
-            self.run = None
         run = self.run_of(problem, previous)
         make_data = opts.data_maker(run, data, dev, **given, setup_kwargs=setup_kwargs)
         resume = resume or (previous.state.resume_next if previous else None) or self.config.resume

@@ -42,17 +42,29 @@ def taken_key(problem: Any, node: Any, key: str, writer: Any) -> ValueError:
 def loss_raised(error: Exception, loss_fn: Any, prediction: Any, y: Any) -> Exception:
     """What a loss function of (prediction, y) raised, with what it was given, and what it takes."""
     name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
-    given = f"{str(error).rstrip('.')}. {name} got a prediction of {_facts(prediction)} and y of {_facts(y)}."
+    given = f"{str(error).rstrip('.')}. {name} got a prediction of {_facts(prediction)} and y of {_facts(y)}"
     if name in ("CrossEntropyLoss", "NLLLoss", "cross_entropy", "nll_loss") and getattr(prediction, "ndim", 0) > 1:
         classes = prediction.shape[1]
         given += (
-            f" It takes y of shape (rows,), whole numbers from 0 to {classes - 1} (y.long()): one of {classes} classes"
+            f". It takes y of shape (rows,), whole numbers from 0 to {classes - 1} (y.long()): one of {classes} classes"
         )
-        given += ", the last size of what the net returns."
+        given += ", the last size of what the net returns"
     try:
-        return type(error)(given).with_traceback(error.__traceback__)
+        return type(error)(f"{given}.").with_traceback(error.__traceback__)
     except TypeError:  # an error of another signature
         return error
+
+
+def no_loss(value: Any, loss_fn: Any) -> TypeError:
+    """Of a loss function of (prediction, y) that returned no tensor."""
+    name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+    found = f"{type(value).__name__} {value!r}"[:80] if value is not None else "None (is a return missing?)"
+    more = ""
+    if isinstance(value, dict):
+        more = " Several terms that are told apart are a weft.Problem's objectives, or what a training_step returns."
+    return TypeError(
+        f"Supervised: the loss function {name} returned {found}; expected a tensor, the mean over its rows.{more}"
+    )
 
 
 def _facts(value: Any) -> str:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import nn
 
+from weft.problem.nodes import Node, duplicates_in
+from weft.problem.terms import function_name
 from weft.types import suggest
 
 
@@ -39,3 +44,15 @@ def has_part(problem: nn.Module, name: str) -> bool:
         or name in dict(problem.named_modules(remove_duplicate=False))
         or any(getattr(m, "name", None) == name for m in problem.modules())
     )
+
+
+def tell_apart(problem: Any, names: Sequence[str]) -> None:
+    """Give nodes that have one of these names from their functions the name of what they compute, too: "linear_u".
+
+    ValueError for names that were given twice.
+    """
+    for node in problem.nodes:
+        if isinstance(node, Node) and node.name in names and node.name == (function_name(node.fn) or "node"):
+            node.name = "_".join([node.name, *(key.rpartition(".")[2] for key in node.output_keys)])
+    if duplicates := duplicates_in(n.name for n in problem.nodes):
+        raise ValueError(f"{problem} has several nodes named {duplicates[0]!r}; give each its own name.")

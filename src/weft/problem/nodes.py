@@ -103,8 +103,9 @@ def duplicates_in(names: Iterable[Any]) -> list[Any]:
 
 
 def node_list(nodes: Any, what: str) -> list[Any]:
-    """The nodes as a list, each with a name; TypeError for what is none."""
-    checked = list(nodes) if isinstance(nodes, Iterable) else [nodes]
+    """The nodes as a list, each with a name, those of lists among them (`Node.on`); TypeError for what is none."""
+    given = list(nodes) if isinstance(nodes, Iterable) else [nodes]
+    checked = [node for one in given for node in (one if isinstance(one, list) else [one])]
     for i, node in enumerate(checked):
         is_node = isinstance(node, nn.Module) and hasattr(node, "input_keys") and hasattr(node, "output_keys")
         if not is_node:

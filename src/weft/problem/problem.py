@@ -134,7 +134,9 @@ class Problem(nn.Module):
 
     def _check_names(self) -> None:
         if duplicates := duplicates_in(n.name for n in self.nodes):
-            raise ValueError(f"{self} has several nodes named {duplicates[0]!r}; give each its own name.")
+            from weft.problem.named import tell_apart
+
+            tell_apart(self, duplicates)
         reported = ["objective_loss", "penalty_loss", "loss"]
         for term in cast(Iterable[Term], [*self.objectives, *self.constraints]):
             reported += [term.name] + ([f"{term.name}_violation"] if term.kind == "constraint" else [])

@@ -38,7 +38,9 @@ class Rollout(nn.Module):
             written += [k for k in node.output_keys if k not in written]
         self.input_keys, self.output_keys = initial, written
         if duplicates := duplicates_in(n.name for n in self.nodes):
-            raise ValueError(f"{self} has several nodes named {duplicates[0]!r}; give each its own name.")
+            from weft.problem.named import tell_apart
+
+            tell_apart(self, duplicates)
         _check_steps(self)
 
     def forward(self, data: Batch) -> dict[str, Tensor]:

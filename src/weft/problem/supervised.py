@@ -11,11 +11,12 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from weft.data.datasets import DictDataset
+from weft.data.datasets import DictDataset, is_array
 from weft.problem.pairs import PairWatch
 from weft.words.foreign import told
 
@@ -62,17 +63,19 @@ class Supervised(nn.Module):
         return {name: (metric, KEYS) for name, metric in self._metrics.items()}
 
     def forward(self, batch: Any) -> dict[str, Any]:
-        """{"loss": a scalar, "prediction": what the net returned, "y": what it was compared with}."""
+        """{"loss": a scalar, "prediction": what the net returned, "y": what it was compared with}.
+
+        The loss also stands under the name that it has in the history ("train_loss"), of a pair in training alone.
+        """
         x, y = _pair(batch)
+        split = batch.get("name", "train") if isinstance(batch, Mapping) else "train" if self.training else None
         prediction = self.net(self._cast(x))
         if isinstance(prediction, Tensor) and isinstance(y, Tensor):
             y = self._comparable(prediction, y)
         loss = self._loss(prediction, y) if self._shapes_seen else self._first_loss(prediction, y)
-        return {
-            "loss": loss.mean() if isinstance(loss, Tensor) and loss.dim() else loss,
-            "prediction": prediction,
-            "y": y,
-        }
+        loss = loss.mean() if loss.dim() else loss
+        named = {} if split is None else {f"{split}_loss": loss}
+        return {"loss": loss, **named, "prediction": prediction, "y": y}
 
     def step(self, batch: Any) -> dict[str, Tensor]:
         """What the net returns for the rows of `x`, by key; y may be missing."""
@@ -91,9 +94,14 @@ class Supervised(nn.Module):
         return dict(found) if len(parts) < len(found) else parts[0] if len(parts) == 1 else tuple(parts)
 
     def own_data(self, source: Any) -> Any:
-        """The rows of a TensorDataset of two tensors under "x" and "y", to be sliced; any other source as it is."""
-        if type(source) is TensorDataset and len(source.tensors) == 2:
-            return DictDataset({"x": source.tensors[0], "y": source.tensors[1]})
+        """The rows of a TensorDataset of two tensors under "x" and "y", to be sliced; any other source as it is.
+
+        A list of two arrays, which are no batches of pairs, is taken for such a pair.
+        """
+        if type(source) is TensorDataset:
+            source = list(source.tensors) if len(source.tensors) == 2 else source
+        if type(source) is list and len(source) == 2 and all(map(is_array, source)):
+            return DictDataset({"x": source[0], "y": source[1]})
         return source
 
     def _cast(self, x: Any) -> Any:
@@ -109,19 +117,25 @@ class Supervised(nn.Module):
         if is_torchs and name in _OF_NUMBERS:
             is_column = prediction.shape == (*y.shape, 1) or y.shape == (*prediction.shape, 1)
             return (y.reshape(prediction.shape) if is_column else y).to(prediction.dtype)
-        if is_torchs and name in _OF_CLASSES and y.shape == (len(prediction), 1) and not y.is_floating_point():
-            return y[:, 0] if prediction.dim() == 2 and prediction.shape[1] > 1 else y
+        if is_torchs and name in _OF_CLASSES and not y.is_floating_point():
+            is_column = y.shape == (len(prediction), 1) and prediction.dim() == 2 and prediction.shape[1] > 1
+            return (y[:, 0] if is_column else y).long()
         return y.to(prediction.dtype) if y.is_floating_point() and prediction.is_floating_point() else y
 
-    def _loss(self, prediction: Any, y: Any) -> Any:
+    def _loss(self, prediction: Any, y: Any) -> Tensor:
         try:
-            return self.loss_fn(prediction, y)
+            loss = self.loss_fn(prediction, y)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is raised with what was compared
             from weft.problem.mistakes import loss_raised
 
             raise loss_raised(error, self.loss_fn, prediction, y) from None
+        if not isinstance(loss, Tensor):
+            from weft.problem.mistakes import no_loss
 
-    def _first_loss(self, prediction: Any, y: Any) -> Any:
+            raise no_loss(loss, self.loss_fn)
+        return loss
+
+    def _first_loss(self, prediction: Any, y: Any) -> Tensor:
         """The loss of a first batch; ValueError where it pairs every row with every other."""
         if torch.compiler.is_compiling() or not (isinstance(prediction, Tensor) and isinstance(y, Tensor)):
             return self._loss(prediction, y)
@@ -176,11 +190,12 @@ def _pair(batch: Any) -> tuple[Any, Any]:
         return batch["x"], batch["y"]
     if isinstance(batch, tuple | list) and len(batch) == 2:
         x, y = batch
-        if not (isinstance(y, Tensor) and y.dim() == 0 and isinstance(x, Tensor) and x.dim()):
+        is_row = getattr(x, "ndim", 0) > 0 and (isinstance(y, int | float) or getattr(y, "ndim", None) == 0)
+        if not is_row and not isinstance(x, np.ndarray):
             return x, y
-        found = f"one row, (x of shape {tuple(x.shape)}, a number)"
-        way = "Rows are cut into batches by weft.Data((X, y), batch_size=32), where X and y are tensors of all rows."
-        raise TypeError(f"Supervised: a batch is {found}. {way}")
+        found = f"one row, (x of shape {tuple(x.shape)}, a number)" if is_row else f"a pair of arrays, x is {_found(x)}"
+        way = "Rows are cut into batches by weft.Data((X, y), batch_size=32), where X and y are arrays of all rows."
+        raise TypeError(f"Supervised: a batch is {found}; expected tensors of several rows. {way}")
     keys = [k for k in batch if k not in ("name", "epoch", "index")] if isinstance(batch, Mapping) else []
     found = f"has the keys {keys}" if isinstance(batch, Mapping) else f"is {_found(batch)}"
     raise TypeError(

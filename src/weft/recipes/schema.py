@@ -190,8 +190,8 @@ def normal(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     out: dict[str, Any] = {}
     for section, value in config.items():
         if section not in SECTIONS:
-            hint = OF_PYTHON if section == "objects" else suggest(str(section), SECTIONS) or _listed()
-            wrong.append(f"{section}: there is no such section{hint}")
+            hint = f": there is no such section{suggest(str(section), SECTIONS) or _listed()}"
+            wrong.append(f"{section}{OF_PYTHON if section == 'objects' else hint}")
         elif value is not None:
             out[section] = _normal_section(section, value, wrong)
     wrong += [f"{n.key}={n.spec['class_path']!r}: {c}" for n in named(out) if (c := _reference_complaint(n))]
@@ -237,6 +237,8 @@ def _normal_options(cls: type, key: str, value: Any, wrong: list[str]) -> dict[s
         return {}
     types = types_of(cls)
     values = {k: typed(v, types.get(k, Any)) for k, v in value.items()}
+    sections = [name for name in values if name in SECTIONS and name not in types]
+    wrong += [f"{key}.{name}={values.pop(name)!r}: {name} is a section of its own: --{name} ..." for name in sections]
     wrong += complaints(cls, values, f"{key}.")
     return values
 

@@ -229,14 +229,12 @@ def _table(title: str, values: Mapping[str, Any]) -> str:
 
 
 def flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts and lists as one dict by dotted name; lists of plain values stay whole."""
+    """Nested dicts and lists as one dict by dotted name; lists of plain values stay whole, empty dicts say nothing."""
     if isinstance(values, Mapping):
         items = [(str(k), v) for k, v in values.items()]
     elif isinstance(values, list) and any(isinstance(v, Mapping | list) for v in values):
         items = [(str(i), v) for i, v in enumerate(values)]
     else:
-        return {prefix: values}
-    if not items and prefix:
         return {prefix: values}
     found: dict[str, Any] = {}
     for name, value in items:

@@ -103,11 +103,11 @@ def monitored_metric(state: RunState, metrics: Mapping[str, float], by_default: 
     never appears, listing those that do.
     """
     config, has_dev = state.config, state.has("dev")
-    asked = config.monitor_metric is not None or any(
+    asked = bool(config.monitor_metric) or any(
         (config.patience, *(phase.patience or (phase.until and phase.until.watches) for phase in state.training.phases))
     )
     name = config.monitor_metric or (config.dev_metric if has_dev else config.train_metric)
-    if not asked and not by_default:
+    if not asked and (config.monitor_metric is False or not by_default):
         return None
     if name in metrics or name in state.history.values or (has_dev and not state.epoch.evaluated):
         return name

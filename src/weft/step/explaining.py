@@ -48,6 +48,8 @@ def _explained(error: Exception, batch: Any, problem: nn.Module, split: str) -> 
         return None
     weights = {p.dtype for p in problem.parameters() if p.is_floating_point()}
     data = {k: v.dtype for k, v in batch.items() if isinstance(v, Tensor)} if isinstance(batch, Mapping) else {}
+    if hasattr(problem, "own_data"):  # whose y is no input
+        data.pop("y", None)
     other = {k: str(d) for k, d in data.items() if d not in weights and k != "index"}
     if not other:
         return None

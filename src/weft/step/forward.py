@@ -49,7 +49,7 @@ def forward_of(state: RunState, split: str) -> Forward:
         if calls == 1:
             tell_of_counting(state, split, batch, loss, scalars)
         if required or loss is not None:
-            if isinstance(loss, dict):
+            if isinstance(loss, dict) and loss.keys() == state.training.optimizers.keys():
                 loss = {name: checked(value, name, problem, out, split) for name, value in loss.items()}
             else:
                 loss = checked(loss, metric, problem, out, split)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from weft.problem.pairs import PairWatch, has_rows, refuse_pairs
 from weft.problem.scores import whole
-from weft.problem.terms import argument_keys, with_parts
+from weft.problem.terms import argument_keys, explain, with_parts
 
 Measure = Callable[[Any, Any], Any]
 """(What a step returned, batch) -> a number."""
@@ -32,7 +32,10 @@ Gather = Callable[[Any], list[Any]]
 def measures_of(given: Any) -> dict[str, Any]:
     """The `metrics` option: by name a `Measure`, or a metric of all rows (`Rows`, `Updated`)."""
     if not isinstance(given, Mapping):
-        raise TypeError(f"metrics={given!r}: expected a dict of functions by name.")
+        raise TypeError(
+            f"metrics={given!r}: expected a dict of functions by name. (The usual ones by name alone: "
+            'weft.Supervised(net, loss_fn, metrics=["accuracy"]).)'
+        )
     return {name: _measure(name, metric) for name, metric in given.items()}
 
 
@@ -79,12 +82,22 @@ class Keys:
             values.append(found)
         return values
 
+    def called(self, fn: Callable[..., Any], found: Sequence[Any]) -> Any:
+        """What `fn` makes of the values; what it raises has a note that names the metric, and what it read."""
+        try:
+            return fn(*found)
+        except Exception as error:
+            explain(error, f"metric {self.name!r}", self.keys, dict(zip(self.keys, found, strict=False)))
+            if "requires grad. Use tensor.detach()" in str(error):
+                error.add_note(f"metrics={{{self.name!r}: weft.whole(fn)}} gives it all rows, without their graph")
+            raise
+
     def given_to(self, fn: Callable[..., Any], found: Sequence[Any]) -> Any:
         """What `fn` makes of the values; says so once where it pairs every row with every other."""
         if self._shapes_seen or not has_rows(read := dict(zip(self.keys, found, strict=False))):
-            return fn(*found)
+            return self.called(fn, found)
         with PairWatch(read) as watch:
-            value = fn(*found)
+            value = self.called(fn, found)
         refuse_pairs(f"Metric {self.name!r}", value, read, watch)
         self._shapes_seen = True
         if watch.found is not None:
@@ -164,7 +177,7 @@ class Updated:
                 self.metric.to(device)
         update: Any = self.metric.update
         with torch.no_grad():
-            update(*inputs)
+            self.keys.called(update, inputs)
         self.count += 1
         if not self.gathers:
             self.rows.update(inputs)

@@ -47,6 +47,11 @@ def by_several(state: RunState, begin: Callable, end: Callable) -> Update:
             if is_nothing(state, share):
                 continue
             named = found if isinstance(found, dict) else {None: found}
+            if isinstance(found, dict) and state.config.monitor_metric is None and not state.has("dev"):
+                state.warn_once(
+                    f"The best weights are those of the smallest sum of the losses of {list(found)}, which may say "
+                    "nothing (GANs): name a monitor_metric, or keep the last weights, monitor_metric=False."
+                )
             for number, (name, loss) in enumerate(named.items(), start=1):
                 inputs = parameters[name] if name is not None else None
                 backward(loss * share if share != 1.0 else loss, inputs=inputs, retain_graph=number < len(named))

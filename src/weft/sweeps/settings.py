@@ -134,7 +134,11 @@ def space_complaints(space: Any, sampler: str) -> list[str]:
     wrong = []
     for name, spec in space.items():
         if isinstance(spec, list | tuple):
-            if not spec or not all(v is None or isinstance(v, bool | int | float | str) for v in spec):
+            ends = [v for v in spec if isinstance(v, int | float) and not isinstance(v, bool)]
+            if isinstance(spec, tuple) and len(ends) == 2:
+                way = f"{{'low': {ends[0]}, 'high': {ends[1]}}} for a range, or a list for choices"
+                wrong.append(f"space.{name}={spec!r}: a tuple of two numbers; expected {way}")
+            elif not spec or not all(v is None or isinstance(v, bool | int | float | str) for v in spec):
                 wrong.append(f"space.{name}={spec!r}: expected a list of numbers, texts, true, false or null")
             continue
         if not isinstance(spec, Mapping):

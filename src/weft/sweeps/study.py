@@ -108,8 +108,7 @@ class Study:
                     trial.set_user_attr("superfluous", True)
                     self.study.tell(trial, state=self.State.FAIL)
                     return None
-                if self._hold(trial.number):
-                    self._choose_sampler(trial.number)
+                if self._hold(trial.number):  # else another one took it over at once
                     return self._taken(trial)
         return None
 
@@ -136,6 +135,7 @@ class Study:
         return None
 
     def _taken(self, trial: Any) -> Taken:
+        self._choose_sampler(trial.number)
         return Taken(trial, {name: _suggested(trial, name, spec) for name, spec in self.space.items()})
 
     def _lease(self, number: int) -> Path:

@@ -145,6 +145,14 @@ class Trial:
     def __getitem__(self, name: str) -> Any:
         return self.params[name]
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("suggest_"):
+            raise AttributeError(
+                f"Trial has no {name!r}: the ranges stand in the space of the sweep, weft.sweep(run, "
+                '{"lr": {"low": 1e-4, "high": 0.1, "log": True}}), and the function reads trial["lr"].'
+            )
+        raise AttributeError(f"Trial has no attribute {name!r}; there are number, params, options, folder, hook.")
+
     def __repr__(self) -> str:
         return f"Trial({self.number}, {self.params})"
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.patience import patience
+from tests.helpers.slurm_variables import variables_of_two_tasks
 from tests.helpers.twins import contents, differing
 
 ROOT = Path(__file__).parents[3]
@@ -31,10 +32,33 @@ def by_torchrun(arguments: list[str], aside: Path) -> None:
     from_a_script(arguments, aside, ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"))
 
 
+def by_slurm(arguments: list[str], aside: Path) -> None:
+    """Each process as srun starts it; what a cluster would set is here set by hand."""
+    command = [sys.executable, "-m", "tests.helpers.twin_processes", *arguments]
+    tasks = [
+        subprocess.Popen(
+            command, env={**os.environ, "PYTHONPATH": PYTHONPATH, **variables}, stderr=subprocess.PIPE, text=True
+        )
+        for variables in variables_of_two_tasks()
+    ]
+    errors = [task.communicate(timeout=patience())[1] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], errors
+
+
+def from_a_notebook(arguments: list[str], aside: Path) -> None:
+    pytest.importorskip("nbclient")
+    from tests.helpers.notebooks import run_notebook
+
+    path = f"import sys; sys.path[:0] = {PYTHONPATH.split(os.pathsep)}"
+    run_notebook(path, f"from tests.helpers.twin_processes import *; train_in_processes(*{arguments})")
+
+
 STARTS: dict[str, tuple[Start, str, str]] = {
     "script": (from_a_script, "ddp", "plain"),
     "manual optimization": (from_a_script, "ddp", "manual"),
     "torchrun": (by_torchrun, "ddp", "accumulated"),
+    "SLURM": (by_slurm, "ddp", "synchronised"),
+    "notebook": (from_a_notebook, "ddp_notebook", "plain"),
     "spawn": (from_a_script, "ddp_spawn", "to a step"),
 }
 
