@@ -47,6 +47,9 @@ bench: $(VENV)/ready-bench
 papers: $(VENV)/ready-bench
 	$(BIN)/python -m benchmarks.papers.hamiltonian_networks
 	$(BIN)/python -m benchmarks.papers.energy_natural_gradient
+	$(BIN)/python -m benchmarks.papers.convection
+	$(BIN)/python -m benchmarks.papers.dc3_quadratic_program
+	$(BIN)/python -m benchmarks.papers.parametric_programs
 
 # Everything else stays as constraints.txt has it.
 versions: $(VENV)/ready-test

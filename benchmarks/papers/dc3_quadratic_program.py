@@ -42,8 +42,8 @@ class Program(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         free = np.linalg.svd(A)[2][EQUALITIES:].T
-        constants = {"inverse": INVERSE, "free": free, "g": G, "h": H, "q": np.diag(Q), "p": P}
-        for name, value in constants.items():
+        self.constants = {"inverse": INVERSE, "free": free, "g": G, "h": H, "q": np.diag(Q), "p": P}
+        for name, value in self.constants.items():
             self.register_buffer(name, torch.as_tensor(value.copy(), dtype=torch.float32))
         layers = [nn.Linear(EQUALITIES, 200), nn.SiLU(), nn.Linear(200, 200), nn.SiLU(), nn.Linear(200, 50)]
         self.net = nn.Sequential(*layers)
@@ -91,8 +91,8 @@ def measure(seed: int) -> dict[str, float]:
     )
     trainer.fit(problem, weft.Data({"x": train}, dev={"x": dev}, batch_size={"train": 200, "dev": HELD_OUT}))
     problem.double()
-    for name, value in {"inverse": INVERSE, "g": G, "h": H}.items():  # with all their digits
-        getattr(problem, name).copy_(torch.as_tensor(value))
+    for name, value in problem.constants.items():  # with all their digits
+        getattr(problem, name).copy_(torch.as_tensor(value.copy()))
     with torch.no_grad():
         y = problem.solution(torch.as_tensor(test)).numpy()
     objective = 0.5 * (y**2 @ np.diag(Q)) + y @ P

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
+import weft
 from tests.helpers.problems import points, tanh_net
 from weft.optim.least_squares import LeastSquares
 
@@ -128,3 +129,15 @@ def test_frozen_parameters_have_no_column() -> None:
     closure = LeastSquares(module, inside_and_edge())
     torch.testing.assert_close(dense(closure)[1], by_torch(module, closure), rtol=1e-11, atol=1e-12)
     assert dense(closure)[1].shape[1] == 9
+
+
+def test_a_net_in_two_places_keeps_its_parameters() -> None:
+    net = tanh_net(1, 1).double()
+    terms = [weft.residual(lambda u: u - 1.0, part=part, name=part) for part in ("inside", "ends")]
+    problem = weft.Problem([*weft.Node(net, ["x"], ["u"]).on("inside", "ends")], terms)
+    before = [*net.parameters()]
+    x = torch.linspace(0, 1, 6, dtype=torch.float64)[:, None]
+    closure = LeastSquares(problem, {"inside": {"x": x}, "ends": {"x": x[::5]}, "name": "train"})
+    list(closure.blocks())
+    assert [graph is not None for _, graph in closure.rows.graphs.values()] == [True, True]
+    assert all(p is q for p, q in zip(net.parameters(), before, strict=True))

@@ -271,9 +271,8 @@ def _is_close(a: Tensor, b: Tensor) -> bool:
 def _trace(problem: LeastSquares, name: str, count: int) -> _Traced:
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    by_id = {id(p): key for key, p in problem.problem.named_parameters()}
-    trained, others, batch = [by_id[id(p)] for p in problem.params], _others(problem), problem.batch
-    leaves = list(_leaves(batch))
+    batch, known = problem.batch, [*problem.params, *_others(problem).values()]
+    leaves, places = list(_leaves(batch)), _places(problem.problem)
     read = _Reading(problem)
 
     def one_row(values: list[Tensor], held: list[Tensor], tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -282,11 +281,10 @@ def _trace(problem: LeastSquares, name: str, count: int) -> _Traced:
             (x[None] if _has_rows(leaf, count) else x).detach().requires_grad_(leaf.requires_grad)
             for x, leaf in zip(tensors, leaves, strict=True)
         ]
-        state = dict(zip([*trained, *others], [*params, *held], strict=True))
+        by_id = {id(old): new for old, new in zip(known, [*params, *held], strict=True)}
+        state = {f"problem.{place}": by_id[id(old)] for place, old in places.items()}
         with torch.enable_grad():
-            r = functional_call(
-                read, {f"problem.{k}": v for k, v in state.items()}, (_rebuilt(batch, iter(rows)), name)
-            )
+            r = functional_call(read, state, (_rebuilt(batch, iter(rows)), name), tie_weights=False)
             entries = r.reshape(-1)
             if len(entries) > 1:
                 return entries.detach(), _vjps(entries, params, len(entries))
@@ -323,6 +321,14 @@ def _others(problem: LeastSquares) -> dict[str, Tensor]:
     trained = {id(p) for p in problem.params}
     named = [*problem.problem.named_parameters(), *problem.problem.named_buffers()]
     return {key: value for key, value in named if id(value) not in trained}
+
+
+def _places(problem: nn.Module) -> dict[str, Tensor]:
+    """Every place of a parameter or buffer, once: with `tie_weights` torch (2.13) leaves a module that stands in two
+    places with the tensors that it was called with."""
+    modules = list(problem.named_modules())
+    held = [(f"{path}." if path else "", {**m._parameters, **m._buffers}) for path, m in modules]
+    return {prefix + name: t for prefix, tensors in held for name, t in tensors.items() if t is not None}
 
 
 def _leaves(batch: Any) -> Iterator[Tensor]:
