@@ -277,11 +277,20 @@ def _load_optimizer(name: str, optimizer: Optimizer, saved: Mapping[str, Any], p
     here = parameter_names(optimizer, problem)
     if here != saved["parameters"]:
         raise ValueError(f"Optimizer {name!r} updates {here}; the checkpoint's updated {saved['parameters']}.")
-    groups = [{k: v for k, v in group.items()} for group in saved["param_groups"]]
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    given = {key: value for key, value in saved.items() if key != "parameters"}  # some have more than states and groups
+    optimizer.load_state_dict(given | {"param_groups": [dict(group) for group in saved["param_groups"]]})
     numbered = [p for group in optimizer.param_groups for p in group["params"]]
-    for number, entries in saved["state"].items():  # torch casts saved to the parameter's dtype
-        own = optimizer.state[numbered[number]] if isinstance(number, int) else {}
-        for key, value in entries.items() if isinstance(entries, dict) else ():
-            if isinstance(value, Tensor) and isinstance(own.get(key), Tensor) and own[key].dtype != value.dtype:
-                own[key] = value.to(own[key].device, copy=True)
+    for number, entries in saved["state"].items():
+        if isinstance(number, int):
+            optimizer.state[numbered[number]] = _in_its_dtype(optimizer.state[numbered[number]], entries)
+
+
+def _in_its_dtype(own: Any, saved: Any) -> Any:
+    """What an optimizer made of `saved`, its tensors in their dtypes again: torch casts them to the parameter's."""
+    if isinstance(own, Tensor) and isinstance(saved, Tensor):
+        return own if own.dtype == saved.dtype else saved.to(own.device, copy=True)
+    if isinstance(own, dict) and isinstance(saved, dict):
+        own.update({key: _in_its_dtype(own[key], value) for key, value in saved.items() if key in own})
+    elif type(own) in (list, tuple) and type(own) is type(saved) and len(own) == len(saved):
+        return type(own)(map(_in_its_dtype, own, saved))
+    return own
