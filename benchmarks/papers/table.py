@@ -25,4 +25,4 @@ def show(title: str, settings: str, paper: dict[str, str], measure: Callable[[in
 
 def _spread(values: Iterable[float]) -> str:
     values = list(values)
-    return f"{statistics.median(values):.2e} | {min(values):.2e} to {max(values):.2e}"
+    return f"{statistics.median(values):.4g} | {min(values):.4g} to {max(values):.4g}"

@@ -105,6 +105,7 @@ FULL: dict[str, Callable[[Figures], bool]] = {
     "gan": lambda f: f["distance_after"] < 2 * f["distance_of_training_samples"],
     "own_loop": lambda f: f["dev_loss"] < 0.1 * 0.05**2,
     "heat_equation": lambda f: f["relative_error"] < 5e-3 and f["at_the_ends"] < 5e-3,
+    "six_digits": lambda f: f["natural_gradient"] < 1e-6 and 1e-4 < f["l_bfgs"] < f["adam"],
 }
 
 
@@ -174,6 +175,7 @@ def test_a_figure_that_is_off_would_be_noticed() -> None:
         "custom_logic": {"loop": 1e-9},
         "custom_tasks": {"accumulated": 1e-4},
         "heat_equation": {"relative_error": 6e-3},
+        "six_digits": {"natural_gradient": 2e-6},
     }
     for name, change in worse.items():
         changed = {**figures[name]["figures"], **change}
