@@ -9,6 +9,7 @@ import contextvars
 import ctypes
 import functools
 import math
+import mmap
 import multiprocessing
 import os
 import threading
@@ -18,6 +19,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -171,3 +173,40 @@ def test_a_step_that_reads_the_learning_rate_sees_it_change() -> None:
         )
         found.append(trainer.fit(Affine(), weft.Data({"x": X}, batch_size=8, shuffle=False)).history["train_loss"])
     assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+class Matrix:
+    """As casadi has them: `size` is a method."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails = fails
+
+    def size(self) -> tuple[int, int]:
+        return (1, 1)
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        if self.fails:
+            raise RuntimeError("no numbers")
+        return np.ones((1, 1))
+
+
+class Numbers(Matrix):
+    size = 1  # type: ignore[assignment]
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("held", [Matrix(), Numbers(fails=True), mmap.mmap(-1, 2 * watching.MAX_MEMORY)])
+def test_an_object_that_does_not_show_its_numbers_stops_no_fit(held: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in (Matrix, Numbers):
+        monkeypatch.setattr(kind, "__module__", "numpy.elsewhere")  # of a library
+
+    def step(trainer: Any, batch: Any) -> Tensor:
+        return trainer.problem(batch)["train_loss"] * (held is not None)
+
+    ends = [
+        weft.Trainer(epochs=4, progress=False, compile=compile, training_step=step)
+        .fit(Affine(), weft.Data({"x": X}, batch_size=8, shuffle=False))
+        .history["train_loss"][-1]
+        for compile in (False, True)
+    ]
+    assert ends[1] == pytest.approx(ends[0], rel=1e-5)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import inspect
 import io
-import math
 import os
 import random
 import sys
@@ -42,6 +41,7 @@ from weft.devices.generators import GENERATORS, generator_states, generators_wit
 
 HOLDERS = places.HOLDERS | {f"multiprocessing.sharedctypes.Synchronized{kind}" for kind in ("", "Array", "String")}
 MAX_NEAR = 256  # items of a container that is looked at in every step
+MAX_MEMORY = 2**20  # bytes of what shows its memory: it is copied to be compared
 MAX_PLACES = 5000  # besides those of modules
 
 _OF_MODULES = set(vars(nn.Module())) - {"training"}
@@ -300,11 +300,11 @@ def _contents(held: Any) -> Any:
         return held.get(_MISSING)
     if isinstance(held, FunctionType):
         return held.__defaults__
-    if not isinstance(held, CellType):
-        return np.asarray(held).tobytes() if hasattr(held, "__array__") else memoryview(held).tobytes()
     try:
-        return held.cell_contents
-    except ValueError:  # not assigned yet
+        if isinstance(held, CellType):
+            return held.cell_contents
+        return np.asarray(held).tobytes() if hasattr(held, "__array__") else memoryview(held).tobytes()
+    except ValueError:  # not assigned yet, or closed
         return _MISSING
 
 
@@ -517,12 +517,14 @@ class _Walk:
 
 def _small_memory(value: Any) -> int | None:
     """The bytes of numbers that an object of a library holds and shows (ctypes, bytearray, a pandas table), if few."""
-    if hasattr(type(value), "__array__"):
-        found = np.asarray(value) if getattr(value, "size", math.inf) <= MAX_NEAR else None
-        return None if found is None or found.dtype == object else found.nbytes
     try:
-        return memoryview(value).nbytes
-    except TypeError:
+        if not hasattr(type(value), "__array__"):
+            size = memoryview(value).nbytes
+            return size if size <= MAX_MEMORY else None
+        size = getattr(value, "size", None)  # a method of some
+        found = np.asarray(value) if isinstance(size, int) and size <= MAX_NEAR else None
+        return None if found is None or found.dtype == object else found.nbytes
+    except Exception:  # noqa: BLE001, it is theirs: what does not show its numbers has none to watch
         return None
 
 
